@@ -1,0 +1,8 @@
+"""text8, MoE 4 top-1
+
+Paper A's layer on text8: enwik8_moe4.py on the other text.
+"""
+
+from config.enwik8_moe4 import *
+
+dataset = "text8"
