@@ -1,0 +1,99 @@
+"""What several test files share: a tiny config, a tiny text, a prepared data set."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from configurator import Config
+from data.build import TRAIN_VAL_TEST, TextSpec, prepare
+
+TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, dropout=0.0, device="cpu",
+            max_iters=20, eval_interval=10, eval_iters=2, log_interval=5, warmup_iters=4, learning_rate=1e-2, min_lr=1e-3)
+
+
+def tiny(**changes):
+    """A Config small enough for milliseconds; what could not be configured is an error here too."""
+    config = dataclasses.replace(Config(), **{**TINY, **changes})
+    problems = [message for _, message in config.problems()]
+    assert not problems, problems
+    return config
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test starts from the same random state, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prepared texts, and runs on them
+
+WORDS = ("the of and to in that is was he for it with as his on be at by had not are but from or have they which one you were "
+         "all her she there would their we him been has when who will no more if out so said what up its about into than them").split()
+
+
+def english(n_words, seed):
+    """Sentences of common words, with capitals, digits and newlines: a text that a tiny model can learn something about."""
+    generator = np.random.default_rng(seed)
+    lines = []
+    while n_words > 0:
+        count = int(generator.integers(4, 12))
+        words = [str(word) for word in generator.choice(WORDS, count)]
+        lines.append(f"{len(lines) % 100}. {' '.join(words).capitalize()}.")
+        n_words -= count
+    return "\n".join(lines) + "\n"
+
+
+def prepare_text(folder, text, unit="character", splits=TRAIN_VAL_TEST):
+    """The folder of a data set that data.build made of `text`."""
+    folder.mkdir(parents=True)
+    (folder / "raw.txt").write_text(text, encoding="utf-8")
+    spec = TextSpec(name="words", unit=unit, filenames=("raw.txt",), splits=splits)
+    prepare(spec, home=folder, folder=folder / "words", source=str(folder / "raw.txt"))
+    return folder / "words"
+
+
+def train_tiny(dataset, out_dir, *arguments, **changes):
+    """train.main in this process, on the TINY config with changes. -> its exit code"""
+    import train
+
+    options = {**TINY, "dataset": dataset, "out_dir": out_dir, **changes}
+    return train.main([*arguments, *(f"--{key}={value}" for key, value in options.items())])
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory):
+    """A prepared data set of 20 kB with train, val and test splits."""
+    return prepare_text(tmp_path_factory.mktemp("data") / "characters", english(4500, seed=1))
+
+
+@pytest.fixture(scope="session")
+def byte_words(tmp_path_factory):
+    """The same as bytes, with characters of two and three bytes in it."""
+    text = english(4500, seed=1).replace("all", "été").replace("more", "œuvre").replace("The", "“The”")
+    return prepare_text(tmp_path_factory.mktemp("data") / "bytes", text, unit="byte")
+
+
+@pytest.fixture(scope="session")
+def dense_run(words, tmp_path_factory):
+    """The out_dir of a complete dense run. To be read only: copy it to change it."""
+    out_dir = tmp_path_factory.mktemp("runs") / "dense"
+    assert train_tiny(words, out_dir) == 0
+    return out_dir
+
+
+@pytest.fixture(scope="session")
+def moe_run(words, tmp_path_factory):
+    """The same of 4 experts, top-2, with tokens dropped."""
+    out_dir = tmp_path_factory.mktemp("runs") / "moe"
+    assert train_tiny(words, out_dir, n_expert=4, expert_top_k=2, capacity_factor=0.5) == 0
+    return out_dir

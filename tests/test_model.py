@@ -1,0 +1,307 @@
+"""GPT: sizes, initialisation, causality, the cache, generation, accounting; every shipped config built and run."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import configurator
+import moe
+from configurator import Config
+from model import GPT, IGNORED, KVCache, sample
+
+ROOT = Path(configurator.__file__).parent
+CONFIGS = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "cpu.py")
+VOCABULARY = 11
+
+KINDS = {
+    "dense": dict(),
+    "top1": dict(n_expert=4, expert_top_k=1),
+    "top1_capacity": dict(n_expert=4, expert_top_k=1, capacity_factor=0.75),
+    "top2_capacity": dict(n_expert=4, expert_top_k=2, capacity_factor=0.5, gate_renormalize=True),
+    "soft_concat": dict(n_expert=4, expert_top_k=0, expert_kind="linear_concat", aux_loss="none"),
+    "concat_capacity": dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", capacity_factor=0.5),
+    "sum_every_second": dict(n_expert=2, expert_top_k=1, expert_kind="linear_sum", moe_every=2, bias=True),
+}
+
+
+def gpt(std=None, **changes):
+    """A tiny GPT in eval mode, float64; std: of all its weights, large where routing should be decided."""
+    model = GPT(tiny(**changes), VOCABULARY).double().eval()
+    if std:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+def tokens(*shape):
+    return torch.randint(VOCABULARY, shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes and accounting
+
+def test_the_paper_size_model_has_nanogpts_10_65_million_parameters():
+    """nanoGPT counts without the 256 position embeddings."""
+    counts = GPT(Config(), 65).count_parameters()
+    assert counts["total"] - 256 * 384 == 10_646_784 and counts["active"] == counts["total"] and counts["router"] == counts["experts"] == 0
+
+
+def test_paper_bs_linear_experts_have_the_dense_models_parameters_and_a_router():
+    dense = GPT(Config(), 65).count_parameters()["total"]
+    counts = GPT(configurator.parse(Config, [str(ROOT / "config/shakespeare_top2.py")]), 65).count_parameters()
+    assert counts["total"] == dense + counts["router"] == dense + 6 * 4 * 384
+
+
+def test_active_parameters_leave_out_the_experts_that_a_token_does_not_use():
+    dense, counts = GPT(tiny(), VOCABULARY).count_parameters(), GPT(tiny(n_expert=4, expert_top_k=1), VOCABULARY).count_parameters()
+    assert counts["active"] == dense["total"] + counts["router"]
+    assert counts["total"] == dense["total"] + counts["router"] + 3 * dense["mlp"]
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if "capacity" not in k])
+def test_flops_are_those_that_torch_counts_on_the_reference_backend(kind):
+    """Backward at twice the forward, and attention over the whole square, are conventions; the forward count is checked."""
+    model = gpt(moe_backend="reference", **KINDS[kind]).float()
+    # The counter knows the matrix products of plain attention, not the fused kernel of a CPU.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(tokens(3, 16))
+    assert counter.get_total_flops() * 3 == model.flops_per_token() * 3 * 16
+
+
+def test_initialisation_is_gpt2s():
+    model = GPT(Config(n_layer=2, n_embd=128, n_head=4, n_expert=4), 65)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            expected = 0.02 / math.sqrt(4) if name.endswith(("proj.weight", "w_out", "w_mix")) else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.1) and abs(parameter.mean().item()) < 0.003, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_is_trained(kind):
+    model = GPT(tiny(**KINDS[kind]), VOCABULARY)
+    model(tokens(4, 16), tokens(4, 16)).objective.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+def test_loss_is_the_cross_entropy_alone_and_the_objective_adds_the_auxiliary_losses():
+    model = gpt(n_expert=4, aux_loss_coef=0.5, z_loss_coef=0.25)
+    x, y = tokens(3, 16), tokens(3, 16)
+    out = model(x, y)
+    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits.view(-1, VOCABULARY), y.view(-1)))
+    added = 0.5 * out.aux["switch"].raw + 0.25 * out.aux["z"].raw
+    torch.testing.assert_close((out.objective - out.loss).float(), added.float())
+    assert added > 0.9
+
+
+def test_a_call_leaves_nothing_behind_for_the_next():
+    model = gpt(n_expert=4, capacity_factor=1.0)
+    x, y = tokens(3, 16), tokens(3, 16)
+    first = model(x, y)
+    model(tokens(2, 16), tokens(2, 16))
+    again = model(x, y)
+    assert first.objective == again.objective and torch.equal(first.stats[0].load, again.stats[0].load)
+
+
+def test_ignored_targets_count_neither_in_the_loss_nor_in_the_statistics():
+    model = gpt(n_expert=4)
+    x, y = tokens(2, 16), tokens(2, 16)
+    short = model(x[:1, :10], y[:1, :10])
+    y[0, 10:] = y[1] = IGNORED
+    padded = model(x, y)
+    torch.testing.assert_close(padded.loss, short.loss)
+    torch.testing.assert_close(padded.stats[1].load, short.stats[1].load)
+    assert padded.stats[0].tokens == 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Causality and the cache
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_later_token_changes_no_earlier_logit(kind):
+    model = gpt(std=0.5, **KINDS[kind])
+    x = tokens(2, 16)
+    logits = model(x).logits
+    for t in range(15):
+        changed = x.clone()
+        changed[:, t + 1:] = tokens(2, 15 - t)
+        torch.testing.assert_close(model(changed).logits[:, :t + 1], logits[:, :t + 1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_does_not_depend_on_its_batch(kind):
+    model = gpt(std=0.5, **KINDS[kind])
+    x = tokens(5, 16)
+    torch.testing.assert_close(model(x[3:4]).logits, model(x).logits[3:4], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 16, [16], [7, 1, 1, 5, 2]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_with_the_cache_are_those_without(kind, pieces):
+    model = gpt(std=0.5, **KINDS[kind])
+    x = tokens(3, 16)
+    cache = KVCache(model, 3)
+    with torch.no_grad():
+        cached = torch.cat([model(piece, cache=cache).logits for piece in x.split(pieces, dim=1)], dim=1)
+        torch.testing.assert_close(cached, model(x).logits, rtol=0, atol=1e-10)
+
+
+def test_more_positions_than_block_size_are_refused():
+    model = gpt()
+    with pytest.raises(ValueError, match="block_size is 16"):
+        model(tokens(1, 17))
+    cache = KVCache(model, 1)
+    model(tokens(1, 16), cache=cache)
+    with pytest.raises(ValueError, match="17 positions"):
+        model(tokens(1, 1), cache=cache)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+def generated(model, prompt, count, **options):
+    return torch.stack([step.tokens for step in model.generate(prompt, count, **options)], dim=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_is_what_the_uncached_model_finds_most_likely(kind):
+    model = gpt(std=0.5, **KINDS[kind])
+    x = tokens(2, 3)
+    text = torch.cat((x, generated(model, x, 13, temperature=0)), dim=1)
+    assert torch.equal(model(text[:, :-1]).logits[:, 2:].argmax(-1), text[:, 3:])
+
+
+def test_past_block_size_the_model_goes_on_from_the_last_half_window():
+    model = gpt(std=0.5, **KINDS["top2_capacity"])
+    x = tokens(1, 16)
+    text = torch.cat((x, generated(model, x, 30, temperature=0)), dim=1)
+    assert text.size(1) == 46
+    # 16 read, then rebuilt from 8 (positions 9..16), full again after 8 more: each window starts at 9, 18, 27, ...
+    start = 9
+    for t in range(17, 46):
+        if t - start > 16:
+            start = t - 8
+        assert model(text[:, start:t]).logits[0, -1].argmax() == text[0, t]
+
+
+def test_a_prompt_longer_than_block_size_is_cut_to_its_end():
+    model = gpt(std=0.5)
+    x = tokens(1, 40)
+    assert torch.equal(generated(model, x, 5, temperature=0), generated(model, x[:, -16:], 5, temperature=0))
+
+
+def test_a_sample_depends_on_its_own_generator_alone():
+    model = gpt(std=0.3, **KINDS["top1"])
+    prompt = tokens(1, 3).expand(3, -1)
+    together = generated(model, prompt, 40, generators=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7)])
+    alone = generated(model, prompt[:1], 40, generators=[torch.Generator().manual_seed(6)])
+    assert torch.equal(together[1], alone[0]) and not torch.equal(together[0], together[1])
+
+
+def test_top_k_and_temperature_narrow_the_choice():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).expand(2000, -1)
+    assert set(sample(logits, 1.0, top_k=2).tolist()) == {1, 2}
+    assert (sample(logits, 1.0, top_k=1) == 1).all() and (sample(logits, 0) == 1).all() and (sample(logits, 1e-30) == 1).all()
+    share = (sample(logits, 2.0) == 1).float().mean().item()
+    assert share == pytest.approx((logits[0] / 2).softmax(0)[1].item(), abs=0.05)
+
+
+def test_generation_tells_the_expert_of_every_token_that_it_read():
+    model = gpt(std=0.5, **KINDS["top2_capacity"])
+    x = tokens(2, 5)
+    steps = list(model.generate(x, 4, temperature=0))
+    read = torch.cat([step.experts[1] for step in steps], dim=1)
+    text = torch.cat([x] + [step.tokens[:, None] for step in steps[:-1]], dim=1)
+    assert torch.equal(read, model(text).routing[1].experts.view(2, 8, 2))
+
+
+def test_generation_refuses_what_it_cannot_do():
+    model = gpt()
+    with pytest.raises(ValueError, match="temperature is -1"):
+        next(model.generate(tokens(1, 2), 1, temperature=-1.0))
+    with pytest.raises(ValueError, match="empty prompt"):
+        next(model.generate(tokens(1, 0), 1))
+    leaky = gpt(n_expert=2, capacity_factor=1.0, capacity_group="batch")
+    with pytest.raises(ValueError, match="later tokens"):
+        next(leaky.generate(tokens(1, 2), 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every shipped config
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_builds_and_trains_a_step(path):
+    config = configurator.parse(Config, [str(path), str(ROOT / "config/cpu.py"), "--n_layer=2", "--n_embd=32", "--batch_size=2"])
+    model = GPT(config, VOCABULARY)
+    out = model(tokens(2, 64), tokens(2, 64))
+    out.objective.backward()
+    assert torch.isfinite(out.objective) and len(out.stats) == len(config.moe_layers)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_traces_as_one_graph(path, train):
+    """No graph break anywhere, forward and backward; the compiler behind the tracer is not needed for that."""
+    torch._dynamo.reset()
+    config = configurator.parse(Config, [str(path), str(ROOT / "config/cpu.py"), "--n_layer=1", "--n_embd=32", "--batch_size=2", "--dropout=0.1"])
+    model = GPT(config, VOCABULARY).train(train)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x, y = tokens(2, 64), tokens(2, 64)
+    with torch.set_grad_enabled(train):
+        out = compiled(x, y)
+    if train:
+        out.objective.backward()
+    else:
+        torch.testing.assert_close(out.loss, model(x, y).loss)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_compiles_on_cuda_without_a_break_or_a_synchronisation(path):
+    torch._dynamo.reset()
+    config = dataclasses.replace(configurator.parse(Config, [str(path)]), n_layer=2, batch_size=4)
+    model = GPT(config, 65).cuda()
+    compiled = torch.compile(model, fullgraph=True)
+    x, y = torch.randint(65, (2, 4, 256), device="cuda")
+
+    def step():
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = compiled(x, y)
+        out.objective.backward()
+        return out
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(out.loss)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", sorted(set(moe.BACKENDS) - {"reference"}))
+def test_backends_agree_with_the_reference_on_cuda(backend):
+    config = Config(n_layer=1, n_expert=4, expert_top_k=2, dropout=0.0)
+    x, y = torch.randint(65, (2, 4, 256), device="cuda")
+    results = {}
+    for name in ("reference", backend):
+        torch.manual_seed(0)
+        model = GPT(dataclasses.replace(config, moe_backend=name), 65).cuda()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = model(x, y)
+        out.objective.backward()
+        results[name] = [out.loss.detach(), *(p.grad for p in model.parameters())]
+    for ours, theirs in zip(results[backend], results["reference"]):
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm() + 1e-6
