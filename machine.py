@@ -1,0 +1,131 @@
+"""Where a script runs: which device, which precision, compiled or not, and why; and the description of it that
+records carry."""
+
+import contextlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from configurator import ConfigError
+
+ROOT = Path(__file__).resolve().parent
+
+
+class Machine(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype  # of matrix products; parameters are always float32
+    compile: bool
+    reason: str  # one line that says what was chosen and why
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def synchronize(self):
+        """Wait until the device has done what it was given, so that a clock can be read."""
+        if self.device.type in ("cuda", "mps"):
+            getattr(torch, self.device.type).synchronize()
+
+
+def choose(device="auto", dtype="auto", compile="auto") -> Machine:
+    """Resolve the keys device, dtype and compile. Raises ConfigError where what was asked for is not there."""
+    device, why_device = _device(device)
+    dtype, why_dtype = _dtype(dtype, device)
+    compiled = device.type == "cuda" if compile == "auto" else compile
+    why_compiled = "asked for" if compile != "auto" else "pays on CUDA" if compiled else "auto compiles on CUDA only"
+    reason = (
+        f"device {device} ({why_device}), dtype {str(dtype).removeprefix('torch.')} ({why_dtype}), "
+        f"{'compiled' if compiled else 'not compiled'} ({why_compiled})"
+    )
+    return Machine(device, dtype, compiled, reason)
+
+
+def _device(asked):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked == "auto":
+        name = next(name for name in there if there[name])
+        return torch.device(name), "auto: no GPU found" if name == "cpu" else "auto: found"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise ConfigError([f"device={asked!r}: not a device; expected auto, cpu, cuda, cuda:N or mps"]) from None
+    if not there.get(device.type, False):
+        found = [name for name in there if there[name]]
+        raise ConfigError(
+            [
+                f"device={asked!r}: this machine has no {device.type} device that torch {torch.__version__} can use; "
+                f"it has {' and '.join(found)} (device=auto takes the best)"
+            ]
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            [f"device={asked!r}: this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0"]
+        )
+    return device, "asked for"
+
+
+def _dtype(asked, device):
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if asked == "auto":
+        if device.type == "cuda" and not native:
+            return torch.float32, "auto: this GPU has no bfloat16 units"
+        return (torch.bfloat16, "auto: on CUDA") if native else (torch.float32, f"auto: on {device.type}")
+    if asked == "bfloat16" and device.type == "cuda" and not native:
+        return torch.float32, "bfloat16 was asked for, but this GPU has no units for it"
+    return getattr(torch, asked), "asked for"
+
+
+def describe(machine: Machine) -> dict:
+    """The machine as records name it; never a host name or a path."""
+    device = machine.device
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "device_type": device.type,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "python": platform.python_version(),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "compile": machine.compile,
+    }
+
+
+def _cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def peak_memory(machine: Machine) -> int | None:
+    """Bytes at the highest point so far: of the device on CUDA, of the process on a CPU, None where it is not known."""
+    if machine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(machine.device)
+    if machine.device.type == "cpu" and platform.system() == "Linux":
+        import resource  # not on every system
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return None
+
+
+def git_state() -> dict:
+    """The commit of this code, and whether tracked files differ from it; None where git cannot tell."""
+
+    def git(*arguments):
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}

@@ -1,0 +1,105 @@
+"""The record of a complete run: what summary.json holds, what results/ keeps, and the last lines on the screen.
+
+Every number is a number; what is not known is null. Losses are nats and bits per character (per byte on enwik8).
+"""
+
+import shlex
+import statistics
+
+import machine as machines
+from configurator import Config
+
+FORMAT = "charmoe record 1"
+
+
+def record_of(config, dataset, model, machine, progress, test) -> dict:
+    """progress: train.py's, at the end of the run; test: an `evaluate.Clean`, or None without a test split."""
+    evaluations = progress["evaluations"]
+    best = min(evaluations, key=lambda line: line["clean"]["nats"])
+    final = evaluations[-1]
+    tokens = config.max_iters * config.batch_size * config.block_size * config.gradient_accumulation_steps
+    seconds = progress["seconds"]
+    return {
+        "format": FORMAT,
+        "run_id": config.run_id,
+        "title": config.title,
+        "config": config.to_dict(),
+        "dataset": dataset.describe(),
+        "leaky": not config.is_causal,
+        "parameters": model.count_parameters(),
+        "training_flops_per_token": model.flops_per_token(),
+        "git": progress["git"],
+        "machine": machines.describe(machine),
+        "iterations": config.max_iters,
+        "resumed": progress["resumed"],  # times
+        "tokens": tokens,
+        "epochs": tokens / dataset.sizes["train"],
+        "clean": {"best": {**best["clean"], "step": best["step"]}, "final": {**final["clean"], "step": final["step"]}},
+        "paper": {
+            "best_val": min(line["paper"]["val"] for line in evaluations),
+            "best_val_with_aux": min(line["paper"]["val_with_aux"] for line in evaluations),
+            **{f"final_{key}": value for key, value in final["paper"].items()},
+        },
+        "test": None if test is None else {"nats": test.nats, "bpc": test.bpc, "step": best["step"]},
+        "seconds": seconds,  # train, eval, compile, total
+        "median_step_ms": statistics.median(progress["step_ms"]),  # of the means over log intervals
+        "tokens_per_second": tokens / seconds["train"],
+        "peak_memory_bytes": machines.peak_memory(machine),
+        "routing": final["routing"],  # per MoE layer, over the validation split, at the last step
+        "evaluations": [{key: line[key] for key in ("step", "clean", "paper")} for line in evaluations],
+    }
+
+
+def is_comparable(record) -> bool:
+    """False where a dagger belongs: a text that is not the published one, or routing that sees later characters."""
+    return record["dataset"]["canonical"] and not record["leaky"]
+
+
+def report(record) -> str:
+    """What a person wants to know at the end of a run."""
+    config = Config.from_dict(record["config"])
+    dagger = "" if is_comparable(record) else " †"
+    best, final, paper = record["clean"]["best"], record["clean"]["final"], record["paper"]
+    unit = record["dataset"]["unit"]
+
+    def loss(value):
+        return f"{value['nats']:.4f} nats  {value['bpc']:.4f} bits per {unit}{dagger}"
+
+    rows = [
+        ("best validation", f"{loss(best)}  (step {best['step']:,}; every {unit} of the split, predicted once)"),
+        ("final validation", f"{loss(final)}  (step {final['step']:,})"),
+    ]
+    if record["test"]:
+        rows.append(("test", f"{loss(record['test'])}  (the best checkpoint)"))
+    estimates = f"{paper['best_val']:.4f} nats best validation, minimum over {config.eval_iters}-batch estimates"
+    if config.n_expert:
+        estimates += f"; {paper['best_val_with_aux']:.4f} with the auxiliary losses in it"
+    rows.append(("the papers' way", estimates))
+    seconds, counts = record["seconds"], record["parameters"]
+    parts = [("training", "train"), ("evaluation", "eval"), ("compiling", "compile")]
+    spent = ", ".join(f"{name} {duration(seconds[key])}" for name, key in parts if seconds[key])
+    rows.append(("time", f"{duration(seconds['total'])} ({spent})"))
+    rows.append(("speed", f"{record['tokens_per_second']:,.0f} {unit}s/s in training"))
+    rows.append(("parameters", f"{counts['total']:,} total, {counts['active']:,} active per {unit}"))
+    for number, (block, layer) in enumerate(zip(config.moe_layers, record["routing"])):
+        shares = "  ".join(f"{share:4.0%}" for share in layer["load"])
+        dropped = f"   {layer['drop_rate']:.1%} dropped" if config.capacity_factor else ""
+        rows.append(("" if number else "load per expert", f"block {block}: {shares}{dropped}"))
+    if record["leaky"]:
+        rows.append(("†", "routing sees later characters: this loss is not that of a language model"))
+    if not record["dataset"]["canonical"]:
+        rows.append(("†", "not the published text"))
+    rows.append(("checkpoint", f"{config.out_dir}/best.pt"))
+    if not record["leaky"]:
+        rows.append(("sample from it", f"python sample.py --out_dir={shlex.quote(config.out_dir)}"))
+    head = f"\n{config.title or 'run'}: {record['dataset']['name']}, seed {config.seed}"
+    return "\n".join([head, *(f"  {name:<17} {text}" for name, text in rows)])
+
+
+def duration(seconds: float) -> str:
+    """'12.3 s', '4 min 5 s', '1.2 h'"""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds / 3600:.1f} h"

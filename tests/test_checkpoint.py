@@ -1,0 +1,196 @@
+"""Checkpoints: what was saved comes back, what was damaged is refused, and no stranger's code runs."""
+
+import errno
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import CheckpointError
+
+STATE = {
+    "model": {"weight": torch.arange(5000, dtype=torch.float32), "half": torch.ones(3, dtype=torch.bfloat16)},
+    "progress": {"step": 7, "losses": [4.5, 3.25], "best": None, "name": "é"},
+    "empty": {},
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save(path, STATE)
+    return path
+
+
+def refused(path, *words):
+    """The one-line message with which `path` is refused; it names the file and has these words."""
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+def test_what_was_saved_comes_back(saved):
+    loaded = checkpoint.load(saved)
+    assert torch.equal(loaded["model"]["weight"], STATE["model"]["weight"])
+    assert loaded["model"]["half"].dtype == torch.bfloat16
+    assert loaded["progress"] == STATE["progress"] and loaded["empty"] == {}
+
+
+def test_no_partial_file_stays_behind(saved):
+    assert os.listdir(saved.parent) == ["ckpt.pt"]
+
+
+def test_a_second_save_replaces_the_first(saved):
+    checkpoint.save(saved, {"progress": {"step": 8}})
+    assert checkpoint.load(saved)["progress"] == {"step": 8}
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_previous_checkpoint(saved, monkeypatch, failing):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = saved.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
+        patch.setattr(os, failing, full)
+        checkpoint.save(saved, {"progress": {"step": 8}})
+    for word in (str(saved), "disk is full", "bytes were needed", "saved before is untouched"):
+        assert word in str(caught.value)
+    assert saved.read_bytes() == before and os.listdir(saved.parent) == ["ckpt.pt"]
+    assert checkpoint.load(saved)["progress"]["step"] == 7
+
+
+def test_a_first_save_that_fails_claims_no_previous_one(tmp_path, monkeypatch):
+    def denied(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", denied)
+    with pytest.raises(CheckpointError, match="Input/output error") as caught:
+        checkpoint.save(tmp_path / "ckpt.pt", STATE)
+    assert "previous" not in str(caught.value) and os.listdir(tmp_path) == []
+
+
+def test_a_process_killed_while_writing_leaves_the_previous_checkpoint(saved, monkeypatch):
+    class Killed(BaseException):
+        """Like SIGKILL: no handler of the program's own runs."""
+
+    def killed(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "fsync", killed)
+        checkpoint.save(saved, {"progress": {"step": 8}})
+    assert checkpoint.load(saved)["progress"]["step"] == 7
+    checkpoint.save(saved, {"progress": {"step": 9}})  # what is left of the killed write is in nobody's way
+    assert checkpoint.load(saved)["progress"]["step"] == 9
+
+
+def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        checkpoint.save(tmp_path / "file" / "ckpt.pt", STATE)
+
+
+def test_json_refuses_nan_and_leaves_the_file(tmp_path):
+    path = tmp_path / "summary.json"
+    checkpoint.write_json(path, {"loss": 1.5})
+    with pytest.raises(ValueError):
+        checkpoint.write_json(path, {"loss": float("nan")})
+    assert path.read_text() == '{\n "loss": 1.5\n}\n'
+
+
+def test_a_missing_file_is_named(tmp_path):
+    refused(tmp_path / "ckpt.pt", "no such checkpoint")
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_refused_with_its_size(saved, share):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(share * len(whole))])
+    refused(saved, "cut short", f"{int(share * len(whole)):,} bytes")
+
+
+def test_one_byte_short_is_refused(saved):
+    saved.write_bytes(saved.read_bytes()[:-1])
+    refused(saved, "cut short")
+
+
+@pytest.mark.parametrize("bit", [0, 7])
+def test_one_flipped_bit_in_a_weight_is_found(saved, bit):
+    content = bytearray(saved.read_bytes())
+    position = content.find(STATE["model"]["weight"][1000:1100].numpy().tobytes())
+    assert position > 0
+    content[position] ^= 1 << bit
+    saved.write_bytes(content)
+    refused(saved, "damaged", "checksum")
+
+
+def test_a_plain_text_is_refused(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    path.write_text("The of and to in that is was he for it.\n" * 100)
+    refused(path, "something else wrote it")
+
+
+def test_a_foreign_zip_is_refused(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "hello")
+    refused(path, "cannot be read as a checkpoint")
+
+
+class Malicious:
+    """Unpickling it creates a file."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return open, (self.trace, "w")
+
+
+def save_in_zip(value, path):
+    torch.save(value, path)
+
+
+def save_in_old_format(value, path):
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+
+
+def save_raw(value, path):
+    path.write_bytes(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("write", [save_in_zip, save_in_old_format, save_raw])
+def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, write):
+    trace, path = tmp_path / "the-code-ran", tmp_path / "ckpt.pt"
+    write({"format": checkpoint.FORMAT, "model": Malicious(trace)}, path)
+    assert not trace.exists()
+    refused(path)
+    assert not trace.exists()
+
+
+def test_the_malicious_pickle_of_these_tests_is_malicious(tmp_path):
+    """Else the test above could not fail."""
+    pickle.loads(pickle.dumps(Malicious(tmp_path / "the-code-ran"))).close()
+    assert (tmp_path / "the-code-ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        ({"format": "charmoe checkpoint 0"}, "charmoe checkpoint 0"),
+        ({"model": {}, "iter_num": 5}, "None"),
+        ([1, 2], "list"),
+    ],
+)
+def test_another_format_is_refused_by_name(tmp_path, content, found):
+    path = tmp_path / "ckpt.pt"
+    torch.save(content, path)
+    refused(path, found, checkpoint.FORMAT)

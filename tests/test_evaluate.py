@@ -1,0 +1,205 @@
+"""The two measures: what they are, by hand, and that taking them changes nothing."""
+
+import copy
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny
+
+import evaluate
+import machine
+from data.common import Dataset
+from model import GPT
+
+CPU = machine.choose("cpu", "float32", False)
+DENSE = {}
+MOE = dict(n_expert=4, expert_top_k=2, capacity_factor=0.5, aux_loss_coef=0.1, z_loss_coef=0.01)
+
+
+@pytest.fixture(scope="module")
+def dataset(words):
+    return Dataset.open(words)
+
+
+def model_of(config, dataset):
+    model = GPT(config, dataset.vocabulary.size)
+    for parameter in model.parameters():  # away from the initialisation, where every prediction is nearly uniform
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def characters(dataset, split):
+    """The split as one long tensor."""
+    size = dataset.sizes[split]
+    x, y = next(dataset.windows(split, size - 1, 1))
+    return torch.cat((x[0], y[0, -1:]))
+
+
+@torch.no_grad()
+def clean_by_hand(model, text, block_size):
+    """Mean cross-entropy in float64, one window and one character at a time."""
+    model = copy.deepcopy(model).double().eval()
+    total = 0.0
+    for start in range(0, len(text) - 1, block_size):
+        window = text[start : start + block_size + 1]
+        log_probs = F.log_softmax(model(window[None, :-1]).logits[0], dim=-1)
+        for position, target in enumerate(window[1:].tolist()):
+            total -= log_probs[position, target].item()
+    return total / (len(text) - 1)
+
+
+@pytest.mark.parametrize("changes", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_clean_is_the_cross_entropy_of_the_whole_split(dataset, changes, split):
+    config = tiny(**changes)
+    model = model_of(config, dataset)
+    measured = evaluate.clean(model, dataset, split, config, CPU)
+    text = characters(dataset, split)
+    assert measured.nats == pytest.approx(clean_by_hand(model, text, config.block_size), rel=1e-5)
+    assert measured.tokens == len(text) - 1
+
+
+@pytest.mark.parametrize("changes", [DENSE, MOE], ids=["dense", "moe"])
+def test_clean_does_not_depend_on_batch_size(dataset, changes):
+    """Also where the last batch is mostly, or wholly but for one row, padding."""
+    config = tiny(**changes)
+    model = model_of(config, dataset)
+    losses = [
+        evaluate.clean(model, dataset, "val", tiny(**changes, batch_size=size), CPU).nats for size in (1, 4, 7, 64)
+    ]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+
+
+def test_the_statistics_of_clean_count_each_character_once(dataset):
+    config = tiny(**MOE)
+    measured = evaluate.clean(model_of(config, dataset), dataset, "val", config, CPU)
+    assert [int(layer.tokens) for layer in measured.stats] == [dataset.sizes["val"] - 1] * 2
+    assert [int(layer.load.sum()) for layer in measured.stats] == [2 * (dataset.sizes["val"] - 1)] * 2
+
+
+def test_a_dense_model_has_no_statistics(dataset):
+    config = tiny()
+    assert not evaluate.clean(model_of(config, dataset), dataset, "val", config, CPU).stats
+
+
+def test_measuring_moves_no_global_random_stream_and_drops_nothing(dataset):
+    """A model left in train mode is measured without dropout and jitter, and nothing is drawn from a global
+    generator."""
+    noisy = tiny(**MOE, dropout=0.5, router_jitter=0.5)
+    model = model_of(noisy, dataset)
+
+    def states():
+        return (
+            torch.get_rng_state().tolist(),
+            np.random.get_state()[1].tolist(),
+            np.random.get_state()[2],
+            random.getstate(),
+        )
+
+    before = states()
+    results = []
+    for _ in range(2):
+        model.train()
+        results.append(
+            (
+                evaluate.clean(model, dataset, "val", noisy, CPU).nats,
+                evaluate.paper(model, dataset, "val", noisy, CPU, 3),
+            )
+        )
+    assert states() == before
+    assert results[0] == results[1]
+
+
+def test_measuring_leaves_no_gradient(dataset):
+    config = tiny(**MOE)
+    model = model_of(config, dataset)
+    evaluate.clean(model, dataset, "val", config, CPU)
+    evaluate.paper(model, dataset, "val", config, CPU, 0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_paper_depends_on_seed_and_step_alone(dataset):
+    config = tiny()
+    model = model_of(config, dataset)
+
+    def measure(seed, step):
+        torch.rand(1), np.random.rand(), random.random()  # whatever came before
+        return evaluate.paper(model, dataset, "val", tiny(seed=seed), CPU, step).nats
+
+    assert measure(1, 10) == measure(1, 10)
+    assert len({measure(1, 10), measure(1, 20), measure(2, 10), measure(2, 20)}) == 4
+
+
+def test_paper_is_the_mean_over_its_batches_with_and_without_the_weighted_losses(dataset):
+    config = tiny(**MOE, eval_iters=3)
+    model = model_of(config, dataset).eval()
+    losses, auxiliary = [], []
+    for i in range(3):
+        x, y = dataset.batch(
+            "val", config.seed + evaluate.EVALUATION_STREAM, 5 * 3 + i, config.batch_size, config.block_size
+        )
+        out = model(x, y)
+        losses.append(F.cross_entropy(out.logits.flatten(0, 1), y.flatten()).item())
+        auxiliary.append(0.1 * out.aux["switch"].raw.item() + 0.01 * out.aux["z"].raw.item())
+    measured = evaluate.paper(model, dataset, "val", config, CPU, 5)
+    assert measured.nats == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert measured.with_aux - measured.nats == pytest.approx(sum(auxiliary) / 3, rel=1e-4)
+    assert sum(auxiliary) > 0.1
+
+
+def test_a_dense_model_has_nothing_to_add_to_paper(dataset):
+    config = tiny()
+    measured = evaluate.paper(model_of(config, dataset), dataset, "val", config, CPU, 0)
+    assert measured.with_aux == measured.nats
+
+
+def test_paper_never_sees_the_batches_of_training(dataset, monkeypatch):
+    """Not of the same steps and not of any step of a long run, whatever the seed."""
+    seen = []
+    original = Dataset.batch
+
+    def spy(self, split, seed, step, *shape):
+        seen.append((seed, step))
+        return original(self, split, seed, step, *shape)
+
+    monkeypatch.setattr(Dataset, "batch", spy)
+    for seed in (0, 1337, 2**32 - 1):
+        config = tiny(seed=seed)
+        evaluate.paper(model_of(config, dataset), dataset, "train", config, CPU, 0)
+    training_seeds = range(2**32)
+    assert len(seen) == 3 * config.eval_iters and not any(seed in training_seeds for seed, _ in seen)
+
+
+def test_the_rows_of_paper_differ_from_those_of_training(dataset):
+    config = tiny()
+    shape = config.batch_size, config.block_size
+    for step in range(4):
+        training, _ = dataset.batch("train", config.seed, step, *shape)
+        measured, _ = dataset.batch("train", config.seed + evaluate.EVALUATION_STREAM, step, *shape)
+        assert not torch.equal(training, measured)
+
+
+def test_evaluations_of_different_steps_share_no_batch(dataset, monkeypatch):
+    steps = []
+    original = Dataset.batch
+
+    def spy(self, split, seed, step, *shape):
+        steps.append(step)
+        return original(self, split, seed, step, *shape)
+
+    monkeypatch.setattr(Dataset, "batch", spy)
+    config = tiny(eval_iters=3)
+    model = model_of(config, dataset)
+    for step in (0, 1, 2, 10):
+        evaluate.paper(model, dataset, "val", config, CPU, step)
+    assert len(set(steps)) == len(steps) == 12
+
+
+def test_bits():
+    assert evaluate.bits(math.log(2)) == 1.0
+    assert evaluate.bits(math.log(256)) == pytest.approx(8.0)
+    assert evaluate.Clean(nats=math.log(4), tokens=1, stats=[]).bpc == pytest.approx(2.0)

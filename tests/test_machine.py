@@ -1,0 +1,182 @@
+"""Where a script runs: the choice, its reason, and a description that gives nothing away."""
+
+import getpass
+import json
+import os
+import platform
+import subprocess
+
+import pytest
+import torch
+
+import machine
+from configurator import ConfigError
+
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that pretends to have one GPU of a compute capability."""
+
+    def pretend(capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    return pretend
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """A machine without a GPU of any kind."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def refused(*arguments):
+    with pytest.raises(ConfigError) as caught:
+        machine.choose(*arguments)
+    assert len(caught.value.problems) == 1
+    return caught.value.problems[0]
+
+
+def test_auto_without_a_gpu_is_the_cpu_and_says_why(bare):
+    chosen = machine.choose()
+    assert (chosen.device.type, chosen.dtype, chosen.compile) == ("cpu", torch.float32, False)
+    assert chosen.reason == (
+        "device cpu (auto: no GPU found), dtype float32 (auto: on cpu), not compiled (auto compiles on CUDA only)"
+    )
+
+
+def test_auto_on_a_new_gpu_is_bfloat16_and_compiled(gpu):
+    gpu((9, 0))
+    chosen = machine.choose()
+    assert (chosen.device.type, chosen.dtype, chosen.compile) == ("cuda", torch.bfloat16, True)
+    assert chosen.reason == "device cuda (auto: found), dtype bfloat16 (auto: on CUDA), compiled (pays on CUDA)"
+
+
+def test_an_old_gpu_gets_float32_even_when_bfloat16_is_asked_for(gpu):
+    gpu((7, 5))
+    assert machine.choose().dtype == torch.float32
+    chosen = machine.choose(dtype="bfloat16")
+    assert chosen.dtype == torch.float32
+    assert "bfloat16 was asked for" in chosen.reason and "no units" in chosen.reason
+
+
+def test_what_is_asked_for_is_what_one_gets(bare):
+    chosen = machine.choose("cpu", "bfloat16", True)
+    assert (chosen.device.type, chosen.dtype, chosen.compile) == ("cpu", torch.bfloat16, True)
+    assert chosen.reason.count("asked for") == 3
+    assert machine.choose("cpu", "bfloat16", False).compile is False
+
+
+def test_compile_false_is_kept_on_a_gpu(gpu):
+    gpu((9, 0))
+    chosen = machine.choose(compile=False)
+    assert chosen.compile is False and "not compiled (asked for)" in chosen.reason
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"], ids=lambda device: f"ask-{device}")
+def test_an_absent_device_is_refused_with_what_there_is(bare, device):
+    message = refused(device)
+    for word in (f"device={device!r}", "has no", "it has cpu", "device=auto"):
+        assert word in message
+
+
+@no_cuda
+def test_cuda_is_really_refused_here():
+    assert "no cuda device" in refused("cuda")
+
+
+def test_a_gpu_beyond_the_last_is_refused(gpu):
+    gpu((9, 0))
+    message = refused("cuda:1")
+    assert "cuda:1" in message and "1 CUDA device" in message
+
+
+def test_a_device_that_is_none_is_refused_with_the_choices(bare):
+    message = refused("toaster")
+    for word in ("toaster", "auto", "cpu", "cuda", "mps"):
+        assert word in message
+
+
+def test_autocast_changes_matrix_products_only_where_it_was_chosen():
+    square = torch.ones(2, 2)
+    with machine.choose("cpu", "float32").autocast():
+        assert (square @ square).dtype == torch.float32
+    with machine.choose("cpu", "bfloat16").autocast():
+        assert (square @ square).dtype == torch.bfloat16
+
+
+def test_describe_is_numbers_and_names_that_records_need():
+    described = machine.describe(machine.choose("cpu", "float32", False))
+    assert set(described) == {
+        "device",
+        "device_type",
+        "cores",
+        "threads",
+        "torch",
+        "cuda",
+        "python",
+        "dtype",
+        "compile",
+    }
+    assert described["device"] and described["device_type"] == "cpu" and described["cuda"] is None
+    assert type(described["cores"]) is int and described["cores"] >= 1 and type(described["threads"]) is int
+    assert described["dtype"] == "float32" and described["compile"] is False
+    assert described["torch"] == torch.__version__ and described["python"] == platform.python_version()
+
+
+def test_describe_gives_away_no_path_host_or_user(monkeypatch):
+    monkeypatch.setattr(platform, "node", lambda: "secrethost")
+    monkeypatch.setenv("HOSTNAME", "secrethost")
+    values = [value for value in machine.describe(machine.choose("cpu")).values() if isinstance(value, str)]
+    everything = json.dumps(values)
+    for secret in (platform.node(), os.uname().nodename, str(machine.ROOT), os.path.expanduser("~"), getpass.getuser()):
+        assert secret not in values and (len(secret) < 5 or secret not in everything)
+
+
+def test_a_cpu_without_proc_still_has_a_name(monkeypatch):
+    def absent(*arguments, **options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine.Path, "read_text", absent)
+    assert machine._cpu_name()
+
+
+def test_peak_memory_is_bytes():
+    peak = machine.peak_memory(machine.choose("cpu"))
+    if platform.system() == "Linux":
+        assert 50e6 < peak < 1e12  # torch alone takes more than 50 MB; kB taken for bytes would not
+    else:
+        assert peak is None
+
+
+def git(folder, *arguments):
+    options = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+    return subprocess.run(
+        ["git", "-C", str(folder), *options, *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_git_state_tells_the_commit_and_whether_tracked_files_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    git(tmp_path, "init", "-q")
+    (tmp_path / "code.py").write_text("1\n")
+    git(tmp_path, "add", "code.py")
+    git(tmp_path, "commit", "-q", "-m", "one")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert machine.git_state() == {"commit": commit, "dirty": False}
+    (tmp_path / "results.json").write_text("{}")  # not tracked: not code
+    assert machine.git_state()["dirty"] is False
+    (tmp_path / "code.py").write_text("2\n")
+    assert machine.git_state() == {"commit": commit, "dirty": True}
+
+
+def test_without_a_repository_or_without_git_nothing_is_claimed(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.git_state() == {"commit": None, "dirty": None}
+    monkeypatch.setenv("PATH", "")
+    assert machine.git_state() == {"commit": None, "dirty": None}
