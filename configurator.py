@@ -708,7 +708,8 @@ class Config:
     def from_dict(cls, values: dict[str, Any], origin: str = "record") -> Config:
         """The config of a checkpoint or a record, which problems call `origin`.
 
-        A key that it lacks is younger than it and takes its default: a new key's default means what the code did before.
+        A key that it lacks is younger than it and takes its default: a new key's default means what the code did
+        before.
         """
         if not isinstance(values, dict):
             raise ConfigError([f"{origin}: the config is {shown(values)}; expected a mapping of keys to values"])

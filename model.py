@@ -1,11 +1,11 @@
 """GPT as in nanoGPT, with a dense MLP or a Mixture of Experts in each block.
 
     model = GPT(config, vocab_size)
-    out = model(idx, targets)         # out.loss: cross-entropy, nats; out.objective: what to minimise; out.stats: routing
+    out = model(idx, targets)         # out.loss: cross-entropy, nats; out.objective: what to minimise
     for step in model.generate(prompt, 500, temperature=0.8, top_k=200): ...
 
-Pre-norm blocks, learned positions, tied embeddings, GELU, fused causal attention, GPT-2's initialisation (Radford et al. 2019).
-Letters: B sequences, T positions, D model width, V vocabulary; see `moe.py` for the rest.
+Pre-norm blocks, learned positions, tied embeddings, GELU, fused causal attention, GPT-2's initialisation (Radford et
+al. 2019). Letters: B sequences, T positions, D model width, V vocabulary; see `moe.py` for the rest.
 """
 
 import math
@@ -22,11 +22,11 @@ IGNORED = -1  # a target that is not predicted
 
 
 class Output(NamedTuple):
-    logits: torch.Tensor                 # (B, T, V), or (B, 1, V) with last_only
-    loss: torch.Tensor | None            # mean cross-entropy over the targets, nats; nothing else is ever added to it
-    aux: dict[str, moe.AuxLoss]          # auxiliary losses by name, raw and weighted
-    stats: list[moe.RoutingStats]        # one per MoE layer
-    routing: list[moe.Routing]           # one per MoE layer
+    logits: torch.Tensor  # (B, T, V), or (B, 1, V) with last_only
+    loss: torch.Tensor | None  # mean cross-entropy over the targets, nats; nothing else is ever added to it
+    aux: dict[str, moe.AuxLoss]  # auxiliary losses by name, raw and weighted
+    stats: list[moe.RoutingStats]  # one per MoE layer
+    routing: list[moe.Routing]  # one per MoE layer
 
     @property
     def objective(self):
@@ -35,8 +35,8 @@ class Output(NamedTuple):
 
 
 class Generated(NamedTuple):
-    tokens: torch.Tensor                 # (B,) the next token of each sequence
-    experts: list[torch.Tensor]          # per MoE layer (B, T, K): the experts of the T tokens read since the last step
+    tokens: torch.Tensor  # (B,) the next token of each sequence
+    experts: list[torch.Tensor]  # per MoE layer (B, T, K): the experts of the T tokens read since the last step
 
 
 class KVCache:
@@ -48,7 +48,10 @@ class KVCache:
         options = dict(device=weight.device, dtype=moe.compute_dtype(weight))
         self.keys = [torch.zeros(shape, **options) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, **options) for _ in range(config.n_layer)]
-        self.expert_use = [torch.zeros(batch_size, config.n_expert, dtype=torch.int64, device=weight.device) for _ in range(config.n_layer)]
+        self.expert_use = [
+            torch.zeros(batch_size, config.n_expert, dtype=torch.int64, device=weight.device)
+            for _ in range(config.n_layer)
+        ]
         self.length = 0
 
 
@@ -66,13 +69,14 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.qkv(x_BTD).chunk(3, dim=-1))
         if keys is not None:
-            keys[:, :, past:past + T], values[:, :, past:past + T] = k, v
-            k, v = keys[:, :, :past + T], values[:, :, :past + T]
+            keys[:, :, past : past + T], values[:, :, past : past + T] = k, v
+            k, v = keys[:, :, : past + T], values[:, :, : past + T]
         visible = None
         if past and T > 1:
             visible = torch.ones(T, past + T, dtype=torch.bool, device=x_BTD.device).tril(diagonal=past)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=not past and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=not past and T > 1, dropout_p=self.dropout if self.training else 0.0
+        )
         return self.proj_dropout(self.proj(y.transpose(1, 2).reshape(B, T, D)))
 
 
@@ -117,7 +121,8 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal with SD 0.02; 0.02/√(2·layers) for the 2 projections a layer that write into the residual stream; biases 0, norms 1."""
+        """Normal with SD 0.02; 0.02/√(2·layers) for the 2 projections a layer that write into the residual stream;
+        biases 0, norms 1."""
         std = 0.02
         residual_std = std / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
@@ -129,12 +134,12 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None, cache=None, last_only=False) -> Output:
-        """idx, targets: (B, T) int64; a target of IGNORED is not predicted, and its token not counted in the statistics.
-        cache: a KVCache, which idx continues. last_only: logits of the last position alone."""
+        """idx, targets: (B, T) int64; a target of IGNORED is not predicted, and its token not counted in the
+        statistics. cache: a KVCache, which idx continues. last_only: logits of the last position alone."""
         T, past = idx.size(1), cache.length if cache else 0
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} positions, but block_size is {self.config.block_size}")
-        x = self.token_embedding(idx) + self.position_embedding.weight[past:past + T]
+        x = self.token_embedding(idx) + self.position_embedding.weight[past : past + T]
         x = self.dropout(x)
         routings = []
         for i, block in enumerate(self.blocks):
@@ -158,9 +163,11 @@ class GPT(nn.Module):
         """Continue idx (B, T) by max_new_tokens, one Generated a step.
 
         temperature: logits are divided by it; 0 takes the most likely token. top_k: sample among the k most likely.
-        generators: a torch.Generator per sequence, on the model's device, so that a sample depends on its own seed alone.
+        generators: a torch.Generator per sequence, on the model's device, so that a sample depends on its own seed
+        alone.
 
-        Positions are learned, so a cache cannot slide: when it holds block_size tokens, it is rebuilt from the last block_size // 2.
+        Positions are learned, so a cache cannot slide: when it holds block_size tokens, it is rebuilt from the last
+        block_size // 2.
         """
         if not self.config.is_causal:
             raise ValueError("this model's routing looks at later tokens, so it cannot be sampled from")
@@ -168,11 +175,11 @@ class GPT(nn.Module):
             raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or above")
         if idx.size(1) == 0:
             raise ValueError("an empty prompt: at least one token is needed to start from")
-        window = idx[:, -self.config.block_size:]
+        window = idx[:, -self.config.block_size :]
         cache, unread = KVCache(self, idx.size(0)), window
         for _ in range(max_new_tokens):
             if cache.length + unread.size(1) > self.config.block_size:
-                window = window[:, -max(1, self.config.block_size // 2):]
+                window = window[:, -max(1, self.config.block_size // 2) :]
                 cache, unread = KVCache(self, idx.size(0)), window
             out = self(unread, cache=cache, last_only=True)
             experts = [routing.experts.reshape(*unread.shape, -1) for routing in out.routing]
@@ -182,20 +189,29 @@ class GPT(nn.Module):
             window = torch.cat((window, unread), dim=1)
 
     def count_parameters(self):
-        """Parameters by kind; `total` counts each once (the output layer is the token embedding), `active` are those that one token
-        uses, `embedding` are tokens and positions."""
-        kinds = {"embedding": (nn.Embedding,), "attention": (Attention,), "mlp": (MLP,), "router": tuple(moe.ROUTERS.values()),
-                 "experts": (moe.Experts,), "norm": (nn.LayerNorm,)}
-        counts = {kind: sum(p.numel() for m in self.modules() if isinstance(m, types) for p in m.parameters())
-                  for kind, types in kinds.items()}
+        """Parameters by kind; `total` counts each once (the output layer is the token embedding), `active` are those
+        that one token uses, `embedding` are tokens and positions."""
+        kinds = {
+            "embedding": (nn.Embedding,),
+            "attention": (Attention,),
+            "mlp": (MLP,),
+            "router": tuple(moe.ROUTERS.values()),
+            "experts": (moe.Experts,),
+            "norm": (nn.LayerNorm,),
+        }
+        counts = {
+            kind: sum(p.numel() for m in self.modules() if isinstance(m, types) for p in m.parameters())
+            for kind, types in kinds.items()
+        }
         total = sum(p.numel() for p in self.parameters())
         assert total == sum(counts.values()), "a parameter of no kind, or of two"
         inactive = sum(m.inactive_parameters() for m in self.modules() if isinstance(m, moe.MoE))
         return {"total": total, "active": total - inactive, **counts}
 
     def flops_per_token(self):
-        """Training FLOPs (forward, and twice that backward) per token at full block_size; a multiply-add is 2. Attention is counted
-        over the whole block_size × block_size square, as Chowdhery et al. 2022 (PaLM, appendix B) do; only chosen experts count."""
+        """Training FLOPs (forward, and twice that backward) per token at full block_size; a multiply-add is 2.
+        Attention is counted over the whole block_size × block_size square, as Chowdhery et al. 2022 (PaLM, appendix
+        B) do; only chosen experts count."""
         D, T = self.config.n_embd, self.config.block_size
         forward = 2 * self.token_embedding.weight.numel()
         for block in self.blocks:
@@ -215,4 +231,9 @@ def sample(logits_BV, temperature, top_k=None, generators=None):
     probs_BV = F.softmax(logits_BV, dim=-1)
     if generators is None:
         return torch.multinomial(probs_BV, 1)[:, 0]
-    return torch.cat([torch.multinomial(probs, 1, generator=generator) for probs, generator in zip(probs_BV, generators, strict=True)])
+    return torch.cat(
+        [
+            torch.multinomial(probs, 1, generator=generator)
+            for probs, generator in zip(probs_BV, generators, strict=True)
+        ]
+    )

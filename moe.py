@@ -2,10 +2,10 @@
 
     router logits -> gate -> top-k -> capacity -> experts, weighted by their gates
 
-Each of those steps is an entry of a table (ROUTERS, GATES, EXPERTS, BACKENDS, AUX_LOSSES), named by a key of the config; a new
-one is a function or a small class, a line in its table, and its name among that key's choices in `configurator.py`. Every test of
-`tests/test_moe.py` then runs on it. What the layer promises (causality, independence of batch neighbours, equal backends, …) is
-written there as tests.
+Each of those steps is an entry of a table (ROUTERS, GATES, EXPERTS, BACKENDS, AUX_LOSSES), named by a key of the
+config; a new one is a function or a small class, a line in its table, and its name among that key's choices in
+`configurator.py`. Every test of `tests/test_moe.py` then runs on it. What the layer promises (causality, independence
+of batch neighbours, equal backends, …) is written there as tests.
 
 Letters in shapes and at the ends of names:
     B sequences, T positions, N = B·T tokens, D model width, H hidden width of one expert, E experts,
@@ -24,30 +24,34 @@ import torch.nn.functional as F
 class Routing(NamedTuple):
     """Where the tokens go. `experts` and `gates` belong together; the K choices of a token come best first (in soft
     routing, in expert order)."""
-    logits: torch.Tensor   # (N, E) float32
-    probs: torch.Tensor    # (N, E) float32, rows sum to 1
+
+    logits: torch.Tensor  # (N, E) float32
+    probs: torch.Tensor  # (N, E) float32, rows sum to 1
     experts: torch.Tensor  # (N, K) int64
-    gates: torch.Tensor    # (N, K) float32, 0 where the choice was dropped
-    kept: torch.Tensor     # (N, K) bool, False where the expert was full
+    gates: torch.Tensor  # (N, K) float32, 0 where the choice was dropped
+    kept: torch.Tensor  # (N, K) bool, False where the expert was full
 
 
 class AuxLoss(NamedTuple):
     """An auxiliary loss over all layers, before (`raw`) and after (`weighted`) its coefficient; 0-d float32."""
+
     raw: torch.Tensor
     weighted: torch.Tensor
 
 
 class RoutingStats(NamedTuple):
     """Sums over tokens for one layer, left on the device: add them up over calls, read them once with `summarize`."""
-    load: torch.Tensor       # (E,) choices per expert, before capacity
-    dropped: torch.Tensor    # () choices that found their expert full
-    tokens: torch.Tensor     # ()
-    entropy: torch.Tensor    # () entropy of the router's distribution, nats
+
+    load: torch.Tensor  # (E,) choices per expert, before capacity
+    dropped: torch.Tensor  # () choices that found their expert full
+    tokens: torch.Tensor  # ()
+    entropy: torch.Tensor  # () entropy of the router's distribution, nats
     gate_mass: torch.Tensor  # () sum of the gates that were used
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Routers: (B, T, D) float32 -> logits (B, T, E)
+
 
 class LearnedRouter(nn.Module):
     """One linear map, trained with the rest (Shazeer et al. 2017; Fedus et al. 2022, eq. 1)."""
@@ -76,8 +80,8 @@ GATES: dict[str, Callable] = {
 
 
 def choose(scores_NE, k):
-    """The k best experts of each token, as (gates (N, k), experts (N, k)); ties go to the lower index, on every device and for
-    every N, so that cached and uncached decoding agree."""
+    """The k best experts of each token, as (gates (N, k), experts (N, k)); ties go to the lower index, on every
+    device and for every N, so that cached and uncached decoding agree."""
     n_expert = scores_NE.size(-1)
     if k == n_expert:
         return scores_NE, torch.arange(n_expert, device=scores_NE.device).expand_as(scores_NE)
@@ -91,9 +95,10 @@ def choose(scores_NE, k):
 # ---------------------------------------------------------------------------------------------------------------------
 # Capacity
 
+
 def capacity(config, n_sequences=1):
-    """C = ceil(cf · k · T / E) choices per expert and sequence (Fedus et al. 2022, eq. 3), with T the block size and not the length
-    at hand: a later token must not change what an earlier one was given."""
+    """C = ceil(cf · k · T / E) choices per expert and sequence (Fedus et al. 2022, eq. 3), with T the block size and
+    not the length at hand: a later token must not change what an earlier one was given."""
     return math.ceil(config.capacity_factor * config.expert_top_k * config.block_size * n_sequences / config.n_expert)
 
 
@@ -112,9 +117,10 @@ def within_capacity(experts_GS, n_expert, limit, used_GE=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Backends: (x (N, D), routing, experts) -> Σ_k hidden(x W_in[e_k]ᵀ + b_in[e_k], g_k) W_out[e_k], the sum over a token's choices.
-# `experts` gives w_in (E, H, D), bias_in (E, H) or None, w_out (E, H, D) or None (then the hidden sum (N, H) comes back), and
-# `hidden(up, gate)`, which must be 0 where the gate is 0.
+# Backends: (x (N, D), routing, experts) -> Σ_k hidden(x W_in[e_k]ᵀ + b_in[e_k], g_k) W_out[e_k], the sum over a
+# token's choices. `experts` gives w_in (E, H, D), bias_in (E, H) or None, w_out (E, H, D) or None (then the hidden
+# sum (N, H) comes back), and `hidden(up, gate)`, which must be 0 where the gate is 0.
+
 
 def reference(x_ND, routing, experts):
     """A loop over experts, each on the tokens that it kept: what the others are tested against."""
@@ -132,7 +138,8 @@ def reference(x_ND, routing, experts):
 
 
 def masked(x_ND, routing, experts):
-    """All experts as one wide MLP, the unused ones silenced by a gate of 0: no dispatch, but the FLOPs of all E experts."""
+    """All experts as one wide MLP, the unused ones silenced by a gate of 0: no dispatch, but the FLOPs of all E
+    experts."""
     E, H, D = experts.w_in.shape
     gates_NE = gates_per_expert(routing)
     bias = None if experts.bias_in is None else experts.bias_in.view(E * H)
@@ -144,13 +151,14 @@ def masked(x_ND, routing, experts):
 
 
 def sorted_by_expert(x_ND, routing, experts):
-    """Choices sorted by expert, then one grouped GEMM per weight (torch.nn.functional.grouped_mm); widths multiples of 8.
+    """Choices sorted by expert, then one grouped GEMM per weight (torch.nn.functional.grouped_mm); widths multiples
+    of 8.
 
     Dropped choices are computed too, with a gate of 0: the shapes must not depend on the data.
     """
     N, K = routing.experts.shape
-    expert_M = routing.experts.reshape(-1)                              # M = N·K choices
-    order = torch.argsort(expert_M.to(torch.uint8), stable=True)
+    expert_M = routing.experts.reshape(-1)  # M = N·K choices
+    order = torch.argsort(expert_M.to(torch.int16), stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=order.device))
     load = F.one_hot(expert_M, experts.w_in.size(0)).sum(dim=0)
     offsets = load.cumsum(0).to(torch.int32)
@@ -177,9 +185,9 @@ BACKENDS: dict[str, Callable] = {
 def choose_backend(x_ND, experts, k):
     """What `moe_backend=auto` means: the name of the fastest backend that runs here.
 
-    `masked` computes all E·H hidden units, so it wins while they are not much more than the k·H that are needed, or than a dense MLP's
-    4·D; where the grouped GEMM has no fast kernel (CUDA without bf16 or below sm90) or does not compile (float32), it is also the only
-    one without a synchronisation or a graph break.
+    `masked` computes all E·H hidden units, so it wins while they are not much more than the k·H that are needed, or
+    than a dense MLP's 4·D; where the grouped GEMM has no fast kernel (CUDA without bf16 or below sm90) or does not
+    compile (float32), it is also the only one without a synchronisation or a graph break.
     """
     E, H, D = experts.w_in.shape
     if E == k or E * H <= 1.5 * 4 * D or D % 8 or H % 8:
@@ -187,13 +195,18 @@ def choose_backend(x_ND, experts, k):
     bf16 = compute_dtype(x_ND) == torch.bfloat16
     if x_ND.is_cuda:
         return "sorted" if bf16 and torch.cuda.get_device_capability(x_ND.device) >= (9, 0) else "masked"
-    if x_ND.device.type != "cpu" or compute_dtype(x_ND) == torch.float64 or (torch.compiler.is_compiling() and not bf16):
+    if (
+        x_ND.device.type != "cpu"
+        or compute_dtype(x_ND) == torch.float64
+        or (torch.compiler.is_compiling() and not bf16)
+    ):
         return "masked"
     return "sorted"
 
 
 def compute_dtype(x):
-    """The dtype that matrix products of x take: autocast's where it is on, for operations that autocast does not know."""
+    """The dtype that matrix products of x take: autocast's where it is on, for operations that autocast does not
+    know."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -206,12 +219,15 @@ def gates_per_expert(routing):
 # ---------------------------------------------------------------------------------------------------------------------
 # Experts
 
+
 class Experts(nn.Module):
     """E first layers: W_in (H, D) and b_in (H,) each, stacked. A kind of experts adds what follows them, and tells
     `stacked`: its parameters that have one slice per expert (the others serve every token).
 
-    config.expert_hidden: H; 0 = the kind's own, which has the dense MLP's 4·D units per expert (mlp) or in total (linear kinds).
+    config.expert_hidden: H; 0 = the kind's own, which has the dense MLP's 4·D units per expert (mlp) or in total
+    (linear kinds).
     """
+
     stacked: tuple[str, ...]
 
     @staticmethod
@@ -231,7 +247,9 @@ class Experts(nn.Module):
 
 
 class MLPExperts(Experts):
-    """E separate MLPs, outputs weighted (Shazeer et al. 2017, eq. 1):  y = Σ_k g_k (GELU(x W_inᵀ + b_in) W_out + b_out)."""
+    """E separate MLPs, outputs weighted (Shazeer et al. 2017, eq. 1):  y = Σ_k g_k (GELU(x W_inᵀ + b_in) W_out +
+    b_out)."""
+
     stacked = ("w_in", "bias_in", "w_out", "bias_out")
 
     @staticmethod
@@ -255,11 +273,14 @@ class MLPExperts(Experts):
 
 
 class LinearConcatExperts(Experts):
-    """E linear experts in place of the MLP's first layer, gated outputs side by side:  y = GELU([g_1 x W_1ᵀ … g_E x W_Eᵀ]) W_out + b_out.
+    """E linear experts in place of the MLP's first layer, gated outputs side by side:  y = GELU([g_1 x W_1ᵀ … g_E x
+    W_Eᵀ]) W_out + b_out.
 
-    Paper B's layer read literally: with H = 4·D/E it has the dense MLP's parameters, and with all gates at 1 it is the dense MLP.
-    Since GELU(0) = 0, the product with W_out is a sum over the chosen experts' rows of it: MLPExperts with the gate before the GELU.
+    Paper B's layer read literally: with H = 4·D/E it has the dense MLP's parameters, and with all gates at 1 it is
+    the dense MLP. Since GELU(0) = 0, the product with W_out is a sum over the chosen experts' rows of it: MLPExperts
+    with the gate before the GELU.
     """
+
     stacked = ("w_in", "bias_in", "w_out")
 
     def __init__(self, config):
@@ -278,7 +299,9 @@ class LinearConcatExperts(Experts):
 
 
 class LinearSumExperts(Experts):
-    """Paper B's layer, the other reading:  y = GELU(Σ_k g_k (x W_kᵀ + b_k)) W_mix + b_out, with one W_mix (H, D) for all."""
+    """Paper B's layer, the other reading:  y = GELU(Σ_k g_k (x W_kᵀ + b_k)) W_mix + b_out, with one W_mix (H, D) for
+    all."""
+
     stacked = ("w_in", "bias_in")
 
     def __init__(self, config):
@@ -314,6 +337,7 @@ EXPERTS: dict[str, type[Experts]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 # The layer
 
+
 class MoE(nn.Module):
     """A Mixture-of-Experts layer in the place of an MLP: (B, T, D) -> (B, T, D), and the Routing that made it.
 
@@ -329,7 +353,8 @@ class MoE(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD, used_BE=None):
-        """used_BE (B, E) int64, updated in place: the choices that each sequence has already made, when x continues a cached sequence."""
+        """used_BE (B, E) int64, updated in place: the choices that each sequence has already made, when x continues a
+        cached sequence."""
         routing = self.route(x_BTD, used_BE)
         x_ND = x_BTD.reshape(-1, x_BTD.size(-1))
         name = self.config.moe_backend
@@ -358,14 +383,15 @@ class MoE(nn.Module):
             return torch.ones_like(experts_NK, dtype=torch.bool)
         if config.capacity_group == "batch":
             if used_BE is not None:
-                raise ValueError("capacity_group=batch lets sequences displace each other's tokens: it cannot be decoded with a cache")
+                raise ValueError("capacity_group=batch makes sequences share room: it cannot be decoded with a cache")
             kept = within_capacity(experts_NK.reshape(1, -1), config.n_expert, capacity(config, n_sequences))
         else:
             kept = within_capacity(experts_NK.reshape(n_sequences, -1), config.n_expert, capacity(config), used_BE)
         return kept.view(experts_NK.shape)
 
     def init_weights(self, std, residual_std):
-        """Normal initialisation as in GPT-2: residual_std for what writes into the residual stream, std for the rest; biases 0."""
+        """Normal initialisation as in GPT-2: residual_std for what writes into the residual stream, std for the rest;
+        biases 0."""
         for name, parameter in self.named_parameters():
             kind = name.rpartition(".")[2]
             if kind.startswith("bias"):
@@ -385,9 +411,10 @@ class MoE(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Auxiliary losses: routing -> 0-d float32, before the coefficient, for one layer
 
+
 def switch_loss(routing):
-    """E · Σ_i f_i P_i (Fedus et al. 2022, eq. 4): f the share of the choices that went to expert i (before capacity), P its mean
-    probability. 1 under uniform routing, at most E."""
+    """E · Σ_i f_i P_i (Fedus et al. 2022, eq. 4): f the share of the choices that went to expert i (before capacity),
+    P its mean probability. 1 under uniform routing, at most E."""
     n_expert = routing.probs.size(-1)
     share_E = F.one_hot(routing.experts, n_expert).to(routing.probs.dtype).mean(dim=(0, 1))
     return n_expert * (share_E * routing.probs.mean(dim=0)).sum()
@@ -422,6 +449,7 @@ def aux_losses(routings, config):
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
 
+
 @torch.no_grad()
 def routing_stats(routing, counted_N=None):
     """One layer's RoutingStats, without a synchronisation. counted_N (N,) bool: tokens to count (default: all)."""
@@ -445,8 +473,8 @@ def add_stats(total, stats):
 
 
 def summarize(stats):
-    """RoutingStats -> numbers: load (share of the choices per expert), drop_rate (of choices), entropy (nats per token), gate_mass
-    (per token), dead (experts with no choice), tokens. Synchronises."""
+    """RoutingStats -> numbers: load (share of the choices per expert), drop_rate (of choices), entropy (nats per
+    token), gate_mass (per token), dead (experts with no choice), tokens. Synchronises."""
     load = stats.load.tolist()
     choices, tokens = sum(load), stats.tokens.item()
     if not tokens:

@@ -9,8 +9,22 @@ import torch
 from configurator import Config
 from data.build import TRAIN_VAL_TEST, TextSpec, prepare
 
-TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, dropout=0.0, device="cpu",
-            max_iters=20, eval_interval=10, eval_iters=2, log_interval=5, warmup_iters=4, learning_rate=1e-2, min_lr=1e-3)
+TINY = dict(
+    n_layer=2,
+    n_head=2,
+    n_embd=16,
+    block_size=16,
+    batch_size=4,
+    dropout=0.0,
+    device="cpu",
+    max_iters=20,
+    eval_interval=10,
+    eval_iters=2,
+    log_interval=5,
+    warmup_iters=4,
+    learning_rate=1e-2,
+    min_lr=1e-3,
+)
 
 
 def tiny(**changes):
@@ -30,19 +44,23 @@ def seeded():
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "cuda" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(skip)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prepared texts, and runs on them
 
-WORDS = ("the of and to in that is was he for it with as his on be at by had not are but from or have they which one you were "
-         "all her she there would their we him been has when who will no more if out so said what up its about into than them").split()
+WORDS = (
+    "the of and to in that is was he for it with as his on be at by had not are but from or have they which one you "
+    "were all her she there would their we him been has when who will no more if out so said what up its about into "
+    "than them"
+).split()
 
 
 def english(n_words, seed):
-    """Sentences of common words, with capitals, digits and newlines: a text that a tiny model can learn something about."""
+    """Sentences of common words, with capitals, digits and newlines: a text that a tiny model can learn something
+    about."""
     generator = np.random.default_rng(seed)
     lines = []
     while n_words > 0:
@@ -97,3 +115,8 @@ def moe_run(words, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("runs") / "moe"
     assert train_tiny(words, out_dir, n_expert=4, expert_top_k=2, capacity_factor=0.5) == 0
     return out_dir
+
+
+# Tiny models gain nothing from a second thread, and on busy cores the threads only wait for each other: a hundredfold
+# slower.
+torch.set_num_threads(1)

@@ -16,7 +16,6 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import (  # noqa: E402
     EXPERIMENT,
-    MACHINE,
     SCHEDULE,
     Config,
     ConfigError,
@@ -484,6 +483,7 @@ def test_the_hash_counts_what_defines_the_result_and_nothing_else():
 
 def test_the_hash_is_of_what_differs_from_the_defaults():
     """So a key that is added later changes no hash of an old record."""
+
     def digits(values):
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 

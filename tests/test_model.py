@@ -47,10 +47,15 @@ def tokens(*shape):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes and accounting
 
+
 def test_the_paper_size_model_has_nanogpts_10_65_million_parameters():
     """nanoGPT counts without the 256 position embeddings."""
     counts = GPT(Config(), 65).count_parameters()
-    assert counts["total"] - 256 * 384 == 10_646_784 and counts["active"] == counts["total"] and counts["router"] == counts["experts"] == 0
+    assert (
+        counts["total"] - 256 * 384 == 10_646_784
+        and counts["active"] == counts["total"]
+        and counts["router"] == counts["experts"] == 0
+    )
 
 
 def test_paper_bs_linear_experts_have_the_dense_models_parameters_and_a_router():
@@ -60,14 +65,18 @@ def test_paper_bs_linear_experts_have_the_dense_models_parameters_and_a_router()
 
 
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_use():
-    dense, counts = GPT(tiny(), VOCABULARY).count_parameters(), GPT(tiny(n_expert=4, expert_top_k=1), VOCABULARY).count_parameters()
+    dense, counts = (
+        GPT(tiny(), VOCABULARY).count_parameters(),
+        GPT(tiny(n_expert=4, expert_top_k=1), VOCABULARY).count_parameters(),
+    )
     assert counts["active"] == dense["total"] + counts["router"]
     assert counts["total"] == dense["total"] + counts["router"] + 3 * dense["mlp"]
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if "capacity" not in k])
 def test_flops_are_those_that_torch_counts_on_the_reference_backend(kind):
-    """Backward at twice the forward, and attention over the whole square, are conventions; the forward count is checked."""
+    """Backward at twice the forward, and attention over the whole square, are conventions; the forward count is
+    checked."""
     model = gpt(moe_backend="reference", **KINDS[kind]).float()
     # The counter knows the matrix products of plain attention, not the fused kernel of a CPU.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -82,7 +91,9 @@ def test_initialisation_is_gpt2s():
             assert (parameter == 1).all(), name
         else:
             expected = 0.02 / math.sqrt(4) if name.endswith(("proj.weight", "w_out", "w_mix")) else 0.02
-            assert parameter.std().item() == pytest.approx(expected, rel=0.1) and abs(parameter.mean().item()) < 0.003, name
+            assert (
+                parameter.std().item() == pytest.approx(expected, rel=0.1) and abs(parameter.mean().item()) < 0.003
+            ), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,6 +105,7 @@ def test_every_parameter_is_trained(kind):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss
+
 
 def test_loss_is_the_cross_entropy_alone_and_the_objective_adds_the_auxiliary_losses():
     model = gpt(n_expert=4, aux_loss_coef=0.5, z_loss_coef=0.25)
@@ -128,6 +140,7 @@ def test_ignored_targets_count_neither_in_the_loss_nor_in_the_statistics():
 # ---------------------------------------------------------------------------------------------------------------------
 # Causality and the cache
 
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_later_token_changes_no_earlier_logit(kind):
     model = gpt(std=0.5, **KINDS[kind])
@@ -135,8 +148,8 @@ def test_a_later_token_changes_no_earlier_logit(kind):
     logits = model(x).logits
     for t in range(15):
         changed = x.clone()
-        changed[:, t + 1:] = tokens(2, 15 - t)
-        torch.testing.assert_close(model(changed).logits[:, :t + 1], logits[:, :t + 1], rtol=0, atol=1e-10)
+        changed[:, t + 1 :] = tokens(2, 15 - t)
+        torch.testing.assert_close(model(changed).logits[:, : t + 1], logits[:, : t + 1], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,6 +182,7 @@ def test_more_positions_than_block_size_are_refused():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
+
 
 def generated(model, prompt, count, **options):
     return torch.stack([step.tokens for step in model.generate(prompt, count, **options)], dim=1)
@@ -212,7 +226,11 @@ def test_a_sample_depends_on_its_own_generator_alone():
 def test_top_k_and_temperature_narrow_the_choice():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).expand(2000, -1)
     assert set(sample(logits, 1.0, top_k=2).tolist()) == {1, 2}
-    assert (sample(logits, 1.0, top_k=1) == 1).all() and (sample(logits, 0) == 1).all() and (sample(logits, 1e-30) == 1).all()
+    assert (
+        (sample(logits, 1.0, top_k=1) == 1).all()
+        and (sample(logits, 0) == 1).all()
+        and (sample(logits, 1e-30) == 1).all()
+    )
     share = (sample(logits, 2.0) == 1).float().mean().item()
     assert share == pytest.approx((logits[0] / 2).softmax(0)[1].item(), abs=0.05)
 
@@ -240,9 +258,12 @@ def test_generation_refuses_what_it_cannot_do():
 # ---------------------------------------------------------------------------------------------------------------------
 # Every shipped config
 
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_builds_and_trains_a_step(path):
-    config = configurator.parse(Config, [str(path), str(ROOT / "config/cpu.py"), "--n_layer=2", "--n_embd=32", "--batch_size=2"])
+    config = configurator.parse(
+        Config, [str(path), str(ROOT / "config/cpu.py"), "--n_layer=2", "--n_embd=32", "--batch_size=2"]
+    )
     model = GPT(config, VOCABULARY)
     out = model(tokens(2, 64), tokens(2, 64))
     out.objective.backward()
@@ -254,7 +275,10 @@ def test_a_shipped_config_builds_and_trains_a_step(path):
 def test_a_shipped_config_traces_as_one_graph(path, train):
     """No graph break anywhere, forward and backward; the compiler behind the tracer is not needed for that."""
     torch._dynamo.reset()
-    config = configurator.parse(Config, [str(path), str(ROOT / "config/cpu.py"), "--n_layer=1", "--n_embd=32", "--batch_size=2", "--dropout=0.1"])
+    config = configurator.parse(
+        Config,
+        [str(path), str(ROOT / "config/cpu.py"), "--n_layer=1", "--n_embd=32", "--batch_size=2", "--dropout=0.1"],
+    )
     model = GPT(config, VOCABULARY).train(train)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x, y = tokens(2, 64), tokens(2, 64)

@@ -16,13 +16,36 @@ from model import MLP
 
 def grid():
     """Every combination of the tables' entries, with shapes chosen to be awkward, that the config allows."""
-    cases = itertools.product(moe.ROUTERS, moe.GATES, moe.EXPERTS, [(2, 1), (3, 2), (4, 0), (4, 4), (1, 1)], [0.0, 0.5, 1.25],
-                              ["sequence", "batch"], [False, True], [False, True])
+    cases = itertools.product(
+        moe.ROUTERS,
+        moe.GATES,
+        moe.EXPERTS,
+        [(2, 1), (3, 2), (4, 0), (4, 4), (1, 1)],
+        [0.0, 0.5, 1.25],
+        ["sequence", "batch"],
+        [False, True],
+        [False, True],
+    )
     for router, gate, kind, (n_expert, k), factor, group, renormalize, bias in cases:
         config = dataclasses.replace(
-            Config(), n_layer=2, n_head=2, n_embd=8, block_size=11, dropout=0.0, bias=bias, expert_hidden=8, n_expert=n_expert,
-            expert_top_k=k, router=router, gate=gate, expert_kind=kind, gate_renormalize=renormalize, capacity_factor=factor,
-            capacity_group=group, aux_loss="none")
+            Config(),
+            n_layer=2,
+            n_head=2,
+            n_embd=8,
+            block_size=11,
+            dropout=0.0,
+            bias=bias,
+            expert_hidden=8,
+            n_expert=n_expert,
+            expert_top_k=k,
+            router=router,
+            gate=gate,
+            expert_kind=kind,
+            gate_renormalize=renormalize,
+            capacity_factor=factor,
+            capacity_group=group,
+            aux_loss="none",
+        )
         if not list(config.problems()) and (factor or group == "sequence"):
             yield config
 
@@ -32,8 +55,10 @@ GRID = list(grid())
 
 def name_of(config):
     factor = f"-cap{config.capacity_factor}-{config.capacity_group}" if config.capacity_factor else ""
-    return (f"{config.router}-{config.gate}-{config.expert_kind}-{config.n_expert}x{config.expert_top_k}{factor}"
-            f"{'-renorm' * config.gate_renormalize}{'-bias' * config.bias}")
+    return (
+        f"{config.router}-{config.gate}-{config.expert_kind}-{config.n_expert}x{config.expert_top_k}{factor}"
+        f"{'-renorm' * config.gate_renormalize}{'-bias' * config.bias}"
+    )
 
 
 def layer_of(config, std=0.5, **changes):
@@ -58,14 +83,23 @@ def test_the_grid_covers_every_entry_of_every_table():
     assert {c.expert_kind for c in GRID} == set(moe.EXPERTS) and len(GRID) > 100
 
 
-@pytest.mark.parametrize("key, table", [("router", moe.ROUTERS), ("gate", moe.GATES), ("expert_kind", moe.EXPERTS),
-                                        ("aux_loss", moe.AUX_LOSSES), ("moe_backend", {"auto": None, **moe.BACKENDS})])
+@pytest.mark.parametrize(
+    "key, table",
+    [
+        ("router", moe.ROUTERS),
+        ("gate", moe.GATES),
+        ("expert_kind", moe.EXPERTS),
+        ("aux_loss", moe.AUX_LOSSES),
+        ("moe_backend", {"auto": None, **moe.BACKENDS}),
+    ],
+)
 def test_the_config_offers_what_the_tables_hold(key, table):
     assert choices_of(options_of(Config)[key]) == list(table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Every backend gives the reference's outputs and gradients
+
 
 @pytest.mark.parametrize("backend", sorted(set(moe.BACKENDS) - {"reference"}))
 @pytest.mark.parametrize("config", GRID, ids=name_of)
@@ -79,9 +113,15 @@ def test_a_backend_gives_the_outputs_and_gradients_of_the_reference(config, back
         x = x0.clone().requires_grad_()
         y, _ = layer(x)
         (y * upstream).sum().backward()
-        results[name] = {"y": y, "x": x.grad, **{n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in layer.named_parameters()}}
+        results[name] = {
+            "y": y,
+            "x": x.grad,
+            **{n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in layer.named_parameters()},
+        }
     for key, expected in results["reference"].items():
-        torch.testing.assert_close(results[backend][key], expected, rtol=1e-4, atol=1e-4 * max(1.0, expected.abs().max().item()), msg=key)
+        torch.testing.assert_close(
+            results[backend][key], expected, rtol=1e-4, atol=1e-4 * max(1.0, expected.abs().max().item()), msg=key
+        )
 
 
 @pytest.mark.parametrize("backend", sorted(moe.BACKENDS))
@@ -96,7 +136,11 @@ def test_experts_without_tokens_get_a_gradient_of_zero(backend):
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
 
 
-GRID_TOP1 = next(c for c in GRID if c.expert_kind == "mlp" and (c.n_expert, c.expert_top_k) == (2, 1) and not c.capacity_factor and not c.bias)
+GRID_TOP1 = next(
+    c
+    for c in GRID
+    if c.expert_kind == "mlp" and (c.n_expert, c.expert_top_k) == (2, 1) and not c.capacity_factor and not c.bias
+)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7])
@@ -119,6 +163,7 @@ def test_auto_picks_a_backend_by_how_much_the_experts_would_waste():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The dense MLP as a special case
+
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("backend", sorted(moe.BACKENDS))
@@ -163,6 +208,7 @@ def test_linear_sum_is_one_hidden_layer_of_mixed_weights():
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. to 5. Causality, independence, caching: of the layer, over the grid (the whole model: test_model.py)
 
+
 @pytest.mark.parametrize("config", [c for c in GRID if c.is_causal], ids=name_of)
 def test_a_later_token_changes_nothing_before_it(config):
     layer = layer_of(config).double()
@@ -170,8 +216,8 @@ def test_a_later_token_changes_nothing_before_it(config):
     y, _ = layer(x)
     for t in range(0, 11, 3):
         changed = x.clone()
-        changed[:, t + 1:] = torch.randn_like(changed[:, t + 1:])
-        torch.testing.assert_close(layer(changed)[0][:, :t + 1], y[:, :t + 1], rtol=0, atol=1e-12)
+        changed[:, t + 1 :] = torch.randn_like(changed[:, t + 1 :])
+        torch.testing.assert_close(layer(changed)[0][:, : t + 1], y[:, : t + 1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", [c for c in GRID if c.is_causal], ids=name_of)
@@ -216,6 +262,7 @@ def test_a_capacity_shared_by_the_batch_is_not_causal_and_says_so():
 # ---------------------------------------------------------------------------------------------------------------------
 # Capacity
 
+
 def test_an_earlier_second_choice_is_served_before_a_later_first_choice():
     """Ranking all first choices before any second one would let a later token change an earlier one's fate."""
     experts = torch.tensor([[0, 1, 1, 0]])  # token 0 chooses 0 then 1, token 1 chooses 1 then 0
@@ -228,7 +275,9 @@ def test_a_used_up_expert_stays_full_for_the_rest_of_a_cached_sequence():
     assert used.tolist() == [[3, 2]]
 
 
-@pytest.mark.parametrize("factor, k, T, E, expected", [(1.0, 2, 256, 4, 128), (0.5, 2, 256, 4, 64), (1.0, 1, 10, 4, 3), (0.01, 1, 10, 4, 1)])
+@pytest.mark.parametrize(
+    "factor, k, T, E, expected", [(1.0, 2, 256, 4, 128), (0.5, 2, 256, 4, 64), (1.0, 1, 10, 4, 3), (0.01, 1, 10, 4, 1)]
+)
 def test_capacity_is_rounded_up(factor, k, T, E, expected):
     assert moe.capacity(tiny(n_expert=E, expert_top_k=k, capacity_factor=factor, block_size=T)) == expected
 
@@ -250,6 +299,7 @@ def test_a_dropped_token_gets_exactly_nothing_from_the_layer(config):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Router arithmetic
+
 
 def test_cross_entropy_reaches_a_top_1_router():
     """One gate that is renormalised to 1 would leave the router without a gradient."""
@@ -311,6 +361,7 @@ def test_masked_experts_make_no_nan(k):
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. Auxiliary losses
 
+
 def test_the_switch_loss_is_one_under_uniform_routing():
     experts = [[i % 4] for i in range(16)]
     assert moe.switch_loss(routing_of(experts, [[1.0]] * 16, 4)).item() == pytest.approx(1.0)
@@ -345,7 +396,9 @@ def test_layers_combine_as_the_config_says(reduction, factor):
     routing = routing_of([[i % 4] for i in range(8)], [[1.0]] * 8, 4)
     config = tiny(n_expert=4, aux_loss_reduction=reduction, aux_loss_coef=0.5, z_loss_coef=0.0)
     losses = moe.aux_losses([routing, routing], config)
-    assert losses["switch"].raw.item() == pytest.approx(factor) and losses["switch"].weighted.item() == pytest.approx(0.5 * factor)
+    assert losses["switch"].raw.item() == pytest.approx(factor) and losses["switch"].weighted.item() == pytest.approx(
+        0.5 * factor
+    )
     assert losses["z"].raw > 0 and losses["z"].weighted == 0, "measured though it counts for nothing"
 
 
@@ -358,10 +411,18 @@ def test_a_coefficient_of_zero_leaves_no_gradient():
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Statistics
 
+
 def test_statistics_by_hand():
-    routing = routing_of([[0, 1], [0, 2], [0, 1]], [[0.5, 0.25], [0.5, 0.0], [0.0, 0.0]], 4, kept=[[True, True], [True, False], [False, False]])
+    routing = routing_of(
+        [[0, 1], [0, 2], [0, 1]],
+        [[0.5, 0.25], [0.5, 0.0], [0.0, 0.0]],
+        4,
+        kept=[[True, True], [True, False], [False, False]],
+    )
     summary = moe.summarize(moe.routing_stats(routing))
-    assert summary["load"] == pytest.approx([3 / 6, 2 / 6, 1 / 6, 0]) and summary["dead"] == 1 and summary["tokens"] == 3
+    assert (
+        summary["load"] == pytest.approx([3 / 6, 2 / 6, 1 / 6, 0]) and summary["dead"] == 1 and summary["tokens"] == 3
+    )
     assert summary["drop_rate"] == pytest.approx(3 / 6) and summary["gate_mass"] == pytest.approx(1.25 / 3)
     assert summary["entropy"] == pytest.approx(math.log(4))
 
@@ -383,4 +444,17 @@ def test_statistics_of_nothing_are_refused():
 @pytest.mark.parametrize("config", [c for c in GRID if c.capacity_factor == 0.5], ids=name_of)
 def test_the_drop_rate_counts_the_dropped_choices(config):
     _, routing = layer_of(config)(torch.randn(3, 11, 8))
-    assert moe.summarize(moe.routing_stats(routing))["drop_rate"] == pytest.approx(1 - routing.kept.float().mean().item())
+    assert moe.summarize(moe.routing_stats(routing))["drop_rate"] == pytest.approx(
+        1 - routing.kept.float().mean().item()
+    )
+
+
+@pytest.mark.parametrize("backend", sorted(set(moe.BACKENDS) - {"reference"}))
+def test_more_experts_than_a_byte_can_number(backend):
+    config = tiny(n_expert=300, expert_top_k=1, expert_hidden=8, n_embd=8)
+    layer = layer_of(config, moe_backend=backend)
+    x = torch.randn(2, 16, 8)
+    y, routing = layer(x)
+    assert routing.experts.max() > 255
+    expected = layer.experts(x.view(32, 8), routing, moe.reference).view(2, 16, 8)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)

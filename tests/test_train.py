@@ -1,0 +1,993 @@
+"""train.py: a run that can be trusted, stopped, and gone on with. Tiny models, in process, everything under
+tmp_path."""
+
+import errno
+import json
+import math
+import os
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, english, prepare_text, tiny, train_tiny
+
+import checkpoint
+import evaluate
+import machine
+import train
+from checkpoint import CheckpointError
+from configurator import Config, ConfigError
+from data.common import DataError, Dataset
+from model import GPT
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {"config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json"}
+# Everything random, and everything that is summed up between two log lines, at once.
+HARD = dict(
+    n_expert=4, expert_top_k=2, capacity_factor=0.5, dropout=0.2, router_jitter=0.1, gradient_accumulation_steps=2
+)
+# What may differ between a run and the same run again: clocks, and where and how it was made.
+INCIDENTAL = {
+    "step_ms",
+    "tokens_per_second",
+    "seconds",
+    "median_step_ms",
+    "peak_memory_bytes",
+    "git",
+    "resumed",
+    "metrics_bytes",
+    "out_dir",
+    "init_from",
+    "overwrite",
+}
+
+
+def record_of(out_dir):
+    return json.loads((out_dir / "summary.json").read_text())
+
+
+def lines_of(out_dir, kind=None):
+    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["kind"])]
+
+
+def steps_of(out_dir, kind):
+    return [line["step"] for line in lines_of(out_dir, kind)]
+
+
+def weights_of(out_dir, name="ckpt.pt"):
+    return checkpoint.load(out_dir / name)["model"]
+
+
+def essence(value):
+    """value without what is incidental; tensors as bytes, so that == compares every bit."""
+    if isinstance(value, dict):
+        return {key: essence(inner) for key, inner in value.items() if key not in INCIDENTAL}
+    if isinstance(value, (list, tuple)):
+        return [essence(inner) for inner in value]
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.numpy().tobytes()
+    return value
+
+
+def assert_same_run(one, other):
+    """Bit for bit: weights, optimiser, random state, metrics, record, best checkpoint."""
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = checkpoint.load(one / name), checkpoint.load(other / name)
+        for key in ("model", "optimizer", "random", "progress"):
+            assert essence(a[key]) == essence(b[key]), (name, key)
+    assert essence(lines_of(one)) == essence(lines_of(other))
+    assert essence(record_of(one)) == essence(record_of(other))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def numbers_in(value, where=""):
+    """(where, number) for every leaf of a record that is no text, truth value or null."""
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in numbers_in(inner, f"{where}/{key}")]
+    if isinstance(value, list):
+        return [leaf for i, inner in enumerate(value) for leaf in numbers_in(inner, f"{where}/{i}")]
+    return [(where, value)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(words, tmp_path_factory):
+    """The out_dir of a complete HARD run."""
+    out_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert train_tiny(words, out_dir, **HARD) == 0
+    return out_dir
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """A function that lets something happen at the beginning of given updates, once each."""
+
+    def happen(action, *steps):
+        happened, original = set(), train.learning_rate
+
+        def rate(step, config):
+            if step in steps and step not in happened:
+                happened.add(step)
+                action()
+            return original(step, config)
+
+        monkeypatch.setattr(train, "learning_rate", rate)
+
+    return happen
+
+
+def interrupt(number=signal.SIGINT):
+    return lambda: os.kill(os.getpid(), number)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A complete run
+
+
+def test_a_run_leaves_its_five_files_and_nothing_else(dense_run):
+    assert {path.name for path in dense_run.iterdir()} == FILES
+
+
+def test_the_config_file_holds_every_key(dense_run):
+    saved = json.loads((dense_run / "config.json").read_text())
+    assert set(saved) == set(Config().to_dict())
+    assert {key: saved[key] for key in TINY} == TINY
+
+
+def optimizer_steps(out_dir):
+    state = checkpoint.load(out_dir / "ckpt.pt")["optimizer"]["state"]
+    return {int(entry["step"]) for entry in state.values()}
+
+
+@pytest.mark.parametrize("max_iters, evaluated", [(20, [0, 10, 20]), (23, [0, 10, 20, 23]), (7, [0, 7]), (1, [0, 1])])
+def test_exactly_max_iters_updates_are_made_and_the_last_is_evaluated(words, tmp_path, max_iters, evaluated):
+    assert train_tiny(words, tmp_path / "run", max_iters=max_iters) == 0
+    assert optimizer_steps(tmp_path / "run") == {max_iters}
+    assert steps_of(tmp_path / "run", "eval") == evaluated
+    assert [line["step"] for line in record_of(tmp_path / "run")["evaluations"]] == evaluated
+    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] == max_iters
+
+
+def test_training_is_logged_every_log_interval_and_before_each_evaluation(words, tmp_path):
+    assert train_tiny(words, tmp_path / "run", max_iters=13, log_interval=4, eval_interval=6) == 0
+    assert steps_of(tmp_path / "run", "train") == [4, 6, 8, 12, 13]
+
+
+def test_a_log_line_is_the_mean_of_its_own_steps(words, tmp_path):
+    train_tiny(words, tmp_path / "each", log_interval=1)
+    train_tiny(words, tmp_path / "fives", log_interval=5)
+    each = [line["loss"] for line in lines_of(tmp_path / "each", "train")]
+    fives = [line["loss"] for line in lines_of(tmp_path / "fives", "train")]
+    assert fives == pytest.approx([sum(each[i : i + 5]) / 5 for i in (0, 5, 10, 15)], rel=1e-6)
+
+
+@pytest.mark.parametrize("run", ["dense_run", "moe_run"])
+def test_every_number_of_the_record_is_a_number(run, request):
+    leaves = numbers_in(record_of(request.getfixturevalue(run)))
+    assert len(leaves) > 100
+    for where, value in leaves:
+        assert value is None or isinstance(value, (bool, int, float, str)), where
+        if isinstance(value, float):
+            assert math.isfinite(value), where
+        if isinstance(value, str):
+            with pytest.raises(ValueError):
+                float(value)
+
+
+def test_the_record_counts_what_was_done(words, tmp_path):
+    assert train_tiny(words, tmp_path / "run", batch_size=3, gradient_accumulation_steps=2, max_iters=6) == 0
+    record = record_of(tmp_path / "run")
+    config = Config.from_dict(json.loads((tmp_path / "run" / "config.json").read_text()))
+    dataset = Dataset.open(words)
+    model = GPT(config, dataset.vocabulary.size)
+    assert record["iterations"] == 6
+    assert record["tokens"] == 6 * 3 * 2 * 16
+    assert record["epochs"] == record["tokens"] / dataset.sizes["train"]
+    assert record["parameters"]["total"] == sum(p.numel() for p in model.parameters()) == record["parameters"]["active"]
+    assert record["training_flops_per_token"] == model.flops_per_token()
+    assert record["run_id"] == config.run_id
+    assert record["config"] == config.to_dict()
+    assert record["dataset"] == dataset.describe() and set(dataset.sizes) == {"train", "val", "test"}
+    assert record["resumed"] == 0 and record["leaky"] is False and record["seconds"]["compile"] == 0
+
+
+def test_flops_of_a_dense_model_by_hand(dense_run):
+    """Per token: 6 FLOPs a weight of every matrix (attention 4 D², MLP 8 D², output V·D), and 12·T·D for attention in
+    each layer."""
+    record = record_of(dense_run)
+    layers, width, positions, symbols = 2, 16, 16, record["dataset"]["vocab_size"]
+    assert (
+        record["training_flops_per_token"]
+        == 6 * (layers * 12 * width**2 + symbols * width) + 12 * layers * positions * width
+    )
+
+
+def test_the_best_is_the_minimum_of_the_evaluations_and_test_is_read_from_it(words, tmp_path, monkeypatch):
+    """The last 10 steps are so large that they spoil the model: the best is in the middle."""
+    monkeypatch.setattr(train, "learning_rate", lambda step, config: 0.01 if step < 20 else 0.5)
+    assert train_tiny(words, tmp_path / "run", max_iters=30) == 0
+    record = record_of(tmp_path / "run")
+    best = min(record["evaluations"], key=lambda line: line["clean"]["nats"])
+    assert best["step"] == 20
+    assert record["clean"]["best"] == {**best["clean"], "step": best["step"]}
+    assert record["clean"]["final"]["nats"] == record["evaluations"][-1]["clean"]["nats"]
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["progress"]["step"] == best["step"] == record["test"]["step"]
+    assert record["paper"]["best_val"] == min(line["paper"]["val"] for line in record["evaluations"])
+
+    config, dataset = Config.from_dict(record["config"]), Dataset.open(words)
+    model = GPT(config, dataset.vocabulary.size)
+    model.load_state_dict(weights_of(tmp_path / "run", "best.pt"))
+    assert record["test"]["nats"] == evaluate.clean(model, dataset, "test", config, machine.choose("cpu")).nats
+    assert record["test"]["nats"] < record["clean"]["final"]["nats"] - 0.1
+
+
+def test_a_text_without_a_test_split_has_a_null_test(tmp_path):
+    dataset = prepare_text(tmp_path / "data", english(1500, seed=4), splits={"train": 90, "val": 10})
+    assert train_tiny(dataset, tmp_path / "run", max_iters=1) == 0
+    assert record_of(tmp_path / "run")["test"] is None
+
+
+def test_paper_with_aux_exceeds_plain_by_the_weighted_losses(dense_run, words, tmp_path):
+    assert train_tiny(words, tmp_path / "run", n_expert=4, aux_loss_coef=0.5, max_iters=1) == 0
+    for line in lines_of(tmp_path / "run", "eval"):
+        assert (
+            0.5 * 2 * 0.9 < line["paper"]["val_with_aux"] - line["paper"]["val"] < 0.5 * 2 * 4
+        )  # 2 layers, each from 1 to 4
+    for line in lines_of(dense_run, "eval"):
+        assert (
+            line["paper"]["val_with_aux"] == line["paper"]["val"]
+            and line["paper"]["train_with_aux"] == line["paper"]["train"]
+        )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(n_expert=4),
+        dict(n_expert=4, expert_top_k=0, expert_kind="linear_concat", aux_loss="none"),
+        dict(n_expert=4, expert_top_k=2, capacity_factor=0.5),
+    ],
+    ids=["dense", "top1", "soft-concat", "top2-cap0.5"],
+)
+def test_a_run_learns(words, tmp_path, changes):
+    options = dict(max_iters=120, batch_size=16, n_embd=32, eval_interval=60, log_interval=60)
+    assert train_tiny(words, tmp_path / "run", **options, **changes) == 0
+    first, *_, last = [line["clean"]["nats"] for line in lines_of(tmp_path / "run", "eval")]
+    assert last < first - 1.0
+    assert record_of(tmp_path / "run")["test"]["nats"] < first - 1.0
+
+
+def test_the_screen_says_what_a_person_needs(words, tmp_path, capsys):
+    train_tiny(words, tmp_path / "run", n_expert=4, expert_top_k=2, capacity_factor=0.5)
+    out = capsys.readouterr().out
+    for word in (
+        "device cpu",
+        "parameters",
+        "best validation",
+        "test",
+        "bits per character",
+        "dropped",
+        f"python sample.py --out_dir={tmp_path / 'run'}",
+    ):
+        assert word in out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must never change training
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(eval_interval=3), dict(eval_interval=1000), dict(eval_iters=5), dict(log_interval=1)],
+    ids=["often", "never", "more batches", "log"],
+)
+def test_looking_at_a_run_does_not_change_it(words, tmp_path, uninterrupted, changes):
+    train_tiny(words, tmp_path / "run", **HARD, **changes)
+    assert essence(weights_of(tmp_path / "run")) == essence(weights_of(uninterrupted))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(words, tmp_path, uninterrupted):
+    torch.rand(5)  # whatever was drawn before
+    for name, seed in (("again", Config().seed), ("other", 2)):
+        train_tiny(words, tmp_path / name, seed=seed, **HARD)
+    assert_same_run(uninterrupted, tmp_path / "again")
+    assert essence(weights_of(uninterrupted)) != essence(weights_of(tmp_path / "other"))
+
+
+def test_accumulation_sees_the_same_rows_and_gives_the_same_weights(words, tmp_path, monkeypatch):
+    """4 batches of 3 rows and 1 of 12: the mean gradient is the same but for rounding."""
+    rows = {}
+    original = Dataset.batch
+
+    def spy(self, split, seed, step, *shape):
+        x, y = original(self, split, seed, step, *shape)
+        if seed == Config().seed:
+            rows.setdefault(name, {})[step] = x
+        return x, y
+
+    monkeypatch.setattr(Dataset, "batch", spy)
+    for name, shape in {
+        "whole": dict(batch_size=12),
+        "parts": dict(batch_size=3, gradient_accumulation_steps=4),
+    }.items():
+        assert train_tiny(words, tmp_path / name, max_iters=5, **shape) == 0
+    assert set(rows["whole"]) == set(rows["parts"]) == set(range(5))
+    assert all(torch.equal(rows["whole"][step], rows["parts"][step]) for step in range(5))
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-4)
+    whole, parts = lines_of(tmp_path / "whole", "train")[0], lines_of(tmp_path / "parts", "train")[0]
+    assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-5)
+    assert whole["gradient_norm"] == pytest.approx(parts["gradient_norm"], rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopped and resumed
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [(0,), (9,), (13,), (14,), (3, 16), (11, 12)],
+    ids=["first step", "at an evaluation", "between log points", "at a log point", "twice", "twice in a row"],
+)
+def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_run(words, tmp_path, uninterrupted, at_step, stops):
+    at_step(interrupt(), *stops)
+    out_dir = tmp_path / "run"
+    assert train_tiny(words, out_dir, **HARD) == 130
+    assert not (out_dir / "summary.json").exists()
+    for stop in stops[1:]:
+        assert train_tiny(words, out_dir, init_from="resume", **HARD) == 130
+        assert checkpoint.load(out_dir / "ckpt.pt")["progress"]["step"] == stop + 1
+    assert train_tiny(words, out_dir, init_from="resume", **HARD) == 0
+    assert_same_run(uninterrupted, out_dir)
+    assert record_of(out_dir)["resumed"] == len(stops) and record_of(uninterrupted)["resumed"] == 0
+
+
+def test_a_stop_saves_the_finished_step_and_prints_how_to_go_on(words, tmp_path, at_step, capsys):
+    at_step(interrupt(), 12)
+    out_dir = tmp_path / "a run's folder"  # needs quoting
+    assert train_tiny(words, out_dir, "--overwrite=True") == 130
+    assert checkpoint.load(out_dir / "ckpt.pt")["progress"]["step"] == 13
+    out = capsys.readouterr().out
+    assert "stopped by SIGINT after step 13" in out and "saved" in out
+    command = shlex.split(out.strip().splitlines()[-1])
+    assert command[:2] == ["python", "train.py"] and "--overwrite=True" not in command
+    assert train.main(command[2:]) == 0
+    assert record_of(out_dir)["iterations"] == 20
+
+
+def test_sigterm_stops_like_sigint_with_its_own_exit_code(words, tmp_path, uninterrupted, at_step, capsys):
+    at_step(interrupt(signal.SIGTERM), 13)
+    assert train_tiny(words, tmp_path / "run", **HARD) == 143
+    assert "SIGTERM" in capsys.readouterr().out
+    assert train_tiny(words, tmp_path / "run", init_from="resume", **HARD) == 0
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+def test_a_signal_in_the_last_step_loses_neither_the_step_nor_its_evaluation(words, tmp_path, uninterrupted, at_step):
+    at_step(interrupt(), 19)
+    assert train_tiny(words, tmp_path / "run", **HARD) == 130
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert train_tiny(words, tmp_path / "run", init_from="resume", **HARD) == 0
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("call", [0, 1, 3], ids=["first", "middle", "test split"])
+def test_a_signal_during_an_evaluation_stops_at_once_and_it_is_made_again(
+    words, tmp_path, uninterrupted, monkeypatch, call
+):
+    """A run of 20 steps calls evaluate.clean at 0, 10 and 20, and for the test split."""
+    original, calls = evaluate.clean, []
+
+    def clean(*arguments):
+        calls.append(1)
+        if len(calls) == call + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(evaluate, "clean", clean)
+    assert train_tiny(words, tmp_path / "run", **HARD) == 130
+    assert len(calls) == call + 1 and not (tmp_path / "run" / "summary.json").exists()
+    assert train_tiny(words, tmp_path / "run", init_from="resume", **HARD) == 0
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+def test_signal_handlers_are_given_back(words, tmp_path, at_step):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    at_step(interrupt(), 1)
+    assert train_tiny(words, tmp_path / "run") == 130
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_run_that_was_killed_is_resumed_from_its_last_checkpoint(words, tmp_path, uninterrupted, at_step):
+    """As after a power cut: metrics.jsonl has lines that the checkpoint does not know."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    at_step(kill, 17)
+    with pytest.raises(Killed):
+        train_tiny(words, tmp_path / "run", **HARD)
+    assert steps_of(tmp_path / "run", "train")[-1] == 15
+    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] == 10
+    assert train_tiny(words, tmp_path / "run", init_from="resume", **HARD) == 0
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+def test_metrics_that_lost_lines_are_not_gone_on_with(words, tmp_path, at_step):
+    at_step(interrupt(), 13)
+    train_tiny(words, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-50])
+    before = contents(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="metrics.jsonl is shorter"):
+        train_tiny(words, tmp_path / "run", init_from="resume")
+    assert contents(tmp_path / "run")["ckpt.pt"] == before["ckpt.pt"]
+    assert contents(tmp_path / "run")["metrics.jsonl"] == before["metrics.jsonl"]
+
+
+def test_resume_with_more_iterations_goes_on(words, dense_run, tmp_path, capsys):
+    shutil.copytree(dense_run, tmp_path / "run")
+    assert train_tiny(words, tmp_path / "run", init_from="resume", max_iters=25) == 0
+    assert "max_iters is now 25 (was 20)" in capsys.readouterr().out
+    assert optimizer_steps(tmp_path / "run") == {25}
+    record = record_of(tmp_path / "run")
+    assert record["iterations"] == 25 and record["config"]["max_iters"] == 25
+    assert [line["step"] for line in record["evaluations"]] == [0, 10, 20, 25]
+    assert essence(lines_of(tmp_path / "run"))[: len(lines_of(dense_run))] == essence(lines_of(dense_run))
+
+
+def test_resume_with_fewer_iterations_than_were_made_is_refused(words, dense_run, tmp_path):
+    """Else the record would claim 10 iterations for weights that saw 20."""
+    shutil.copytree(dense_run, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises((ConfigError, CheckpointError), match="max_iters"):
+        train_tiny(words, tmp_path / "run", init_from="resume", max_iters=10)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_complete_run_that_is_gone_on_with_is_unfinished_until_it_ends(words, dense_run, tmp_path, at_step):
+    """Else summary.json would be the record of another, shorter run than config.json and ckpt.pt."""
+    shutil.copytree(dense_run, tmp_path / "run")
+    at_step(interrupt(), 23)
+    assert train_tiny(words, tmp_path / "run", init_from="resume", max_iters=30) == 130
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("changes", [dict(n_embd=32), dict(learning_rate=0.005), dict(n_embd=32, seed=5)])
+def test_resume_as_another_experiment_is_refused_naming_each_key(words, dense_run, tmp_path, changes):
+    shutil.copytree(dense_run, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(CheckpointError) as caught:
+        train_tiny(words, tmp_path / "run", init_from="resume", **changes)
+    for key, value in changes.items():
+        assert f"{key}=" in str(caught.value) and f"{value!r} here" in str(caught.value)
+    assert "--out_dir" in str(caught.value) and str(tmp_path / "run") in str(caught.value)
+    assert contents(tmp_path / "run") == before
+
+
+def test_resume_on_another_text_is_refused_and_shows_how_they_differ(words, dense_run, tmp_path, monkeypatch):
+    """The same name and vocabulary, but other words: only the SHA-256 can tell the two apart."""
+    dataset = prepare_text(tmp_path / "other", english(4500, seed=99))
+    original = train.find
+    monkeypatch.setattr(train, "find", lambda name: dataset if name == str(words) else original(name))
+    shutil.copytree(dense_run, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another text") as caught:
+        train_tiny(words, tmp_path / "run", init_from="resume")
+    assert contents(tmp_path / "run") == before
+    for folder in (words, dataset):
+        assert Dataset.open(folder).source_sha256[:8] in str(caught.value)
+
+
+def test_resume_where_nothing_is_says_so(words, tmp_path):
+    with pytest.raises(CheckpointError, match="no ckpt.pt to resume from") as caught:
+        train_tiny(words, tmp_path / "run", init_from="resume")
+    assert "--init_from=scratch" in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_resume_from_a_truncated_checkpoint_is_refused_and_changes_nothing(words, dense_run, tmp_path):
+    shutil.copytree(dense_run, tmp_path / "run")
+    path = tmp_path / "run" / "ckpt.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    before = contents(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="ckpt.pt is not a whole checkpoint"):
+        train_tiny(words, tmp_path / "run", init_from="resume")
+    assert contents(tmp_path / "run") == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same folder again
+
+
+@pytest.mark.parametrize("state", ["complete", "unfinished"])
+def test_the_same_command_twice_is_refused_and_loses_nothing(words, tmp_path, at_step, state):
+    if state == "unfinished":
+        at_step(interrupt(), 13)
+    train_tiny(words, tmp_path / "run", title="my run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(ConfigError) as caught:
+        train_tiny(words, tmp_path / "run", title="my run")
+    article = "a" if state == "complete" else "an"
+    for word in (
+        f"{article} {state} run (my run)",
+        "nothing was changed",
+        "--init_from=resume",
+        "--out_dir",
+        "--seed",
+        "--overwrite=True",
+    ):
+        assert word in str(caught.value)
+    assert contents(tmp_path / "run") == before
+
+
+def test_overwrite_starts_again(words, moe_run, dense_run, tmp_path):
+    shutil.copytree(moe_run, tmp_path / "run")
+    assert train_tiny(words, tmp_path / "run", "--overwrite=True") == 0
+    assert_same_run(dense_run, tmp_path / "run")
+
+
+def test_an_overwritten_run_that_is_stopped_is_not_complete(words, moe_run, tmp_path, at_step):
+    shutil.copytree(moe_run, tmp_path / "run")
+    at_step(interrupt(), 3)
+    assert train_tiny(words, tmp_path / "run", overwrite=True) == 130
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES - {"summary.json"}
+
+
+def test_overwrite_leaves_files_that_are_not_the_runs(words, dense_run, tmp_path):
+    shutil.copytree(dense_run, tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert train_tiny(words, tmp_path / "run", overwrite=True, max_iters=1) == 0
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_refused_data_set_does_not_cost_the_run_that_was_to_be_overwritten(dense_run, tmp_path):
+    shutil.copytree(dense_run, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(DataError):
+        train_tiny(tmp_path / "absent", tmp_path / "run", overwrite=True)
+    assert contents(tmp_path / "run") == before
+
+
+def test_eval_only_writes_nothing(words, tmp_path, capsys):
+    assert train_tiny(words, tmp_path / "run", eval_only=True) == 0
+    assert "validation" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_eval_only_of_a_run_gives_its_last_loss_and_leaves_it(words, dense_run, capsys):
+    before = contents(dense_run)
+    assert train_tiny(words, dense_run, eval_only=True, init_from="resume") == 0
+    out = capsys.readouterr().out
+    assert "step 20 " in out and f"{record_of(dense_run)['clean']['final']['nats']:.4f} nats" in out
+    assert contents(dense_run) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss or gradient not finite
+
+DIVERGE = dict(learning_rate="1e30", grad_clip=0, warmup_iters=0)
+
+
+def assert_stopped_not_finite(out_dir, capsys):
+    """The last good checkpoint is named, whole, finite; and there is no record."""
+    message = capsys.readouterr().err
+    assert "not finite" in message and str(out_dir / "ckpt.pt") in message and "Traceback" not in message
+    assert all(torch.isfinite(weight).all() for weight in weights_of(out_dir).values())
+    assert not (out_dir / "summary.json").exists()
+    for line in lines_of(out_dir):
+        assert all(math.isfinite(value) for _, value in numbers_in(line) if isinstance(value, float))
+    return message
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [dict(), dict(n_expert=4), dict(n_expert=4, expert_top_k=2, capacity_factor=0.5)],
+    ids=["dense", "top1", "top2-cap0.5"],
+)
+@pytest.mark.parametrize("eval_interval", [1, 10])
+def test_a_run_that_diverges_stops_with_3_and_a_good_checkpoint(words, tmp_path, capsys, experts, eval_interval):
+    assert train_tiny(words, tmp_path / "run", **DIVERGE, **experts, eval_interval=eval_interval) == 3
+    assert_stopped_not_finite(tmp_path / "run", capsys)
+
+
+@pytest.mark.parametrize("rate", ["1e5", "1e10", "1e19"])
+@pytest.mark.parametrize("experts", [dict(), dict(n_expert=4)], ids=["dense", "moe"])
+def test_a_run_that_nearly_diverges_never_writes_what_is_no_number(words, tmp_path, capsys, experts, rate):
+    """Huge but finite weights: every sum and mean of a log line can overflow on its own."""
+    code = train_tiny(
+        words,
+        tmp_path / "run",
+        **{**DIVERGE, "learning_rate": rate},
+        **experts,
+        eval_interval=1,
+        log_interval=1,
+        max_iters=6,
+    )
+    assert code in (0, 3)
+    for line in lines_of(tmp_path / "run"):
+        assert all(math.isfinite(value) for _, value in numbers_in(line) if isinstance(value, float))
+
+
+@pytest.fixture
+def poisoned(monkeypatch, at_step):
+    """A function that makes the loss NaN in one update."""
+
+    def poison(bad_step):
+        bad = []
+
+        class Poisoned(GPT):
+            def forward(self, *arguments, **options):
+                out = super().forward(*arguments, **options)
+                return out._replace(loss=out.loss * bad.pop()) if bad else out
+
+        monkeypatch.setattr(train, "GPT", Poisoned)
+        at_step(lambda: bad.append(math.nan), bad_step)
+
+    return poison
+
+
+def test_one_bad_step_is_named_and_never_applied(words, tmp_path, capsys, poisoned):
+    poisoned(12)
+    assert train_tiny(words, tmp_path / "run") == 3
+    assert "step 12" in assert_stopped_not_finite(tmp_path / "run", capsys)
+    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] == 10
+    assert steps_of(tmp_path / "run", "train") == [5, 10]
+
+
+def test_a_signal_right_after_a_bad_step_saves_no_bad_state(words, tmp_path, capsys, poisoned, at_step):
+    """The guard is read at log points only; a stop between them must not save steps that were refused as if they were
+    made."""
+    poisoned(12)
+    at_step(interrupt(), 13)
+    assert train_tiny(words, tmp_path / "run") == 3
+    assert_stopped_not_finite(tmp_path / "run", capsys)
+    saved = checkpoint.load(tmp_path / "run" / "ckpt.pt")
+    assert saved["progress"]["step"] <= 12
+    assert all(torch.isfinite(value) for value in saved["interval"]["sums"].values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_the_guard_refuses_every_update_from_the_first_bad_one(bad, where):
+    config = tiny(n_expert=2, bias=True)
+    model = GPT(config, 11)
+    optimizer = train.make_optimizer(model, config)
+    guard = train.FiniteGuard(optimizer, "cpu")
+
+    def update(step, bad_here=False):
+        """Whether any parameter or any state of the optimiser changed."""
+        before = essence([model.state_dict(), optimizer.state_dict()["state"]])
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        loss = torch.tensor(1.0)
+        if bad_here and where == "loss":
+            loss = torch.tensor(bad)
+        elif bad_here:
+            model.token_embedding.weight.grad[0, 0] = bad
+        guard.check(step, loss, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        optimizer.step()
+        return essence([model.state_dict(), optimizer.state_dict()["state"]]) != before
+
+    assert update(0) and update(1) and guard.first_bad_step() is None
+    assert not update(2, bad_here=True) and guard.first_bad_step() == 2
+    assert not update(3) and not update(4, bad_here=True) and guard.first_bad_step() == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule and optimiser
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
+    config = tiny(learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_decay_iters=109, max_iters=200)
+    rates = [train.learning_rate(step, config) for step in range(200)]
+    assert rates[0] == pytest.approx(0.1) and rates[8] == pytest.approx(0.9)
+    assert rates[9] == 1.0 == max(rates)
+    assert rates[59] == pytest.approx(0.55)
+    assert rates[109] == pytest.approx(0.1) and rates[150] == rates[199] == pytest.approx(0.1)
+    assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_the_cosine_ends_at_max_iters_by_default():
+    config = tiny(learning_rate=1.0, min_lr=0.1, warmup_iters=0, lr_decay_iters=0, max_iters=50)
+    assert train.learning_rate(0, config) == 1.0
+    assert train.learning_rate(25, config) == pytest.approx(0.55)
+    assert train.learning_rate(50, config) == pytest.approx(0.1)
+
+
+def test_without_decay_the_learning_rate_is_constant():
+    config = tiny(decay_lr=False, learning_rate=0.5, warmup_iters=100)
+    assert {train.learning_rate(step, config) for step in (0, 50, 100, 10_000)} == {0.5}
+
+
+def test_a_warm_up_beyond_the_end_is_no_error():
+    config = tiny(learning_rate=1.0, min_lr=0.1, warmup_iters=100, max_iters=20)
+    assert train.learning_rate(19, config) == pytest.approx(20 / 101)
+
+
+def test_the_logged_learning_rate_is_that_of_the_last_update(dense_run):
+    config = tiny()
+    assert [line["learning_rate"] for line in lines_of(dense_run, "train")] == [
+        train.learning_rate(s - 1, config) for s in (5, 10, 15, 20)
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(n_expert=4),
+        dict(n_expert=4, expert_kind="linear_concat"),
+        dict(n_expert=4, expert_kind="linear_sum"),
+    ],
+    ids=["dense", "mlp", "concat", "sum"],
+)
+def test_weights_decay_and_biases_and_norms_do_not(changes):
+    """Stacked biases of experts are matrices by shape, and still biases."""
+    model = GPT(tiny(bias=True, **changes), 11)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = train.make_optimizer(model, tiny(weight_decay=0.3)).param_groups
+    grouped = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+    assert sorted(sum(grouped, [])) == sorted(names.values())
+    decayed = {name for group, members in zip(groups, grouped) for name in members if group["weight_decay"] == 0.3}
+    rest = {name for group, members in zip(groups, grouped) for name in members if group["weight_decay"] == 0.0}
+    assert decayed | rest == set(names.values())
+    assert rest == {name for name in names.values() if "bias" in name or "norm" in name}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set
+
+
+@pytest.fixture
+def unprepared(tmp_path):
+    """A function that makes an unprepared data folder whose prepare.py is `script`."""
+
+    def make(script):
+        folder = tmp_path / "unprepared"
+        folder.mkdir()
+        (folder / "prepare.py").write_text(script)
+        return folder
+
+    return make
+
+
+def test_prepare_false_refuses_and_names_the_command(unprepared, tmp_path):
+    folder = unprepared(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
+    with pytest.raises(DataError) as caught:
+        train_tiny(folder, tmp_path / "run", prepare=False)
+    message = str(caught.value)
+    assert "not prepared" in message and "--prepare=False" in message and "python" in message
+    assert (Path.cwd() / message.rpartition("python ")[2]).resolve() == folder / "prepare.py"
+    assert not (tmp_path / "it-ran").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_missing_data_set_is_prepared(unprepared, words, tmp_path, capsys):
+    folder = unprepared(
+        f"import shutil; shutil.copytree({str(words)!r}, __file__.removesuffix('prepare.py'), dirs_exist_ok=True)"
+    )
+    assert train_tiny(folder, tmp_path / "run", max_iters=1) == 0
+    assert "not prepared yet: running python" in capsys.readouterr().out
+
+
+def test_a_prepare_that_fails_is_one_error(unprepared, tmp_path):
+    folder = unprepared("import sys; sys.exit('no network')")
+    with pytest.raises(DataError, match="could not be prepared"):
+        train_tiny(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_block_longer_than_a_split_is_refused(words, tmp_path):
+    size = Dataset.open(words).sizes["val"]
+    with pytest.raises(DataError) as caught:
+        train_tiny(words, tmp_path / "run", block_size=size)
+    for word in ("val split", f"{size:,}", f"block_size={size}"):
+        assert word in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncated_bin_is_refused_by_name(words, tmp_path):
+    shutil.copytree(words, tmp_path / "data")
+    path = tmp_path / "data" / "val.bin"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"val\.bin: cut short"):
+        train_tiny(tmp_path / "data", tmp_path / "run")
+
+
+def test_a_folder_without_meta_json_is_refused_with_the_way_out(words, tmp_path):
+    shutil.copytree(words, tmp_path / "data")
+    (tmp_path / "data" / "meta.json").unlink()
+    with pytest.raises(DataError, match="without meta.json") as caught:
+        train_tiny(tmp_path / "data", tmp_path / "run")
+    assert "prepare.py" in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        train_tiny(words, tmp_path / "run", device="cuda")
+    assert len(caught.value.problems) == 1 and "no cuda device" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disks, clocks and loggers
+
+
+def test_a_disk_that_fills_up_costs_no_checkpoint(words, tmp_path, at_step, monkeypatch):
+    """From step 7 on, nothing can be made durable any more."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    at_step(lambda: monkeypatch.setattr(os, "fsync", full), 7)
+    with pytest.raises(CheckpointError) as caught:
+        train_tiny(words, tmp_path / "run")
+    assert str(tmp_path / "run") in str(caught.value) and "disk is full" in str(caught.value)
+    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] == 0
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(words, tmp_path, at_step, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    at_step(lambda: monkeypatch.setattr(os, "replace", full), 7)
+    with pytest.raises(CheckpointError, match="disk is full") as caught:
+        train_tiny(words, tmp_path / "run")
+    assert "saved before is untouched" in str(caught.value) and ".pt" in str(caught.value)
+    for name in ("ckpt.pt", "best.pt"):
+        assert checkpoint.load(tmp_path / "run" / name)["progress"]["step"] == 0
+    monkeypatch.undo()
+    assert train_tiny(words, tmp_path / "run", init_from="resume") == 0
+
+
+def test_a_run_of_hours_on_a_cpu_is_told_so_once_with_a_way_out(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "SLOW_HOURS", 0.0)
+    train_tiny(words, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert out.count("config/cpu.py") == 1 and " hours" in out
+
+
+def test_wandb_that_is_not_installed_is_said_and_not_needed(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train_tiny(words, tmp_path / "run", wandb_log=True, max_iters=1) == 0
+    assert "wandb is not installed" in capsys.readouterr().out
+
+
+def test_wandb_gets_every_line(words, tmp_path, monkeypatch):
+    logged = []
+
+    class FakeWandb:
+        init = staticmethod(lambda **about: logged.append(about))
+        log = staticmethod(lambda numbers, step: logged.append((step, numbers)))
+
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb)
+    assert train_tiny(words, tmp_path / "run", wandb_log=True, title="mine") == 0
+    about, *lines = logged
+    assert about["project"] == "charmoe" and about["name"] == "mine" and about["config"]["n_embd"] == 16
+    assert [step for step, _ in lines] == [line["step"] for line in lines_of(tmp_path / "run")]
+    assert lines[0][1]["eval/clean/nats"] == lines_of(tmp_path / "run")[0]["clean"]["nats"]
+
+
+@pytest.mark.parametrize("stops", [(), (13,)], ids=["whole", "resumed"])
+def test_the_step_that_compiles_leaves_no_trace(words, tmp_path, uninterrupted, monkeypatch, at_step, stops):
+    """torch.compile without the compiler: its trial step must move no weight, no gradient and no random state."""
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: model)
+    at_step(interrupt(), *stops)
+    assert train_tiny(words, tmp_path / "run", compile=True, **HARD) == (130 if stops else 0)
+    if stops:
+        assert train_tiny(words, tmp_path / "run", init_from="resume", compile=True, **HARD) == 0
+    assert essence(weights_of(tmp_path / "run")) == essence(weights_of(uninterrupted))
+    assert essence(lines_of(tmp_path / "run")) == essence(lines_of(uninterrupted))
+
+
+@pytest.mark.parametrize("message", ["no C++ compiler\nand a page more", ""], ids=["with a reason", "without words"])
+def test_a_model_that_does_not_compile_is_trained_without(words, tmp_path, uninterrupted, monkeypatch, capsys, message):
+    class Broken:
+        def train(self):
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: Broken())
+    assert train_tiny(words, tmp_path / "run", compile=True, **HARD) == 0
+    out = capsys.readouterr().out
+    assert "torch.compile failed" in out and "RuntimeError" in out and "a page more" not in out
+    assert essence(weights_of(tmp_path / "run")) == essence(weights_of(uninterrupted))
+    assert record_of(tmp_path / "run")["machine"]["compile"] is False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a script
+
+
+def script(*arguments):
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_an_unknown_key_exits_2_with_one_message(tmp_path):
+    done = script("--n_emdb=32", f"--out_dir={tmp_path / 'run'}")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "train.py: --n_emdb=32: unknown key 'n_emdb'; nearest key: n_embd\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_exits_0_and_lists_every_key():
+    done = script("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(f"--{key}=" in done.stdout for key in Config().to_dict())
+
+
+def as_script(monkeypatch, *arguments):
+    """train.py as __main__, in this process. -> its exit code"""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:  # the second one would end all of pytest
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert caught.type is SystemExit, "a traceback instead of an exit code"
+    return caught.value.code
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_an_out_dir_that_is_a_file_exits_2_with_one_line(words, tmp_path, monkeypatch, capsys, below):
+    (tmp_path / "file").write_text("mine")
+    options = {**TINY, "dataset": words, "out_dir": tmp_path / "file" / below}
+    assert as_script(monkeypatch, *[f"--{key}={value}" for key, value in options.items()]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("train.py: ") and message.count("\n") == 1 and str(tmp_path / "file") in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_ctrl_c_before_the_first_step_exits_130_without_a_traceback(monkeypatch):
+    """While the text is prepared or the model compiled there is nothing to save yet."""
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "choose", interrupted)
+    assert as_script(monkeypatch) == 130
+
+
+def test_a_script_interrupted_for_real_exits_130_and_can_be_resumed(words, tmp_path):
+    """The whole way once: a process of its own, Ctrl-C from outside, its exit code and its message."""
+    options = [
+        f"--{key}={value}"
+        for key, value in {**TINY, "dataset": words, "out_dir": tmp_path / "run", "max_iters": 1_000_000}.items()
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 10 "):
+            process.send_signal(signal.SIGINT)
+            break
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error == ""
+    assert "stopped by SIGINT" in out and "--init_from=resume" in out
+    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] >= 10
+
+
+def test_a_best_checkpoint_of_another_step_is_not_tested_on(words, tmp_path, monkeypatch):
+    """As when the power failed between best.pt and ckpt.pt: the test split is read from the best checkpoint, or not at all."""
+    original = checkpoint.save
+
+    def save(path, state):
+        if path.name != "best.pt" or state["progress"]["step"] == 0:
+            original(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(CheckpointError, match="is of step 0, but this run was best at 20"):
+        train_tiny(words, tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()

@@ -1,0 +1,656 @@
+"""Train a character-level GPT, dense or Mixture of Experts.
+
+    python train.py config/shakespeare_moe4.py                       the papers' run, on a GPU
+    python train.py config/shakespeare_moe4.py config/cpu.py         the same at CPU size
+    python train.py config/shakespeare_dense.py --n_layer=4 --seed=2
+    python train.py --help                                           every key
+
+A run lives in its out_dir: config.json, metrics.jsonl (a line a log or evaluation), ckpt.pt (the last state), best.pt
+(the best on the clean measure), and summary.json once it is complete. Ctrl-C saves; the same command with
+--init_from=resume goes on. Exit codes: 0 done, 2 a mistake in what was asked, 3 loss or gradient not finite, 130 /
+143 stopped by SIGINT / SIGTERM.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import configurator
+import evaluate
+import machine as machines
+import moe
+import records
+from checkpoint import CheckpointError
+from configurator import Config, ConfigError
+from data.common import DataError, Dataset, find
+from model import GPT
+
+OUR_FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json")
+SLOW_HOURS = 1.0  # a run that would take longer than this on a CPU is pointed to config/cpu.py
+SECONDS_BETWEEN_LINES = 30  # of progress, where the output is not a terminal
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the loop
+
+
+def open_out_dir(config):
+    """The run's folder, and the checkpoint to resume from or None. Refuses whatever would destroy or mix up a run."""
+    folder = Path(config.out_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError([f"out_dir={config.out_dir} is a file; expected a folder, or a name for a new one"])
+    held = [name for name in OUR_FILES if (folder / name).exists()]
+    if config.init_from == "resume":
+        if config.overwrite:
+            raise ConfigError(["--init_from=resume goes on with a run and --overwrite=True throws it away: choose one"])
+        if "ckpt.pt" not in held:
+            raise CheckpointError(
+                f"{folder} holds no ckpt.pt to resume from; start the run with --init_from=scratch"
+                + (" --overwrite=True" if held else "")
+            )
+        try:
+            return folder, checkpoint.load(folder / "ckpt.pt")
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; the run can be made again with --init_from=scratch --overwrite=True"
+            ) from error
+    if held and not config.overwrite and not config.eval_only:
+        raise ConfigError(
+            [
+                f"{folder} holds {_what_it_holds(folder)}; nothing was changed. Choose one of:",
+                "--init_from=resume goes on with it;",
+                "--out_dir=… or another --seed=… makes this run elsewhere;",
+                "--overwrite=True throws it away and starts again",
+            ]
+        )
+    return folder, None
+
+
+def _what_it_holds(folder):
+    try:
+        title = json.loads((folder / "config.json").read_text()).get("title") or "a run"
+    except (OSError, ValueError, AttributeError):
+        title = "a run"
+    if (folder / "summary.json").exists():
+        return f"a complete run ({title})"
+    return f"an unfinished run ({title})"
+
+
+def open_dataset(config, device):
+    """The data set, prepared first when its bins are missing and config.prepare allows it."""
+    folder = find(config.dataset)
+    script = folder / "prepare.py"
+    if not (folder / "meta.json").exists() and script.exists():
+        shown = os.path.relpath(script)
+        if not config.prepare:
+            raise DataError(
+                f"{config.dataset} is not prepared, and --prepare=False forbids to do it now: python {shown}"
+            )
+        print(f"{config.dataset} is not prepared yet: running python {shown}", flush=True)
+        if subprocess.run([sys.executable, str(script)]).returncode != 0:
+            raise DataError(f"{config.dataset} could not be prepared (the reason is above)")
+    dataset = Dataset.open(folder, device)
+    for split in ("train", "val"):
+        if dataset.sizes.get(split, 0) <= config.block_size:
+            raise DataError(
+                f"the {split} split of {dataset.name} has {dataset.sizes.get(split, 0):,} characters: "
+                f"too few for block_size={config.block_size}"
+            )
+    return dataset
+
+
+def check_resumable(saved, config, dataset):
+    """A checkpoint goes on only as the experiment that it is, on the text that it knows. -> what may differ and does"""
+    theirs = Config.from_dict(saved["config"])
+    # The text is compared by its hash below, for the same data set can be named in several ways.
+    differing = [row for row in config.differences(theirs, ("experiment",)) if row[0] != "dataset"]
+    if differing:
+        raise CheckpointError(
+            f"{config.out_dir} holds another experiment:\n"
+            + "\n".join(f"  {key}={theirs!r} there, {ours!r} here" for key, ours, theirs in differing)
+            + "\nResume with the same settings, or choose another --out_dir."
+        )
+    if saved["dataset"] != dataset.describe():
+        there, here = (
+            f"{data['name']} ({data['vocab_size']} symbols, splits {data['splits']}, SHA-256 {data['sha256'][:8]}…)"
+            for data in (saved["dataset"], dataset.describe())
+        )
+        raise CheckpointError(f"{config.out_dir} was trained on another text: {there} there, {here} here")
+    if saved["progress"]["step"] > config.max_iters:
+        made = f"{saved['progress']['step']:,}"
+        raise CheckpointError(
+            f"{config.out_dir} has already made {made} updates, more than max_iters={config.max_iters}"
+        )
+    return config.differences(theirs, ("schedule",))
+
+
+def make_optimizer(model, config):
+    """AdamW, with decay on matrices and embeddings only; expert biases are stacked to matrices, but stay biases."""
+    named = list(model.named_parameters())
+    decayed = [p for name, p in named if p.dim() >= 2 and not name.rpartition(".")[2].startswith("bias")]
+    taken = {id(p) for p in decayed}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+@contextlib.contextmanager
+def undone(model):
+    """What is computed inside leaves no gradient behind and no mark on the random streams."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        set_random_state(state)
+
+
+def compile_model(model, x, y, machine):
+    """(the compiled model, seconds) after one step and one evaluation, both undone; the model itself if it does not
+    compile."""
+    started = time.perf_counter()
+    compiled = torch.compile(model, fullgraph=True)
+    with undone(model):
+        try:
+            with machine.autocast():
+                compiled.train()(x, y).objective.backward()
+                with torch.no_grad():
+                    compiled.eval()(x, y)
+        except Exception as error:  # whatever a compiler raises, training can go on without it
+            reason = f"{type(error).__name__}: {checkpoint.first_line(error)}"
+            print(f"torch.compile failed, so this run is not compiled: {reason}")
+            compiled = model
+    machine.synchronize()
+    return compiled, time.perf_counter() - started
+
+
+def hours_needed(model, dataset, config, machine, steps):
+    """A rough forecast of `steps` updates and their evaluations, from two batches whose effect is undone (the first
+    warms up)."""
+    x, y = dataset.batch("train", config.seed, 0, config.batch_size, config.block_size)
+    with undone(model):
+        for _ in range(2):
+            started = time.perf_counter()
+            with machine.autocast():
+                model.train()(x, y).objective.backward()
+            seconds = time.perf_counter() - started
+    windows = dataset.sizes["val"] / (config.batch_size * config.block_size)
+    forwards = (2 * config.eval_iters + windows) * (steps // config.eval_interval + 1)
+    return seconds * (steps * config.gradient_accumulation_steps + forwards / 3) / 3600
+
+
+def random_state():
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the loop
+
+
+def learning_rate(step, config):
+    """Of update number `step`, counted from 0: linear warm-up, cosine to min_lr at lr_decay_iters, min_lr from there;
+    constant without decay_lr, as in nanoGPT."""
+    if not config.decay_lr:
+        return config.learning_rate
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    end = config.lr_decay_iters or config.max_iters
+    progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+class Interval:
+    """What is summed between two log lines: on the device, read once, when the line is written. Its clock starts with
+    it."""
+
+    def __init__(self):
+        self.steps, self.sums, self.stats = 0, {}, None
+        self.started = time.perf_counter()
+
+    @classmethod
+    def from_state(cls, state, device):
+        interval = cls()
+        interval.steps, interval.started = state["steps"], interval.started - state["seconds"]
+        interval.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        interval.stats = [moe.RoutingStats(*(value.to(device) for value in layer)) for layer in state["stats"]] or None
+        return interval
+
+    def state(self):
+        return {
+            "steps": self.steps,
+            "seconds": time.perf_counter() - self.started,
+            "sums": self.sums,
+            "stats": [list(layer) for layer in self.stats or []],
+        }
+
+    def add(self, out, share):
+        """out: a forward pass's Output; share: its part of one update."""
+        terms = {
+            "loss": out.loss,
+            "objective": out.objective,
+            **{f"aux_{name}": term.raw for name, term in out.aux.items()},
+        }
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float() * share
+        self.stats = moe.add_stats(self.stats, out.stats)
+
+    def line(self, step, rate, gradient_norm, tokens_per_step):
+        """The interval's line of metrics.jsonl: means over its steps, in train mode."""
+        means = {name: value.item() / self.steps for name, value in self.sums.items()}
+        seconds = time.perf_counter() - self.started  # the .item() above waited for the device
+        return {
+            "kind": "train",
+            "step": step,
+            **means,
+            "learning_rate": rate,
+            "gradient_norm": gradient_norm.item(),
+            "step_ms": 1000 * seconds / self.steps,
+            "tokens_per_second": tokens_per_step * self.steps / seconds,
+            "routing": [moe.summarize(layer) for layer in self.stats or []],
+        }
+
+
+class FiniteGuard:
+    """Refuses, on the device and without waiting for it, every update from the first whose loss or gradient is not
+    finite.
+
+    Fused optimisers skip their update where `found_inf` is 1; it is how torch.amp.GradScaler talks to them.
+    """
+
+    def __init__(self, optimizer, device):
+        self.optimizer = optimizer
+        self.bad_step = torch.full((), -1.0, device=device)
+
+    def check(self, step, loss, gradient_norm):
+        bad = ~(torch.isfinite(loss) & torch.isfinite(gradient_norm))
+        self.bad_step = torch.where((self.bad_step < 0) & bad, float(step), self.bad_step)
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()
+
+    def first_bad_step(self):
+        """The step that was refused, or None. Waits for the device."""
+        step = int(self.bad_step.item())
+        return step if step >= 0 else None
+
+
+class Screen:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, config, start):
+        self.bar = tqdm(
+            total=config.max_iters, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+        self.last_line = time.monotonic()
+
+    def log(self, step, line):
+        loss, speed = line["loss"], line["tokens_per_second"]
+        numbers = f"loss {loss:.3f} nats, {evaluate.bits(loss):.3f} bpc, {speed:,.0f} tokens/s"
+        self.bar.set_postfix_str(numbers, refresh=False)
+        if self.bar.disable and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            remaining = (self.bar.total - step) * line["step_ms"] / 1000
+            self.say(f"step {step:,} of {self.bar.total:,}: {numbers}, {records.duration(remaining)} left")
+
+    def say(self, text):
+        self.last_line = time.monotonic()
+        if self.bar.disable:
+            print(text, flush=True)
+        else:
+            self.bar.write(text)
+
+
+def evaluation_text(line, config, is_best=False):
+    nats, bpc = line["clean"]["nats"], line["clean"]["bpc"]
+    best = " (best so far)" if is_best else ""
+    return f"step {line['step']:,} of {config.max_iters:,}: validation {nats:.4f} nats, {bpc:.4f} bpc{best}"
+
+
+def evaluation_line(model, dataset, config, machine, step):
+    clean = evaluate.clean(model, dataset, "val", config, machine)
+    train, val = (evaluate.paper(model, dataset, split, config, machine, step) for split in ("train", "val"))
+    return {
+        "kind": "eval",
+        "step": step,
+        "clean": {"nats": clean.nats, "bpc": clean.bpc},
+        "paper": {"train": train.nats, "val": val.nats, "train_with_aux": train.with_aux, "val_with_aux": val.with_aux},
+        "routing": [moe.summarize(layer) for layer in clean.stats or []],
+    }
+
+
+def start_wandb(config):
+    """A function that logs one line of metrics to Weights & Biases, or None."""
+    if not config.wandb_log:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        print("wandb_log=True, but wandb is not installed (pip install wandb): metrics go to metrics.jsonl only")
+        return None
+    wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.title, config=config.to_dict())
+    return lambda line: wandb.log(
+        {f"{line['kind']}/{key}": value for key, value in flat(line).items() if key != "kind"}, step=line["step"]
+    )
+
+
+def flat(line):
+    """{"clean": {"nats": 1.5}} -> {"clean/nats": 1.5}; lists are left out."""
+    numbers = {}
+    for key, value in line.items():
+        if isinstance(value, dict):
+            numbers |= {f"{key}/{name}": inner for name, inner in value.items()}
+        elif not isinstance(value, list):
+            numbers[key] = value
+    return numbers
+
+
+class Metrics:
+    """metrics.jsonl: one line a log or evaluation, appended; a resumed run first cuts what came after its
+    checkpoint."""
+
+    def __init__(self, path, keep_bytes, mirror=None):
+        self.file, self.mirror = open(path, "ab"), mirror
+        if self.file.tell() < keep_bytes:
+            raise CheckpointError(
+                f"{path} is shorter than when its checkpoint was written: something else changed it; "
+                "start again with --overwrite=True"
+            )
+        self.file.truncate(keep_bytes)
+
+    def write(self, line):
+        with checkpoint.writing(self.file.name):
+            self.file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+            self.file.flush()
+        if self.mirror:
+            self.mirror(line)
+
+    def sync(self):
+        """Make it durable. -> its length in bytes"""
+        with checkpoint.writing(self.file.name):
+            os.fsync(self.file.fileno())
+        return self.file.seek(0, os.SEEK_END)
+
+
+class Stopped(Exception):
+    """A signal came while nothing was half done."""
+
+
+class StopSignals:
+    """Inside it, SIGINT and SIGTERM do not stop the program: `caught` lists them for the loop to look at. Within
+    `may_stop`, one is raised as Stopped at once. A second signal stops the program on the spot."""
+
+    def __enter__(self):
+        self.caught, self.raising = [], False
+        self.before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number, frame):
+        self.caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        if self.raising:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def may_stop(self):
+        self.raising = True
+        try:
+            yield
+        except Stopped:
+            pass
+        finally:
+            self.raising = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv):
+    config = configurator.parse(
+        Config, argv, usage="python train.py [config files] [--key=value …]", description=__doc__
+    )
+    machine = machines.choose(config.device, config.dtype, config.compile)
+    device = machine.device
+    folder, saved = open_out_dir(config)
+    print(machine.reason)
+    dataset = open_dataset(config, device)
+    changed = check_resumable(saved, config, dataset) if saved else []
+    if saved and not changed and (folder / "summary.json").exists() and not config.eval_only:
+        print(f"{folder} is complete: there is nothing to resume (a larger max_iters would go on).")
+        print(records.report(json.loads((folder / "summary.json").read_text())))
+        return 0
+
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    model = GPT(config, dataset.vocabulary.size).to(device)
+    optimizer = make_optimizer(model, config)
+    guard = FiniteGuard(optimizer, device)
+    progress = {
+        "step": 0,
+        "evaluations": [],
+        "step_ms": [],
+        "git": machines.git_state(),
+        "resumed": 0,
+        "metrics_bytes": 0,
+        "seconds": {"train": 0.0, "eval": 0.0, "compile": 0.0, "total": 0.0},
+    }
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        progress = {**saved["progress"], "resumed": saved["progress"]["resumed"] + 1}
+    seconds = progress["seconds"]
+    rows = config.batch_size * config.gradient_accumulation_steps
+    tokens_per_step = rows * config.block_size
+    counts = model.count_parameters()
+    print(
+        f"{dataset.name}: {dataset.sizes['train']:,} {dataset.unit}s to train on, {dataset.vocabulary.size} symbols; "
+        f"{counts['total']:,} parameters, {counts['active']:,} active per {dataset.unit}"
+    )
+
+    session_started = time.perf_counter() - seconds["total"]
+    run_model = model
+    if machine.compile:
+        run_model, compile_seconds = compile_model(
+            model, *dataset.batch("train", config.seed, 0, config.batch_size, config.block_size), machine
+        )
+        seconds["compile"] += compile_seconds
+        machine = machine._replace(compile=run_model is not model)
+    if config.eval_only:
+        print(evaluation_text(evaluation_line(run_model, dataset, config, machine, progress["step"]), config))
+        return 0
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("summary.json",) if saved else OUR_FILES:
+        (folder / name).unlink(missing_ok=True)
+    metrics = Metrics(folder / "metrics.jsonl", progress["metrics_bytes"], start_wandb(config))
+    checkpoint.write_json(folder / "config.json", config.to_dict())
+    print(
+        f"writing to {folder}"
+        if not saved
+        else f"resuming {folder} at step {progress['step']:,}"
+        + "".join(f"; {key} is now {ours} (was {theirs})" for key, ours, theirs in changed)
+    )
+
+    def save(name="ckpt.pt"):
+        seconds["total"] = time.perf_counter() - session_started
+        progress["metrics_bytes"] = metrics.sync()
+        checkpoint.save(
+            folder / name,
+            {
+                "config": config.to_dict(),
+                "dataset": dataset.describe(),
+                "vocabulary": dataset.vocabulary.to_dict(),
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "progress": progress,
+                "interval": interval.state(),
+                "random": random_state(),
+            },
+        )
+
+    def stopped():
+        bad_step = guard.first_bad_step()
+        if bad_step is not None:
+            return stop_not_finite(f"the loss or a gradient of step {bad_step:,}", folder)
+        save()
+        number = signals.caught[0]
+        screen.say(f"\nstopped by {signal.Signals(number).name} after step {progress['step']:,}; saved. To go on:")
+        screen.say(f"  {resume_command(argv)}")
+        return 128 + number
+
+    if device.type == "cpu":
+        hours = hours_needed(model, dataset, config, machine, config.max_iters - progress["step"])
+        if hours > SLOW_HOURS:
+            print(f"At the speed of its first steps, this run needs about {hours:.0f} hours on this machine.")
+            if "config/cpu.py" not in argv:
+                print(
+                    f"The size made for a CPU: {shlex.join(['python', 'train.py', *argv, 'config/cpu.py'])}", flush=True
+                )
+    screen = Screen(config, progress["step"])
+    if saved:
+        set_random_state(saved["random"])
+    interval = Interval.from_state(saved["interval"], device) if saved else Interval()
+
+    with StopSignals() as signals, screen.bar:
+        while True:
+            step = progress["step"]  # updates made so far
+            evaluated = progress["evaluations"][-1]["step"] if progress["evaluations"] else -1
+            if (
+                evaluated < step
+                and (step % config.eval_interval == 0 or step >= config.max_iters)
+                and not signals.caught
+            ):
+                screen.bar.set_postfix_str("evaluating")
+                started, line = time.perf_counter(), None
+                with signals.may_stop():
+                    line = evaluation_line(run_model, dataset, config, machine, step)
+                if line is None:
+                    return stopped()
+                seconds["eval"] += time.perf_counter() - started
+                if not math.isfinite(line["clean"]["nats"]):
+                    return stop_not_finite(f"the validation loss at step {step:,}", folder)
+                is_best = all(line["clean"]["nats"] < past["clean"]["nats"] for past in progress["evaluations"])
+                progress["evaluations"].append(line)
+                metrics.write(line)
+                interval = Interval()
+                if is_best:
+                    save("best.pt")
+                save()
+                screen.say(evaluation_text(line, config, is_best))
+            if signals.caught:
+                return stopped()
+            if step >= config.max_iters:
+                break
+
+            # One update. Its rows depend on the seed and the step alone.
+            run_model.train()
+            rate = learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            x, y = dataset.batch("train", config.seed, step, rows, config.block_size)
+            loss = torch.zeros((), device=device)
+            for x_part, y_part in zip(x.split(config.batch_size), y.split(config.batch_size)):
+                with machine.autocast():
+                    out = run_model(x_part, y_part)
+                objective = out.objective / config.gradient_accumulation_steps
+                objective.backward()
+                loss += objective.detach()
+                interval.add(out, 1 / config.gradient_accumulation_steps)
+            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            guard.check(step, loss, gradient_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            interval.steps += 1
+            progress["step"] = step = step + 1
+            screen.bar.update()
+
+            # Once in a while: read what the device has summed up, and look whether it went well.
+            if step % config.log_interval == 0 or step % config.eval_interval == 0 or step == config.max_iters:
+                bad_step = guard.first_bad_step()
+                if bad_step is not None:
+                    return stop_not_finite(f"the loss or a gradient of step {bad_step:,}", folder)
+                line = interval.line(step, rate, gradient_norm, tokens_per_step)
+                seconds["train"] += line["step_ms"] * interval.steps / 1000
+                progress["step_ms"].append(line["step_ms"])
+                metrics.write(line)
+                screen.log(step, line)
+                interval = Interval()
+
+        test = None
+        if "test" in dataset.sizes:
+            screen.bar.set_postfix_str("reading the test split")
+            with signals.may_stop():
+                test = test_of_best(dataset, config, machine, folder, progress)
+            if test is None:
+                return stopped()
+
+    seconds["total"] = time.perf_counter() - session_started
+    record = records.record_of(config, dataset, model, machine, progress, test)
+    checkpoint.write_json(folder / "summary.json", record)
+    print(records.report(record))
+    return 0
+
+
+def stop_not_finite(what, folder):
+    kept = folder / "ckpt.pt"
+    print(
+        f"{what} is not finite: stopped before that update. "
+        + (f"The last good checkpoint is {kept}." if kept.exists() else "There is no checkpoint yet.")
+        + " A lower learning_rate, a longer warmup_iters or a z_loss_coef of 1e-3 may help.",
+        file=sys.stderr,
+    )
+    return 3
+
+
+def resume_command(argv):
+    kept = [word for word in argv if not word.startswith(("--overwrite", "--init_from"))]
+    return shlex.join(["python", "train.py", *kept, "--init_from=resume"])
+
+
+def test_of_best(dataset, config, machine, folder, progress):
+    """The clean measure on the test split, of best.pt and not of the weights at hand, which are left as they are."""
+    saved = checkpoint.load(folder / "best.pt")
+    best_step = min(progress["evaluations"], key=lambda line: line["clean"]["nats"])["step"]
+    if saved["progress"]["step"] != best_step:
+        raise CheckpointError(
+            f"{folder / 'best.pt'} is of step {saved['progress']['step']}, but this run was best at {best_step}: "
+            "something else wrote it; make the run again with --init_from=scratch --overwrite=True"
+        )
+    state = random_state()
+    best = GPT(config, dataset.vocabulary.size).to(machine.device)
+    set_random_state(state)  # the initial weights, drawn and thrown away
+    best.load_state_dict(saved["model"])
+    return evaluate.clean(best, dataset, "test", config, machine)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except configurator.Message as message:
+        print(message)
+    except (ConfigError, DataError, CheckpointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"train.py: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: stopped before the first step; nothing was lost", file=sys.stderr)
+        sys.exit(130)
