@@ -1,0 +1,344 @@
+"""sample.py: the text that a model makes, and the experts that made it."""
+
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import english, prepare_text, train_tiny
+
+import checkpoint
+import sample
+from checkpoint import CheckpointError
+from configurator import ConfigError
+from data.common import DataError, Vocabulary
+
+RULE = "\n" + "-" * 40 + "\n"
+ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture
+def run(capsys):
+    """A function that runs sample.py in process and returns what it printed."""
+
+    def call(out_dir, *options):
+        capsys.readouterr()
+        assert sample.main([f"--out_dir={out_dir}", "--device=cpu", *options]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def altered(moe_run, tmp_path):
+    """A function that copies the MoE run with its best.pt changed, and returns the copy's folder."""
+
+    def alter(change):
+        folder = tmp_path / "altered"
+        shutil.copytree(moe_run, folder)
+        state = checkpoint.load(folder / "best.pt")
+        change(state)
+        checkpoint.save(folder / "best.pt", state)
+        return folder
+
+    return alter
+
+
+def refused(kind, out_dir, *options):
+    """The message with which sample.py refuses; nothing of a traceback's size."""
+    with pytest.raises(kind) as caught:
+        sample.main([f"--out_dir={out_dir}", "--device=cpu", *options])
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text
+
+
+def test_a_sample_is_the_prompt_and_exactly_max_new_tokens(run, dense_run):
+    text = run(dense_run, "--start=The", "--max_new_tokens=50")
+    assert text.startswith("The") and len(text) == 3 + 50 + 1
+
+
+def test_max_new_tokens_may_be_far_beyond_block_size(run, moe_run):
+    assert len(run(moe_run, "--start=The", "--max_new_tokens=100")) == 3 + 100 + 1  # block_size is 16
+
+
+def test_a_prompt_longer_than_block_size_is_written_whole(run, dense_run):
+    prompt = "the of and to in that is was he for it"
+    text = run(dense_run, f"--start={prompt}", "--max_new_tokens=5")
+    assert text.startswith(prompt) and len(text) == len(prompt) + 5 + 1
+
+
+def test_a_sample_depends_on_its_own_seed_alone(run, moe_run):
+    first, second, third = run(moe_run, "--num_samples=3", "--seed=7", "--max_new_tokens=40").split(RULE)
+    assert run(moe_run, "--seed=8", "--max_new_tokens=40") == second + "\n"
+    assert run(moe_run, "--num_samples=2", "--seed=8", "--max_new_tokens=40") == second + RULE + third
+    assert first != second != third.rstrip("\n")
+
+
+def test_temperature_0_does_not_depend_on_the_seed(run, dense_run):
+    texts = {run(dense_run, "--temperature=0", "--max_new_tokens=40", f"--seed={seed}") for seed in range(3)}
+    assert len(texts) == 1
+
+
+def test_top_k_1_is_the_most_likely_character(run, dense_run):
+    assert run(dense_run, "--top_k=1", "--temperature=1", "--max_new_tokens=40") == run(
+        dense_run, "--temperature=0", "--max_new_tokens=40"
+    )
+
+
+def test_best_and_last_are_different_files(run, dense_run, tmp_path):
+    shutil.copytree(dense_run, tmp_path / "run")
+    (tmp_path / "run" / "best.pt").unlink()
+    assert run(tmp_path / "run", "--checkpoint=last", "--max_new_tokens=5")
+    assert "best.pt" in refused(CheckpointError, tmp_path / "run")
+
+
+def test_a_byte_model_makes_text(run, byte_words, tmp_path):
+    assert train_tiny(byte_words, tmp_path / "run", max_iters=1) == 0
+    text = run(tmp_path / "run", "--start=été", "--max_new_tokens=30")
+    assert text.startswith("été")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prompt
+
+
+def test_a_prompt_from_a_file(run, dense_run, tmp_path):
+    (tmp_path / "prompt.txt").write_text("which one\nyou were")
+    assert run(dense_run, f"--start=FILE:{tmp_path}/prompt.txt", "--max_new_tokens=5").startswith("which one\nyou were")
+
+
+def test_a_prompt_file_that_is_missing_is_named(dense_run, tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        sample.main([f"--out_dir={dense_run}", f"--start=FILE:{tmp_path}/absent.txt", "--device=cpu"])
+    assert caught.value.filename.endswith("absent.txt") or caught.value.filename == tmp_path / "absent.txt"
+
+
+def test_a_prompt_file_that_is_no_text_is_refused(dense_run, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"\xff\xfe\x00")
+    message = refused(DataError, dense_run, f"--start=FILE:{tmp_path}/prompt.txt")
+    assert "prompt.txt" in message and "UTF-8" in message
+
+
+def test_unknown_characters_of_the_prompt_are_named(dense_run):
+    message = refused(DataError, dense_run, "--start=the é and ß")
+    assert "'é' at 4" in message and "'ß' at 10" in message and "not in the vocabulary" in message
+
+
+def test_an_empty_prompt_starts_a_line(run, dense_run):
+    assert run(dense_run, "--max_new_tokens=5").startswith("\n")
+
+
+@pytest.mark.parametrize(
+    "vocabulary, prompt",
+    [
+        (Vocabulary("character", ("\n", " ", "a")), "\n"),
+        (Vocabulary("character", (" ", "a")), " "),
+        (Vocabulary("byte", (10, 32, 97)), "\n"),
+        (Vocabulary("byte", (32, 97)), " "),
+    ],
+)
+def test_the_default_prompt_is_in_the_vocabulary(vocabulary, prompt):
+    assert sample.prompt_text("", vocabulary) == prompt
+    assert vocabulary.encode(prompt).size == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experts
+
+
+def rows_of(output):
+    """-> (legend, text rows, number rows) of the output with experts, without colours."""
+    legend, *rows = output.rstrip("\n").split("\n")
+    return legend, rows[0::2], rows[1::2]
+
+
+def test_every_character_has_its_number_under_it(run, moe_run):
+    legend, texts, numbers = rows_of(run(moe_run, "--show_experts", "--start=The", "--max_new_tokens=60"))
+    assert legend == "block 1: expert 0  expert 1  expert 2  expert 3"
+    assert len(texts) == len(numbers)
+    for text, number in zip(texts, numbers):
+        assert len(text) == len(number) and set(number) <= set("0123")
+    assert sum(map(len, texts)) == 63
+
+
+@pytest.mark.parametrize("start", ["", "The", "of and\nto"])
+def test_showing_experts_does_not_change_the_text(run, moe_run, start):
+    options = [f"--start={start}", "--max_new_tokens=60", "--seed=3"]
+    _, texts, _ = rows_of(run(moe_run, "--show_experts", *options))
+    shown = "".join(text.replace("⏎", "\n") for text in texts)
+    assert shown + "\n" == run(moe_run, *options)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_numbers_are_the_routers_choices(run, moe_run, layer):
+    """Within one window, one uncached forward pass gives each character the expert that is shown under it."""
+    output = run(moe_run, "--show_experts", f"--layer={layer}", "--start=The", "--max_new_tokens=12")
+    _, texts, numbers = rows_of(output)
+    model, vocabulary, _ = sample.load_model(sample.SampleConfig(out_dir=str(moe_run)), "cpu")
+    text = "".join(texts).replace("⏎", "\n")
+    with torch.no_grad():
+        routing = model(torch.tensor(vocabulary.encode(text))[None]).routing[layer]
+    assert output.startswith(f"block {layer}: ")
+    assert "".join(numbers) == "".join(map(str, routing.experts[:, 0].tolist()))
+    assert len(set("".join(numbers))) > 1
+
+
+def test_the_numbers_stay_with_their_characters_beyond_block_size(run, moe_run):
+    """When the cache is rebuilt, half a window is read again; only its last character is new."""
+    _, _, numbers = rows_of(
+        run(moe_run, "--show_experts", "--start=The", "--max_new_tokens=60", "--temperature=1", "--seed=5")
+    )
+    model, vocabulary, _ = sample.load_model(sample.SampleConfig(out_dir=str(moe_run)), "cpu")
+    generator = torch.Generator().manual_seed(5)
+    first, *later = model.generate(
+        torch.tensor(vocabulary.encode("The"))[None], 61, temperature=1, generators=[generator]
+    )
+    expected = first.experts[1][0, :, 0].tolist() + [step.experts[1][0, -1, 0].item() for step in later]
+    assert "".join(numbers) == "".join(map(str, expected))
+    assert any(step.experts[1].size(1) == 8 for step in later)
+
+
+def test_a_prompt_beyond_block_size_can_be_shown_with_experts(run, moe_run):
+    """The model reads only its last block_size characters; the first have no expert."""
+    prompt = "the of and to in that is was he for it"
+    _, texts, numbers = rows_of(run(moe_run, "--show_experts", f"--start={prompt}", "--max_new_tokens=5"))
+    assert "".join(texts).startswith(prompt)
+    assert [len(text) for text in texts] == [len(number) for number in numbers]
+
+
+def as_terminal(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+def test_colours_come_with_a_legend_and_are_always_reset(run, moe_run, monkeypatch):
+    as_terminal(monkeypatch)
+    output = run(moe_run, "--show_experts", "--start=The", "--max_new_tokens=60", "--seed=3")
+    legend, _, body = output.partition("\n")
+    assert ESCAPE.sub("", legend).split() == "block 1: expert 0 expert 1 expert 2 expert 3".split()
+    assert len(set(re.findall(r"48;2;\d+;\d+;\d+", legend))) == 4
+    assert set(re.findall(r"48;2;\d+;\d+;\d+", body)) <= set(re.findall(r"48;2;\d+;\d+;\d+", legend))
+    for line in output.split("\n"):
+        assert line.count("\x1b[0m") * 2 == line.count("\x1b[") and (not line or line.endswith("\x1b[0m"))
+
+
+def test_colours_do_not_change_the_text(run, moe_run, monkeypatch):
+    options = ["--start=The", "--max_new_tokens=60", "--seed=3"]
+    plain = run(moe_run, *options)
+    as_terminal(monkeypatch)
+    _, _, body = run(moe_run, "--show_experts", *options).partition("\n")
+    assert ESCAPE.sub("", body).replace("⏎", "") == plain
+
+
+def test_no_color_is_respected(run, moe_run, monkeypatch):
+    as_terminal(monkeypatch)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in run(moe_run, "--show_experts", "--max_new_tokens=5")
+
+
+def written(writer, ids, capsys):
+    """What a writer prints for ids, all of expert 1."""
+    capsys.readouterr()
+    for token in ids:
+        writer.write(token, 1)
+    writer.close()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"caf\xc3\xa9", b"caf\xc3\xa9\n", b"caf\xc3", b"\xff\xc3\xa9"],
+    ids=["whole", "with newline", "ends within a character", "not UTF-8"],
+)
+def test_numbers_under_bytes_lose_no_character(text, capsys):
+    bytewise = Vocabulary("byte", tuple(range(256)))
+    plain = written(sample.PlainWriter(bytewise), text, capsys)
+    rows = written(sample.NumberWriter(bytewise), text, capsys).rstrip("\n").split("\n")
+    assert rows[0].replace("⏎", "\n") + "\n" == plain
+    assert len(rows[1]) == len(rows[0]) and rows[1].startswith("11")
+
+
+def test_more_than_ten_experts_keep_rows_aligned(capsys):
+    writer = sample.NumberWriter(Vocabulary("character", ("a", "b")))
+    writer.write(0, 3)
+    writer.write(1, 13)
+    writer.close()
+    assert capsys.readouterr().out == "ab\n33\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_experts_of_a_dense_model_are_refused(dense_run):
+    message = refused(ConfigError, dense_run, "--show_experts")
+    assert "dense" in message and "--show_experts" in message
+
+
+@pytest.mark.parametrize("layer", [2, 99])
+def test_a_block_without_experts_is_refused_with_those_that_have_some(moe_run, layer):
+    message = refused(ConfigError, moe_run, "--show_experts", f"--layer={layer}")
+    assert f"--layer={layer}" in message and "block 0, 1" in message
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--temperature=-0.5",
+        "--temperature=nan",
+        "--num_samples=0",
+        "--max_new_tokens=0",
+        "--top_k=-1",
+        "--layer=-2",
+        "--checkpoint=newest",
+        "--tempertaure=1",
+        "--seed=99999999999999999999",
+    ],
+)
+def test_impossible_options_are_refused_by_name(moe_run, option):
+    assert option in refused(ConfigError, moe_run, option)
+
+
+def test_a_run_must_be_named():
+    with pytest.raises(ConfigError, match="--out_dir"):
+        sample.main(["--device=cpu"])
+
+
+def test_a_missing_out_dir_is_named(tmp_path):
+    message = refused(CheckpointError, tmp_path / "nowhere")
+    assert "nowhere" in message and "no such folder" in message
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    message = refused(CheckpointError, tmp_path)
+    assert "holds no best.pt" in message and "out_dir of a run?" in message
+
+
+def test_weights_that_do_not_fit_the_vocabulary_are_one_message(altered):
+    def shorten(state):
+        state["vocabulary"]["vocabulary"] = state["vocabulary"]["vocabulary"][:-1]
+        state["vocabulary"]["vocab_size"] -= 1
+
+    message = refused(CheckpointError, altered(shorten))
+    assert "best.pt" in message and "do not fit" in message and "token_embedding" in message
+
+
+def test_a_model_that_looks_at_later_characters_is_refused_with_the_reason(altered):
+    message = refused(ConfigError, altered(lambda state: state["config"].update(capacity_group="batch")))
+    assert (
+        "capacity_group=batch" in message
+        and "cannot be sampled" in message
+        and "capacity_group=sequence can" in message
+    )
+
+
+def test_a_default_prompt_exists_where_there_is_no_newline(run, tmp_path):
+    text = english(2000, seed=2).replace("\n", " ")
+    assert train_tiny(prepare_text(tmp_path / "data", text), tmp_path / "run", max_iters=1) == 0
+    assert run(tmp_path / "run", "--max_new_tokens=5").startswith(" ")
