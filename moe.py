@@ -119,7 +119,7 @@ def within_capacity(experts_GS, n_expert, limit, used_GE=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Backends: (x (N, D), routing, experts) -> Σ_k hidden(x W_in[e_k]ᵀ + b_in[e_k], g_k) W_out[e_k], the sum over a
 # token's choices. `experts` gives w_in (E, H, D), bias_in (E, H) or None, w_out (E, H, D) or None (then the hidden
-# sum (N, H) comes back), and `hidden(up, gate)`, which must be 0 where the gate is 0.
+# sum (N, H) comes back), `hidden(up, gate)`, which must be 0 where the gate is 0, and `is_linear_in_gate`.
 
 
 def reference(x_ND, routing, experts):
@@ -151,28 +151,47 @@ def masked(x_ND, routing, experts):
 
 
 def sorted_by_expert(x_ND, routing, experts):
-    """Choices sorted by expert, then one grouped GEMM per weight (torch.nn.functional.grouped_mm); widths multiples
-    of 8.
+    """Choices sorted by expert, then one grouped GEMM per weight (torch.nn.functional.grouped_mm); widths multiples of
+    8. M = N·K choices.
 
     Dropped choices are computed too, with a gate of 0: the shapes must not depend on the data.
     """
     N, K = routing.experts.shape
-    expert_M = routing.experts.reshape(-1)  # M = N·K choices
+    expert_M = routing.experts.reshape(-1)
     order = torch.argsort(expert_M.to(torch.int16), stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=order.device))
     load = F.one_hot(expert_M, experts.w_in.size(0)).sum(dim=0)
     offsets = load.cumsum(0).to(torch.int32)
 
     dtype = compute_dtype(x_ND)
-    x_MD = x_ND.to(dtype)[:, None].expand(N, K, -1).reshape(N * K, -1)[order]
-    gate_M = routing.gates.reshape(-1)[order]
-    up = F.grouped_mm(x_MD, experts.w_in.to(dtype).transpose(1, 2), offs=offsets)
+    x_MD = x_ND.to(dtype)[:, None].expand(N, K, -1).reshape(N * K, -1)
+    up = F.grouped_mm(Permute.apply(x_MD, order, place), experts.w_in.to(dtype).transpose(1, 2), offs=offsets)
     if experts.bias_in is not None:
         up = up + experts.bias_in.to(dtype)[expert_M[order]]
-    y = experts.hidden(up, gate_M[:, None]).to(dtype)
+    if experts.is_linear_in_gate:  # then the gate may wait for the output, which is narrower
+        y = experts.hidden(up)
+    else:
+        y = experts.hidden(up, routing.gates.reshape(-1)[order, None]).to(dtype)
     if experts.w_out is not None:
         y = F.grouped_mm(y, experts.w_out.to(dtype), offs=offsets)
-    return y[place].view(N, K, -1).sum(dim=1)
+    y_NKD = Permute.apply(y, place, order).view(N, K, -1)
+    if experts.is_linear_in_gate:
+        y_NKD = y_NKD * routing.gates[:, :, None].to(dtype)
+    return y_NKD.sum(dim=1)
+
+
+class Permute(torch.autograd.Function):
+    """Rows in another order. Indexing does that too, but its gradient adds up rows that could repeat; these do not."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
 
 
 BACKENDS: dict[str, Callable] = {
@@ -229,6 +248,7 @@ class Experts(nn.Module):
     """
 
     stacked: tuple[str, ...]
+    is_linear_in_gate = False  # whether a gate may as well multiply the expert's output
 
     @staticmethod
     def default_hidden(config):
@@ -251,6 +271,7 @@ class MLPExperts(Experts):
     b_out)."""
 
     stacked = ("w_in", "bias_in", "w_out", "bias_out")
+    is_linear_in_gate = True
 
     @staticmethod
     def default_hidden(config):
@@ -261,8 +282,8 @@ class MLPExperts(Experts):
         self.w_out = nn.Parameter(torch.empty_like(self.w_in))
         self.bias_out = nn.Parameter(torch.empty(config.n_expert, config.n_embd)) if config.bias else None
 
-    def hidden(self, up, gate):
-        return F.gelu(up) * gate
+    def hidden(self, up, gate=None):
+        return F.gelu(up) if gate is None else F.gelu(up) * gate
 
     def forward(self, x_ND, routing, backend):
         y_ND = backend(x_ND, routing, self)
@@ -303,14 +324,15 @@ class LinearSumExperts(Experts):
     all."""
 
     stacked = ("w_in", "bias_in")
+    is_linear_in_gate = True
 
     def __init__(self, config):
         super().__init__(config)
         self.w_mix = nn.Parameter(torch.empty(self.w_in.size(1), config.n_embd))
         self.bias_out = nn.Parameter(torch.empty(config.n_embd)) if config.bias else None
 
-    def hidden(self, up, gate):
-        return up * gate
+    def hidden(self, up, gate=None):
+        return up if gate is None else up * gate
 
     def forward(self, x_ND, routing, backend):
         y_ND = F.linear(F.gelu(backend(x_ND, routing, self)), self.w_mix.t())
