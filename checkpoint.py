@@ -57,15 +57,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder):
-    """Make a rename durable; some systems do not let a folder be opened."""
-    try:
+    """Make a rename durable, where the file system knows how: it has happened in any case."""
+    with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
-    except (PermissionError, IsADirectoryError):
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: Path, value) -> None:

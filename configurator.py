@@ -164,7 +164,7 @@ def int_from_text(text: str) -> int | float:
 
 def unquoted(text: str) -> str:
     """--dataset='text8' reaches us with its quotes when no shell has taken them off."""
-    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
+    quoted = len(text) >= 2 and text[0] in "'\"" and text[-1] == text[0] and text[0] not in text[1:-1]
     return text[1:-1] if quoted else text
 
 
@@ -679,6 +679,12 @@ class Config:
         if self.expert_kind != "mlp" and not self.expert_hidden and 4 * self.n_embd % n_expert:
             message = f"4 n_embd = {4 * self.n_embd} cannot be shared evenly by n_expert = {n_expert} linear experts"
             yield ("expert_kind", "expert_hidden", "n_embd", "n_expert"), f"{message}; set expert_hidden"
+        hidden = self.expert_hidden or 4 * self.n_embd // (1 if self.expert_kind == "mlp" else n_expert)
+        if self.moe_backend == "sorted" and (self.n_embd % 8 or hidden % 8):
+            message = (
+                f"moe_backend='sorted' needs widths in multiples of 8, and n_embd = {self.n_embd}, hidden = {hidden}"
+            )
+            yield ("moe_backend", "n_embd", "expert_hidden"), f"{message}; set moe_backend='auto'"
         if self.moe_every > self.n_layer:
             message = f"moe_every = {self.moe_every} is more than n_layer = {self.n_layer}: no block would be MoE"
             yield ("moe_every", "n_layer", "n_expert"), f"{message}; set it lower, or n_expert=0"

@@ -36,7 +36,8 @@ class Output(NamedTuple):
 
 class Generated(NamedTuple):
     tokens: torch.Tensor  # (B,) the next token of each sequence
-    experts: list[torch.Tensor]  # per MoE layer (B, T, K): the experts of the T tokens read since the last step
+    experts: list[torch.Tensor]  # per MoE layer (B, T): the expert with the largest gate of each of the T tokens read
+    # since the last step; -1 for a token that every expert dropped
 
 
 class KVCache:
@@ -182,7 +183,7 @@ class GPT(nn.Module):
                 window = window[:, -max(1, self.config.block_size // 2) :]
                 cache, unread = KVCache(self, idx.size(0)), window
             out = self(unread, cache=cache, last_only=True)
-            experts = [routing.experts.reshape(*unread.shape, -1) for routing in out.routing]
+            experts = [moe.main_expert(routing).view(unread.shape) for routing in out.routing]
             tokens = sample(out.logits[:, -1].float(), temperature, top_k, generators)
             yield Generated(tokens, experts)
             unread = tokens[:, None]

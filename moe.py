@@ -99,7 +99,8 @@ def choose(scores_NE, k):
 def capacity(config, n_sequences=1):
     """C = ceil(cf · k · T / E) choices per expert and sequence (Fedus et al. 2022, eq. 3), with T the block size and
     not the length at hand: a later token must not change what an earlier one was given."""
-    return math.ceil(config.capacity_factor * config.expert_top_k * config.block_size * n_sequences / config.n_expert)
+    share = config.capacity_factor * config.expert_top_k * config.block_size * n_sequences / config.n_expert
+    return max(1, math.ceil(share - 1e-9))  # 1.1 · 10 is 11.000000000000002
 
 
 def within_capacity(experts_GS, n_expert, limit, used_GE=None):
@@ -228,6 +229,12 @@ def compute_dtype(x):
     know."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def main_expert(routing):
+    """(N,): the expert with each token's largest gate, -1 where no choice was kept."""
+    gate_N, choice_N = routing.gates.masked_fill(~routing.kept, -1).max(dim=-1)
+    return torch.where(gate_N < 0, -1, routing.experts.gather(1, choice_N[:, None])[:, 0])
 
 
 def gates_per_expert(routing):

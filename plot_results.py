@@ -8,6 +8,7 @@ SD (n).
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -19,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
 
+from configurator import EXPERIMENT, SCHEDULE, Config  # noqa: E402
 from records import FORMAT, is_comparable  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
@@ -53,22 +55,32 @@ def read_record(path):
 
 
 def read_run(folder):
-    """A run's record-like dict, finished or not: title, seed and its evaluations so far."""
+    """A run, finished or not, as the part of a record that curves need."""
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
     if not config.is_file() or not metrics.is_file():
         raise RecordError(f"{folder}: holds no run (no config.json with a metrics.jsonl)")
+    try:
+        values = Config.from_dict(json.loads(config.read_text()), origin=str(config)).to_dict()
+    except ValueError as error:
+        raise RecordError(f"{config}: not the config of a run ({error})") from None
     evaluations = [line for line in read_json_lines(metrics) if line["kind"] == "eval"]
     if not evaluations:
         raise RecordError(f"{folder}: has no evaluation yet")
-    values = json.loads(config.read_text())
     return {"title": values["title"] or folder.name, "config": values, "evaluations": evaluations}
 
 
-def group(records):
-    """{(table, title): records} in the order in which they come, one entry a row."""
-    rows = {}
-    for table, record in records:
-        rows.setdefault((table, record["run_id"].rpartition("-s")[0], record["title"]), []).append(record)
+def rows_of(records):
+    """{label: records that differ in nothing but seed and machine}, in the order in which they come. The label is the
+    title; where several experiments share one, what sets each apart from the first is added."""
+    by_hash = {}
+    for record in records:
+        by_hash.setdefault(Config.from_dict(record["config"]).hash(), []).append(record)
+    rows, first_of = {}, {}
+    for group in by_hash.values():
+        title, config = group[0]["title"], Config.from_dict(group[0]["config"])
+        first = first_of.setdefault(title, config)
+        apart = [f"{key}={ours}" for key, ours, _ in config.differences(first, (EXPERIMENT, SCHEDULE)) if key != "seed"]
+        rows[", ".join([title, *apart])] = group
     return rows
 
 
@@ -93,14 +105,14 @@ def table_of(rows):
         "characters/s",
     ]
     lines = ["| " + " | ".join(columns) + " |", "| --- " + "| ---: " * (len(columns) - 1) + "|"]
-    for (_, _, title), records in rows.items():
+    for label, records in rows.items():
         first = records[0]
         mark = "" if is_comparable(first) else " †"
         lines.append(
             "| "
             + " | ".join(
                 [
-                    f"{title}, {first['dataset']['name']}{mark}",
+                    f"{label}, {first['dataset']['name']}{mark}",
                     str(len(records)),
                     mean_sd([record["clean"]["best"]["nats"] for record in records], 4),
                     mean_sd([record["clean"]["best"]["bpc"] for record in records], 4),
@@ -121,8 +133,8 @@ def machine_of(record):
     return f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['dtype']}"
 
 
-def summary_of(rows):
-    """The page of all rows, a section a table, with what was run where."""
+def summary_of(tables):
+    """The page of all tables ({name: rows}), with what was run where."""
     page = [
         "# Measured results",
         "",
@@ -132,14 +144,13 @@ def summary_of(rows):
         "added, as some papers seem to have done. † not a canonical data set, or routing that sees later characters.",
         "",
     ]
-    for table in dict.fromkeys(table for table, _, _ in rows):
-        mine = {key: records for key, records in rows.items() if key[0] == table}
-        machines = sorted({machine_of(record) for records in mine.values() for record in records})
-        dirty = sum(record["git"]["dirty"] is not False for records in mine.values() for record in records)
+    for table, rows in tables.items():
+        machines = sorted({machine_of(record) for records in rows.values() for record in records})
+        dirty = sum(record["git"]["dirty"] is not False for records in rows.values() for record in records)
         page += [
             f"## {table}",
             "",
-            table_of(mine),
+            table_of(rows),
             "",
             f"Machine: {'; '.join(machines)}."
             + (f" {dirty} of the runs were made with uncommitted changes." if dirty else ""),
@@ -152,7 +163,7 @@ def draw_curves(labelled, path, caption):
     """Loss against steps; labelled: {label: runs}. A thin line a seed, a thick one for their mean; dots: training
     batches."""
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    for colour, (label, runs) in zip(COLOURS, labelled.items()):
+    for colour, (label, runs) in zip(itertools.cycle(COLOURS), labelled.items()):
         curves = {}
         for run in runs:
             steps = [line["step"] for line in run["evaluations"]]
@@ -188,9 +199,7 @@ def draw_curves(labelled, path, caption):
 
 def draw_latest(folders, output):
     runs = [read_run(Path(folder)) for folder in folders]
-    labelled = {}
-    for run in runs:
-        labelled.setdefault(f"{run['title']}, {run['config']['dataset']}", []).append(run)
+    labelled = rows_of(runs)
     draw_curves(
         labelled, output, "Cross-entropy over the whole validation split. Thin: one seed; thick: mean of the seeds."
     )
@@ -198,28 +207,24 @@ def draw_latest(folders, output):
 
 
 def draw_results():
-    records = []
+    tables = {}
     for path in sorted(RESULTS.glob("*/*.json")):
         try:
-            records.append((path.parent.name, read_record(path)))
+            tables.setdefault(path.parent.name, []).append(read_record(path))
         except RecordError as error:
             print(f"left out: {error}", file=sys.stderr)
-    if not records:
-        raise RecordError(
-            f"{RESULTS.name}/ holds no records yet: a complete run's summary.json, as results/TABLE/ROW-sSEED.json"
-        )
-    rows = group(records)
-    (RESULTS / "summary.md").write_text(summary_of(rows))
-    devices = sorted({record["machine"]["device"] for _, record in records})
-    for table in dict.fromkeys(table for table, _, _ in rows):
-        labelled = {title: runs for (name, _, title), runs in rows.items() if name == table}
-        path = RESULTS / f"{table}_curves.png"
+    if not tables:
+        where = f"{RESULTS.name}/ holds no records yet"
+        raise RecordError(f"{where}: a complete run's summary.json, as results/TABLE/ROW-sSEED.json")
+    tables = {name: rows_of(records) for name, records in tables.items()}
+    for name, rows in tables.items():
+        devices = ", ".join(sorted({record["machine"]["device"] for records in rows.values() for record in records}))
+        path = RESULTS / f"{name}_curves.png"
         draw_curves(
-            labelled,
-            path,
-            f"Cross-entropy over the whole validation split, {', '.join(devices)}. Thin: one seed; thick: their mean.",
+            rows, path, f"Cross-entropy over the whole validation split, {devices}. Thin: one seed; thick: mean."
         )
         print(f"wrote {path.relative_to(ROOT)}")
+    (RESULTS / "summary.md").write_text(summary_of(tables))
     print(f"wrote {(RESULTS / 'summary.md').relative_to(ROOT)}")
 
 

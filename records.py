@@ -3,6 +3,7 @@
 Every number is a number; what is not known is null. Losses are nats and bits per character (per byte on enwik8).
 """
 
+import os
 import shlex
 import statistics
 
@@ -15,7 +16,7 @@ FORMAT = "charmoe record 1"
 def record_of(config, dataset, model, machine, progress, test) -> dict:
     """progress: train.py's, at the end of the run; test: an `evaluate.Clean`, or None without a test split."""
     evaluations = progress["evaluations"]
-    best = min(evaluations, key=lambda line: line["clean"]["nats"])
+    best = min(evaluations, key=lambda line: line["clean"]["nats"])  # the first, if several
     final = evaluations[-1]
     tokens = config.max_iters * config.batch_size * config.block_size * config.gradient_accumulation_steps
     seconds = progress["seconds"]
@@ -41,7 +42,7 @@ def record_of(config, dataset, model, machine, progress, test) -> dict:
             **{f"final_{key}": value for key, value in final["paper"].items()},
         },
         "test": None if test is None else {"nats": test.nats, "bpc": test.bpc, "step": best["step"]},
-        "seconds": seconds,  # train, eval, compile, total
+        "seconds": seconds,  # train, eval, save, compile, total
         "median_step_ms": statistics.median(progress["step_ms"]),  # of the means over log intervals
         "tokens_per_second": tokens / seconds["train"],
         "peak_memory_bytes": machines.peak_memory(machine),
@@ -76,7 +77,7 @@ def report(record) -> str:
         estimates += f"; {paper['best_val_with_aux']:.4f} with the auxiliary losses in it"
     rows.append(("the papers' way", estimates))
     seconds, counts = record["seconds"], record["parameters"]
-    parts = [("training", "train"), ("evaluation", "eval"), ("compiling", "compile")]
+    parts = [("training", "train"), ("evaluation", "eval"), ("saving", "save"), ("compiling", "compile")]
     spent = ", ".join(f"{name} {duration(seconds[key])}" for name, key in parts if seconds[key])
     rows.append(("time", f"{duration(seconds['total'])} ({spent})"))
     rows.append(("speed", f"{record['tokens_per_second']:,.0f} {unit}s/s in training"))
@@ -90,8 +91,9 @@ def report(record) -> str:
     if not record["dataset"]["canonical"]:
         rows.append(("†", "not the published text"))
     rows.append(("checkpoint", f"{config.out_dir}/best.pt"))
+    script = os.path.relpath(machines.ROOT / "sample.py")
     if not record["leaky"]:
-        rows.append(("sample from it", f"python sample.py --out_dir={shlex.quote(config.out_dir)}"))
+        rows.append(("sample from it", f"python {script} --out_dir={shlex.quote(config.out_dir)}"))
     head = f"\n{config.title or 'run'}: {record['dataset']['name']}, seed {config.seed}"
     return "\n".join([head, *(f"  {name:<17} {text}" for name, text in rows)])
 

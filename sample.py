@@ -6,8 +6,8 @@
     python sample.py --out_dir=… --show_experts --layer=2       each character on the colour of its expert in block 2
 
 The first --seed gives the first sample, the next seed the second, and so on: a sample depends on its own seed alone.
-A character's colour is its first-choice expert; where colours cannot be shown (no terminal, or NO_COLOR is set),
-expert numbers stand under the text. Past block_size, the model goes on from the last half window (see
+A character's colour is the expert with its largest gate; where colours cannot be shown (no terminal, or NO_COLOR is
+set), expert numbers stand under the text. Past block_size, the model goes on from the last half window (see
 `GPT.generate`).
 """
 
@@ -209,7 +209,8 @@ def write_sample(model, prompt, config, machine, writer, layer, seed):
             [generator],
         )
         for step in steps:
-            experts = step.experts[layer][0, :, 0].tolist() if layer is not None else []
+            experts = step.experts[layer][0].tolist() if layer is not None else []
+            experts = [None if expert < 0 else expert for expert in experts]
             # A long prompt is cut to the last block_size characters, and a cache is rebuilt from half of it: experts
             # belong to the end.
             known = [None] * (len(unwritten) - len(experts)) + experts[-len(unwritten) :]
@@ -245,6 +246,9 @@ if __name__ == "__main__":
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the text has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         print(f"sample.py: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)

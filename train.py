@@ -36,8 +36,13 @@ from configurator import Config, ConfigError
 from data.common import DataError, Dataset, find
 from model import GPT
 
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nothing keeps two runs apart
+    fcntl = None
+
 OUR_FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json")
-SLOW_HOURS = 1.0  # a run that would take longer than this on a CPU is pointed to config/cpu.py
+SLOW_SECONDS = 900  # a run that would take longer than this on a CPU is told so, and of config/cpu.py
 SECONDS_BETWEEN_LINES = 30  # of progress, where the output is not a terminal
 
 
@@ -69,7 +74,7 @@ def open_out_dir(config):
         raise ConfigError(
             [
                 f"{folder} holds {_what_it_holds(folder)}; nothing was changed. Choose one of:",
-                "--init_from=resume goes on with it;",
+                *(["--init_from=resume goes on with it;"] if "ckpt.pt" in held else []),
                 "--out_dir=… or another --seed=… makes this run elsewhere;",
                 "--overwrite=True throws it away and starts again",
             ]
@@ -91,7 +96,9 @@ def open_dataset(config, device):
     """The data set, prepared first when its bins are missing and config.prepare allows it."""
     folder = find(config.dataset)
     script = folder / "prepare.py"
-    if not (folder / "meta.json").exists() and script.exists():
+    # Only a script of ours is run unasked; bins that are there without a meta.json are somebody's, and are told about.
+    is_ours = folder.parent == machines.ROOT / "data" and script.exists()
+    if is_ours and not all((folder / name).exists() for name in ("train.bin", "val.bin")):
         shown = os.path.relpath(script)
         if not config.prepare:
             raise DataError(
@@ -167,6 +174,8 @@ def compile_model(model, x, y, machine):
                 compiled.train()(x, y).objective.backward()
                 with torch.no_grad():
                     compiled.eval()(x, y)
+        except torch.OutOfMemoryError:
+            raise  # would not fit without compiling either
         except Exception as error:  # whatever a compiler raises, training can go on without it
             reason = f"{type(error).__name__}: {checkpoint.first_line(error)}"
             print(f"torch.compile failed, so this run is not compiled: {reason}")
@@ -175,7 +184,7 @@ def compile_model(model, x, y, machine):
     return compiled, time.perf_counter() - started
 
 
-def hours_needed(model, dataset, config, machine, steps):
+def seconds_needed(model, dataset, config, machine, steps):
     """A rough forecast of `steps` updates and their evaluations, from two batches whose effect is undone (the first
     warms up)."""
     x, y = dataset.batch("train", config.seed, 0, config.batch_size, config.block_size)
@@ -187,7 +196,7 @@ def hours_needed(model, dataset, config, machine, steps):
             seconds = time.perf_counter() - started
     windows = dataset.sizes["val"] / (config.batch_size * config.block_size)
     forwards = (2 * config.eval_iters + windows) * (steps // config.eval_interval + 1)
-    return seconds * (steps * config.gradient_accumulation_steps + forwards / 3) / 3600
+    return seconds * (steps * config.gradient_accumulation_steps + forwards / 3)
 
 
 def random_state():
@@ -338,10 +347,14 @@ def start_wandb(config):
         return None
     try:
         import wandb
+
+        wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.title, config=config.to_dict())
     except ImportError:
         print("wandb_log=True, but wandb is not installed (pip install wandb): metrics go to metrics.jsonl only")
         return None
-    wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.title, config=config.to_dict())
+    except Exception as error:  # not logged in, no network, …: a tracker must not stop what it tracks
+        print(f"wandb_log=True, but wandb says: {checkpoint.first_line(error)}; metrics go to metrics.jsonl only")
+        return None
     return lambda line: wandb.log(
         {f"{line['kind']}/{key}": value for key, value in flat(line).items() if key != "kind"}, step=line["step"]
     )
@@ -359,17 +372,33 @@ def flat(line):
 
 
 class Metrics:
-    """metrics.jsonl: one line a log or evaluation, appended; a resumed run first cuts what came after its
-    checkpoint."""
+    """metrics.jsonl: one line a log or evaluation, appended. While it is open, no other run can have its folder."""
 
-    def __init__(self, path, keep_bytes, mirror=None):
-        self.file, self.mirror = open(path, "ab"), mirror
-        if self.file.tell() < keep_bytes:
+    def __init__(self, path):
+        with checkpoint.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "ab")
+        self.mirror = None
+        if fcntl:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(f"{path.parent} is in use by another run that has not ended") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def cut(self, length):
+        """Keep the first `length` bytes: what came after a checkpoint did not happen."""
+        if self.file.tell() < length:
             raise CheckpointError(
-                f"{path} is shorter than when its checkpoint was written: something else changed it; "
-                "start again with --overwrite=True"
+                f"{self.file.name} is shorter than when its checkpoint was written: something else changed it; "
+                "start again with --init_from=scratch --overwrite=True"
             )
-        self.file.truncate(keep_bytes)
+        self.file.truncate(length)
 
     def write(self, line):
         with checkpoint.writing(self.file.name):
@@ -438,7 +467,6 @@ def main(argv):
         return 0
 
     torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")
     model = GPT(config, dataset.vocabulary.size).to(device)
     optimizer = make_optimizer(model, config)
     guard = FiniteGuard(optimizer, device)
@@ -449,12 +477,15 @@ def main(argv):
         "git": machines.git_state(),
         "resumed": 0,
         "metrics_bytes": 0,
-        "seconds": {"train": 0.0, "eval": 0.0, "compile": 0.0, "total": 0.0},
+        "seconds": {"train": 0.0, "eval": 0.0, "save": 0.0, "compile": 0.0, "total": 0.0},
     }
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        git, before = progress["git"], saved["progress"]["git"]
         progress = {**saved["progress"], "resumed": saved["progress"]["resumed"] + 1}
+        if git != before:  # no commit says what made this run
+            progress["git"] = {"commit": git["commit"], "dirty": True}
     seconds = progress["seconds"]
     rows = config.batch_size * config.gradient_accumulation_steps
     tokens_per_step = rows * config.block_size
@@ -473,14 +504,30 @@ def main(argv):
         seconds["compile"] += compile_seconds
         machine = machine._replace(compile=run_model is not model)
     if config.eval_only:
-        print(evaluation_text(evaluation_line(run_model, dataset, config, machine, progress["step"]), config))
+        if not saved:
+            print("untrained weights: --init_from=resume evaluates those of out_dir")
+        line = evaluation_line(run_model, dataset, config, machine, progress["step"])
+        print(evaluation_text(line, config))
+        print(f"the papers' way: {line['paper']['val']:.4f} nats on {config.eval_iters} random batches")
         return 0
+    if device.type == "cpu":
+        forecast = seconds_needed(model, dataset, config, machine, config.max_iters - progress["step"])
+        if forecast > SLOW_SECONDS:
+            print(
+                f"At the speed of its first steps, this run needs about {records.duration(forecast)} on this machine."
+            )
+            if "config/cpu.py" not in argv:
+                words = [word for word in argv if not word.startswith("--out_dir")]
+                print(f"The size made for a CPU: {shlex.join(['python', 'train.py', *words, 'config/cpu.py'])}")
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json",) if saved else OUR_FILES:
+    if not saved:
+        open_out_dir(config)  # again, for another run may have come while this one got ready
+    metrics = Metrics(folder / "metrics.jsonl")
+    for name in ("summary.json",) if saved else [name for name in OUR_FILES if name != "metrics.jsonl"]:
         (folder / name).unlink(missing_ok=True)
-    metrics = Metrics(folder / "metrics.jsonl", progress["metrics_bytes"], start_wandb(config))
+    metrics.cut(progress["metrics_bytes"])
     checkpoint.write_json(folder / "config.json", config.to_dict())
+    metrics.mirror = start_wandb(config)
     print(
         f"writing to {folder}"
         if not saved
@@ -489,6 +536,7 @@ def main(argv):
     )
 
     def save(name="ckpt.pt"):
+        started = time.perf_counter()
         seconds["total"] = time.perf_counter() - session_started
         progress["metrics_bytes"] = metrics.sync()
         checkpoint.save(
@@ -504,6 +552,7 @@ def main(argv):
                 "random": random_state(),
             },
         )
+        seconds["save"] += time.perf_counter() - started
 
     def stopped():
         bad_step = guard.first_bad_step()
@@ -515,20 +564,14 @@ def main(argv):
         screen.say(f"  {resume_command(argv)}")
         return 128 + number
 
-    if device.type == "cpu":
-        hours = hours_needed(model, dataset, config, machine, config.max_iters - progress["step"])
-        if hours > SLOW_HOURS:
-            print(f"At the speed of its first steps, this run needs about {hours:.0f} hours on this machine.")
-            if "config/cpu.py" not in argv:
-                print(
-                    f"The size made for a CPU: {shlex.join(['python', 'train.py', *argv, 'config/cpu.py'])}", flush=True
-                )
     screen = Screen(config, progress["step"])
+    interval = Interval.from_state(saved["interval"], device) if saved else Interval()
     if saved:
         set_random_state(saved["random"])
-    interval = Interval.from_state(saved["interval"], device) if saved else Interval()
+        if progress["evaluations"] and best_of(progress["evaluations"])["step"] == progress["step"]:
+            save("best.pt")  # in case the power failed just before
 
-    with StopSignals() as signals, screen.bar:
+    with metrics, StopSignals() as signals, screen.bar:
         while True:
             step = progress["step"]  # updates made so far
             evaluated = progress["evaluations"][-1]["step"] if progress["evaluations"] else -1
@@ -550,9 +593,10 @@ def main(argv):
                 progress["evaluations"].append(line)
                 metrics.write(line)
                 interval = Interval()
+                save()
                 if is_best:
                     save("best.pt")
-                save()
+                interval = Interval()  # saving is not training time
                 screen.say(evaluation_text(line, config, is_best))
             if signals.caught:
                 return stopped()
@@ -621,13 +665,17 @@ def stop_not_finite(what, folder):
 
 def resume_command(argv):
     kept = [word for word in argv if not word.startswith(("--overwrite", "--init_from"))]
-    return shlex.join(["python", "train.py", *kept, "--init_from=resume"])
+    return shlex.join(["python", os.path.relpath(__file__), *kept, "--init_from=resume"])
+
+
+def best_of(evaluations):
+    return min(evaluations, key=lambda line: line["clean"]["nats"])
 
 
 def test_of_best(dataset, config, machine, folder, progress):
     """The clean measure on the test split, of best.pt and not of the weights at hand, which are left as they are."""
     saved = checkpoint.load(folder / "best.pt")
-    best_step = min(progress["evaluations"], key=lambda line: line["clean"]["nats"])["step"]
+    best_step = best_of(progress["evaluations"])["step"]
     if saved["progress"]["step"] != best_step:
         raise CheckpointError(
             f"{folder / 'best.pt'} is of step {saved['progress']['step']}, but this run was best at {best_step}: "
@@ -647,6 +695,14 @@ if __name__ == "__main__":
         print(message)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"train.py: out of memory ({checkpoint.first_line(error)}); a smaller batch_size with ",
+            file=sys.stderr,
+            end="",
+        )
+        print("gradient_accumulation_steps gives the same updates", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"train.py: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)

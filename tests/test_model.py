@@ -241,7 +241,18 @@ def test_generation_tells_the_expert_of_every_token_that_it_read():
     steps = list(model.generate(x, 4, temperature=0))
     read = torch.cat([step.experts[1] for step in steps], dim=1)
     text = torch.cat([x] + [step.tokens[:, None] for step in steps[:-1]], dim=1)
-    assert torch.equal(read, model(text).routing[1].experts.view(2, 8, 2))
+    routing = model(text).routing[1]
+    expected = [
+        [int(experts[gates.argmax()]) if kept.any() else -1 for experts, gates, kept in zip(*token)]
+        for token in zip(*(field.view(2, 8, 2) for field in (routing.experts, routing.gates, routing.kept)))
+    ]
+    assert read.tolist() == expected and (read == -1).any()
+
+
+def test_soft_routing_shows_the_expert_with_the_largest_gate():
+    model = gpt(std=0.5, **KINDS["soft_concat"])
+    (step,) = model.generate(tokens(2, 12), 1, temperature=0)
+    assert len(step.experts[0].unique()) > 1
 
 
 def test_generation_refuses_what_it_cannot_do():

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import plot_results
+from configurator import Config
 
 
 def record(seed=1, nats=1.5, step=10, **changes):
@@ -17,7 +18,7 @@ def record(seed=1, nats=1.5, step=10, **changes):
         "run_id": f"abc-s{seed}",
         "title": "A title",
         "leaky": False,
-        "config": {"seed": seed},
+        "config": Config(seed=seed).to_dict(),
         "dataset": {"name": "shakespeare_char", "canonical": True},
         "parameters": {"total": 2000, "active": 1000},
         "clean": {"best": {"nats": nats, "bpc": nats * 1.4427}},
@@ -42,7 +43,11 @@ def results_with(monkeypatch, tmp_path, *records):
 
 def test_seeds_of_one_config_become_a_row_with_mean_and_sample_sd(monkeypatch, tmp_path):
     results_with(
-        monkeypatch, tmp_path, record(1, 1.0), record(2, 2.0), record(3, 3.0, run_id="other-s3", title="Another")
+        monkeypatch,
+        tmp_path,
+        record(1, 1.0),
+        record(2, 2.0),
+        record(3, 3.0, config=Config(n_layer=2).to_dict(), title="Another"),
     )
     plot_results.main([])
     page = (tmp_path / "results" / "summary.md").read_text()
@@ -90,7 +95,7 @@ def test_no_records_is_one_message(monkeypatch, tmp_path):
 def test_a_run_that_still_trains_is_drawn_from_its_whole_lines(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"title": "", "dataset": "x"}))
+    (run / "config.json").write_text(json.dumps(Config().to_dict()))
     lines = [{"kind": "train", "step": 5, "loss": 2.0}, *({"kind": "eval", **line} for line in record()["evaluations"])]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"kind": "ev')
     plot_results.main(["--latest", str(run), "--output", str(tmp_path / "curves.png")])
@@ -98,10 +103,40 @@ def test_a_run_that_still_trains_is_drawn_from_its_whole_lines(tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    "files, message", [({}, "holds no run"), ({"config.json": "{}", "metrics.jsonl": ""}, "no evaluation yet")]
+    "files, message",
+    [
+        ({}, "holds no run"),
+        ({"config.json": "{}", "metrics.jsonl": ""}, "no evaluation yet"),
+        ({"config.json": "[1", "metrics.jsonl": ""}, "not the config of a run"),
+    ],
 )
 def test_a_folder_without_a_run_is_one_message(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(plot_results.RecordError, match=message):
         plot_results.main(["--latest", str(tmp_path)])
+
+
+def test_experiments_that_share_a_title_are_told_apart_and_never_averaged(monkeypatch, tmp_path):
+    """Options on the command line change the experiment, but not the title."""
+    results_with(monkeypatch, tmp_path, record(1), record(2, 1.7, config=Config(seed=2, learning_rate=0.01).to_dict()))
+    drawn = []
+    monkeypatch.setattr(plot_results, "draw_curves", lambda rows, path, caption: drawn.append(list(rows)))
+    plot_results.main([])
+    page = (tmp_path / "results" / "summary.md").read_text()
+    assert (
+        "| A title, shakespeare_char | 1 |" in page and "| A title, learning_rate=0.01, shakespeare_char | 1 |" in page
+    )
+    assert drawn == [["A title", "A title, learning_rate=0.01"]]
+
+
+def test_more_rows_than_colours_are_all_drawn(tmp_path):
+    rows = {f"row {i}": [record()] for i in range(len(plot_results.COLOURS) + 2)}
+    shown = []
+    figure_legend = plot_results.plt.Axes.legend
+    try:
+        plot_results.plt.Axes.legend = lambda axes, **keys: shown.extend(axes.get_legend_handles_labels()[1])
+        plot_results.draw_curves(rows, tmp_path / "curves.png", "")
+    finally:
+        plot_results.plt.Axes.legend = figure_legend
+    assert len(shown) == len(rows) + 1

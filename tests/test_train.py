@@ -752,12 +752,13 @@ def test_weights_decay_and_biases_and_norms_do_not(changes):
 
 
 @pytest.fixture
-def unprepared(tmp_path):
-    """A function that makes an unprepared data folder whose prepare.py is `script`."""
+def unprepared(tmp_path, monkeypatch):
+    """A function that makes an unprepared data folder of the project, whose prepare.py is `script`."""
+    monkeypatch.setattr(train.machines, "ROOT", tmp_path)
 
     def make(script):
-        folder = tmp_path / "unprepared"
-        folder.mkdir()
+        folder = tmp_path / "data" / "unprepared"
+        folder.mkdir(parents=True)
         (folder / "prepare.py").write_text(script)
         return folder
 
@@ -780,6 +781,53 @@ def test_a_missing_data_set_is_prepared(unprepared, words, tmp_path, capsys):
     )
     assert train_tiny(folder, tmp_path / "run", max_iters=1) == 0
     assert "not prepared yet: running python" in capsys.readouterr().out
+
+
+def test_a_data_folder_elsewhere_has_nothing_of_it_run(unprepared, tmp_path, monkeypatch):
+    """A path may lead to somebody else's prepare.py, which may do anything."""
+    folder = unprepared(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="not prepared yet"):
+        train_tiny(folder, tmp_path / "run")
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_a_folder_in_use_is_refused(words, tmp_path, at_step):
+    refused = []
+
+    def intrude():
+        for options in (dict(overwrite=True), dict(init_from="resume")):
+            with pytest.raises(CheckpointError) as caught:
+                train_tiny(words, tmp_path / "run", **options)
+            refused.append(str(caught.value))
+
+    at_step(intrude, 12)
+    assert train_tiny(words, tmp_path / "run") == 0
+    assert len(refused) == 2 and all("in use by another run" in message for message in refused)
+    assert record_of(tmp_path / "run")["iterations"] == 20
+
+
+def test_a_best_checkpoint_that_a_power_cut_prevented_is_made_on_resuming(
+    words, tmp_path, monkeypatch, at_step, uninterrupted
+):
+    """ckpt.pt is written first, and at the best step it holds the same state."""
+    original = checkpoint.save
+
+    def save(path, state):
+        if path.name == "best.pt" and state["progress"]["step"] == 10:
+            raise KeyboardInterrupt
+        original(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(words, tmp_path / "run", **HARD)
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["progress"]["step"] == 0
+    monkeypatch.undo()
+    at_step(interrupt(), 11)
+    assert train_tiny(words, tmp_path / "run", init_from="resume", **HARD) == 130
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["progress"]["step"] == 10
+    assert train_tiny(words, tmp_path / "run", init_from="resume", **HARD) == 0
+    assert_same_run(uninterrupted, tmp_path / "run")
 
 
 def test_a_prepare_that_fails_is_one_error(unprepared, tmp_path):
@@ -854,10 +902,10 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(words, tmp_path, at_
 
 
 def test_a_run_of_hours_on_a_cpu_is_told_so_once_with_a_way_out(words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "SLOW_HOURS", 0.0)
+    monkeypatch.setattr(train, "SLOW_SECONDS", 0.0)
     train_tiny(words, tmp_path / "run")
     out = capsys.readouterr().out
-    assert out.count("config/cpu.py") == 1 and " hours" in out
+    assert out.count("config/cpu.py") == 1 and "this run needs about" in out
 
 
 def test_wandb_that_is_not_installed_is_said_and_not_needed(words, tmp_path, monkeypatch, capsys):
@@ -980,7 +1028,7 @@ def test_a_script_interrupted_for_real_exits_130_and_can_be_resumed(words, tmp_p
 
 
 def test_a_best_checkpoint_of_another_step_is_not_tested_on(words, tmp_path, monkeypatch):
-    """As when the power failed between best.pt and ckpt.pt: the test split is read from the best checkpoint, or not at all."""
+    """The test split is read from the best checkpoint, or not at all."""
     original = checkpoint.save
 
     def save(path, state):
