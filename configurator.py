@@ -585,6 +585,7 @@ class Config:
     n_embd: int = model_key(384, "width of the residual stream; a dense MLP's hidden width is 4 times it", at_least=1)
     dropout: float = model_key(0.2, "share of activations that training drops; 0 = none", at_least=0, below=1)
     bias: bool = model_key(False, "biases in linear layers and layer norms")
+    mlp_hidden: int = model_key(0, "hidden width of a dense MLP; 0 = 4 n_embd", at_least=0)
 
     n_expert: int = moe_key(0, "experts an MoE block; 0 = a dense MLP in every block", at_least=0)
     expert_top_k: int = moe_key(1, "experts a character goes to; 0 = all of them (soft routing)", at_least=0)
@@ -600,25 +601,75 @@ class Config:
         "set side by side, or added, before one GELU and one output layer",
     )
     moe_every: int = moe_key(1, "every n-th block is an MoE block; 1 = all, 2 = the 2nd, 4th, ...", at_least=1)
-    router: Literal["learned"] = moe_key("learned", "how experts are scored; learned: a linear layer")
-    gate: Literal["softmax"] = moe_key("softmax", "how scores become gates")
-    gate_renormalize: bool = moe_key(False, "make the chosen experts' gates add up to 1")
+    n_expert_by_block: str = moe_key(
+        "", "experts of each block, as 8,8,4,4 (0 = dense block); empty = n_expert in every MoE block"
+    )
+    n_shared_expert: int = moe_key(0, "experts that every character goes through as well, ungated", at_least=0)
+    share_experts: bool = moe_key(False, "one set of experts for all MoE blocks; each block keeps its own router")
+    expert_init: Literal["gpt2", "switch", "sigma_moe"] = moe_key(
+        "gpt2",
+        "initial scale; gpt2: as the dense MLP's; switch: a tenth of the usual; sigma_moe: as their total width's",
+    )
+    expert_inner_dropout: float = moe_key(
+        0.0, "share of the experts' hidden activations that training drops", at_least=0, below=1
+    )
+
+    router: Literal["learned", "frozen", "random", "hash", "ngram_hash", "two_level", "expert_choice"] = moe_key(
+        "learned",
+        "how experts are scored: trained; frozen at, or re-drawn from, a random start; by a hash of the character or "
+        "of the last ones; a group, then experts in it; or experts choose characters (not causal)",
+    )
+    router_ngram: int = moe_key(3, "ngram_hash: how many characters are hashed", at_least=1)
+    n_expert_group: int = moe_key(2, "two_level: groups of experts", at_least=1)
+    router_level: Literal["token", "segment", "prefix", "sequence"] = moe_key(
+        "token",
+        "what is routed by: each character; the mean of the segment before its own; the mean so far; "
+        "the whole sequence's mean (not causal)",
+    )
+    segment_size: int = moe_key(16, "segment: its characters", at_least=1)
+    router_top_p: float = moe_key(
+        0.0, "use only as many of the top_k as reach this probability; 0 = always top_k", at_least=0, at_most=1
+    )
+    gate: Literal["softmax", "sigmoid"] = moe_key("softmax", "how logits become gates")
+    gate_renormalize: bool = moe_key(
+        False, "make the chosen experts' gates add up to 1; with softmax that is softmax over the chosen logits alone"
+    )
+    gate_straight_through: bool = moe_key(
+        False, "top-1: multiply by 1, and let the gradient pass as if by the probability"
+    )
     router_jitter: float = moe_key(
         0.0, "in training, the router's input times U(1 - x, 1 + x); 0 = off, 0.01 is usual", at_least=0, below=1
     )
+    router_temperature: float = moe_key(1.0, "logits are divided by it", at_least=1e-3)
+    router_temperature_end: float = moe_key(1.0, "its value after the last step", at_least=1e-3)
+    router_temperature_schedule: Literal["constant", "linear", "cosine"] = moe_key("constant", "the way there")
+    expert_dropout: float = moe_key(
+        0.0, "in training, an expert is masked for a character with this probability", at_least=0, below=1
+    )
+    expert_dropout_end: float = moe_key(0.0, "its value after the last step", at_least=0, below=1)
+    expert_dropout_schedule: Literal["constant", "linear", "cosine"] = moe_key("constant", "the way there")
     capacity_factor: float = moe_key(
         0.0, "an expert takes at most this times its even share of characters; 0 = no limit, none dropped", at_least=0
     )
     capacity_group: Literal["sequence", "batch"] = moe_key(
         "sequence", "what shares a capacity: one sequence, or the whole batch (which is then not causal)"
     )
-    aux_loss: Literal["switch", "none"] = moe_key(
-        "switch", "balancing loss; switch: n_expert x sum of load x probability, 1 a layer when even"
+    aux_loss: Literal["switch", "cv2", "none"] = moe_key(
+        "switch",
+        "balancing loss; switch: n_expert x sum of load x probability, 1 a layer when even; "
+        "cv2: variance / mean^2 of the experts' gate sums, 0 when even",
     )
     aux_loss_coef: float = moe_key(0.01, "weight of the balancing loss; 0 = off", at_least=0)
-    aux_loss_reduction: Literal["sum", "mean"] = moe_key("sum", "how the layers' balancing losses are combined")
+    aux_loss_coef_end: float = moe_key(0.0, "its value after the last step", at_least=0)
+    aux_loss_coef_schedule: Literal["constant", "linear", "cosine"] = moe_key("constant", "the way there")
+    aux_loss_reduction: Literal["sum", "mean"] = moe_key("sum", "how the layers' auxiliary losses are combined")
     z_loss_coef: float = moe_key(
         0.0, "weight of the router's z-loss, mean(logsumexp(logits)^2); 0 = off, 0.001 is usual", at_least=0
+    )
+    router_bias_rate: float = moe_key(
+        0.0,
+        "balancing without a loss: step of the bias by which experts are chosen; 0 = off, 0.001 is usual",
+        at_least=0,
     )
     moe_backend: Literal["auto", "reference", "masked", "sorted"] = moe_key(
         "auto", "how the experts are computed: the same result at another speed", scope=MACHINE
@@ -661,33 +712,96 @@ class Config:
 
     def moe_problems(self) -> Iterator[Problem]:
         """The combinations that only an MoE model can get wrong."""
-        n_expert, top_k = self.n_expert, self.expert_top_k
+        counts = self.expert_counts()
+        if isinstance(counts, str):
+            yield ("n_expert_by_block", "n_layer"), counts
+            return
+        if self.moe_every > self.n_layer:
+            message = f"moe_every = {self.moe_every} is more than n_layer = {self.n_layer}: no block would be MoE"
+            yield ("moe_every", "n_layer", "n_expert"), f"{message}; set it lower, or n_expert=0"
+        elif not any(counts):
+            message = "n_expert_by_block leaves no block with experts"
+            yield ("n_expert_by_block",), f"{message}; set one of its numbers above 0, or n_expert=0"
+        if self.share_experts and len({count for count in counts if count}) > 1:
+            message = "blocks that share their experts must have equally many"
+            yield ("share_experts", "n_expert_by_block"), f"{message}; set share_experts=False"
+        for n_expert in sorted({count for count in counts if count}):
+            yield from self.routing_problems(n_expert)
+
+    def routing_problems(self, n_expert: int) -> Iterator[Problem]:
+        """The combinations that a block of n_expert experts cannot have."""
+        top_k = self.expert_top_k
+        is_hash = self.router in ("hash", "ngram_hash")
+        expert_choice = self.router == "expert_choice"
         if top_k > n_expert:
             message = f"expert_top_k = {top_k} is more than n_expert = {n_expert}; expected at most that, or 0 for all"
-            yield ("expert_top_k", "n_expert"), message
+            yield ("expert_top_k", "n_expert", "n_expert_by_block"), message
         if top_k == 1 and n_expert > 1 and self.gate_renormalize:
             message = "a single gate renormalised is always 1, so cross-entropy never reaches the router"
             keys = ("gate_renormalize", "expert_top_k", "n_expert")
-            yield keys, f"{message}; set gate_renormalize=False, or expert_top_k to 2 or more"
+            yield (
+                keys,
+                f"{message}; set gate_renormalize=False, gate_straight_through=True or expert_top_k to 2 or more",
+            )
+        if self.gate_straight_through and top_k != 1:
+            message = "a straight-through gate is for one expert a character"
+            yield ("gate_straight_through", "expert_top_k"), f"{message}; set expert_top_k=1"
         if top_k == 0 and self.capacity_factor > 0:
             message = "soft routing (expert_top_k=0) uses every expert for every character, which no capacity can limit"
             yield ("capacity_factor", "expert_top_k", "n_expert"), f"{message}; set capacity_factor=0"
-        if top_k in (0, n_expert) and n_expert > 1 and self.aux_loss == "switch" and self.aux_loss_coef > 0:
+        if top_k == 0 and self.router_top_p > 0:
+            message = "router_top_p chooses among the expert_top_k best, but expert_top_k=0 means all"
+            yield ("router_top_p", "expert_top_k"), f"{message}; set expert_top_k to n_expert = {n_expert} or less"
+        balances = self.aux_loss != "none" and (self.aux_loss_coef > 0 or self.aux_loss_coef_end > 0)
+        if top_k in (0, n_expert) and n_expert > 1 and balances and self.aux_loss == "switch" and not self.router_top_p:
             message = "with every expert chosen the switch loss is the constant 1 and balances nothing"
             keys = ("aux_loss", "aux_loss_coef", "expert_top_k", "n_expert")
             yield keys, f"{message}; set aux_loss='none'"
+        if is_hash and top_k != 1:
+            message = f"{self.router} gives every character one expert"
+            yield ("router", "expert_top_k"), f"{message}; set expert_top_k=1"
+        if is_hash and (balances or self.router_bias_rate):
+            message = f"{self.router} is a fixed table that nothing can balance"
+            keys = ("router", "aux_loss", "aux_loss_coef", "router_bias_rate")
+            yield keys, f"{message}; set aux_loss='none' and router_bias_rate=0"
+        if is_hash and self.router_level != "token":
+            message = f"{self.router} routes by characters, not by vectors that could be averaged"
+            yield ("router", "router_level"), f"{message}; set router_level='token'"
+        if (is_hash or self.router == "two_level") and self.gate != "softmax":
+            message = f"{self.router} gives log-probabilities"
+            yield ("router", "gate"), f"{message}; set gate='softmax'"
+        if is_hash and (self.expert_dropout or self.expert_dropout_end):
+            message = f"a character has no other expert to go to under {self.router}"
+            yield ("router", "expert_dropout", "expert_dropout_end"), f"{message}; set expert_dropout=0"
+        if self.router == "two_level" and (n_expert % self.n_expert_group or top_k > n_expert // self.n_expert_group):
+            message = (
+                f"n_expert = {n_expert} must make n_expert_group = {self.n_expert_group} equal groups of expert_top_k"
+            )
+            keys = ("router", "n_expert_group", "n_expert", "expert_top_k")
+            yield keys, f"{message} = {top_k} or more experts; set n_expert_group to a divisor of n_expert"
+        if self.router == "two_level" and top_k == 0:
+            yield ("router", "expert_top_k"), "two_level chooses within a group, so not all experts; set expert_top_k=1"
+        if expert_choice and not (self.capacity_factor > 0 and top_k > 0 and self.capacity_group == "sequence"):
+            message = "expert_choice needs to know how many characters of a sequence an expert takes"
+            keys = ("router", "capacity_factor", "expert_top_k", "capacity_group")
+            yield keys, f"{message}; set expert_top_k=1, capacity_factor=1 and capacity_group='sequence'"
+        if expert_choice and (balances or self.router_bias_rate or self.router_top_p or self.gate_straight_through):
+            message = "expert_choice is balanced by construction and chooses by itself"
+            keys = ("router", "aux_loss", "router_bias_rate", "router_top_p", "gate_straight_through")
+            yield (
+                keys,
+                f"{message}; set aux_loss='none', router_bias_rate=0, router_top_p=0, gate_straight_through=False",
+            )
         if self.expert_kind != "mlp" and not self.expert_hidden and 4 * self.n_embd % n_expert:
             message = f"4 n_embd = {4 * self.n_embd} cannot be shared evenly by n_expert = {n_expert} linear experts"
             yield ("expert_kind", "expert_hidden", "n_embd", "n_expert"), f"{message}; set expert_hidden"
         hidden = self.expert_hidden or 4 * self.n_embd // (1 if self.expert_kind == "mlp" else n_expert)
         if self.moe_backend == "sorted" and (self.n_embd % 8 or hidden % 8):
-            message = (
-                f"moe_backend='sorted' needs widths in multiples of 8, and n_embd = {self.n_embd}, hidden = {hidden}"
-            )
-            yield ("moe_backend", "n_embd", "expert_hidden"), f"{message}; set moe_backend='auto'"
-        if self.moe_every > self.n_layer:
-            message = f"moe_every = {self.moe_every} is more than n_layer = {self.n_layer}: no block would be MoE"
-            yield ("moe_every", "n_layer", "n_expert"), f"{message}; set it lower, or n_expert=0"
+            message = f"moe_backend='sorted' needs widths in multiples of 8; n_embd = {self.n_embd}, hidden = {hidden}"
+            yield ("moe_backend", "n_embd", "expert_hidden", "n_expert"), f"{message}; set moe_backend='auto'"
+        if self.expert_kind != "mlp" and self.n_shared_expert:
+            message = "shared experts are whole MLPs"
+            yield ("n_shared_expert", "expert_kind"), f"{message}; set expert_kind='mlp'"
 
     def completed(self, files: list[ConfigFile]) -> Config:
         """With the title and the folder that follow from the config files, where the user gave none."""
@@ -696,15 +810,45 @@ class Config:
         out_dir = self.out_dir or f"out/{names}-s{self.seed}"
         return dataclasses.replace(self, title=title, out_dir=out_dir)
 
+    def expert_counts(self) -> list[int] | str:
+        """The number of experts of each block, 0 for a dense one; or what is wrong with n_expert_by_block."""
+        if not self.n_expert_by_block.strip():
+            return [self.n_expert if (i + 1) % self.moe_every == 0 else 0 for i in range(self.n_layer)]
+        words = [word.strip() for word in self.n_expert_by_block.split(",")]
+        if len(words) != self.n_layer or not all(word.isdecimal() for word in words):
+            found = f"n_expert_by_block is {self.n_expert_by_block!r}"
+            return f"{found}; expected n_layer = {self.n_layer} numbers from 0, as {','.join(['4'] * self.n_layer)}"
+        return [int(word) for word in words]
+
     @property
     def moe_layers(self) -> list[int]:
         """Indices of the blocks that are MoE."""
-        return [i for i in range(self.n_layer) if self.n_expert and (i + 1) % self.moe_every == 0]
+        return [i for i, count in enumerate(self.expert_counts()) if count] if self.n_expert else []
+
+    def of_block(self, i: int) -> Config:
+        """The config with block i's own number of experts."""
+        return dataclasses.replace(self, n_expert=self.expert_counts()[i])
+
+    @property
+    def expert_dropout_is_used(self) -> bool:
+        return self.expert_dropout > 0 or (self.expert_dropout_end > 0 and self.expert_dropout_schedule != "constant")
+
+    @property
+    def leaks(self) -> dict[str, str]:
+        """Each key by which later characters, or other sequences, decide which expert a character gets: its causal
+        twin."""
+        leaks = {
+            "router=expert_choice": "router=learned with a capacity_factor" if self.router == "expert_choice" else "",
+            "router_level=sequence": "router_level=segment or prefix" if self.router_level == "sequence" else "",
+            "capacity_group=batch": "capacity_group=sequence"
+            if self.capacity_factor and self.capacity_group == "batch"
+            else "",
+        }
+        return {key: twin for key, twin in leaks.items() if twin and self.n_expert}
 
     @property
     def is_causal(self) -> bool:
-        """False when a capacity is shared across sequences: then one sequence's future can drop another's character."""
-        return not (self.n_expert > 0 and self.capacity_factor > 0 and self.capacity_group == "batch")
+        return not self.leaks
 
     def to_dict(self) -> dict[str, Any]:
         """Every key, as JSON types."""

@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import moe
+from routing import Router, Routing, RoutingCache
 
 IGNORED = -1  # a target that is not predicted
 
@@ -26,7 +27,7 @@ class Output(NamedTuple):
     loss: torch.Tensor | None  # mean cross-entropy over the targets, nats; nothing else is ever added to it
     aux: dict[str, moe.AuxLoss]  # auxiliary losses by name, raw and weighted
     stats: list[moe.RoutingStats]  # one per MoE layer
-    routing: list[moe.Routing]  # one per MoE layer
+    routing: list[Routing]  # one per MoE layer
 
     @property
     def objective(self):
@@ -40,19 +41,26 @@ class Generated(NamedTuple):
     # since the last step; -1 for a token that every expert dropped
 
 
+class LayerCache:
+    """One block's keys and values of the tokens read so far, and what its router must remember of them."""
+
+    def __init__(self, block, config, batch_size, device, dtype):
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.routing = None
+        if isinstance(block.mlp, moe.MoE):
+            router_dtype = torch.promote_types(block.norm_mlp.weight.dtype, torch.float32)
+            self.routing = RoutingCache(block.mlp.config, batch_size, device, router_dtype)
+
+
 class KVCache:
-    """Keys and values of the tokens read so far, and how often each sequence has used each expert."""
+    """A LayerCache per block, for batch_size sequences of the same length."""
 
     def __init__(self, model, batch_size):
-        config, weight = model.config, model.token_embedding.weight
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        options = dict(device=weight.device, dtype=moe.compute_dtype(weight))
-        self.keys = [torch.zeros(shape, **options) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, **options) for _ in range(config.n_layer)]
-        self.expert_use = [
-            torch.zeros(batch_size, config.n_expert, dtype=torch.int64, device=weight.device)
-            for _ in range(config.n_layer)
-        ]
+        weight = model.token_embedding.weight
+        dtype = moe.compute_dtype(weight)
+        self.layers = [LayerCache(block, model.config, batch_size, weight.device, dtype) for block in model.blocks]
         self.length = 0
 
 
@@ -65,13 +73,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.proj_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD, past=0, keys=None, values=None):
-        """With a cache, x holds the positions from `past` on; their keys and values are written into it."""
+    def forward(self, x_BTD, past=0, cache=None):
+        """With a cache (LayerCache), x holds the positions from `past` on; their keys and values are added to it."""
         B, T, D = x_BTD.shape
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.qkv(x_BTD).chunk(3, dim=-1))
-        if keys is not None:
-            keys[:, :, past : past + T], values[:, :, past : past + T] = k, v
-            k, v = keys[:, :, : past + T], values[:, :, : past + T]
+        if cache:
+            cache.keys[:, :, past : past + T], cache.values[:, :, past : past + T] = k, v
+            k, v = cache.keys[:, :, : past + T], cache.values[:, :, : past + T]
         visible = None
         if past and T > 1:
             visible = torch.ones(T, past + T, dtype=torch.bool, device=x_BTD.device).tril(diagonal=past)
@@ -84,40 +92,58 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        hidden = config.mlp_hidden or 4 * config.n_embd
+        self.fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD):
         return self.dropout(self.proj(F.gelu(self.fc(x_BTD))))
 
+    def flops_per_token(self):
+        return 2 * (self.fc.weight.numel() + self.proj.weight.numel())
+
 
 class Block(nn.Module):
-    def __init__(self, config, is_moe):
+    """mlp: an MLP or a MoE."""
+
+    def __init__(self, config, mlp):
         super().__init__()
         self.norm_attention = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attention = Attention(config)
         self.norm_mlp = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = moe.MoE(config) if is_moe else MLP(config)
+        self.mlp = mlp
 
-    def forward(self, x_BTD, past=0, keys=None, values=None, expert_use=None):
+    def forward(self, x_BTD, ids_BT, past=0, cache=None):
         """-> (x, routing), routing None in a dense block"""
-        x_BTD = x_BTD + self.attention(self.norm_attention(x_BTD), past, keys, values)
-        y_BTD = self.norm_mlp(x_BTD)
-        y_BTD, routing = self.mlp(y_BTD, expert_use) if isinstance(self.mlp, moe.MoE) else (self.mlp(y_BTD), None)
+        x_BTD = x_BTD + self.attention(self.norm_attention(x_BTD), past, cache)
+        y_BTD, routing = self.norm_mlp(x_BTD), None
+        if isinstance(self.mlp, moe.MoE):
+            y_BTD, routing = self.mlp(y_BTD, ids_BT, cache.routing if cache else None)
+        else:
+            y_BTD = self.mlp(y_BTD)
         return x_BTD + y_BTD, routing
 
 
 class GPT(nn.Module):
-    """config: a `configurator.Config` (or anything with its model and MoE keys and `moe_layers`); vocab_size: V."""
+    """config: a `configurator.Config`; vocab_size: V; symbol_counts (V,): how often each symbol occurs in training, by
+    which hash routers balance their tables (a checkpoint brings the tables along)."""
 
-    def __init__(self, config, vocab_size):
+    def __init__(self, config, vocab_size, symbol_counts=None):
         super().__init__()
+        counts = torch.ones(vocab_size, device="cpu") if symbol_counts is None else torch.as_tensor(symbol_counts)
         self.config = config
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, i in config.moe_layers) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList()
+        experts = None
+        for i in range(config.n_layer):
+            mlp = moe.MoE(config.of_block(i), i, counts, experts) if i in config.moe_layers else MLP(config)
+            self.blocks.append(Block(config, mlp))
+            if config.share_experts and isinstance(mlp, moe.MoE):
+                experts = mlp.experts
+        self.register_buffer("aux_loss_coef", torch.tensor(float(config.aux_loss_coef)))
         self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.init_weights()
 
@@ -144,8 +170,7 @@ class GPT(nn.Module):
         x = self.dropout(x)
         routings = []
         for i, block in enumerate(self.blocks):
-            state = (past, cache.keys[i], cache.values[i], cache.expert_use[i]) if cache else ()
-            x, routing = block(x, *state)
+            x, routing = block(x, idx, past, cache.layers[i] if cache else None)
             if routing is not None:
                 routings.append(routing)
         if cache:
@@ -156,8 +181,24 @@ class GPT(nn.Module):
         if targets is not None:
             counted = targets.reshape(-1) != IGNORED
             loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORED)
-        stats = [moe.routing_stats(routing, counted) for routing in routings]
-        return Output(logits, loss, moe.aux_losses(routings, self.config), stats, routings)
+        n_symbols = self.token_embedding.num_embeddings
+        stats = [moe.routing_stats(routing, idx, self.config, n_symbols, counted) for routing in routings]
+        return Output(logits, loss, moe.aux_losses(routings, self.config, self.aux_loss_coef), stats, routings)
+
+    def set_step(self, step):
+        """Put everything that is scheduled, or drawn anew each step, where it belongs before update number `step`."""
+        for layer in self.moe_layers():
+            layer.set_step(step)
+        self.aux_loss_coef.fill_(moe.scheduled(self.config, "aux_loss_coef", step))
+
+    def balance(self, stats):
+        """After an update: auxiliary-loss-free balancing by the RoutingStats of its forward passes."""
+        if self.config.router_bias_rate:
+            for layer, layer_stats in zip(self.moe_layers(), stats):
+                layer.balance(layer_stats.load)
+
+    def moe_layers(self):
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, moe.MoE)]
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generators=None) -> Iterator[Generated]:
@@ -196,8 +237,8 @@ class GPT(nn.Module):
             "embedding": (nn.Embedding,),
             "attention": (Attention,),
             "mlp": (MLP,),
-            "router": tuple(moe.ROUTERS.values()),
-            "experts": (moe.Experts,),
+            "router": (Router,),
+            "experts": (moe.Experts, moe.SharedExperts),
             "norm": (nn.LayerNorm,),
         }
         counts = {
@@ -206,19 +247,47 @@ class GPT(nn.Module):
         }
         total = sum(p.numel() for p in self.parameters())
         assert total == sum(counts.values()), "a parameter of no kind, or of two"
-        inactive = sum(m.inactive_parameters() for m in self.modules() if isinstance(m, moe.MoE))
+        sets = {}  # of experts -> the layers that use them
+        for layer in self.moe_layers():
+            sets.setdefault(layer.experts, []).append(layer)
+        inactive = sum(experts.inactive_parameters(sum(m.n_active for m in layers)) for experts, layers in sets.items())
         return {"total": total, "active": total - inactive, **counts}
 
     def flops_per_token(self):
         """Training FLOPs (forward, and twice that backward) per token at full block_size; a multiply-add is 2.
         Attention is counted over the whole block_size × block_size square, as Chowdhery et al. 2022 (PaLM, appendix
         B) do; only chosen experts count."""
-        D, T = self.config.n_embd, self.config.block_size
-        forward = 2 * self.token_embedding.weight.numel()
-        for block in self.blocks:
-            forward += 2 * (3 * D * D + D * D) + 4 * T * D
-            forward += block.mlp.flops_per_token() if isinstance(block.mlp, moe.MoE) else 2 * 8 * D * D
-        return 3 * forward
+        return 3 * self.forward_flops_per_token()
+
+    def forward_flops_per_token(self, context=None):
+        """FLOPs of reading one token, averaged over a full sequence; or, with a cache, of decoding one after `context`
+        others."""
+        D, attended = self.config.n_embd, self.config.block_size if context is None else context + 1
+        per_block = 2 * (3 * D * D + D * D) + 4 * attended * D
+        mlps = sum(block.mlp.flops_per_token() for block in self.blocks)
+        return 2 * self.token_embedding.weight.numel() + len(self.blocks) * per_block + mlps
+
+
+def dense_equal_active(config):
+    """mlp_hidden of the dense model that costs the same FLOPs per token, the router's among them (to the nearest unit a
+    block): what an MoE must beat if compute is what counts."""
+    blocks = skeleton(config).blocks
+    return round(sum(block.mlp.flops_per_token() for block in blocks) / len(blocks) / (2 * 2 * config.n_embd))
+
+
+def dense_equal_total(config):
+    """mlp_hidden of the dense model with as many parameters, the routers' among them (to the nearest unit a block):
+    what an MoE must beat if memory is what counts."""
+    blocks = skeleton(config).blocks
+    parameters = {id(p): p.numel() for block in blocks for p in block.mlp.parameters()}  # shared ones once
+    biases = len(blocks) * config.n_embd if config.bias else 0
+    return round((sum(parameters.values()) - biases) / len(blocks) / (2 * config.n_embd + config.bias))
+
+
+def skeleton(config):
+    """The model without memory for its weights, to count with."""
+    with torch.device("meta"):
+        return GPT(config, vocab_size=1)
 
 
 def sample(logits_BV, temperature, top_k=None, generators=None):

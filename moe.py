@@ -1,15 +1,15 @@
-"""The Mixture-of-Experts layer: routing, capacity, dispatch, experts, auxiliary losses, statistics.
+"""The Mixture-of-Experts layer: dispatch, experts, auxiliary losses, statistics. Who goes where: `routing.py`.
 
-    router logits -> gate -> top-k -> capacity -> experts, weighted by their gates
+    routing -> experts, weighted by their gates (+ shared experts) -> what the router should be told (auxiliary losses)
 
-Each of those steps is an entry of a table (ROUTERS, GATES, EXPERTS, BACKENDS, AUX_LOSSES), named by a key of the
-config; a new one is a function or a small class, a line in its table, and its name among that key's choices in
-`configurator.py`. Every test of `tests/test_moe.py` then runs on it. What the layer promises (causality, independence
-of batch neighbours, equal backends, …) is written there as tests.
+Each step is an entry of a table (EXPERTS, BACKENDS, INITS, AUX_LOSSES), named by a key of the config; a new one is a
+function or a small class, a line in its table, and its name among that key's choices in `configurator.py`. Every test
+of `tests/test_moe.py` then runs on it. What the layer promises (causality, independence of batch neighbours, equal
+backends, …) is written there as tests.
 
 Letters in shapes and at the ends of names:
     B sequences, T positions, N = B·T tokens, D model width, H hidden width of one expert, E experts,
-    K experts per token, S = T·K choices of one sequence, C capacity: choices that one expert accepts
+    K experts per token, C capacity: choices that one expert accepts, V symbols
 """
 
 import math
@@ -20,16 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-class Routing(NamedTuple):
-    """Where the tokens go. `experts` and `gates` belong together; the K choices of a token come best first (in soft
-    routing, in expert order)."""
-
-    logits: torch.Tensor  # (N, E) float32
-    probs: torch.Tensor  # (N, E) float32, rows sum to 1
-    experts: torch.Tensor  # (N, K) int64
-    gates: torch.Tensor  # (N, K) float32, 0 where the choice was dropped
-    kept: torch.Tensor  # (N, K) bool, False where the expert was full
+from routing import GATES, LEVELS, ROUTERS, Routing, capacity, drop_experts, within_capacity
 
 
 class AuxLoss(NamedTuple):
@@ -40,81 +31,16 @@ class AuxLoss(NamedTuple):
 
 
 class RoutingStats(NamedTuple):
-    """Sums over tokens for one layer, left on the device: add them up over calls, read them once with `summarize`."""
+    """Sums over tokens for one layer, left on the device: add them up over calls, read them once with `summarize`.
+    Where nothing can be dropped, the counts by position and by symbol are empty."""
 
     load: torch.Tensor  # (E,) choices per expert, before capacity
+    importance: torch.Tensor  # (E,) sum of the gates that were used
     dropped: torch.Tensor  # () choices that found their expert full
     tokens: torch.Tensor  # ()
     entropy: torch.Tensor  # () entropy of the router's distribution, nats
-    gate_mass: torch.Tensor  # () sum of the gates that were used
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Routers: (B, T, D) float32 -> logits (B, T, E)
-
-
-class LearnedRouter(nn.Module):
-    """One linear map, trained with the rest (Shazeer et al. 2017; Fedus et al. 2022, eq. 1)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
-
-    def forward(self, x_BTD):
-        return F.linear(x_BTD, self.weight.to(x_BTD.dtype))
-
-    def flops_per_token(self):
-        return 2 * self.weight.numel()
-
-
-ROUTERS: dict[str, type[nn.Module]] = {
-    "learned": LearnedRouter,
-}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Gates: logits (N, E) -> scores (N, E), by which experts are chosen and weighted
-
-GATES: dict[str, Callable] = {
-    "softmax": lambda logits_NE: F.softmax(logits_NE, dim=-1),
-}
-
-
-def choose(scores_NE, k):
-    """The k best experts of each token, as (gates (N, k), experts (N, k)); ties go to the lower index, on every
-    device and for every N, so that cached and uncached decoding agree."""
-    n_expert = scores_NE.size(-1)
-    if k == n_expert:
-        return scores_NE, torch.arange(n_expert, device=scores_NE.device).expand_as(scores_NE)
-    if k == 1:
-        gates_N, experts_N = scores_NE.max(dim=-1)
-        return gates_N[:, None], experts_N[:, None]
-    gates_NE, experts_NE = torch.sort(scores_NE, dim=-1, descending=True, stable=True)
-    return gates_NE[:, :k], experts_NE[:, :k]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Capacity
-
-
-def capacity(config, n_sequences=1):
-    """C = ceil(cf · k · T / E) choices per expert and sequence (Fedus et al. 2022, eq. 3), with T the block size and
-    not the length at hand: a later token must not change what an earlier one was given."""
-    share = config.capacity_factor * config.expert_top_k * config.block_size * n_sequences / config.n_expert
-    return max(1, math.ceil(share - 1e-9))  # 1.1 · 10 is 11.000000000000002
-
-
-def within_capacity(experts_GS, n_expert, limit, used_GE=None):
-    """Which choices find room: (G, S) bool, for G groups that share a capacity of `limit` choices per expert.
-
-    experts_GS lists the choices in order of priority: token by token, so that no token yields to a later one.
-    used_GE (int64, updated in place) counts the choices of earlier calls, for decoding with a cache.
-    """
-    chosen_GES = F.one_hot(experts_GS, n_expert).transpose(1, 2).contiguous()
-    rank_GES = chosen_GES.cumsum(dim=-1)
-    if used_GE is not None:
-        rank_GES = rank_GES + used_GE[:, :, None]
-        used_GE += chosen_GES.sum(dim=-1)
-    return (rank_GES * chosen_GES).sum(dim=1) <= limit
+    dropped_by_position: torch.Tensor  # (2, T) of block_size positions: choices dropped, choices made
+    dropped_by_symbol: torch.Tensor  # (2, V) the same by the token's symbol
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,9 +194,12 @@ class Experts(nn.Module):
         self.w_in = nn.Parameter(torch.empty(E, H, D))
         self.bias_in = nn.Parameter(torch.empty(E, H)) if config.bias else None
         self.w_out = None
+        self.dropout = nn.Dropout(config.expert_inner_dropout)
 
-    def parameters_per_expert(self):
-        return sum(getattr(self, name)[0].numel() for name in self.stacked if getattr(self, name) is not None)
+    def inactive_parameters(self, n_used):
+        """Parameters of the experts that a token does not touch when it goes through n_used of them."""
+        per_expert = sum(getattr(self, name)[0].numel() for name in self.stacked if getattr(self, name) is not None)
+        return max(0, self.w_in.size(0) - n_used) * per_expert
 
 
 class MLPExperts(Experts):
@@ -290,7 +219,8 @@ class MLPExperts(Experts):
         self.bias_out = nn.Parameter(torch.empty(config.n_expert, config.n_embd)) if config.bias else None
 
     def hidden(self, up, gate=None):
-        return F.gelu(up) if gate is None else F.gelu(up) * gate
+        hidden = self.dropout(F.gelu(up))
+        return hidden if gate is None else hidden * gate
 
     def forward(self, x_ND, routing, backend):
         y_ND = backend(x_ND, routing, self)
@@ -317,7 +247,7 @@ class LinearConcatExperts(Experts):
         self.bias_out = nn.Parameter(torch.empty(config.n_embd)) if config.bias else None
 
     def hidden(self, up, gate):
-        return F.gelu(up * gate)
+        return self.dropout(F.gelu(up * gate))
 
     def forward(self, x_ND, routing, backend):
         return add_bias_if_kept(backend(x_ND, routing, self), self.bias_out, routing)
@@ -342,7 +272,7 @@ class LinearSumExperts(Experts):
         return up if gate is None else up * gate
 
     def forward(self, x_ND, routing, backend):
-        y_ND = F.linear(F.gelu(backend(x_ND, routing, self)), self.w_mix.t())
+        y_ND = F.linear(self.dropout(F.gelu(backend(x_ND, routing, self))), self.w_mix.t())
         return add_bias_if_kept(y_ND, self.bias_out, routing)
 
     def flops_per_token(self, k):
@@ -367,74 +297,179 @@ EXPERTS: dict[str, type[Experts]] = {
 # The layer
 
 
-class MoE(nn.Module):
-    """A Mixture-of-Experts layer in the place of an MLP: (B, T, D) -> (B, T, D), and the Routing that made it.
-
-    config: anything with the MoE keys of `configurator.Config`, n_embd, block_size, bias and dropout.
-    """
+class SharedExperts(nn.Module):
+    """n_shared_expert experts for every token, ungated (Dai et al. 2024): one MLP of their total width."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.k = config.expert_top_k or config.n_expert
-        self.router = ROUTERS[config.router](config)
-        self.experts = EXPERTS[config.expert_kind](config)
-        self.dropout = nn.Dropout(config.dropout)
+        hidden = config.n_shared_expert * (config.expert_hidden or MLPExperts.default_hidden(config))
+        self.fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
 
-    def forward(self, x_BTD, used_BE=None):
-        """used_BE (B, E) int64, updated in place: the choices that each sequence has already made, when x continues a
-        cached sequence."""
-        routing = self.route(x_BTD, used_BE)
+    def forward(self, x_BTD):
+        return self.proj(F.gelu(self.fc(x_BTD)))
+
+    def flops_per_token(self):
+        return 2 * (self.fc.weight.numel() + self.proj.weight.numel())
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer in the place of an MLP: (B, T, D) -> (B, T, D), and the Routing that made it.
+
+    config: `Config.of_block(layer)`; layer: the block's index; symbol_counts (V,): occurrences in training; experts:
+    those of an earlier layer, when layers share them.
+    """
+
+    def __init__(self, config, layer, symbol_counts, experts=None):
+        super().__init__()
+        self.config = config
+        self.router = ROUTERS[config.router](config, layer, symbol_counts)
+        self.experts = experts or EXPERTS[config.expert_kind](config)
+        self.shared = SharedExperts(config) if config.n_shared_expert else None
+        self.dropout = nn.Dropout(config.dropout)
+        # What changes over training is state: a checkpoint evaluates as it was when it was saved.
+        self.register_buffer("temperature", torch.tensor(float(config.router_temperature)))
+        self.register_buffer("expert_dropout", torch.tensor(float(config.expert_dropout)))
+        self.register_buffer("balance_bias", torch.zeros(config.n_expert))
+        self.set_step(0)
+
+    def set_step(self, step):
+        """Told before update number `step`, and before the evaluation at that point."""
+        config = self.config
+        self.router.set_step(step)
+        self.temperature.fill_(scheduled(config, "router_temperature", step))
+        self.expert_dropout.fill_(scheduled(config, "expert_dropout", step))
+
+    def forward(self, x_BTD, ids_BT, cache=None):
+        """ids_BT: the symbols that x came from. cache: the layer's RoutingCache, when x continues a cached sequence."""
+        routing = self.route(x_BTD, ids_BT, cache)
         x_ND = x_BTD.reshape(-1, x_BTD.size(-1))
         name = self.config.moe_backend
-        backend = BACKENDS[choose_backend(x_ND, self.experts, self.k) if name == "auto" else name]
-        y_ND = self.experts(x_ND, routing, backend)
-        return self.dropout(y_ND.to(x_BTD.dtype).view_as(x_BTD)), routing
+        backend = BACKENDS[choose_backend(x_ND, self.experts, routing.experts.size(1)) if name == "auto" else name]
+        y_BTD = self.experts(x_ND, routing, backend).to(x_BTD.dtype).view_as(x_BTD)
+        if self.shared is not None:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        return self.dropout(y_BTD), routing
 
-    def route(self, x_BTD, used_BE=None):
-        config, E, K = self.config, self.config.n_expert, self.k
-        B, T, _ = x_BTD.shape
+    def route(self, x_BTD, ids_BT, cache=None):
+        config, (B, T, _) = self.config, x_BTD.shape
         with torch.autocast(x_BTD.device.type, enabled=False):
             x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
             if self.training and config.router_jitter > 0:
                 x_BTD = x_BTD * torch.empty_like(x_BTD).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
-            logits_NE = self.router(x_BTD).view(B * T, E)
+            x_BSD, ids_BS = cache.extend(x_BTD, ids_BT) if cache else (x_BTD, ids_BT)
+            level_BTD = LEVELS[config.router_level].pool(x_BSD, config)[:, -T:]
+            logits_NE = self.router(level_BTD, ids_BS).reshape(B * T, -1) / self.temperature
+            if self.training and config.expert_dropout_is_used:
+                logits_NE = drop_experts(logits_NE, self.expert_dropout)
             scores_NE = GATES[config.gate](logits_NE)
-            gates_NK, experts_NK = choose(scores_NE, K)
+            biased_NE = scores_NE + self.balance_bias if config.router_bias_rate else scores_NE
+            experts_NK, chosen_NK = self.router.select(scores_NE, biased_NE, B)
+            gates_NK = torch.where(chosen_NK, scores_NE.gather(1, experts_NK), 0.0)
             if config.gate_renormalize:
-                gates_NK = gates_NK / gates_NK.sum(dim=-1, keepdim=True)
-            kept_NK = self.keep(experts_NK, B, used_BE)
-            return Routing(logits_NE, scores_NE, experts_NK, torch.where(kept_NK, gates_NK, 0.0), kept_NK)
+                gates_NK = gates_NK / gates_NK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+            if config.gate_straight_through:
+                gates_NK = torch.where(chosen_NK, 1 + gates_NK - gates_NK.detach(), 0.0)
+            kept_NK = self.keep(experts_NK, chosen_NK, B, cache)
+            probs_NE = scores_NE / scores_NE.sum(dim=-1, keepdim=True)
+            return Routing(logits_NE, probs_NE, experts_NK, torch.where(kept_NK, gates_NK, 0.0), chosen_NK, kept_NK)
 
-    def keep(self, experts_NK, n_sequences, used_BE):
+    def keep(self, experts_NK, chosen_NK, n_sequences, cache):
         config = self.config
-        if config.capacity_factor == 0:
-            return torch.ones_like(experts_NK, dtype=torch.bool)
+        if config.capacity_factor == 0 or not self.router.is_causal:  # expert choice fills its experts itself
+            return chosen_NK
+        n_groups = n_sequences
         if config.capacity_group == "batch":
-            if used_BE is not None:
+            if cache:
                 raise ValueError("capacity_group=batch makes sequences share room: it cannot be decoded with a cache")
-            kept = within_capacity(experts_NK.reshape(1, -1), config.n_expert, capacity(config, n_sequences))
-        else:
-            kept = within_capacity(experts_NK.reshape(n_sequences, -1), config.n_expert, capacity(config), used_BE)
-        return kept.view(experts_NK.shape)
+            n_groups = 1
+        limit = capacity(config, n_sequences // n_groups)
+        groups = (choices.reshape(n_groups, -1) for choices in (experts_NK, chosen_NK))
+        return within_capacity(*groups, config.n_expert, limit, cache and cache.use_BE).view(experts_NK.shape)
+
+    @torch.no_grad()
+    def balance(self, load_E):
+        """Auxiliary-loss-free balancing (Wang et al. 2024): the bias of an expert with less than its even share of
+        load_E, the choices of one update, goes up by router_bias_rate, that of the others down. No gradient."""
+        self.balance_bias += self.config.router_bias_rate * torch.sign(load_E.mean() - load_E)
 
     def init_weights(self, std, residual_std):
-        """Normal initialisation as in GPT-2: residual_std for what writes into the residual stream, std for the rest;
-        biases 0."""
+        INITS[self.config.expert_init](self, std, residual_std)
         for name, parameter in self.named_parameters():
-            kind = name.rpartition(".")[2]
-            if kind.startswith("bias"):
+            if name.rpartition(".")[2].startswith("bias"):
                 nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=residual_std if kind in ("w_out", "w_mix") else std)
 
-    def inactive_parameters(self):
-        """Parameters that one token does not touch: those of the experts that it did not choose."""
-        return (self.config.n_expert - self.k) * self.experts.parameters_per_expert()
+    @property
+    def n_active(self):
+        """Experts that a token goes through; on average, for expert choice, and at most, for top-p."""
+        return self.config.expert_top_k or self.config.n_expert
 
     def flops_per_token(self):
-        """Forward FLOPs (a multiply-add is 2) of one token, without capacity drops and whatever the backend wastes."""
-        return self.router.flops_per_token() + self.experts.flops_per_token(self.k)
+        """Forward FLOPs (a multiply-add is 2) of one token in a full sequence, whatever the backend wastes: k experts,
+        or as many as capacity has room for, shared experts, and the router. Top-p is counted with all its k."""
+        config, k = self.config, self.n_active
+        if config.capacity_factor:
+            k = min(k, config.n_expert * capacity(config) / config.block_size)
+        shared = self.shared.flops_per_token() if self.shared is not None else 0
+        return round(self.router.flops_per_token() + self.experts.flops_per_token(k) + shared)
+
+
+def scheduled(config, key, step):
+    """The value of a scheduled key before update number `step`: from `key` to `key`_end over the run, as `key`_schedule
+    says (constant, linear, cosine)."""
+    start, end = getattr(config, key), getattr(config, f"{key}_end")
+    progress = min(1.0, step / config.max_iters)
+    return start + (end - start) * SCHEDULES[getattr(config, f"{key}_schedule")](progress)
+
+
+SCHEDULES: dict[str, Callable] = {
+    "constant": lambda progress: 0.0,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: 0.5 - 0.5 * math.cos(math.pi * progress),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Initialisation of experts and router: (layer, std, residual_std), those of the rest of the model; biases become 0
+
+
+def init_gpt2(layer, std, residual_std):
+    """Like the dense MLP: one SD whatever the width, smaller for what writes into the residual stream."""
+    for name, weight in weights_of(layer):
+        nn.init.normal_(weight, std=residual_std if name in ("w_out", "w_mix") else std)
+
+
+def init_switch(layer, std, residual_std):
+    """Truncated normal with variance 0.1 / fan-in (Fedus et al. 2022, section 2.4: a tenth of the usual scale)."""
+    for name, weight in weights_of(layer):
+        fan_in = weight.size(-2) if name in ("w_out", "w_mix") else weight.size(-1)
+        scale = math.sqrt(0.1 / fan_in)
+        nn.init.trunc_normal_(weight, std=scale, a=-2 * scale, b=2 * scale)
+
+
+def init_sigma_moe(layer, std, residual_std):
+    """Experts as the dense layer of their total width, router rows of equal norm (Csordás et al. 2023, section 5)."""
+    config, experts = layer.config, layer.experts
+    E, H, D = experts.w_in.shape
+    for name, weight in weights_of(layer):
+        fan_in = {"w_out": E * H, "w_mix": H}.get(name, D)
+        nn.init.normal_(weight, std=math.sqrt(2 / (fan_in * config.n_layer)))
+        if name in ("weight", "group_weight"):
+            with torch.no_grad():
+                weight.mul_(weight.norm(dim=1).mean() / weight.norm(dim=1, keepdim=True))
+
+
+def weights_of(layer):
+    """(last part of the name, weight) of the experts and the router, biases left out."""
+    named = [*layer.router.named_parameters(), *layer.experts.named_parameters()]
+    return [(name, weight) for name, weight in named if not name.startswith("bias")]
+
+
+INITS: dict[str, Callable] = {
+    "gpt2": init_gpt2,
+    "switch": init_switch,
+    "sigma_moe": init_sigma_moe,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,11 +477,18 @@ class MoE(nn.Module):
 
 
 def switch_loss(routing):
-    """E · Σ_i f_i P_i (Fedus et al. 2022, eq. 4): f the share of the choices that went to expert i (before capacity),
-    P its mean probability. 1 under uniform routing, at most E."""
+    """E · Σ_i f_i P_i (Fedus et al. 2022, eq. 4): f the share of the choices that went to expert i (before capacity), P
+    its mean probability. 1 under uniform routing, at most E."""
     n_expert = routing.probs.size(-1)
-    share_E = F.one_hot(routing.experts, n_expert).to(routing.probs.dtype).mean(dim=(0, 1))
-    return n_expert * (share_E * routing.probs.mean(dim=0)).sum()
+    load_E = choices_per_expert(routing).to(routing.probs.dtype).mean(dim=0)
+    return n_expert * (load_E / load_E.sum() * routing.probs.mean(dim=0)).sum()
+
+
+def cv2_loss(routing):
+    """Var / mean² over experts of their importance, the sum of their gates (Shazeer et al. 2017, eq. 7). Their second
+    term, of the load, has a gradient only through noise in the gates, which nothing here adds: it is a statistic."""
+    importance_E = gates_per_expert(routing).sum(dim=0)
+    return importance_E.var(correction=0) / importance_E.mean().square().clamp_min(1e-10)
 
 
 def z_loss(routing):
@@ -456,22 +498,27 @@ def z_loss(routing):
 
 AUX_LOSSES: dict[str, Callable | None] = {
     "switch": switch_loss,
+    "cv2": cv2_loss,
     "none": None,
 }
 
 
-def aux_losses(routings, config):
-    """{name: AuxLoss} over the layers of one forward pass; a loss whose coefficient is 0 is still measured."""
+def aux_losses(routings, config, coefficient):
+    """{name: AuxLoss} over the layers of one forward pass; a loss whose coefficient is 0 is still measured.
+
+    coefficient: of the balancing loss at this point of its schedule, a 0-d tensor."""
     if not routings:
         return {}
     losses = {"z": (z_loss, config.z_loss_coef)}
     if AUX_LOSSES[config.aux_loss] is not None:
-        losses[config.aux_loss] = (AUX_LOSSES[config.aux_loss], config.aux_loss_coef)
+        is_used = config.aux_loss_coef > 0 or config.aux_loss_coef_end > 0
+        losses[config.aux_loss] = (AUX_LOSSES[config.aux_loss], coefficient if is_used else 0)
     combined = {}
-    for name, (function, coefficient) in losses.items():
+    for name, (function, weight) in losses.items():
         per_layer = torch.stack([function(routing) for routing in routings])
         raw = per_layer.sum() if config.aux_loss_reduction == "sum" else per_layer.mean()
-        combined[name] = AuxLoss(raw, coefficient * raw if coefficient else torch.zeros_like(raw))
+        is_weighted = isinstance(weight, torch.Tensor) or weight > 0
+        combined[name] = AuxLoss(raw, weight * raw if is_weighted else torch.zeros_like(raw))
     return combined
 
 
@@ -479,18 +526,30 @@ def aux_losses(routings, config):
 # Statistics
 
 
+def choices_per_expert(routing):
+    """(N, E): how often each token chose each expert, before capacity."""
+    return (F.one_hot(routing.experts, routing.probs.size(-1)) * routing.chosen[..., None]).sum(dim=1)
+
+
 @torch.no_grad()
-def routing_stats(routing, counted_N=None):
+def routing_stats(routing, ids_BT, config, n_symbols, counted_N=None):
     """One layer's RoutingStats, without a synchronisation. counted_N (N,) bool: tokens to count (default: all)."""
-    n_expert = routing.probs.size(-1)
     weight_N = torch.ones_like(routing.probs[:, 0]) if counted_N is None else counted_N.to(routing.probs.dtype)
-    chosen_NE = F.one_hot(routing.experts, n_expert).sum(dim=1)
+    made_N = routing.chosen.sum(dim=1) * weight_N
+    dropped_N = (routing.chosen & ~routing.kept).sum(dim=1) * weight_N
+    by_position = by_symbol = weight_N.new_zeros(2, 0)
+    if config.capacity_factor:
+        counts_2N = torch.stack((dropped_N, made_N))
+        by_position = F.pad(counts_2N.view(2, *ids_BT.shape).sum(dim=1), (0, config.block_size - ids_BT.size(1)))
+        by_symbol = weight_N.new_zeros(2, n_symbols).index_add(1, ids_BT.reshape(-1), counts_2N)
     return RoutingStats(
-        load=(chosen_NE * weight_N[:, None]).sum(dim=0),
-        dropped=((~routing.kept).sum(dim=1) * weight_N).sum(),
+        load=(choices_per_expert(routing) * weight_N[:, None]).sum(dim=0),
+        importance=(gates_per_expert(routing) * weight_N[:, None]).sum(dim=0),
+        dropped=dropped_N.sum(),
         tokens=weight_N.sum(),
         entropy=(torch.special.entr(routing.probs).sum(dim=-1) * weight_N).sum(),
-        gate_mass=(routing.gates.sum(dim=-1) * weight_N).sum(),
+        dropped_by_position=by_position,
+        dropped_by_symbol=by_symbol,
     )
 
 
@@ -502,17 +561,32 @@ def add_stats(total, stats):
 
 
 def summarize(stats):
-    """RoutingStats -> numbers: load (share of the choices per expert), drop_rate (of choices), entropy (nats per
-    token), gate_mass (per token), dead (experts with no choice), tokens. Synchronises."""
-    load = stats.load.tolist()
+    """RoutingStats -> numbers: load (share of the choices per expert), load_cv2 and importance_cv2 (variance / mean²
+    over experts), dead (experts with no choice), drop_rate (of choices; by position and symbol id where a capacity can
+    drop any, null where none was made), entropy (nats per token), choices and gate_mass (per token), tokens.
+    Synchronises."""
+    load, importance = stats.load.tolist(), stats.importance.tolist()
     choices, tokens = sum(load), stats.tokens.item()
-    if not tokens:
+    if not choices:
         raise ValueError("no token was routed: there is nothing to summarize")
-    return {
+    summary = {
         "load": [count / choices for count in load],
+        "load_cv2": cv2(load),
+        "importance_cv2": cv2(importance),
+        "dead": sum(count == 0 for count in load),
         "drop_rate": stats.dropped.item() / choices,
         "entropy": stats.entropy.item() / tokens,
-        "gate_mass": stats.gate_mass.item() / tokens,
-        "dead": sum(count == 0 for count in load),
+        "choices": choices / tokens,
+        "gate_mass": sum(importance) / tokens,
         "tokens": int(tokens),
     }
+    for name, counts in {"position": stats.dropped_by_position, "symbol": stats.dropped_by_symbol}.items():
+        if counts.numel():
+            summary[f"drop_rate_by_{name}"] = [d / made if made else None for d, made in zip(*counts.tolist())]
+    return summary
+
+
+def cv2(values):
+    """Squared coefficient of variation: variance / mean², 0 when all are equal."""
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values) / len(values) / mean**2 if mean else 0.0

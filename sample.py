@@ -136,12 +136,9 @@ def load_model(config, device):
     saved = checkpoint.load(folder / name)
     trained = Config.from_dict(saved["config"])
     if not trained.is_causal:
-        reason = (
-            f"capacity_group={trained.capacity_group}, whose routing depends on other sequences and later characters"
-        )
-        raise ConfigError(
-            [f"{folder} was trained with {reason}: it cannot be sampled from. capacity_group=sequence can"]
-        )
+        leaks, twins = (", ".join(words) for words in (trained.leaks, trained.leaks.values()))
+        reason = f"{leaks}: its experts depend on later characters or on other sequences"
+        raise ConfigError([f"{folder} was trained with {reason}, so it cannot be sampled from; {twins} can"])
     vocabulary = Vocabulary.from_dict(saved["vocabulary"])
     model = GPT(trained, vocabulary.size)
     try:

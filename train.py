@@ -467,7 +467,7 @@ def main(argv):
         return 0
 
     torch.manual_seed(config.seed)
-    model = GPT(config, dataset.vocabulary.size).to(device)
+    model = GPT(config, dataset.vocabulary.size, dataset.symbol_counts("train")).to(device)
     optimizer = make_optimizer(model, config)
     guard = FiniteGuard(optimizer, device)
     progress = {
@@ -574,6 +574,7 @@ def main(argv):
     with metrics, StopSignals() as signals, screen.bar:
         while True:
             step = progress["step"]  # updates made so far
+            model.set_step(step)
             evaluated = progress["evaluations"][-1]["step"] if progress["evaluations"] else -1
             if (
                 evaluated < step
@@ -609,7 +610,7 @@ def main(argv):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             x, y = dataset.batch("train", config.seed, step, rows, config.block_size)
-            loss = torch.zeros((), device=device)
+            loss, stats = torch.zeros((), device=device), None
             for x_part, y_part in zip(x.split(config.batch_size), y.split(config.batch_size)):
                 with machine.autocast():
                     out = run_model(x_part, y_part)
@@ -617,10 +618,12 @@ def main(argv):
                 objective.backward()
                 loss += objective.detach()
                 interval.add(out, 1 / config.gradient_accumulation_steps)
+                stats = moe.add_stats(stats, out.stats)
             gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
             guard.check(step, loss, gradient_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            model.balance(stats)
             interval.steps += 1
             progress["step"] = step = step + 1
             screen.bar.update()

@@ -252,6 +252,15 @@ class Dataset:
             raise DataError(f"{self.name}: {split} has {self._size(split)} tokens; predicting needs at least 2")
         return self._windows(split, block_size, batch_size)
 
+    def symbol_counts(self, split: str) -> torch.Tensor:
+        """How often each symbol occurs in the split: (vocabulary size,) int64, on the CPU."""
+        self._size(split)
+        counts = torch.zeros(self.vocabulary.size, dtype=torch.int64)
+        for start in range(0, self.sizes[split], CHUNK):
+            piece = self._stretch(split, start, start + CHUNK)
+            counts += torch.bincount(piece, minlength=self.vocabulary.size).cpu()
+        return counts
+
     def describe(self) -> dict:
         """What a record says about its data."""
         return {

@@ -201,7 +201,7 @@ def test_command_line_values_take_their_keys_type(argument, expected):
         ("--bias=maybe", "True or False"),
         ("--compile=2", "True or False or 'auto'"),
         ("--compile=atuo", "True or False or 'auto'; nearest: 'auto'"),
-        ("--aux_loss=swich", "'switch' or 'none'; nearest: 'switch'"),
+        ("--aux_loss=swich", "'switch', 'cv2' or 'none'; nearest: 'switch'"),
         ("--dtype=float16", "'auto', 'float32' or 'bfloat16'; nearest: 'bfloat16'"),
     ],
 )
@@ -536,6 +536,53 @@ def test_moe_layers_and_causality_follow_the_keys():
     assert not shared.is_causal
     for change in ({"n_expert": 0}, {"capacity_factor": 0.0}, {"capacity_group": "sequence"}):
         assert dataclasses.replace(shared, **change).is_causal
+
+
+def test_every_leak_names_its_causal_twin():
+    leaky = Config(
+        n_expert=4, router="expert_choice", router_level="sequence", capacity_factor=1, capacity_group="batch"
+    )
+    assert list(leaky.leaks) == ["router=expert_choice", "router_level=sequence", "capacity_group=batch"]
+    assert all(leaky.leaks.values()) and not dataclasses.replace(leaky, n_expert=0).leaks
+
+
+def test_blocks_may_have_different_numbers_of_experts():
+    config = Config(n_layer=4, n_expert=8, n_expert_by_block="8, 0,4,2", expert_top_k=2)
+    assert config.moe_layers == [0, 2, 3] and [config.of_block(i).n_expert for i in config.moe_layers] == [8, 4, 2]
+    assert dict(config.problems()).keys() == {("aux_loss", "aux_loss_coef", "expert_top_k", "n_expert")}, "2 of 2"
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--expert_top_k=0", "--aux_loss=none", "--capacity_factor=1"], ["no capacity can limit", "capacity_factor=0"]),
+        (["--expert_top_k=5"], ["more than n_expert = 4"]),
+        (["--gate_renormalize"], ["always 1", "gate_straight_through=True"]),
+        (["--gate_straight_through", "--expert_top_k=2"], ["one expert a character", "expert_top_k=1"]),
+        (["--expert_top_k=0", "--router_top_p=0.5"], ["router_top_p", "n_expert = 4 or less"]),
+        (["--router=hash"], ["fixed table that nothing can balance", "aux_loss='none'"]),
+        (["--router=ngram_hash", "--aux_loss=none", "--expert_top_k=2"], ["one expert", "expert_top_k=1"]),
+        (["--router=hash", "--aux_loss=none", "--router_level=segment"], ["router_level='token'"]),
+        (["--router=hash", "--aux_loss=none", "--gate=sigmoid"], ["gate='softmax'"]),
+        (["--router=hash", "--aux_loss=none", "--expert_dropout=0.1"], ["expert_dropout=0"]),
+        (["--router=two_level", "--n_expert_group=3"], ["n_expert_group = 3", "divisor of n_expert"]),
+        (["--router=two_level", "--expert_top_k=3"], ["equal groups", "3 or more"]),
+        (["--router=expert_choice", "--aux_loss=none"], ["capacity_factor=1"]),
+        (["--router=expert_choice", "--capacity_factor=1"], ["balanced by construction", "aux_loss='none'"]),
+        (["--expert_kind=linear_sum", "--n_shared_expert=1"], ["expert_kind='mlp'"]),
+        (["--n_expert_by_block=4,4"], ["n_layer = 6 numbers", "4,4,4,4,4,4"]),
+        (["--n_expert_by_block=4,4,4,4,4,x"], ["n_layer = 6 numbers"]),
+        (["--n_expert_by_block=0,0,0,0,0,0"], ["no block with experts"]),
+        (["--n_expert_by_block=4,4,2,2,2,2", "--share_experts"], ["equally many", "share_experts=False"]),
+        (["--moe_backend=sorted", "--expert_hidden=30"], ["multiples of 8", "moe_backend='auto'"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else None,
+)
+def test_what_cannot_route_is_refused_with_the_way_out(options, words):
+    with pytest.raises(ConfigError) as caught:
+        parse(Config, ["--n_expert=4", *options])
+    assert len(caught.value.problems) == 1, caught.value.problems
+    assert all(word in str(caught.value) for word in words) and options[0].split("=")[0] in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import configurator
 import moe
 from configurator import Config
-from model import GPT, IGNORED, KVCache, sample
+from model import GPT, IGNORED, KVCache, dense_equal_active, dense_equal_total, sample
 
 ROOT = Path(configurator.__file__).parent
 CONFIGS = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "cpu.py")
@@ -28,6 +28,15 @@ KINDS = {
     "soft_concat": dict(n_expert=4, expert_top_k=0, expert_kind="linear_concat", aux_loss="none"),
     "concat_capacity": dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", capacity_factor=0.5),
     "sum_every_second": dict(n_expert=2, expert_top_k=1, expert_kind="linear_sum", moe_every=2, bias=True),
+    "hash": dict(n_expert=4, router="hash", aux_loss="none"),
+    "ngram_capacity": dict(n_expert=4, router="ngram_hash", aux_loss="none", capacity_factor=0.75),
+    "random": dict(n_expert=4, router="random"),
+    "two_level": dict(n_expert=4, expert_top_k=2, router="two_level", gate_renormalize=True),
+    "segment": dict(n_expert=4, router_level="segment", segment_size=5, capacity_factor=0.75),
+    "prefix_sigmoid": dict(n_expert=4, router_level="prefix", gate="sigmoid", aux_loss="cv2", z_loss_coef=0.001),
+    "shared_top_p": dict(n_expert=4, expert_top_k=3, router_top_p=0.5, n_shared_expert=1, expert_hidden=16),
+    "one_set": dict(n_expert=4, share_experts=True, router_bias_rate=0.001, aux_loss="none"),
+    "by_block": dict(n_expert=4, n_expert_by_block="4,2", expert_init="sigma_moe", gate_straight_through=True),
 }
 
 
@@ -73,7 +82,9 @@ def test_active_parameters_leave_out_the_experts_that_a_token_does_not_use():
     assert counts["total"] == dense["total"] + counts["router"] + 3 * dense["mlp"]
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if "capacity" not in k])
+@pytest.mark.parametrize(
+    "kind", [k for k, keys in KINDS.items() if not {"capacity_factor", "router_top_p"} & keys.keys()]
+)
 def test_flops_are_those_that_torch_counts_on_the_reference_backend(kind):
     """Backward at twice the forward, and attention over the whole square, are conventions; the forward count is
     checked."""
@@ -84,10 +95,67 @@ def test_flops_are_those_that_torch_counts_on_the_reference_backend(kind):
     assert counter.get_total_flops() * 3 == model.flops_per_token() * 3 * 16
 
 
+@pytest.mark.parametrize("kind", ["top1", "top1_capacity", "shared_top_p", "one_set", "by_block", "soft_concat"])
+def test_dense_twins_cost_the_same(kind):
+    """Within half a unit of width a block, which is what rounding can leave."""
+    config = tiny(**KINDS[kind])
+    sizes = {"active": dense_equal_active(config), "total": dense_equal_total(config)}
+    twins = {equal: GPT(tiny(mlp_hidden=hidden), VOCABULARY) for equal, hidden in sizes.items()}
+    model, unit = GPT(config, VOCABULARY), 2 * 16 * config.n_layer / 2
+    assert abs(twins["active"].forward_flops_per_token() - model.forward_flops_per_token()) <= 2 * unit
+    assert abs(twins["total"].count_parameters()["total"] - model.count_parameters()["total"]) <= unit
+
+
+def test_capacity_bounds_the_flops():
+    half, whole = (GPT(tiny(n_expert=4, expert_top_k=2, **keys), 9) for keys in (dict(capacity_factor=0.5), {}))
+    router = 2 * 4 * 16
+    mlps = [model.blocks[0].mlp.flops_per_token() - router for model in (half, whole)]
+    assert mlps[0] * 2 == mlps[1]
+
+
+def test_decoding_costs_more_the_longer_the_context():
+    model = GPT(tiny(), 9)
+    assert model.forward_flops_per_token(context=10) - model.forward_flops_per_token(context=0) == 2 * 4 * 10 * 16
+    assert model.forward_flops_per_token(context=15) == model.forward_flops_per_token()
+
+
+def test_shared_experts_are_counted_once_and_active_as_often_as_they_can_be_used():
+    own, shared = (GPT(tiny(n_expert=4, share_experts=share), 9).count_parameters() for share in (False, True))
+    assert shared["experts"] * 2 == own["experts"] and shared["router"] == own["router"]
+    assert own["total"] - own["active"] == 2 * 3 * own["experts"] // 8
+    assert shared["total"] - shared["active"] == 2 * shared["experts"] // 4
+
+
+def test_the_notes_dense_configs_are_the_twins_that_they_say():
+    moe8, active, total = (
+        configurator.parse(Config, [str(ROOT / f"config/text8_notes_{name}.py")])
+        for name in ("moe8", "dense", "dense_total")
+    )
+    assert (active.mlp_hidden, total.mlp_hidden) == (dense_equal_active(moe8), dense_equal_total(moe8))
+    assert not active.n_expert and not total.n_expert
+
+
+def test_a_checkpoint_keeps_what_training_has_moved():
+    """Temperature, coefficient, random router and balancing bias are as they were, not as at the start."""
+    keys = dict(
+        n_expert=4, router="random", router_temperature_end=3.0, router_temperature_schedule="linear",
+        aux_loss_coef_end=0.5, aux_loss_coef_schedule="linear", router_bias_rate=0.1,
+    )  # fmt: skip
+    model, again = gpt(**keys), gpt(**keys)
+    model.set_step(10)
+    out = model(tokens(2, 16))
+    model.balance(out.stats)
+    again.load_state_dict(model.state_dict())
+    x = tokens(2, 16)
+    assert torch.equal(model(x).logits, again(x).logits) and model(x).aux["switch"] == again(x).aux["switch"]
+    assert again.blocks[1].mlp.temperature == 2 and again.aux_loss_coef == pytest.approx(0.255)
+    assert again.blocks[1].mlp.balance_bias.abs().max() == pytest.approx(0.1)
+
+
 def test_initialisation_is_gpt2s():
     model = GPT(Config(n_layer=2, n_embd=128, n_head=4, n_expert=4), 65)
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name and "embedding" not in name:
             assert (parameter == 1).all(), name
         else:
             expected = 0.02 / math.sqrt(4) if name.endswith(("proj.weight", "w_out", "w_mix")) else 0.02
@@ -100,7 +168,8 @@ def test_initialisation_is_gpt2s():
 def test_every_parameter_is_trained(kind):
     model = GPT(tiny(**KINDS[kind]), VOCABULARY)
     model(tokens(4, 16), tokens(4, 16)).objective.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert [name for name, gradient in trained.items() if gradient is None or not torch.isfinite(gradient).all()] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,24 +350,18 @@ def test_a_shipped_config_builds_and_trains_a_step(path):
     assert torch.isfinite(out.objective) and len(out.stats) == len(config.moe_layers)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_config_traces_as_one_graph(path, train):
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem.startswith("shakespeare")], ids=lambda path: path.stem
+)
+def test_a_shipped_config_traces_as_one_graph(path):
     """No graph break anywhere, forward and backward; the compiler behind the tracer is not needed for that."""
     torch._dynamo.reset()
-    config = configurator.parse(
-        Config,
-        [str(path), str(ROOT / "config/cpu.py"), "--n_layer=1", "--n_embd=32", "--batch_size=2", "--dropout=0.1"],
-    )
-    model = GPT(config, VOCABULARY).train(train)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x, y = tokens(2, 64), tokens(2, 64)
-    with torch.set_grad_enabled(train):
-        out = compiled(x, y)
-    if train:
-        out.objective.backward()
-    else:
-        torch.testing.assert_close(out.loss, model(x, y).loss)
+    options = ["--n_layer=2", "--n_embd=32", "--batch_size=2", "--dropout=0.1", "--moe_every=2"]
+    config = configurator.parse(Config, [str(path), str(ROOT / "config/cpu.py"), *options])
+    model = GPT(config, VOCABULARY)
+    out = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens(2, 64), tokens(2, 64))
+    out.objective.backward()
+    assert torch.isfinite(out.loss)
 
 
 @pytest.mark.cuda

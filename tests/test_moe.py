@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -10,77 +11,102 @@ import torch.nn.functional as F
 from conftest import tiny
 
 import moe
+import routing as routing_module
 from configurator import Config, choices_of, options_of
 from model import MLP
 
+CHOICES = {
+    "router": list(moe.ROUTERS),
+    "router_level": list(moe.LEVELS),
+    "gate": list(moe.GATES),
+    "expert_kind": list(moe.EXPERTS),
+    "experts": [(2, 1), (3, 2), (4, 0), (4, 2), (4, 4), (1, 1), (4, 1)],  # (n_expert, expert_top_k)
+    "capacity_factor": [0.0, 0.5, 1.25],
+    "capacity_group": ["sequence", "batch"],
+    "gate_renormalize": [False, True],
+    "gate_straight_through": [False, True],
+    "router_top_p": [0.0, 0.6],
+    "router_bias_rate": [0.0, 0.01],
+    "n_shared_expert": [0, 1],
+    "bias": [False, True],
+}
+SYMBOLS = 7
+
 
 def grid():
-    """Every combination of the tables' entries, with shapes chosen to be awkward, that the config allows."""
-    cases = itertools.product(
-        moe.ROUTERS,
-        moe.GATES,
-        moe.EXPERTS,
-        [(2, 1), (3, 2), (4, 0), (4, 4), (1, 1)],
-        [0.0, 0.5, 1.25],
-        ["sequence", "batch"],
-        [False, True],
-        [False, True],
-    )
-    for router, gate, kind, (n_expert, k), factor, group, renormalize, bias in cases:
-        config = dataclasses.replace(
-            Config(),
-            n_layer=2,
-            n_head=2,
-            n_embd=8,
-            block_size=11,
-            dropout=0.0,
-            bias=bias,
-            expert_hidden=8,
-            n_expert=n_expert,
-            expert_top_k=k,
-            router=router,
-            gate=gate,
-            expert_kind=kind,
-            gate_renormalize=renormalize,
-            capacity_factor=factor,
-            capacity_group=group,
-            aux_loss="none",
-        )
-        if not list(config.problems()) and (factor or group == "sequence"):
-            yield config
+    """Configs that the configurator allows, drawn until every pair of choices that they show has been seen."""
+    draw, covered, chosen = random.Random(0), set(), []
+    for _ in range(20_000):
+        values = [draw.choice(choices) for choices in CHOICES.values()]
+        keys = dict(zip(CHOICES, values))
+        n_expert, k = keys.pop("experts")
+        config = Config(
+            n_layer=2, n_head=2, n_embd=8, block_size=11, dropout=0.0, expert_hidden=8, segment_size=3, router_ngram=2,
+            n_expert=n_expert, expert_top_k=k, aux_loss="none", **keys,
+        )  # fmt: skip
+        pairs = set(itertools.combinations(zip(CHOICES, values), 2))
+        if pairs <= covered or (config.capacity_group == "batch" and not config.capacity_factor):
+            continue
+        if next(config.problems(), None) is None:
+            covered |= pairs
+            chosen.append(config)
+    return chosen
 
 
-GRID = list(grid())
+GRID = grid()
+CAUSAL = [config for config in GRID if config.is_causal]
 
 
 def name_of(config):
-    factor = f"-cap{config.capacity_factor}-{config.capacity_group}" if config.capacity_factor else ""
+    capacity = f"-cap{config.capacity_factor}-{config.capacity_group}" if config.capacity_factor else ""
+    flags = {"renorm": config.gate_renormalize, "st": config.gate_straight_through, "topp": config.router_top_p,
+             "biasrate": config.router_bias_rate, "shared": config.n_shared_expert, "bias": config.bias}  # fmt: skip
     return (
-        f"{config.router}-{config.gate}-{config.expert_kind}-{config.n_expert}x{config.expert_top_k}{factor}"
-        f"{'-renorm' * config.gate_renormalize}{'-bias' * config.bias}"
-    )
+        f"{config.router}-{config.router_level}-{config.gate}-{config.expert_kind}-{config.n_expert}x{config.expert_top_k}"
+        + capacity + "".join(f"-{flag}" for flag, on in flags.items() if on)
+    )  # fmt: skip
+
+
+def new_layer(config):
+    return moe.MoE(config, layer=0, symbol_counts=torch.ones(SYMBOLS))
 
 
 def layer_of(config, std=0.5, **changes):
     """An MoE layer with weights large enough that routing is decided and a wrong path shows."""
-    layer = moe.MoE(dataclasses.replace(config, **changes) if changes else config)
-    layer.init_weights(std, std)
-    for name, parameter in layer.named_parameters():
-        if "bias" in name:
-            torch.nn.init.normal_(parameter, std=std)
+    layer = new_layer(dataclasses.replace(config, **changes) if changes else config)
+    for name, tensor in layer.state_dict().items():
+        if name not in ("temperature", "expert_dropout", "router.table"):
+            torch.nn.init.normal_(tensor, std=0.05 if name == "balance_bias" else std)
     return layer
+
+
+def symbols(*shape):
+    return torch.randint(SYMBOLS, shape)
+
+
+def run(layer, x, ids=None, cache=None):
+    """layer(x), with symbols where the test has none of its own."""
+    return layer(x, symbols(*x.shape[:2]) if ids is None else ids, cache)
 
 
 def routing_of(experts, gates, n_expert, kept=None, logits=None):
     experts, gates = torch.tensor(experts), torch.tensor(gates, dtype=torch.float32)
     logits = torch.zeros(len(experts), n_expert) if logits is None else torch.as_tensor(logits, dtype=torch.float32)
     kept = torch.ones_like(experts, dtype=torch.bool) if kept is None else torch.tensor(kept)
-    return moe.Routing(logits, logits.softmax(-1), experts, gates, kept)
+    chosen = torch.ones_like(experts, dtype=torch.bool)
+    return moe.Routing(logits, logits.softmax(-1), experts, gates, chosen, kept)
 
 
 def test_the_grid_covers_every_entry_of_every_table():
-    assert {c.router for c in GRID} == set(moe.ROUTERS) and {c.gate for c in GRID} == set(moe.GATES)
-    assert {c.expert_kind for c in GRID} == set(moe.EXPERTS) and len(GRID) > 100
+    for key, table in {
+        "router": moe.ROUTERS,
+        "router_level": moe.LEVELS,
+        "gate": moe.GATES,
+        "expert_kind": moe.EXPERTS,
+    }.items():
+        assert {getattr(config, key) for config in GRID} == set(table)
+    assert {(c.router, c.router_level) for c in GRID} >= {("learned", level) for level in moe.LEVELS}
+    assert len(GRID) > 50 and len(CAUSAL) > 30
 
 
 @pytest.mark.parametrize(
@@ -106,12 +132,12 @@ def test_the_config_offers_what_the_tables_hold(key, table):
 def test_a_backend_gives_the_outputs_and_gradients_of_the_reference(config, backend):
     results = {}
     weights = layer_of(config).state_dict()
-    x0, upstream = torch.randn(3, 11, 8), torch.randn(3, 11, 8)
+    x0, upstream, ids = torch.randn(3, 11, 8), torch.randn(3, 11, 8), symbols(3, 11)
     for name in ("reference", backend):
-        layer = moe.MoE(dataclasses.replace(config, moe_backend=name))
+        layer = new_layer(dataclasses.replace(config, moe_backend=name))
         layer.load_state_dict(weights)
         x = x0.clone().requires_grad_()
-        y, _ = layer(x)
+        y, _ = run(layer, x, ids)
         (y * upstream).sum().backward()
         results[name] = {
             "y": y,
@@ -129,31 +155,27 @@ def test_experts_without_tokens_get_a_gradient_of_zero(backend):
     layer = layer_of(GRID_TOP1, moe_backend=backend)
     with torch.no_grad():
         layer.router.weight.zero_()  # a tie: every token goes to expert 0
-    y, routing = layer(torch.randn(2, 11, 8))
+    y, routing = run(layer, torch.randn(2, 11, 8))
     y.square().sum().backward()
     assert (routing.experts == 0).all()
     assert layer.experts.w_in.grad[0].abs().max() > 0 and layer.experts.w_in.grad[1:].abs().max() == 0
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
 
 
-GRID_TOP1 = next(
-    c
-    for c in GRID
-    if c.expert_kind == "mlp" and (c.n_expert, c.expert_top_k) == (2, 1) and not c.capacity_factor and not c.bias
-)
+GRID_TOP1 = Config(n_layer=2, n_head=2, n_embd=8, block_size=11, dropout=0.0, expert_hidden=8, n_expert=2)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 @pytest.mark.parametrize("backend", sorted(moe.BACKENDS))
 def test_a_backend_takes_any_number_of_tokens(backend, tokens):
     layer = layer_of(tiny(n_expert=4, expert_top_k=2, expert_hidden=8, moe_backend=backend))
-    assert layer(torch.randn(1, tokens, 16))[0].shape == (1, tokens, 16)
+    assert run(layer, torch.randn(1, tokens, 16))[0].shape == (1, tokens, 16)
 
 
 def test_auto_picks_a_backend_by_how_much_the_experts_would_waste():
     def chosen(**keys):
-        layer = moe.MoE(tiny(**keys))
-        return moe.choose_backend(torch.randn(5, 16), layer.experts, layer.k)
+        layer = new_layer(tiny(**keys))
+        return moe.choose_backend(torch.randn(5, 16), layer.experts, layer.n_active)
 
     assert chosen(n_expert=4, expert_top_k=1) == "sorted"
     assert chosen(n_expert=4, expert_top_k=2, expert_kind="linear_concat") == "masked"
@@ -177,7 +199,7 @@ def test_one_expert_is_the_dense_mlp(backend, bias):
             mlp.fc.bias.copy_(layer.experts.bias_in[0])
             mlp.proj.bias.copy_(layer.experts.bias_out[0])
     x = torch.randn(2, 16, 16)
-    torch.testing.assert_close(layer(x)[0], mlp(x))
+    torch.testing.assert_close(run(layer, x)[0], mlp(x))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -199,7 +221,7 @@ def test_linear_concat_with_all_gates_at_one_is_the_dense_mlp(backend, bias):
 def test_linear_sum_is_one_hidden_layer_of_mixed_weights():
     layer = layer_of(tiny(n_expert=4, expert_top_k=0, expert_kind="linear_sum", aux_loss="none"))
     x = torch.randn(2, 16, 16)
-    y, routing = layer(x)
+    y, routing = run(layer, x)
     mixed = torch.einsum("ne,ehd->nhd", routing.probs, layer.experts.w_in)
     expected = F.gelu(torch.einsum("nhd,nd->nh", mixed, x.view(32, 16))) @ layer.experts.w_mix
     torch.testing.assert_close(y.view(32, 16), expected)
@@ -209,54 +231,75 @@ def test_linear_sum_is_one_hidden_layer_of_mixed_weights():
 # 3. to 5. Causality, independence, caching: of the layer, over the grid (the whole model: test_model.py)
 
 
-@pytest.mark.parametrize("config", [c for c in GRID if c.is_causal], ids=name_of)
+def inputs(*shape):
+    return torch.randn(*shape, 8, dtype=torch.float64), symbols(*shape)
+
+
+@pytest.mark.parametrize("config", CAUSAL, ids=name_of)
 def test_a_later_token_changes_nothing_before_it(config):
     layer = layer_of(config).double()
-    x = torch.randn(2, 11, 8, dtype=torch.float64)
-    y, _ = layer(x)
+    x, ids = inputs(2, 11)
+    y, _ = layer(x, ids)
     for t in range(0, 11, 3):
-        changed = x.clone()
-        changed[:, t + 1 :] = torch.randn_like(changed[:, t + 1 :])
-        torch.testing.assert_close(layer(changed)[0][:, : t + 1], y[:, : t + 1], rtol=0, atol=1e-12)
+        other_x, other_ids = inputs(2, 11)
+        other_x[:, : t + 1], other_ids[:, : t + 1] = x[:, : t + 1], ids[:, : t + 1]
+        torch.testing.assert_close(layer(other_x, other_ids)[0][:, : t + 1], y[:, : t + 1], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", [c for c in GRID if c.is_causal], ids=name_of)
+@pytest.mark.parametrize("config", CAUSAL, ids=name_of)
 def test_a_later_token_has_no_gradient_into_an_earlier_output(config):
     layer = layer_of(config).double()
-    x = torch.randn(2, 11, 8, dtype=torch.float64, requires_grad=True)
-    layer(x)[0][:, :5].square().sum().backward()
+    x, ids = inputs(2, 11)
+    x.requires_grad_()
+    layer(x, ids)[0][:, :5].square().sum().backward()
     assert x.grad[:, 5:].abs().max() == 0 and x.grad[:, :5].abs().max() > 0
 
 
-@pytest.mark.parametrize("config", [c for c in GRID if c.is_causal], ids=name_of)
-def test_a_sequence_does_not_depend_on_its_neighbours_in_the_batch(config):
-    layer = layer_of(config).double()
-    x = torch.randn(4, 11, 8, dtype=torch.float64)
-    y, _ = layer(x)
-    torch.testing.assert_close(layer(x[2:3])[0], y[2:3], rtol=0, atol=1e-12)
-    torch.testing.assert_close(layer(x.flip(0))[0].flip(0), y, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("config", [c for c in GRID if c.is_causal], ids=name_of)
+@pytest.mark.parametrize("config", CAUSAL, ids=name_of)
 def test_a_sequence_in_pieces_gets_what_it_gets_whole(config):
     layer = layer_of(config).double()
-    x = torch.randn(2, 11, 8, dtype=torch.float64)
-    used = torch.zeros(2, config.n_expert, dtype=torch.int64)
-    pieces = [layer(piece, used)[0] for piece in x.split([4, 1, 1, 3, 2], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), layer(x)[0], rtol=0, atol=1e-12)
+    x, ids = inputs(2, 11)
+    cache = routing_module.RoutingCache(config, 2, x.device, x.dtype)
+    pieces = [
+        layer(*piece, cache)[0] for piece in zip(x.split([4, 1, 1, 3, 2], dim=1), ids.split([4, 1, 1, 3, 2], dim=1))
+    ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), layer(x, ids)[0], rtol=0, atol=1e-12)
 
 
-def test_a_capacity_shared_by_the_batch_is_not_causal_and_says_so():
-    """A neighbour's tokens take the room: were this not so, the flag would be wrong."""
-    config = next(c for c in GRID if c.capacity_group == "batch" and c.capacity_factor == 0.5 and c.n_expert == 2)
-    layer = layer_of(config)
-    x = torch.randn(2, 11, 8)
-    crowded = x.clone()
-    crowded[0] = torch.randn(11, 8)
+@pytest.mark.parametrize("config", [c for c in GRID if c.capacity_group == "sequence"], ids=name_of)
+def test_a_sequence_does_not_depend_on_its_neighbours_in_the_batch(config):
+    layer = layer_of(config).double()
+    x, ids = inputs(4, 11)
+    y, _ = layer(x, ids)
+    torch.testing.assert_close(layer(x[2:3], ids[2:3])[0], y[2:3], rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer(x.flip(0), ids.flip(0))[0].flip(0), y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(capacity_factor=0.5, capacity_group="batch"),
+        dict(router_level="sequence"),
+        dict(router="expert_choice", capacity_factor=1.0, aux_loss="none"),
+    ],
+    ids=lambda keys: next(iter(keys.values())),
+)
+def test_what_is_not_causal_says_so_and_deserves_it(keys):
+    """Some later token, or another sequence, changes an output: were it not so, the flag would be wrong."""
+    config = dataclasses.replace(GRID_TOP1, **keys)
+    layer = layer_of(config).double()
     assert not config.is_causal
-    assert not torch.equal(layer(x)[0][1], layer(crowded)[0][1])
+    x, ids = inputs(2, 11)
+    other_x, other_ids = inputs(2, 11)
+    other_x[1, :6], other_ids[1, :6] = x[1, :6], ids[1, :6]
+    assert not torch.allclose(layer(x, ids)[0][1, :6], layer(other_x, other_ids)[0][1, :6])
+
+
+def test_a_capacity_shared_by_the_batch_cannot_be_cached():
+    config = dataclasses.replace(GRID_TOP1, capacity_factor=0.5, capacity_group="batch")
+    x, ids = inputs(2, 11)
     with pytest.raises(ValueError, match="cannot be decoded with a cache"):
-        layer(x, torch.zeros(2, 2, dtype=torch.int64))
+        layer_of(config).double()(x, ids, routing_module.RoutingCache(config, 2, x.device, x.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,12 +309,13 @@ def test_a_capacity_shared_by_the_batch_is_not_causal_and_says_so():
 def test_an_earlier_second_choice_is_served_before_a_later_first_choice():
     """Ranking all first choices before any second one would let a later token change an earlier one's fate."""
     experts = torch.tensor([[0, 1, 1, 0]])  # token 0 chooses 0 then 1, token 1 chooses 1 then 0
-    assert moe.within_capacity(experts, 2, limit=1).tolist() == [[True, True, False, False]]
+    assert moe.within_capacity(experts, experts >= 0, 2, limit=1).tolist() == [[True, True, False, False]]
 
 
 def test_a_used_up_expert_stays_full_for_the_rest_of_a_cached_sequence():
     used = torch.tensor([[2, 0]])
-    assert moe.within_capacity(torch.tensor([[0, 1, 1]]), 2, limit=2, used_GE=used).tolist() == [[False, True, True]]
+    experts = torch.tensor([[0, 1, 1]])
+    assert moe.within_capacity(experts, experts >= 0, 2, limit=2, use_GE=used).tolist() == [[False, True, True]]
     assert used.tolist() == [[3, 2]]
 
 
@@ -286,15 +330,22 @@ def test_capacity_comes_from_block_size_and_not_from_the_length_at_hand():
     layer = layer_of(tiny(n_expert=2, expert_top_k=1, capacity_factor=1.0, block_size=16))
     with torch.no_grad():
         layer.router.weight.zero_()
-    assert layer(torch.randn(1, 8, 16))[1].kept.all() and layer(torch.randn(1, 16, 16))[1].kept.sum() == 8
+    assert run(layer, torch.randn(1, 8, 16))[1].kept.all() and run(layer, torch.randn(1, 16, 16))[1].kept.sum() == 8
 
 
-@pytest.mark.parametrize("config", [c for c in GRID if c.capacity_factor == 0.5], ids=name_of)
+def test_a_choice_that_was_not_made_takes_no_room():
+    chosen = torch.tensor([[False, True, True]])
+    assert moe.within_capacity(torch.zeros(1, 3, dtype=torch.int64), chosen, 2, limit=1).tolist() == [
+        [False, True, False]
+    ]
+
+
+@pytest.mark.parametrize("config", [c for c in GRID if c.capacity_factor == 0.5 and not c.n_shared_expert], ids=name_of)
 def test_a_dropped_token_gets_exactly_nothing_from_the_layer(config):
-    y, routing = layer_of(config)(torch.randn(3, 11, 8))
-    dropped = ~routing.kept.any(dim=-1)
-    assert dropped.any() or config.n_expert == config.expert_top_k
-    assert (y.view(33, 8)[dropped] == 0).all() and (y.view(33, 8)[~dropped].abs().sum(-1) > 0).all()
+    y, routing = run(layer_of(config), torch.randn(3, 11, 8))
+    used = routing.kept.any(dim=-1)
+    assert (y.view(33, 8)[~used] == 0).all() and (y.view(33, 8)[used].abs().sum(-1) > 0).all()
+    assert not used.all() or config.expert_top_k > 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +355,7 @@ def test_a_dropped_token_gets_exactly_nothing_from_the_layer(config):
 def test_cross_entropy_reaches_a_top_1_router():
     """One gate that is renormalised to 1 would leave the router without a gradient."""
     layer = layer_of(GRID_TOP1)
-    layer(torch.randn(2, 11, 8))[0].square().sum().backward()
+    run(layer, torch.randn(2, 11, 8))[0].square().sum().backward()
     assert layer.router.weight.grad.abs().max() > 1e-6
 
 
@@ -312,7 +363,7 @@ def test_the_router_computes_in_float32_under_autocast():
     layer = layer_of(tiny(n_expert=4, expert_top_k=2))
     x = torch.randn(2, 16, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, routing = layer(x)
+        _, routing = run(layer, x)
     assert routing.logits.dtype == routing.gates.dtype == torch.float32
     torch.testing.assert_close(routing.logits, x.view(32, 16) @ layer.router.weight.t())
 
@@ -322,8 +373,8 @@ def test_bfloat16_autocast_stays_near_float32(backend):
     layer = layer_of(tiny(n_expert=4, expert_top_k=2, moe_backend=backend), std=0.2)
     x = torch.randn(2, 16, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, _ = layer(x)
-    torch.testing.assert_close(y, layer(x)[0], rtol=0.05, atol=0.02)
+        y, _ = run(layer, x)
+    torch.testing.assert_close(y, run(layer, x)[0], rtol=0.05, atol=0.02)
 
 
 def test_jitter_reaches_the_router_only_and_only_in_training():
@@ -333,29 +384,36 @@ def test_jitter_reaches_the_router_only_and_only_in_training():
     hidden = layer.experts.hidden
     layer.experts.hidden = lambda up, gate: seen.append(up) or hidden(up, gate)
     x = torch.randn(2, 16, 16)
-    _, quiet = layer.eval()(x)
-    _, noisy = layer.train()(x)
+    _, quiet = run(layer.eval(), x)
+    _, noisy = run(layer.train(), x)
     assert not torch.allclose(quiet.logits, noisy.logits) and torch.equal(seen[0], seen[1])
-    assert torch.equal(layer.eval()(x)[1].logits, quiet.logits)
+    assert torch.equal(run(layer.eval(), x)[1].logits, quiet.logits)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_ties_go_to_the_lower_expert(k):
-    gates, experts = moe.choose(torch.full((3, 4), 0.25), k)
-    assert experts.tolist() == [list(range(k))] * 3 and (gates == 0.25).all()
+    assert routing_module.best(torch.full((3, 4), 0.25), k).tolist() == [list(range(k))] * 3
 
 
+@pytest.mark.parametrize("gate", sorted(moe.GATES))
 @pytest.mark.parametrize("k", [1, 2])
-def test_masked_experts_make_no_nan(k):
-    """-inf logits, as of experts that are switched off: losses, statistics and gradients stay finite."""
-    logits = torch.tensor([[0.0, -math.inf, 1.0], [-math.inf, -math.inf, 2.0]], requires_grad=True)
-    probs = moe.GATES["softmax"](logits)
-    gates, experts = moe.choose(probs, k)
-    routing = moe.Routing(logits, probs, experts, gates, torch.ones_like(experts, dtype=torch.bool))
-    loss = moe.switch_loss(routing) + moe.z_loss(routing) + gates.sum()
+def test_experts_that_are_switched_off_make_no_nan(k, gate):
+    """Expert dropout masks most experts: losses, statistics, gates and gradients stay finite."""
+    layer = layer_of(tiny(n_expert=3, expert_top_k=k, gate=gate, expert_dropout=0.9, gate_renormalize=k > 1)).train()
+    y, routing = run(layer, torch.randn(4, 16, 16))
+    assert routing.logits.isinf().any() and (routing.logits > -math.inf).any(dim=-1).all()
+    loss = y.square().sum() + sum(function(routing) for function in (moe.switch_loss, moe.cv2_loss, moe.z_loss))
     loss.backward()
-    summary = moe.summarize(moe.routing_stats(routing))
-    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all() and math.isfinite(summary["entropy"])
+    gradients = [p.grad for p in layer.parameters()]
+    assert torch.isfinite(loss) and all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert math.isfinite(summary_of(routing, layer.config)["entropy"])
+
+
+def test_expert_dropout_is_for_training_only_and_at_its_rate():
+    layer = layer_of(tiny(n_expert=8, expert_top_k=2, expert_dropout=0.25))
+    x = torch.randn(64, 16, 16)
+    masked = run(layer.train(), x)[1].logits.isinf().float().mean().item()
+    assert masked == pytest.approx(0.25, abs=0.02) and not run(layer.eval(), x)[1].logits.isinf().any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,7 +453,7 @@ def test_the_z_loss_by_hand():
 def test_layers_combine_as_the_config_says(reduction, factor):
     routing = routing_of([[i % 4] for i in range(8)], [[1.0]] * 8, 4)
     config = tiny(n_expert=4, aux_loss_reduction=reduction, aux_loss_coef=0.5, z_loss_coef=0.0)
-    losses = moe.aux_losses([routing, routing], config)
+    losses = moe.aux_losses([routing, routing], config, torch.tensor(0.5))
     assert losses["switch"].raw.item() == pytest.approx(factor) and losses["switch"].weighted.item() == pytest.approx(
         0.5 * factor
     )
@@ -404,12 +462,25 @@ def test_layers_combine_as_the_config_says(reduction, factor):
 
 def test_a_coefficient_of_zero_leaves_no_gradient():
     layer = layer_of(tiny(n_expert=4, aux_loss_coef=0.0))
-    losses = moe.aux_losses([layer(torch.randn(1, 16, 16))[1]], layer.config)
+    losses = moe.aux_losses([run(layer, torch.randn(1, 16, 16))[1]], layer.config, torch.tensor(0.0))
     assert not any(loss.weighted.requires_grad for loss in losses.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Statistics
+
+
+def stats_of(routing, config=None, symbols=None, counted=None):
+    ids = torch.tensor(symbols or [[0] * len(routing.experts)])
+    config = config or tiny(n_expert=routing.probs.size(1), expert_top_k=1, aux_loss="none")
+    return moe.routing_stats(routing, ids, config, max(3, int(ids.max()) + 1), counted)
+
+
+def summary_of(routing, config, symbols=None):
+    n_tokens = len(routing.experts)
+    if symbols is None:
+        symbols = [[0] * config.block_size] * (n_tokens // config.block_size)
+    return moe.summarize(stats_of(routing, config, symbols))
 
 
 def test_statistics_by_hand():
@@ -419,18 +490,18 @@ def test_statistics_by_hand():
         4,
         kept=[[True, True], [True, False], [False, False]],
     )
-    summary = moe.summarize(moe.routing_stats(routing))
-    assert (
-        summary["load"] == pytest.approx([3 / 6, 2 / 6, 1 / 6, 0]) and summary["dead"] == 1 and summary["tokens"] == 3
-    )
+    summary = summary_of(routing, tiny(n_expert=4, capacity_factor=1.0, block_size=4), symbols=[[0, 2, 2]])
+    assert summary["drop_rate_by_position"] == [0, 0.5, 1, None] and summary["drop_rate_by_symbol"] == [0, None, 0.75]
+    assert summary["load"] == pytest.approx([3 / 6, 2 / 6, 1 / 6, 0])
+    assert summary["dead"] == 1 and summary["tokens"] == 3
     assert summary["drop_rate"] == pytest.approx(3 / 6) and summary["gate_mass"] == pytest.approx(1.25 / 3)
     assert summary["entropy"] == pytest.approx(math.log(4))
 
 
 def test_statistics_leave_out_tokens_that_do_not_count_and_add_up():
     routing = routing_of([[0], [1], [1]], [[1.0]] * 3, 2)
-    some = moe.routing_stats(routing, torch.tensor([True, True, False]))
-    total = moe.add_stats(moe.add_stats(None, [some]), [moe.routing_stats(routing)])
+    some = stats_of(routing, counted=torch.tensor([True, True, False]))
+    total = moe.add_stats(moe.add_stats(None, [some]), [stats_of(routing)])
     assert moe.summarize(some)["load"] == [0.5, 0.5] and moe.summarize(total[0])["tokens"] == 5
     assert moe.summarize(total[0])["load"] == pytest.approx([2 / 5, 3 / 5])
 
@@ -438,15 +509,15 @@ def test_statistics_leave_out_tokens_that_do_not_count_and_add_up():
 def test_statistics_of_nothing_are_refused():
     routing = routing_of([[0]], [[1.0]], 2)
     with pytest.raises(ValueError, match="no token"):
-        moe.summarize(moe.routing_stats(routing, torch.tensor([False])))
+        moe.summarize(stats_of(routing, counted=torch.tensor([False])))
 
 
 @pytest.mark.parametrize("config", [c for c in GRID if c.capacity_factor == 0.5], ids=name_of)
 def test_the_drop_rate_counts_the_dropped_choices(config):
-    _, routing = layer_of(config)(torch.randn(3, 11, 8))
-    assert moe.summarize(moe.routing_stats(routing))["drop_rate"] == pytest.approx(
-        1 - routing.kept.float().mean().item()
-    )
+    _, routing = run(layer_of(config), torch.randn(3, 11, 8))
+    summary = summary_of(routing, config, symbols=symbols(3, 11).tolist())
+    assert summary["drop_rate"] == pytest.approx(1 - (routing.kept.sum() / routing.chosen.sum()).item(), abs=1e-6)
+    assert summary["choices"] == pytest.approx(routing.chosen.sum().item() / 33)
 
 
 @pytest.mark.parametrize("backend", sorted(set(moe.BACKENDS) - {"reference"}))
@@ -454,7 +525,109 @@ def test_more_experts_than_a_byte_can_number(backend):
     config = tiny(n_expert=300, expert_top_k=1, expert_hidden=8, n_embd=8)
     layer = layer_of(config, moe_backend=backend)
     x = torch.randn(2, 16, 8)
-    y, routing = layer(x)
+    y, routing = run(layer, x)
     assert routing.experts.max() > 255
     expected = layer.experts(x.view(32, 8), routing, moe.reference).view(2, 16, 8)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other balancing loss, initialisation, shared experts
+
+
+def test_the_cv2_loss_by_hand():
+    """Importance (3, 1): mean 2, variance 1."""
+    routing = routing_of([[0], [0], [1]], [[1.0], [2.0], [1.0]], 2)
+    assert moe.cv2_loss(routing).item() == pytest.approx(1 / 4)
+    assert moe.cv2_loss(routing_of([[0], [1]], [[0.5], [0.5]], 2)).item() == 0
+
+
+@pytest.mark.parametrize(
+    "init, key, fan_in_out, fan_in_in",
+    [
+        ("switch", lambda fan: math.sqrt(0.1 / fan) * 0.88, 256, 64),
+        ("sigma_moe", lambda fan: math.sqrt(2 / (fan * 2)), 1024, 64),
+    ],
+)
+def test_initial_scales_are_those_of_the_papers(init, key, fan_in_out, fan_in_in):
+    """0.88 is the SD of a normal truncated at 2 of its SDs."""
+    layer = new_layer(tiny(n_expert=4, n_embd=64, expert_hidden=256, expert_init=init))
+    layer.init_weights(9.0, 9.0)
+    assert layer.experts.w_out.std().item() == pytest.approx(key(fan_in_out), rel=0.03)
+    assert layer.experts.w_in.std().item() == pytest.approx(key(fan_in_in), rel=0.03)
+    if init == "sigma_moe":
+        norms = layer.router.weight.norm(dim=1)
+        torch.testing.assert_close(norms, norms.mean().expand(4))
+
+
+def test_a_shared_expert_serves_dropped_tokens_too():
+    layer = layer_of(tiny(n_expert=2, capacity_factor=0.1, n_shared_expert=1, expert_hidden=8))
+    x = torch.randn(1, 16, 16)
+    y, routing = run(layer, x)
+    dropped = ~routing.kept.any(dim=-1)
+    assert dropped.sum() >= 14
+    torch.testing.assert_close(y.view(16, 16)[dropped], layer.shared(x).view(16, 16)[dropped])
+
+
+def test_inner_dropout_is_for_training_only():
+    layer = layer_of(tiny(n_expert=4, expert_inner_dropout=0.5))
+    x, ids = torch.randn(2, 16, 16), symbols(2, 16)
+    assert not torch.equal(layer.train()(x, ids)[0], layer(x, ids)[0])
+    assert torch.equal(layer.eval()(x, ids)[0], layer(x, ids)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collapse and balance, as the sources describe them, on a toy task
+
+
+def train_toy(steps=150, seed=0, **keys):
+    """One layer learns to map 8 clusters of similar vectors to random targets. -> means of the last steps' summaries.
+
+    What the vectors have in common sends nearly all of them to one expert at first, from where collapse may begin."""
+    torch.manual_seed(seed)
+    config = tiny(**{"n_expert": 4, "expert_hidden": 8, "n_embd": 8, "aux_loss_coef": 0.0, **keys})
+    layer = new_layer(config)
+    layer.init_weights(0.3, 0.3)
+    centres, targets = torch.randn(8) + 0.3 * torch.randn(8, 8), torch.randn(8, 8) * 2
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    last = []
+    for step in range(steps):
+        which = torch.randint(8, (4, 16))
+        y, routing = layer(centres[which] + 0.1 * torch.randn(4, 16, 8), which % SYMBOLS)
+        aux = moe.aux_losses([routing], config, torch.tensor(config.aux_loss_coef))
+        loss = F.mse_loss(y, targets[which]) + sum(term.weighted for term in aux.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        stats = moe.routing_stats(routing, which, config, 8)
+        layer.balance(stats.load)
+        if step >= steps - 20:
+            last.append(moe.summarize(stats))
+    return {key: sum(summary[key] for summary in last) / len(last) for key in ("load_cv2", "entropy", "dead")}
+
+
+SEEDS = (0, 1, 2)
+
+
+def mean_of(key, **keys):
+    return sum(train_toy(seed=seed, **keys)[key] for seed in SEEDS) / len(SEEDS)
+
+
+@pytest.mark.parametrize(
+    "balance, most",
+    [
+        (dict(aux_loss_coef=1.0), 0.3),
+        (dict(aux_loss="none", router_bias_rate=0.02), 0.3),
+        # The gates of experts that nobody chose have no gradient, so this loss cannot bring the dead back.
+        (dict(aux_loss="cv2", aux_loss_coef=1.0), 1.2),
+    ],
+    ids=["switch", "bias", "cv2"],
+)
+def test_balancing_evens_out_a_load_that_collapses_without_it(balance, most):
+    """D: without balancing one expert gets everything (CV² = E - 1 = 3); every way of balancing brings it down."""
+    assert mean_of("load_cv2") > 2 and mean_of("load_cv2", **balance) < most
+
+
+def test_too_much_balancing_makes_routing_random():
+    """D: too strong a loss and the router becomes essentially random. Its entropy goes to its maximum, log 4."""
+    assert mean_of("entropy") < 0.3 * math.log(4) and mean_of("entropy", aux_loss_coef=10.0) > 0.95 * math.log(4)

@@ -32,6 +32,18 @@ FILES = {"config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json"}
 HARD = dict(
     n_expert=4, expert_top_k=2, capacity_factor=0.5, dropout=0.2, router_jitter=0.1, gradient_accumulation_steps=2
 )
+# Routers and schedules that have a state of their own.
+STATEFUL = {
+    "random": dict(router="random", expert_dropout=0.2, expert_dropout_end=0.1, expert_dropout_schedule="cosine"),
+    "bias": dict(router_bias_rate=0.01, gate="sigmoid", aux_loss="none", gradient_accumulation_steps=2),
+    "annealed": dict(
+        router_temperature=3.0, router_temperature_schedule="linear", aux_loss="cv2", aux_loss_coef_end=0.5,
+        aux_loss_coef_schedule="linear", router_level="segment", segment_size=5,
+    ),
+    "hash": dict(router="hash", aux_loss="none", n_shared_expert=1),
+    "by block": dict(n_expert_by_block="4,2", share_experts=False, expert_inner_dropout=0.1),
+    "one set": dict(share_experts=True, router="two_level", capacity_factor=0.75),
+}  # fmt: skip
 # What may differ between a run and the same run again: clocks, and where and how it was made.
 INCIDENTAL = {
     "step_ms",
@@ -364,6 +376,16 @@ def test_a_stop_saves_the_finished_step_and_prints_how_to_go_on(words, tmp_path,
     assert command[:2] == ["python", "train.py"] and "--overwrite=True" not in command
     assert train.main(command[2:]) == 0
     assert record_of(out_dir)["iterations"] == 20
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_what_routers_remember_is_resumed_too(words, tmp_path, at_step, kind):
+    options = dict(n_expert=4, dropout=0.1, max_iters=12, eval_interval=6) | STATEFUL[kind]
+    assert train_tiny(words, tmp_path / "whole", **options) == 0
+    at_step(interrupt(), 7)
+    assert train_tiny(words, tmp_path / "cut", **options) == 130
+    assert train_tiny(words, tmp_path / "cut", init_from="resume", **options) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_sigterm_stops_like_sigint_with_its_own_exit_code(words, tmp_path, uninterrupted, at_step, capsys):

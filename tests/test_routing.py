@@ -1,0 +1,196 @@
+"""Routers, levels and selection by hand: what each of them is, beside the promises of all of them in test_moe.py."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny
+
+import moe
+import routing
+from configurator import Config
+
+SYMBOLS = 7
+
+
+def router_of(name, layer=0, counts=None, **keys):
+    keys = {"n_expert": 4, "router": name, "aux_loss": "none", "n_embd": 8, **keys}
+    counts = torch.ones(SYMBOLS) if counts is None else torch.tensor(counts)
+    router = routing.ROUTERS[name](tiny(**keys), layer, counts)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    return router
+
+
+def layer_of(**keys):
+    layer = moe.MoE(tiny(**{"n_expert": 4, **keys}), 0, torch.ones(SYMBOLS))
+    layer.init_weights(0.5, 0.5)
+    return layer.eval()
+
+
+def route(layer, *shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, layer.config.n_embd, generator=generator)
+    return layer.route(x, torch.randint(SYMBOLS, shape, generator=generator))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Routers
+
+
+def test_a_frozen_router_is_not_trained_and_is_saved():
+    layer = layer_of(router="frozen")
+    assert [name for name, p in layer.named_parameters() if not p.requires_grad] == ["router.weight"]
+    assert "router.weight" in layer.state_dict()
+
+
+def test_a_random_router_is_a_pure_function_of_seed_layer_and_step():
+    one, other = router_of("random"), router_of("random")
+    drawn = {}
+    for step in (3, 4, 3):
+        one.set_step(step)
+        drawn.setdefault(step, []).append(one.weight.clone())
+    other.set_step(3)
+    assert torch.equal(drawn[3][0], drawn[3][1]) and torch.equal(drawn[3][0], other.weight)
+    assert not torch.equal(drawn[3][0], drawn[4][0])
+    assert not torch.equal(one.weight, router_of("random", layer=1).weight)
+    assert not torch.equal(router_of("random").weight, router_of("random", seed=2).weight)
+
+
+def test_a_hash_router_gives_a_symbol_the_same_expert_everywhere():
+    router = router_of("hash")
+    ids = torch.tensor([[0, 3, 0, 5], [3, 3, 0, 1]])
+    experts = router(torch.zeros(2, 4, 8), ids).argmax(-1)
+    assert torch.equal(experts, router.table[ids]) and torch.equal(router.table, router_of("hash").table)
+
+
+def test_a_hash_table_evens_out_the_load_and_not_the_number_of_symbols():
+    counts = [50, 10, 10, 10, 10, 5, 5]
+    table = router_of("hash", counts=counts, n_expert=2).table
+    loads = torch.zeros(2).index_add(0, table, torch.tensor(counts, dtype=torch.float32))
+    assert loads.tolist() == [50, 50] and sorted(table.bincount().tolist()) == [1, 6]
+
+
+def test_hash_tables_differ_between_layers_and_seeds():
+    tables = [router_of("hash", layer=layer, seed=seed).table for layer, seed in ((0, 1), (1, 1), (0, 2))]
+    assert not any(torch.equal(a, b) for a, b in zip(tables, tables[1:]))
+
+
+def test_an_ngram_hash_depends_on_the_last_n_symbols_and_on_no_other():
+    router = router_of("ngram_hash", router_ngram=3, n_expert=64)
+    ids = torch.randint(SYMBOLS, (200, 8))
+    experts = router.experts_of(ids)
+    older, newer = ids.clone(), ids.clone()
+    older[:, :5] = torch.randint(SYMBOLS, (200, 5))
+    newer[:, 5] = (newer[:, 5] + 1) % SYMBOLS
+    assert torch.equal(router.experts_of(older)[:, 7], experts[:, 7])
+    assert (router.experts_of(newer)[:, 7] != experts[:, 7]).float().mean() > 0.9
+    assert len(experts.unique()) == 64, "all experts are used"
+
+
+def test_two_level_probabilities_are_those_of_group_times_expert():
+    layer = layer_of(router="two_level", n_expert=6, n_expert_group=3, expert_top_k=2)
+    x = torch.randn(1, 5, 16)
+    routed = layer.route(x, torch.zeros(1, 5, dtype=torch.int64))
+    group = (x[0] @ layer.router.group_weight.t()).softmax(-1)
+    within = (x[0] @ layer.router.weight.t()).view(5, 3, 2).softmax(-1)
+    torch.testing.assert_close(routed.probs, (group[:, :, None] * within).view(5, 6))
+    assert torch.equal(routed.experts // 2, group.argmax(-1, keepdim=True).expand(5, 2)), "both from the best group"
+
+
+def test_expert_choice_fills_every_expert_with_its_best_tokens():
+    layer = layer_of(router="expert_choice", capacity_factor=1.0, aux_loss="none", n_expert=4)
+    routed = route(layer, 3, 16)
+    assert routed.chosen.view(3, 16, 4).sum(dim=1).eq(4).all()  # C = 1.0 · 1 · 16 / 4
+    probs, chosen = routed.probs.view(3, 16, 4), routed.chosen.view(3, 16, 4)
+    assert (probs.masked_fill(~chosen, 2).amin(1) >= probs.masked_fill(chosen, -1).amax(1)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Levels
+
+
+def test_levels_by_hand():
+    x = torch.arange(1.0, 8.0)[None, :, None]  # 1 … 7
+    config = Config(segment_size=3)
+
+    def pooled(level):
+        return routing.LEVELS[level].pool(x, config)[0, :, 0].tolist()
+
+    assert pooled("token") == [1, 2, 3, 4, 5, 6, 7]
+    assert pooled("prefix") == [1, 1.5, 2, 2.5, 3, 3.5, 4]
+    assert pooled("segment") == [1, 1, 1, 2, 2, 2, 5]
+    assert pooled("sequence") == [4] * 7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gates and selection
+
+
+def test_sigmoid_scores_are_weights_of_their_own_and_probabilities_add_up_to_one():
+    routed = route(layer_of(gate="sigmoid", expert_top_k=2), 1, 5)
+    torch.testing.assert_close(routed.gates, routed.logits.sigmoid().gather(1, routed.experts))
+    torch.testing.assert_close(routed.probs.sum(-1), torch.ones(5))
+
+
+def test_renormalised_softmax_is_softmax_over_the_chosen_logits():
+    routed = route(layer_of(expert_top_k=2, gate_renormalize=True), 1, 5)
+    torch.testing.assert_close(routed.gates, routed.logits.gather(1, routed.experts).softmax(-1))
+
+
+def test_a_straight_through_gate_is_one_and_has_the_gradient_of_the_probability():
+    layer = layer_of(gate_straight_through=True)
+    routed = route(layer, 1, 5)
+    assert torch.equal(routed.gates, torch.ones(5, 1))
+    routed.gates.sum().backward()
+    through = layer.router.weight.grad.clone()
+    layer.zero_grad()
+    route(layer, 1, 5).probs.max(dim=-1).values.sum().backward()
+    torch.testing.assert_close(through, layer.router.weight.grad)
+
+
+def test_top_p_stops_once_the_experts_before_have_reached_p():
+    layer = layer_of(expert_top_k=3, router_top_p=0.7)
+    scores = torch.tensor([[0.75, 0.15, 0.06, 0.04], [0.4, 0.35, 0.2, 0.05], [0.3, 0.3, 0.2, 0.2]])
+    _, chosen = layer.router.select(scores, scores, 1)
+    assert chosen.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+def test_temperature_divides_the_logits():
+    hot, cold = (layer_of(router_temperature=temperature) for temperature in (4.0, 1.0))
+    hot.load_state_dict({**cold.state_dict(), "temperature": hot.temperature})
+    torch.testing.assert_close(route(hot, 1, 5).logits * 4, route(cold, 1, 5).logits)
+
+
+@pytest.mark.parametrize(
+    "kind, halfway, quarter", [("constant", 2.0, 2.0), ("linear", 1.25, 1.625), ("cosine", 1.25, None)]
+)
+def test_schedules_go_from_start_to_end(kind, halfway, quarter):
+    keys = dict(router_temperature=2.0, router_temperature_end=0.5, router_temperature_schedule=kind, max_iters=100)
+    layer = layer_of(**keys)
+    seen = {}
+    for step in (0, 25, 50, 100, 500):
+        layer.set_step(step)
+        seen[step] = layer.temperature.item()
+    end = 2.0 if kind == "constant" else 0.5
+    assert seen[0] == 2.0 and seen[50] == pytest.approx(halfway) and seen[100] == seen[500] == pytest.approx(end)
+    assert seen[25] == pytest.approx(2.0 - 1.5 * (0.5 - 0.5 * math.cos(math.pi / 4)) if quarter is None else quarter)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Auxiliary-loss-free balancing
+
+
+def test_the_bias_of_an_expert_with_too_little_goes_up():
+    layer = layer_of(router_bias_rate=0.1, aux_loss="none")
+    layer.balance(torch.tensor([10.0, 2.0, 4.0, 4.0]))
+    torch.testing.assert_close(layer.balance_bias, torch.tensor([-0.1, 0.1, 0.1, 0.1]))
+    assert "balance_bias" in layer.state_dict() and not layer.balance_bias.requires_grad
+
+
+def test_the_bias_chooses_and_the_score_weighs():
+    layer = layer_of(router_bias_rate=0.1, aux_loss="none")
+    layer.balance_bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]))
+    routed = route(layer, 1, 5)
+    assert (routed.experts == 2).all()
+    torch.testing.assert_close(routed.gates[:, 0], routed.probs[:, 2])
