@@ -1,0 +1,8 @@
+"""enwik8, MoE 4 top-1, aux 0.001
+
+Paper A's layer with a tenth of the balancing loss.
+"""
+
+from config.enwik8_moe4 import *
+
+aux_loss_coef = 0.001

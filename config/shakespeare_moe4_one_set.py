@@ -1,0 +1,8 @@
+"""Shakespeare, MoE 4 top-1, one set of experts
+
+All blocks share one set of 4 experts, each with a router of its own: paper B's cross-layer sharing.
+"""
+
+from config.shakespeare_moe4 import *
+
+share_experts = True

@@ -1,0 +1,9 @@
+"""Shakespeare, MoE 2 × 4 top-1
+
+First one of 2 groups, then one of its 4 experts: paper B's two-tier experts.
+"""
+
+from config.shakespeare_moe8 import *
+
+router = "two_level"
+n_expert_group = 2

@@ -1,0 +1,9 @@
+"""Shakespeare, MoE 4 soft, summed
+
+Paper B's run with the other reading of its layer: the linear experts' outputs are added, not set side by side,
+before one GELU and one d -> d output layer.
+"""
+
+from config.shakespeare_soft4 import *
+
+expert_kind = "linear_sum"

@@ -1,0 +1,8 @@
+"""text8, MoE 2 top-1
+
+Paper A's layer with 2 experts instead of 4.
+"""
+
+from config.text8_moe4 import *
+
+n_expert = 2

@@ -1,0 +1,9 @@
+"""text8, MoE 4 top-1, aux 0.1
+
+Paper A's layer with ten times the balancing loss, which A says destabilises training. The loss itself adds 0.1 a
+layer to what is minimised: look at both measures.
+"""
+
+from config.text8_moe4 import *
+
+aux_loss_coef = 0.1

@@ -1,0 +1,9 @@
+"""text8, D: dense, equal parameters
+
+The other dense twin of text8_notes_moe8: mlp_hidden is model.dense_equal_total of it (a test says so).
+"""
+
+from config.text8_notes_moe8 import *
+
+n_expert = 0
+mlp_hidden = 3076
