@@ -189,7 +189,7 @@ class GPT(nn.Module):
         """Put everything that is scheduled, or drawn anew each step, where it belongs before update number `step`."""
         for layer in self.moe_layers():
             layer.set_step(step)
-        self.aux_loss_coef.fill_(moe.scheduled(self.config, "aux_loss_coef", step))
+        moe.move(self.aux_loss_coef, self.config, "aux_loss_coef", step)
 
     def balance(self, stats):
         """After an update: auxiliary-loss-free balancing by the RoutingStats of its forward passes."""

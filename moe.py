@@ -335,10 +335,9 @@ class MoE(nn.Module):
 
     def set_step(self, step):
         """Told before update number `step`, and before the evaluation at that point."""
-        config = self.config
         self.router.set_step(step)
-        self.temperature.fill_(scheduled(config, "router_temperature", step))
-        self.expert_dropout.fill_(scheduled(config, "expert_dropout", step))
+        move(self.temperature, self.config, "router_temperature", step)
+        move(self.expert_dropout, self.config, "expert_dropout", step)
 
     def forward(self, x_BTD, ids_BT, cache=None):
         """ids_BT: the symbols that x came from. cache: the layer's RoutingCache, when x continues a cached sequence."""
@@ -414,16 +413,17 @@ class MoE(nn.Module):
         return round(self.router.flops_per_token() + self.experts.flops_per_token(k) + shared)
 
 
-def scheduled(config, key, step):
-    """The value of a scheduled key before update number `step`: from `key` to `key`_end over the run, as `key`_schedule
-    says (constant, linear, cosine)."""
-    start, end = getattr(config, key), getattr(config, f"{key}_end")
-    progress = min(1.0, step / config.max_iters)
-    return start + (end - start) * SCHEDULES[getattr(config, f"{key}_schedule")](progress)
+def move(buffer, config, key, step):
+    """Put `buffer`, which holds the value of a scheduled key, where it belongs before update number `step`: between
+    `key` and `key`_end, as far as `key`_schedule says for this part of the run."""
+    schedule = SCHEDULES[getattr(config, f"{key}_schedule")]
+    if schedule:
+        start, end = getattr(config, key), getattr(config, f"{key}_end")
+        buffer.fill_(start + (end - start) * schedule(min(1.0, step / config.max_iters)))
 
 
-SCHEDULES: dict[str, Callable] = {
-    "constant": lambda progress: 0.0,
+SCHEDULES: dict[str, Callable | None] = {
+    "constant": None,
     "linear": lambda progress: progress,
     "cosine": lambda progress: 0.5 - 0.5 * math.cos(math.pi * progress),
 }
