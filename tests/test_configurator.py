@@ -555,7 +555,10 @@ def test_blocks_may_have_different_numbers_of_experts():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--expert_top_k=0", "--aux_loss=none", "--capacity_factor=1"], ["no capacity can limit", "capacity_factor=0"]),
+        (
+            ["--expert_top_k=0", "--aux_loss=none", "--capacity_factor=1"],
+            ["no capacity can limit", "capacity_factor=0"],
+        ),
         (["--expert_top_k=5"], ["more than n_expert = 4"]),
         (["--gate_renormalize"], ["always 1", "gate_straight_through=True"]),
         (["--gate_straight_through", "--expert_top_k=2"], ["one expert a character", "expert_top_k=1"]),

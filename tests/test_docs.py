@@ -1,0 +1,39 @@
+"""The README keeps up with the code: its tree, its options, its configs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import moe
+from configurator import Config, choices_of, options_of
+
+ROOT = Path(moe.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPTIONS = README.partition("## Every option of the MoE layer")[2].partition("\n## ")[0]
+MOE_KEYS = [name for name, option in options_of(Config).items() if option.group == options_of(Config)["n_expert"].group]
+
+
+def test_the_tree_has_a_line_for_every_module():
+    tree = README.partition("## The tree")[2].partition("\n## ")[0]
+    modules = [path.name for path in ROOT.glob("*.py")] + [f"data/{path.name}" for path in ROOT.glob("data/[a-z]*.py")]
+    assert [name for name in modules if not re.search(rf"^{re.escape(name)} ", tree, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("key", MOE_KEYS)
+def test_every_moe_key_and_value_is_explained(key):
+    """A `_end` or `_schedule` stands beside the key that it belongs to."""
+    stem = re.sub(r"_(end|schedule)$", "", key)
+    aside = {"n_expert", "expert_top_k", "segment_size", "router_ngram", "n_expert_group"}
+    assert key in aside or f"`{stem}" in OPTIONS or f"{stem}`" in OPTIONS, key
+    if key == stem:
+        rows = " ".join(row for row in OPTIONS.splitlines() if stem in row)
+        values = [value for value in choices_of(options_of(Config)[key]) if value not in ("none", "auto")]
+        assert [value for value in values if not re.search(rf"\b{value}\b", rows)] == []
+
+
+def test_every_config_that_the_readme_names_exists():
+    named = set(re.findall(r"`((?:shakespeare|enwik8|text8)_\w+)`", README)) - {"shakespeare_char"}
+    assert named and [name for name in sorted(named) if not (ROOT / "config" / f"{name}.py").exists()] == []
+    for short in set(re.findall(r"`…_(\w+)`", README)) - {"end", "schedule"}:
+        assert list((ROOT / "config").glob(f"*_{short}.py")), short
