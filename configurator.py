@@ -602,7 +602,7 @@ class Config:
     )
     moe_every: int = moe_key(1, "every n-th block is an MoE block; 1 = all, 2 = the 2nd, 4th, ...", at_least=1)
     n_expert_by_block: str = moe_key(
-        "", "experts of each block, as 8,8,4,4 (0 = dense block); empty = n_expert in every MoE block"
+        "", "experts of each block, as 8,8,4,4 (0 = dense; moe_every has no say); empty = n_expert in every MoE block"
     )
     n_shared_expert: int = moe_key(0, "experts that every character goes through as well, ungated", at_least=0)
     share_experts: bool = moe_key(False, "one set of experts for all MoE blocks; each block keeps its own router")
@@ -709,6 +709,9 @@ class Config:
             yield ("device",), f"device is {self.device!r}; expected auto, cpu, cuda, cuda:N or mps{hint}"
         if self.n_expert:
             yield from self.moe_problems()
+        elif self.n_expert_by_block.strip():
+            message = "n_expert_by_block is set, but n_expert = 0 means a dense model"
+            yield ("n_expert_by_block", "n_expert"), f"{message}; set n_expert to the largest of its numbers"
 
     def moe_problems(self) -> Iterator[Problem]:
         """The combinations that only an MoE model can get wrong."""
@@ -716,89 +719,124 @@ class Config:
         if isinstance(counts, str):
             yield ("n_expert_by_block", "n_layer"), counts
             return
-        if self.moe_every > self.n_layer:
+        if self.n_expert_by_block.strip():
+            if not any(counts):
+                message = "n_expert_by_block leaves no block with experts"
+                yield ("n_expert_by_block",), f"{message}; set one of its numbers above 0, or n_expert=0"
+            if self.expert_kind != "mlp" and not self.expert_hidden:
+                message = "linear experts divide a width by their number, which differs from block to block"
+                yield ("n_expert_by_block", "expert_kind", "expert_hidden"), f"{message}; set expert_hidden"
+        elif self.moe_every > self.n_layer:
             message = f"moe_every = {self.moe_every} is more than n_layer = {self.n_layer}: no block would be MoE"
             yield ("moe_every", "n_layer", "n_expert"), f"{message}; set it lower, or n_expert=0"
-        elif not any(counts):
-            message = "n_expert_by_block leaves no block with experts"
-            yield ("n_expert_by_block",), f"{message}; set one of its numbers above 0, or n_expert=0"
-        if self.share_experts and len({count for count in counts if count}) > 1:
+        numbers = sorted({count for count in counts if count})
+        if self.share_experts and len(numbers) > 1:
             message = "blocks that share their experts must have equally many"
             yield ("share_experts", "n_expert_by_block"), f"{message}; set share_experts=False"
-        for n_expert in sorted({count for count in counts if count}):
-            yield from self.routing_problems(n_expert)
+        if numbers:
+            yield from self.gate_problems(numbers[-1])
+            yield from self.balance_problems(numbers[-1])
+            yield from self.router_problems(numbers)
+            yield from self.expert_problems(numbers)
 
-    def routing_problems(self, n_expert: int) -> Iterator[Problem]:
-        """The combinations that a block of n_expert experts cannot have."""
+    def gate_problems(self, n_expert: int) -> Iterator[Problem]:
+        """How many experts, and how they are weighted, where the largest block has n_expert."""
         top_k = self.expert_top_k
-        is_hash = self.router in ("hash", "ngram_hash")
-        expert_choice = self.router == "expert_choice"
         if top_k > n_expert:
             message = f"expert_top_k = {top_k} is more than n_expert = {n_expert}; expected at most that, or 0 for all"
             yield ("expert_top_k", "n_expert", "n_expert_by_block"), message
         if top_k == 1 and n_expert > 1 and self.gate_renormalize:
             message = "a single gate renormalised is always 1, so cross-entropy never reaches the router"
             keys = ("gate_renormalize", "expert_top_k", "n_expert")
-            yield (
-                keys,
-                f"{message}; set gate_renormalize=False, gate_straight_through=True or expert_top_k to 2 or more",
+            yield keys, f"{message}; set gate_renormalize=False, or expert_top_k to 2 or more"
+        if self.gate_renormalize and (self.router_top_p or self.router == "expert_choice"):
+            message = (
+                "a character that gets a single expert has a renormalised gate of 1, which teaches the router nothing"
             )
+            yield ("gate_renormalize", "router_top_p", "router"), f"{message}; set gate_renormalize=False"
         if self.gate_straight_through and top_k != 1:
             message = "a straight-through gate is for one expert a character"
             yield ("gate_straight_through", "expert_top_k"), f"{message}; set expert_top_k=1"
         if top_k == 0 and self.capacity_factor > 0:
             message = "soft routing (expert_top_k=0) uses every expert for every character, which no capacity can limit"
             yield ("capacity_factor", "expert_top_k", "n_expert"), f"{message}; set capacity_factor=0"
-        if top_k == 0 and self.router_top_p > 0:
-            message = "router_top_p chooses among the expert_top_k best, but expert_top_k=0 means all"
-            yield ("router_top_p", "expert_top_k"), f"{message}; set expert_top_k to n_expert = {n_expert} or less"
-        balances = self.aux_loss != "none" and (self.aux_loss_coef > 0 or self.aux_loss_coef_end > 0)
-        if top_k in (0, n_expert) and n_expert > 1 and balances and self.aux_loss == "switch" and not self.router_top_p:
+        if self.router_top_p and top_k in (0, 1):
+            message = "router_top_p chooses among the expert_top_k best"
+            yield ("router_top_p", "expert_top_k"), f"{message}; set expert_top_k between 2 and n_expert = {n_expert}"
+
+    def balance_problems(self, n_expert: int) -> Iterator[Problem]:
+        """Losses and biases that could balance nothing, where the largest block has n_expert."""
+        chooses_all = self.expert_top_k in (0, n_expert) and n_expert > 1 and not self.router_top_p
+        coefficient = ("aux_loss", "aux_loss_coef", "aux_loss_coef_end")
+        if self.balances and chooses_all and self.aux_loss == "switch":
             message = "with every expert chosen the switch loss is the constant 1 and balances nothing"
-            keys = ("aux_loss", "aux_loss_coef", "expert_top_k", "n_expert")
-            yield keys, f"{message}; set aux_loss='none'"
-        if is_hash and top_k != 1:
-            message = f"{self.router} gives every character one expert"
-            yield ("router", "expert_top_k"), f"{message}; set expert_top_k=1"
-        if is_hash and (balances or self.router_bias_rate):
-            message = f"{self.router} is a fixed table that nothing can balance"
-            keys = ("router", "aux_loss", "aux_loss_coef", "router_bias_rate")
-            yield keys, f"{message}; set aux_loss='none' and router_bias_rate=0"
-        if is_hash and self.router_level != "token":
-            message = f"{self.router} routes by characters, not by vectors that could be averaged"
-            yield ("router", "router_level"), f"{message}; set router_level='token'"
-        if (is_hash or self.router == "two_level") and self.gate != "softmax":
-            message = f"{self.router} gives log-probabilities"
-            yield ("router", "gate"), f"{message}; set gate='softmax'"
-        if is_hash and (self.expert_dropout or self.expert_dropout_end):
-            message = f"a character has no other expert to go to under {self.router}"
-            yield ("router", "expert_dropout", "expert_dropout_end"), f"{message}; set expert_dropout=0"
-        if self.router == "two_level" and (n_expert % self.n_expert_group or top_k > n_expert // self.n_expert_group):
-            message = (
-                f"n_expert = {n_expert} must make n_expert_group = {self.n_expert_group} equal groups of expert_top_k"
-            )
-            keys = ("router", "n_expert_group", "n_expert", "expert_top_k")
-            yield keys, f"{message} = {top_k} or more experts; set n_expert_group to a divisor of n_expert"
-        if self.router == "two_level" and top_k == 0:
-            yield ("router", "expert_top_k"), "two_level chooses within a group, so not all experts; set expert_top_k=1"
-        if expert_choice and not (self.capacity_factor > 0 and top_k > 0 and self.capacity_group == "sequence"):
-            message = "expert_choice needs to know how many characters of a sequence an expert takes"
-            keys = ("router", "capacity_factor", "expert_top_k", "capacity_group")
-            yield keys, f"{message}; set expert_top_k=1, capacity_factor=1 and capacity_group='sequence'"
-        if expert_choice and (balances or self.router_bias_rate or self.router_top_p or self.gate_straight_through):
-            message = "expert_choice is balanced by construction and chooses by itself"
-            keys = ("router", "aux_loss", "router_bias_rate", "router_top_p", "gate_straight_through")
-            yield (
-                keys,
-                f"{message}; set aux_loss='none', router_bias_rate=0, router_top_p=0, gate_straight_through=False",
-            )
-        if self.expert_kind != "mlp" and not self.expert_hidden and 4 * self.n_embd % n_expert:
-            message = f"4 n_embd = {4 * self.n_embd} cannot be shared evenly by n_expert = {n_expert} linear experts"
-            yield ("expert_kind", "expert_hidden", "n_embd", "n_expert"), f"{message}; set expert_hidden"
-        hidden = self.expert_hidden or 4 * self.n_embd // (1 if self.expert_kind == "mlp" else n_expert)
-        if self.moe_backend == "sorted" and (self.n_embd % 8 or hidden % 8):
-            message = f"moe_backend='sorted' needs widths in multiples of 8; n_embd = {self.n_embd}, hidden = {hidden}"
-            yield ("moe_backend", "n_embd", "expert_hidden", "n_expert"), f"{message}; set moe_backend='auto'"
+            yield (*coefficient, "expert_top_k", "n_expert"), f"{message}; set aux_loss='none'"
+        if self.router_bias_rate and chooses_all:
+            message = "with every expert chosen there is no choice that a bias could change"
+            yield ("router_bias_rate", "expert_top_k", "n_expert"), f"{message}; set router_bias_rate=0"
+        if self.balances and self.aux_loss == "cv2" and self.capacity_factor:
+            message = "the cv2 loss sees gates after capacity, which hides the very imbalance"
+            yield (*coefficient, "capacity_factor"), f"{message}; set aux_loss='switch' or capacity_factor=0"
+        untrained = self.router in ("frozen", "random", "hash", "ngram_hash")
+        if untrained and (self.balances or self.z_loss_coef):
+            message = f"router={self.router} is not trained, so no loss can balance it"
+            yield ("router", *coefficient, "z_loss_coef"), f"{message}; set aux_loss='none' and z_loss_coef=0"
+        if self.router == "two_level" and self.z_loss_coef:
+            message = "two_level gives log-probabilities, whose z-loss is 0"
+            yield ("router", "z_loss_coef"), f"{message}; set z_loss_coef=0"
+        if self.router in ("hash", "ngram_hash", "two_level", "expert_choice") and self.router_bias_rate:
+            message = f"router={self.router} does not choose by what a bias could change"
+            yield ("router", "router_bias_rate"), f"{message}; set router_bias_rate=0"
+        if self.router == "expert_choice" and self.balances:
+            message = "expert_choice is balanced by construction"
+            yield ("router", *coefficient), f"{message}; set aux_loss='none'"
+
+    def router_problems(self, numbers: list[int]) -> Iterator[Problem]:
+        """What each router cannot be combined with; numbers: of experts, in the blocks that have any."""
+        top_k, router = self.expert_top_k, self.router
+        if router in ("hash", "ngram_hash"):
+            if top_k != 1:
+                yield ("router", "expert_top_k"), f"{router} gives every character one expert; set expert_top_k=1"
+            if self.router_level != "token":
+                message = f"{router} routes by characters, not by vectors that could be averaged"
+                yield ("router", "router_level"), f"{message}; set router_level='token'"
+            if self.expert_dropout_is_used:
+                message = f"a character has no other expert to go to under {router}"
+                yield ("router", "expert_dropout", "expert_dropout_end"), f"{message}; set expert_dropout=0"
+        if router in ("hash", "ngram_hash", "two_level") and self.gate != "softmax":
+            yield ("router", "gate"), f"{router} gives log-probabilities; set gate='softmax'"
+        if router == "two_level":
+            groups = self.n_expert_group
+            if top_k == 0 or any(n % groups or top_k > n // groups for n in numbers):
+                message = f"n_expert = {numbers[0]} must make n_expert_group = {groups} equal groups of expert_top_k"
+                keys = ("router", "n_expert_group", "n_expert", "n_expert_by_block", "expert_top_k")
+                yield keys, f"{message} = {top_k} or more (0 is not all); set n_expert_group to a divisor of n_expert"
+            if self.router_top_p:
+                message = "top-p counts the probability of all groups, of which two_level uses one"
+                yield ("router", "router_top_p"), f"{message}; set router_top_p=0"
+        if router == "expert_choice":
+            if not (self.capacity_factor > 0 and top_k > 0 and self.capacity_group == "sequence"):
+                message = "expert_choice needs to know how many characters of a sequence an expert takes"
+                keys = ("router", "capacity_factor", "expert_top_k", "capacity_group")
+                yield keys, f"{message}; set expert_top_k=1, capacity_factor=1 and capacity_group='sequence'"
+            if self.router_top_p or self.gate_straight_through or self.router_level == "sequence":
+                message = "expert_choice chooses by itself, among characters that must differ"
+                keys = ("router", "router_top_p", "gate_straight_through", "router_level")
+                yield keys, f"{message}; set router_top_p=0, gate_straight_through=False, router_level='token'"
+        if self.router_level == "segment" and self.segment_size >= self.block_size:
+            message = f"segment_size = {self.segment_size} makes one segment of block_size = {self.block_size}"
+            yield ("segment_size", "block_size", "router_level"), f"{message}; set it lower"
+
+    def expert_problems(self, numbers: list[int]) -> Iterator[Problem]:
+        """Widths and kinds; numbers: of experts, in the blocks that have any."""
+        for n_expert in numbers:
+            hidden = self.expert_hidden or 4 * self.n_embd // (1 if self.expert_kind == "mlp" else n_expert)
+            if self.expert_kind != "mlp" and not self.expert_hidden and 4 * self.n_embd % n_expert:
+                message = f"4 n_embd = {4 * self.n_embd} cannot be shared evenly by n_expert = {n_expert} experts"
+                yield ("expert_kind", "expert_hidden", "n_embd", "n_expert"), f"{message}; set expert_hidden"
+            elif self.moe_backend == "sorted" and (self.n_embd % 8 or hidden % 8):
+                message = f"moe_backend='sorted' needs multiples of 8; n_embd = {self.n_embd}, hidden = {hidden}"
+                yield ("moe_backend", "n_embd", "expert_hidden", "n_expert"), f"{message}; set moe_backend='auto'"
         if self.expert_kind != "mlp" and self.n_shared_expert:
             message = "shared experts are whole MLPs"
             yield ("n_shared_expert", "expert_kind"), f"{message}; set expert_kind='mlp'"
@@ -826,8 +864,15 @@ class Config:
         return [i for i, count in enumerate(self.expert_counts()) if count] if self.n_expert else []
 
     def of_block(self, i: int) -> Config:
-        """The config with block i's own number of experts."""
-        return dataclasses.replace(self, n_expert=self.expert_counts()[i])
+        """The config with block i's own number of experts, of which no more can be chosen."""
+        n_expert = self.expert_counts()[i]
+        return dataclasses.replace(self, n_expert=n_expert, expert_top_k=min(self.expert_top_k, n_expert))
+
+    @property
+    def balances(self) -> bool:
+        """Whether a balancing loss has a weight at some point of the run."""
+        ends = self.aux_loss_coef_end > 0 and self.aux_loss_coef_schedule != "constant"
+        return self.aux_loss != "none" and (self.aux_loss_coef > 0 or ends)
 
     @property
     def expert_dropout_is_used(self) -> bool:

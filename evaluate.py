@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 import moe
+from data.common import character_class
 from model import IGNORED
 
 # The random batches of an evaluation come from another stream than those of training with the same seed.
@@ -35,6 +36,17 @@ class Paper(NamedTuple):
 def bits(nats):
     """Bits per character from nats per character."""
     return nats / math.log(2)
+
+
+def drop_rate_by_class(stats: moe.RoutingStats, vocabulary) -> dict:
+    """{"drop_rate_by_class": {class: share of its choices that capacity dropped}}; {} where nothing can be dropped."""
+    if not stats.dropped_by_symbol.numel():
+        return {}
+    totals = {}
+    for symbol, counts in zip(vocabulary.symbols, stats.dropped_by_symbol.t().tolist()):
+        total = totals.setdefault(character_class(symbol), [0.0, 0.0])
+        total[:] = (a + b for a, b in zip(total, counts))
+    return {"drop_rate_by_class": {name: dropped / made for name, (dropped, made) in totals.items() if made}}
 
 
 @torch.no_grad()

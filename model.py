@@ -181,6 +181,8 @@ class GPT(nn.Module):
         if targets is not None:
             counted = targets.reshape(-1) != IGNORED
             loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORED)
+        if cache:  # decoding: nobody reads what training needs to know
+            return Output(logits, loss, {}, [], routings)
         n_symbols = self.token_embedding.num_embeddings
         stats = [moe.routing_stats(routing, idx, self.config, n_symbols, counted) for routing in routings]
         return Output(logits, loss, moe.aux_losses(routings, self.config, self.aux_loss_coef), stats, routings)

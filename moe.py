@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from routing import GATES, LEVELS, ROUTERS, Routing, capacity, drop_experts, within_capacity
+from routing import GATES, LEVELS, ROUTERS, Routing, capacity, dropped_experts, within_capacity
 
 
 class AuxLoss(NamedTuple):
@@ -37,6 +37,7 @@ class RoutingStats(NamedTuple):
     load: torch.Tensor  # (E,) choices per expert, before capacity
     importance: torch.Tensor  # (E,) sum of the gates that were used
     dropped: torch.Tensor  # () choices that found their expert full
+    unserved: torch.Tensor  # () tokens that no expert served
     tokens: torch.Tensor  # ()
     entropy: torch.Tensor  # () entropy of the router's distribution, nats
     dropped_by_position: torch.Tensor  # (2, T) of block_size positions: choices dropped, choices made
@@ -358,20 +359,24 @@ class MoE(nn.Module):
                 x_BTD = x_BTD * torch.empty_like(x_BTD).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
             x_BSD, ids_BS = cache.extend(x_BTD, ids_BT) if cache else (x_BTD, ids_BT)
             level_BTD = LEVELS[config.router_level].pool(x_BSD, config)[:, -T:]
-            logits_NE = self.router(level_BTD, ids_BS).reshape(B * T, -1) / self.temperature
+            logits_NE = self.router(level_BTD, ids_BS).reshape(B * T, -1)
+            log_scores_NE = GATES[config.gate](logits_NE / self.temperature)
+            probs_NE = F.softmax(log_scores_NE, dim=-1)
+            preference_NE = log_scores_NE.exp() + self.balance_bias if config.router_bias_rate else log_scores_NE
             if self.training and config.expert_dropout_is_used:
-                logits_NE = drop_experts(logits_NE, self.expert_dropout)
-            scores_NE = GATES[config.gate](logits_NE)
-            biased_NE = scores_NE + self.balance_bias if config.router_bias_rate else scores_NE
-            experts_NK, chosen_NK = self.router.select(scores_NE, biased_NE, B)
-            gates_NK = torch.where(chosen_NK, scores_NE.gather(1, experts_NK), 0.0)
-            if config.gate_renormalize:
-                gates_NK = gates_NK / gates_NK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-            if config.gate_straight_through:
-                gates_NK = torch.where(chosen_NK, 1 + gates_NK - gates_NK.detach(), 0.0)
+                masked_NE = dropped_experts(logits_NE.shape, self.expert_dropout, logits_NE.device)
+                preference_NE = preference_NE.masked_fill(masked_NE, -math.inf)
+            experts_NK, chosen_NK = self.router.select(probs_NE, preference_NE, B)
             kept_NK = self.keep(experts_NK, chosen_NK, B, cache)
-            probs_NE = scores_NE / scores_NE.sum(dim=-1, keepdim=True)
+            gates_NK = self.gates(log_scores_NE.gather(1, experts_NK), chosen_NK)
             return Routing(logits_NE, probs_NE, experts_NK, torch.where(kept_NK, gates_NK, 0.0), chosen_NK, kept_NK)
+
+    def gates(self, log_scores_NK, chosen_NK):
+        """The weights of the chosen experts; what others stand beside them does not matter."""
+        if self.config.gate_renormalize:
+            return F.softmax(log_scores_NK.masked_fill(~chosen_NK, -math.inf), dim=-1)
+        gates_NK = log_scores_NK.exp()
+        return 1 + (gates_NK - gates_NK.detach()) if self.config.gate_straight_through else gates_NK
 
     def keep(self, experts_NK, chosen_NK, n_sequences, cache):
         config = self.config
@@ -400,15 +405,13 @@ class MoE(nn.Module):
 
     @property
     def n_active(self):
-        """Experts that a token goes through; on average, for expert choice, and at most, for top-p."""
-        return self.config.expert_top_k or self.config.n_expert
+        """Experts that a token goes through: a whole number, at least the average."""
+        return math.ceil(self.router.experts_per_token())
 
     def flops_per_token(self):
         """Forward FLOPs (a multiply-add is 2) of one token in a full sequence, whatever the backend wastes: k experts,
         or as many as capacity has room for, shared experts, and the router. Top-p is counted with all its k."""
-        config, k = self.config, self.n_active
-        if config.capacity_factor:
-            k = min(k, config.n_expert * capacity(config) / config.block_size)
+        k = self.router.experts_per_token()
         shared = self.shared.flops_per_token() if self.shared is not None else 0
         return round(self.router.flops_per_token() + self.experts.flops_per_token(k) + shared)
 
@@ -511,8 +514,7 @@ def aux_losses(routings, config, coefficient):
         return {}
     losses = {"z": (z_loss, config.z_loss_coef)}
     if AUX_LOSSES[config.aux_loss] is not None:
-        is_used = config.aux_loss_coef > 0 or config.aux_loss_coef_end > 0
-        losses[config.aux_loss] = (AUX_LOSSES[config.aux_loss], coefficient if is_used else 0)
+        losses[config.aux_loss] = (AUX_LOSSES[config.aux_loss], coefficient if config.balances else 0)
     combined = {}
     for name, (function, weight) in losses.items():
         per_layer = torch.stack([function(routing) for routing in routings])
@@ -546,6 +548,7 @@ def routing_stats(routing, ids_BT, config, n_symbols, counted_N=None):
         load=(choices_per_expert(routing) * weight_N[:, None]).sum(dim=0),
         importance=(gates_per_expert(routing) * weight_N[:, None]).sum(dim=0),
         dropped=dropped_N.sum(),
+        unserved=(~routing.kept.any(dim=1) * weight_N).sum(),
         tokens=weight_N.sum(),
         entropy=(torch.special.entr(routing.probs).sum(dim=-1) * weight_N).sum(),
         dropped_by_position=by_position,
@@ -560,11 +563,11 @@ def add_stats(total, stats):
     return [RoutingStats(*(a + b for a, b in zip(one, other))) for one, other in zip(total, stats)]
 
 
-def summarize(stats):
+def summarize(stats, in_detail=False):
     """RoutingStats -> numbers: load (share of the choices per expert), load_cv2 and importance_cv2 (variance / mean²
-    over experts), dead (experts with no choice), drop_rate (of choices; by position and symbol id where a capacity can
-    drop any, null where none was made), entropy (nats per token), choices and gate_mass (per token), tokens.
-    Synchronises."""
+    over experts), dead (experts with no choice), drop_rate (of choices; in detail also by position and symbol id where
+    a capacity can drop any, null where no choice was made), unserved (share of tokens without an expert), entropy (nats
+    per token), choices and gate_mass (per token), tokens. Synchronises."""
     load, importance = stats.load.tolist(), stats.importance.tolist()
     choices, tokens = sum(load), stats.tokens.item()
     if not choices:
@@ -575,13 +578,14 @@ def summarize(stats):
         "importance_cv2": cv2(importance),
         "dead": sum(count == 0 for count in load),
         "drop_rate": stats.dropped.item() / choices,
+        "unserved": stats.unserved.item() / tokens,
         "entropy": stats.entropy.item() / tokens,
         "choices": choices / tokens,
         "gate_mass": sum(importance) / tokens,
         "tokens": int(tokens),
     }
     for name, counts in {"position": stats.dropped_by_position, "symbol": stats.dropped_by_symbol}.items():
-        if counts.numel():
+        if in_detail and counts.numel():
             summary[f"drop_rate_by_{name}"] = [d / made if made else None for d, made in zip(*counts.tolist())]
     return summary
 

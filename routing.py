@@ -1,7 +1,7 @@
 """Who goes to which expert: routers, levels, gates, selection, capacity.
 
-    x -> level (what a token is routed by) -> router (logits) -> temperature, expert dropout -> gate (scores)
-      -> selection (k experts a token) -> capacity (which choices find room)
+    x -> level (what a token is routed by) -> router (logits) -> temperature -> gate (scores)
+      -> balancing bias, expert dropout -> selection (k experts a token) -> capacity (which choices find room)
 
 Each step is an entry of a table (LEVELS, ROUTERS, GATES) named by a key of the config. README.md ("Every option of
 the MoE layer") lists them with formula, source, and whether they are causal. Letters as in `moe.py`; S positions of a
@@ -21,11 +21,11 @@ class Routing(NamedTuple):
     """Where the tokens go. `experts`, `gates`, `chosen` and `kept` belong together; the K choices of a token come best
     first, or in expert order where every expert has a place (soft routing, expert choice)."""
 
-    logits: torch.Tensor  # (N, E) float32, -inf for an expert that cannot be chosen
-    probs: torch.Tensor  # (N, E) float32, rows sum to 1
+    logits: torch.Tensor  # (N, E) float32, as the router gives them
+    probs: torch.Tensor  # (N, E) float32: the scores, scaled so that rows sum to 1
     experts: torch.Tensor  # (N, K) int64
     gates: torch.Tensor  # (N, K) float32, 0 where the choice was not made or was dropped
-    chosen: torch.Tensor  # (N, K) bool, False where the choice was not made (top-p, expert choice)
+    chosen: torch.Tensor  # (N, K) bool, False where the choice was not made (top-p, expert choice, expert dropout)
     kept: torch.Tensor  # (N, K) bool, chosen and not dropped for lack of room
 
 
@@ -113,16 +113,22 @@ class Router(nn.Module):
     def set_step(self, step):
         """Told before update number `step`, and before the evaluation at that point."""
 
-    def select(self, scores_NE, preference_NE, n_sequences):
-        """(experts (N, K), chosen (N, K)) for scores and for what they are ranked by (scores, perhaps biased)."""
+    def select(self, probs_NE, preference_NE, n_sequences):
+        """(experts (N, K), chosen (N, K)). preference: what they are ranked by, -inf for what cannot be chosen."""
         config = self.config
         k = config.expert_top_k or config.n_expert
-        experts_NK = best(preference_NE, k)
-        if not config.router_top_p:
-            return experts_NK, torch.ones_like(experts_NK, dtype=torch.bool)
-        share_NK = (scores_NE / scores_NE.sum(dim=-1, keepdim=True)).gather(1, experts_NK)
-        before_NK = share_NK.cumsum(dim=-1) - share_NK
-        return experts_NK, before_NK < config.router_top_p
+        experts_NK = best(preference_NE, k, in_order=config.router_top_p > 0)
+        chosen_NK = preference_NE.gather(1, experts_NK) != -math.inf
+        if config.router_top_p:
+            share_NK = probs_NE.gather(1, experts_NK)
+            chosen_NK = chosen_NK & (share_NK.cumsum(dim=-1) - share_NK < config.router_top_p)
+        return experts_NK, chosen_NK
+
+    def experts_per_token(self):
+        """On average over a full sequence: k, or what capacity leaves room for; at most, with top-p."""
+        config = self.config
+        k = config.expert_top_k or config.n_expert
+        return min(k, config.n_expert * capacity(config) / config.block_size) if config.capacity_factor else k
 
     def flops_per_token(self):
         return 0
@@ -161,7 +167,10 @@ class RandomRouter(Router):
     @torch.no_grad()
     def set_step(self, step):
         generator = torch.Generator().manual_seed(mix(self.config.seed, self.layer, step))
-        self.weight.copy_(torch.randn(self.weight.shape, generator=generator, device="cpu") * 0.02)
+        drawn = torch.randn(self.weight.shape, generator=generator, device="cpu") * 0.02
+        if self.weight.is_cuda:  # pinned, so that the copy does not wait for the device
+            drawn = drawn.pin_memory()
+        self.weight.copy_(drawn, non_blocking=True)
 
     def forward(self, x_BTD, ids_BS):
         return F.linear(x_BTD, self.weight.to(x_BTD.dtype))
@@ -185,13 +194,14 @@ class FixedRouter(Router):
 
 class HashRouter(FixedRouter):
     """A fixed table, symbol -> expert, that balances the experts' load over the training text as well as whole symbols
-    can (Roller et al. 2021, balanced hash): symbols by falling frequency, each to the expert with the least so far."""
+    can (Roller et al. 2021, balanced hash): symbols by falling frequency, each to the expert with the least so far.
+    Frequencies are blurred by up to a fifth, so that layers and seeds get different tables."""
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
         generator = torch.Generator().manual_seed(mix(config.seed, layer, 0))
-        ties = torch.rand(len(symbol_counts), generator=generator, dtype=torch.float64, device="cpu") / 2
-        self.register_buffer("table", balanced_table(symbol_counts.cpu() + ties, config.n_expert))
+        blur = 1 + 0.2 * torch.rand(len(symbol_counts), generator=generator, dtype=torch.float64, device="cpu")
+        self.register_buffer("table", balanced_table(symbol_counts.cpu(), blur, config.n_expert))
 
     def experts_of(self, ids_BS):
         return self.table[ids_BS]
@@ -229,11 +239,12 @@ class TwoLevelRouter(Router):
         within = F.linear(x_BTD, self.weight.to(x_BTD.dtype)).unflatten(-1, (groups, -1))
         return (group[..., None] + F.log_softmax(within, dim=-1)).flatten(-2)
 
-    def select(self, scores_NE, preference_NE, n_sequences):
+    def select(self, probs_NE, preference_NE, n_sequences):
         groups = self.config.n_expert_group
-        best_group_N = best(scores_NE.unflatten(-1, (groups, -1)).sum(dim=-1), 1)
-        group_E = torch.arange(self.config.n_expert, device=scores_NE.device) // (self.config.n_expert // groups)
-        return super().select(scores_NE, preference_NE.masked_fill(group_E != best_group_N, -math.inf), n_sequences)
+        available_NE = probs_NE.masked_fill(preference_NE == -math.inf, 0)
+        best_group_N = best(available_NE.unflatten(-1, (groups, -1)).sum(dim=-1), 1)
+        group_E = torch.arange(self.config.n_expert, device=probs_NE.device) // (self.config.n_expert // groups)
+        return super().select(probs_NE, preference_NE.masked_fill(group_E != best_group_N, -math.inf), n_sequences)
 
     def flops_per_token(self):
         return 2 * (self.config.n_expert + self.config.n_expert_group) * self.config.n_embd
@@ -245,14 +256,17 @@ class ExpertChoiceRouter(LearnedRouter):
 
     is_causal = False
 
-    def select(self, scores_NE, preference_NE, n_sequences):
-        N, E = scores_NE.shape
-        tokens = N // n_sequences
-        by_expert = preference_NE.view(n_sequences, tokens, E).transpose(1, 2)
+    def select(self, probs_NE, preference_NE, n_sequences):
+        N, E = probs_NE.shape
+        by_expert = preference_NE.view(n_sequences, N // n_sequences, E).transpose(1, 2)
         taken = torch.argsort(by_expert, dim=-1, descending=True, stable=True)[..., : capacity(self.config)]
         chosen = torch.zeros_like(by_expert, dtype=torch.bool).scatter(2, taken, True)
-        every = torch.arange(E, device=scores_NE.device).expand(N, E)
+        every = torch.arange(E, device=probs_NE.device).expand(N, E)
         return every, chosen.transpose(1, 2).reshape(N, E)
+
+    def experts_per_token(self):
+        config = self.config
+        return config.n_expert * min(capacity(config), config.block_size) / config.block_size
 
 
 ROUTERS: dict[str, type[Router]] = {
@@ -275,20 +289,21 @@ def mix(*numbers):
     return value % 2**63
 
 
-def balanced_table(counts_V, n_expert):
-    """(V,) int64: each symbol's expert, for loads as even as a greedy assignment makes them."""
+def balanced_table(counts_V, blur_V, n_expert):
+    """(V,) int64: each symbol's expert, for loads as even as a greedy assignment in the order of counts × blur makes
+    them."""
     load, table = [0.0] * n_expert, torch.zeros(len(counts_V), dtype=torch.int64, device="cpu")
-    for symbol in torch.argsort(counts_V, descending=True).tolist():
+    for symbol in torch.argsort(counts_V * blur_V, descending=True).tolist():
         table[symbol] = load.index(min(load))
         load[table[symbol]] += counts_V[symbol].item()
     return table
 
 
-def best(scores_NE, k):
-    """(N, k): the k best experts of each token, best first; all of them in expert order if k = E. Ties go to the lower
-    index, on every device and for every N, so that cached and uncached decoding agree."""
+def best(scores_NE, k, in_order=False):
+    """(N, k): the k best experts of each token, best first; all of them in expert order if k = E, unless in_order. Ties
+    go to the lower index, on every device and for every N, so that cached and uncached decoding agree."""
     n_expert = scores_NE.size(-1)
-    if k == n_expert:
+    if k == n_expert and not in_order:
         return torch.arange(n_expert, device=scores_NE.device).expand_as(scores_NE)
     if k == 1:
         return scores_NE.argmax(dim=-1, keepdim=True)
@@ -296,20 +311,19 @@ def best(scores_NE, k):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gates: logits (N, E) -> scores (N, E), by which experts are chosen and weighted
+# Gates: logits (N, E) -> log of the scores (N, E), by which experts are chosen and weighted
 
 GATES: dict[str, Callable] = {
-    "softmax": lambda logits_NE: F.softmax(logits_NE, dim=-1),
-    "sigmoid": torch.sigmoid,
+    "softmax": lambda logits_NE: F.log_softmax(logits_NE, dim=-1),
+    "sigmoid": F.logsigmoid,
 }
 
 
-def drop_experts(logits_NE, rate):
-    """Each expert masked for each token with probability `rate` (a 0-d tensor), before selection (Csordás et al. 2023);
-    a token that would lose all of them keeps all."""
-    masked_NE = torch.rand_like(logits_NE) < rate
-    masked_NE = masked_NE & ~masked_NE.all(dim=-1, keepdim=True)
-    return logits_NE.masked_fill(masked_NE, -math.inf)
+def dropped_experts(shape, rate, device):
+    """(N, E) bool: each expert masked for each token with probability `rate` (a 0-d tensor), as Csordás et al. 2023 do
+    before top-k; a token that would lose all of them keeps all."""
+    masked_NE = torch.rand(shape, device=device) < rate
+    return masked_NE & ~masked_NE.all(dim=-1, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

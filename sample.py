@@ -186,7 +186,7 @@ def make_writer(vocabulary, layer, trained):
 
 
 def legend(trained, layer, in_colour):
-    names = [f"expert {expert}" for expert in range(trained.n_expert)]
+    names = [f"expert {expert}" for expert in range(trained.of_block(trained.moe_layers[layer]).n_expert)]
     entries = [coloured(f" {name} ", expert) for expert, name in enumerate(names)] if in_colour else names
     return f"block {trained.moe_layers[layer]}: " + "  ".join(entries)
 

@@ -337,7 +337,10 @@ def evaluation_line(model, dataset, config, machine, step):
         "step": step,
         "clean": {"nats": clean.nats, "bpc": clean.bpc},
         "paper": {"train": train.nats, "val": val.nats, "train_with_aux": train.with_aux, "val_with_aux": val.with_aux},
-        "routing": [moe.summarize(layer) for layer in clean.stats or []],
+        "routing": [
+            moe.summarize(layer, in_detail=True) | evaluate.drop_rate_by_class(layer, dataset.vocabulary)
+            for layer in clean.stats or []
+        ],
     }
 
 
@@ -591,6 +594,8 @@ def main(argv):
                 if not math.isfinite(line["clean"]["nats"]):
                     return stop_not_finite(f"the validation loss at step {step:,}", folder)
                 is_best = all(line["clean"]["nats"] < past["clean"]["nats"] for past in progress["evaluations"])
+                for past in progress["evaluations"]:
+                    past.pop("routing", None)  # metrics.jsonl has it
                 progress["evaluations"].append(line)
                 metrics.write(line)
                 interval = Interval()

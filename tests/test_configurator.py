@@ -11,6 +11,8 @@ from typing import Literal
 
 import pytest
 
+import routing
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -546,10 +548,24 @@ def test_every_leak_names_its_causal_twin():
     assert all(leaky.leaks.values()) and not dataclasses.replace(leaky, n_expert=0).leaks
 
 
+def test_experts_by_block_without_n_expert_are_not_silently_dense():
+    with pytest.raises(ConfigError, match="n_expert = 0 means a dense model"):
+        parse(Config, ["--n_expert_by_block=8,8,8,8,8,8"])
+
+
+def test_leaks_are_those_of_the_tables():
+    for name, router in routing.ROUTERS.items():
+        assert Config(n_expert=4, router=name).is_causal == router.is_causal
+    for name, level in routing.LEVELS.items():
+        assert Config(n_expert=4, router_level=name).is_causal == level.is_causal
+
+
 def test_blocks_may_have_different_numbers_of_experts():
     config = Config(n_layer=4, n_expert=8, n_expert_by_block="8, 0,4,2", expert_top_k=2)
     assert config.moe_layers == [0, 2, 3] and [config.of_block(i).n_expert for i in config.moe_layers] == [8, 4, 2]
-    assert dict(config.problems()).keys() == {("aux_loss", "aux_loss_coef", "expert_top_k", "n_expert")}, "2 of 2"
+    assert list(config.problems()) == [], "one block that uses all of its experts is no reason to refuse the others"
+    pruned = dataclasses.replace(config, n_expert_by_block="8,0,4,1")
+    assert list(pruned.problems()) == [] and pruned.of_block(3).expert_top_k == 1
 
 
 @pytest.mark.parametrize(
@@ -560,16 +576,31 @@ def test_blocks_may_have_different_numbers_of_experts():
             ["no capacity can limit", "capacity_factor=0"],
         ),
         (["--expert_top_k=5"], ["more than n_expert = 4"]),
-        (["--gate_renormalize"], ["always 1", "gate_straight_through=True"]),
+        (["--gate_renormalize"], ["always 1", "expert_top_k to 2 or more"]),
         (["--gate_straight_through", "--expert_top_k=2"], ["one expert a character", "expert_top_k=1"]),
-        (["--expert_top_k=0", "--router_top_p=0.5"], ["router_top_p", "n_expert = 4 or less"]),
-        (["--router=hash"], ["fixed table that nothing can balance", "aux_loss='none'"]),
+        (["--expert_top_k=0", "--router_top_p=0.5", "--aux_loss=none"], ["between 2 and n_expert = 4"]),
+        (["--router_top_p=0.5"], ["between 2 and n_expert = 4"]),
+        (["--router_top_p=0.5", "--expert_top_k=2", "--gate_renormalize"], ["gate_renormalize=False"]),
+        (["--router=hash"], ["not trained", "aux_loss='none'"]),
+        (["--router=random"], ["not trained", "aux_loss='none'"]),
+        (["--router=frozen", "--aux_loss=none", "--z_loss_coef=0.1"], ["not trained", "z_loss_coef=0"]),
+        (["--router=two_level", "--z_loss_coef=0.1"], ["whose z-loss is 0"]),
+        (["--router=two_level", "--router_bias_rate=0.1"], ["router_bias_rate=0"]),
+        (["--router=two_level", "--router_top_p=0.5", "--expert_top_k=2"], ["router_top_p=0"]),
+        (["--router_bias_rate=0.1", "--aux_loss=none", "--expert_top_k=0"], ["no choice that a bias could change"]),
+        (["--aux_loss=cv2", "--capacity_factor=1"], ["after capacity", "aux_loss='switch'"]),
+        (["--router_level=segment", "--segment_size=256"], ["segment_size = 256", "set it lower"]),
+        (
+            ["--router=expert_choice", "--aux_loss=none", "--capacity_factor=1", "--router_level=sequence"],
+            ["router_level='token'"],
+        ),
+        (["--expert_kind=linear_sum", "--n_expert_by_block=4,4,2,2,2,2"], ["differs from block to block"]),
         (["--router=ngram_hash", "--aux_loss=none", "--expert_top_k=2"], ["one expert", "expert_top_k=1"]),
         (["--router=hash", "--aux_loss=none", "--router_level=segment"], ["router_level='token'"]),
         (["--router=hash", "--aux_loss=none", "--gate=sigmoid"], ["gate='softmax'"]),
         (["--router=hash", "--aux_loss=none", "--expert_dropout=0.1"], ["expert_dropout=0"]),
         (["--router=two_level", "--n_expert_group=3"], ["n_expert_group = 3", "divisor of n_expert"]),
-        (["--router=two_level", "--expert_top_k=3"], ["equal groups", "3 or more"]),
+        (["--router=two_level", "--expert_top_k=3"], ["equal groups", "= 3 or more"]),
         (["--router=expert_choice", "--aux_loss=none"], ["capacity_factor=1"]),
         (["--router=expert_choice", "--capacity_factor=1"], ["balanced by construction", "aux_loss='none'"]),
         (["--expert_kind=linear_sum", "--n_shared_expert=1"], ["expert_kind='mlp'"]),

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import moe
 import routing as routing_module
@@ -116,6 +118,11 @@ def test_the_grid_covers_every_entry_of_every_table():
         ("gate", moe.GATES),
         ("expert_kind", moe.EXPERTS),
         ("aux_loss", moe.AUX_LOSSES),
+        ("router_level", moe.LEVELS),
+        ("expert_init", moe.INITS),
+        ("router_temperature_schedule", moe.SCHEDULES),
+        ("aux_loss_coef_schedule", moe.SCHEDULES),
+        ("expert_dropout_schedule", moe.SCHEDULES),
         ("moe_backend", {"auto": None, **moe.BACKENDS}),
     ],
 )
@@ -163,6 +170,35 @@ def test_experts_without_tokens_get_a_gradient_of_zero(backend):
 
 
 GRID_TOP1 = Config(n_layer=2, n_head=2, n_embd=8, block_size=11, dropout=0.0, expert_hidden=8, n_expert=2)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 11)),
+    widths=st.tuples(st.sampled_from([8, 16, 24]), st.sampled_from([8, 16, 40])),
+    experts=st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
+    factor=st.sampled_from([0.0, 0.3, 1.0, 2.7]),
+    kind=st.sampled_from(sorted(moe.EXPERTS)),
+    seed=st.integers(0, 10_000),
+)
+def test_any_shape_gives_the_references_result_whole_and_in_pieces(shape, widths, experts, factor, kind, seed):
+    torch.manual_seed(seed)
+    config = Config(
+        n_layer=2, n_head=2, n_embd=widths[0], block_size=11, dropout=0.0, expert_hidden=widths[1], n_expert=experts[0],
+        expert_top_k=experts[1], capacity_factor=factor, expert_kind=kind, aux_loss="none", moe_backend="reference",
+    )  # fmt: skip
+    layer = layer_of(config)
+    x, ids = torch.randn(*shape, widths[0]), symbols(*shape)
+    expected, routing = layer(x, ids)
+    for name in sorted(set(moe.BACKENDS) - {"reference"}):
+        found = layer.experts(x.view(-1, widths[0]), routing, moe.BACKENDS[name]).view_as(x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    cache = routing_module.RoutingCache(config, shape[0], x.device, x.dtype)
+    cut = seed % shape[1]
+    pieces = [
+        layer(x[:, part], ids[:, part], cache)[0] for part in (slice(0, cut), slice(cut, None)) if x[:, part].numel()
+    ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7])
@@ -401,7 +437,7 @@ def test_experts_that_are_switched_off_make_no_nan(k, gate):
     """Expert dropout masks most experts: losses, statistics, gates and gradients stay finite."""
     layer = layer_of(tiny(n_expert=3, expert_top_k=k, gate=gate, expert_dropout=0.9, gate_renormalize=k > 1)).train()
     y, routing = run(layer, torch.randn(4, 16, 16))
-    assert routing.logits.isinf().any() and (routing.logits > -math.inf).any(dim=-1).all()
+    assert routing.chosen.any(dim=-1).all() and (k == 1 or not routing.chosen.all())
     loss = y.square().sum() + sum(function(routing) for function in (moe.switch_loss, moe.cv2_loss, moe.z_loss))
     loss.backward()
     gradients = [p.grad for p in layer.parameters()]
@@ -410,10 +446,32 @@ def test_experts_that_are_switched_off_make_no_nan(k, gate):
 
 
 def test_expert_dropout_is_for_training_only_and_at_its_rate():
-    layer = layer_of(tiny(n_expert=8, expert_top_k=2, expert_dropout=0.25))
-    x = torch.randn(64, 16, 16)
-    masked = run(layer.train(), x)[1].logits.isinf().float().mean().item()
-    assert masked == pytest.approx(0.25, abs=0.02) and not run(layer.eval(), x)[1].logits.isinf().any()
+    """Soft routing shows what is left: nothing else keeps an expert from being chosen."""
+    layer = layer_of(tiny(n_expert=8, expert_top_k=0, expert_dropout=0.25, aux_loss="none"))
+    x, ids = torch.randn(64, 16, 16), symbols(64, 16)
+    trained, evaluated = layer.train()(x, ids)[1], layer.eval()(x, ids)[1]
+    assert 1 - trained.chosen.float().mean().item() == pytest.approx(0.25, abs=0.02) and evaluated.chosen.all()
+    torch.testing.assert_close(trained.gates, evaluated.gates * trained.chosen, msg="the others keep their scores")
+
+
+def test_a_bias_does_not_bring_a_masked_expert_back():
+    layer = layer_of(tiny(n_expert=4, expert_dropout=0.5, router_bias_rate=0.1, aux_loss="none"))
+    layer.balance_bias.copy_(torch.tensor([9.0, 0, 0, 0]))
+    _, routing = run(layer.train(), torch.randn(64, 16, 16))
+    assert (routing.experts == 0).float().mean().item() == pytest.approx(0.5 + 0.5**4, abs=0.05)
+    assert (routing.gates > 0).all()
+
+
+def test_scores_too_small_for_a_float_make_no_nan():
+    layer = layer_of(tiny(n_expert=4, expert_top_k=2, gate="sigmoid", router_temperature=1e-3, gate_renormalize=True))
+    with torch.no_grad():
+        layer.router.weight.copy_(layer.router.weight.abs())
+    y, routing = run(layer, -torch.rand(4, 16, 16))
+    y.sum().backward()
+    torch.testing.assert_close(routing.gates.sum(-1), torch.ones(64))
+    assert torch.isfinite(layer.router.weight.grad).all() and math.isfinite(
+        summary_of(routing, layer.config)["entropy"]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -480,7 +538,7 @@ def summary_of(routing, config, symbols=None):
     n_tokens = len(routing.experts)
     if symbols is None:
         symbols = [[0] * config.block_size] * (n_tokens // config.block_size)
-    return moe.summarize(stats_of(routing, config, symbols))
+    return moe.summarize(stats_of(routing, config, symbols), in_detail=True)
 
 
 def test_statistics_by_hand():

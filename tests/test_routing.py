@@ -1,5 +1,6 @@
 """Routers, levels and selection by hand: what each of them is, beside the promises of all of them in test_moe.py."""
 
+import itertools
 import math
 
 import pytest
@@ -39,7 +40,7 @@ def route(layer, *shape, seed=0):
 
 
 def test_a_frozen_router_is_not_trained_and_is_saved():
-    layer = layer_of(router="frozen")
+    layer = layer_of(router="frozen", aux_loss="none")
     assert [name for name, p in layer.named_parameters() if not p.requires_grad] == ["router.weight"]
     assert "router.weight" in layer.state_dict()
 
@@ -65,15 +66,20 @@ def test_a_hash_router_gives_a_symbol_the_same_expert_everywhere():
 
 
 def test_a_hash_table_evens_out_the_load_and_not_the_number_of_symbols():
-    counts = [50, 10, 10, 10, 10, 5, 5]
+    counts = [500, 100, 100, 100, 100, 50, 50]
     table = router_of("hash", counts=counts, n_expert=2).table
     loads = torch.zeros(2).index_add(0, table, torch.tensor(counts, dtype=torch.float32))
-    assert loads.tolist() == [50, 50] and sorted(table.bincount().tolist()) == [1, 6]
+    assert loads.tolist() == [500, 500] and sorted(table.bincount().tolist()) == [1, 6]
 
 
 def test_hash_tables_differ_between_layers_and_seeds():
-    tables = [router_of("hash", layer=layer, seed=seed).table for layer, seed in ((0, 1), (1, 1), (0, 2))]
-    assert not any(torch.equal(a, b) for a, b in zip(tables, tables[1:]))
+    """With counts as different as those of a text; and each of them balances."""
+    counts = [round(1e6 / (rank + 2)) for rank in range(60)]
+    tables = [router_of("hash", layer=i, seed=s, counts=counts).table for i, s in ((0, 1), (1, 1), (0, 2))]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(tables, 2))
+    for table in tables:
+        loads = torch.zeros(4).index_add(0, table, torch.tensor(counts, dtype=torch.float32))
+        assert (loads / loads.mean() - 1).abs().max() < 0.03
 
 
 def test_an_ngram_hash_depends_on_the_last_n_symbols_and_on_no_other():
@@ -141,7 +147,7 @@ def test_renormalised_softmax_is_softmax_over_the_chosen_logits():
 def test_a_straight_through_gate_is_one_and_has_the_gradient_of_the_probability():
     layer = layer_of(gate_straight_through=True)
     routed = route(layer, 1, 5)
-    assert torch.equal(routed.gates, torch.ones(5, 1))
+    assert torch.equal(route(layer, 8, 16).gates, torch.ones(128, 1)) and torch.equal(routed.gates, torch.ones(5, 1))
     routed.gates.sum().backward()
     through = layer.router.weight.grad.clone()
     layer.zero_grad()
@@ -150,16 +156,18 @@ def test_a_straight_through_gate_is_one_and_has_the_gradient_of_the_probability(
 
 
 def test_top_p_stops_once_the_experts_before_have_reached_p():
-    layer = layer_of(expert_top_k=3, router_top_p=0.7)
-    scores = torch.tensor([[0.75, 0.15, 0.06, 0.04], [0.4, 0.35, 0.2, 0.05], [0.3, 0.3, 0.2, 0.2]])
-    _, chosen = layer.router.select(scores, scores, 1)
-    assert chosen.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    scores = torch.tensor([[0.04, 0.15, 0.06, 0.75], [0.4, 0.35, 0.2, 0.05], [0.2, 0.3, 0.3, 0.2]])
+    for k in (3, 4):  # as many as there are, too
+        experts, chosen = layer_of(expert_top_k=k, router_top_p=0.7).router.select(scores, scores, 1)
+        assert chosen.sum(dim=1).tolist() == [1, 2, 3]
+        assert [experts[i][chosen[i]].tolist() for i in range(3)] == [[3], [0, 1], [1, 2, 0]]
 
 
 def test_temperature_divides_the_logits():
     hot, cold = (layer_of(router_temperature=temperature) for temperature in (4.0, 1.0))
     hot.load_state_dict({**cold.state_dict(), "temperature": hot.temperature})
-    torch.testing.assert_close(route(hot, 1, 5).logits * 4, route(cold, 1, 5).logits)
+    torch.testing.assert_close(route(hot, 1, 5).probs, (route(cold, 1, 5).logits / 4).softmax(-1))
+    assert torch.equal(route(hot, 1, 5).logits, route(cold, 1, 5).logits), "the z-loss sees them as they are"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,9 @@ HARD = dict(
 )
 # Routers and schedules that have a state of their own.
 STATEFUL = {
-    "random": dict(router="random", expert_dropout=0.2, expert_dropout_end=0.1, expert_dropout_schedule="cosine"),
+    "random": dict(
+        router="random", aux_loss="none", expert_dropout=0.2, expert_dropout_end=0.1, expert_dropout_schedule="cosine"
+    ),
     "bias": dict(router_bias_rate=0.01, gate="sigmoid", aux_loss="none", gradient_accumulation_steps=2),
     "annealed": dict(
         router_temperature=3.0, router_temperature_schedule="linear", aux_loss="cv2", aux_loss_coef_end=0.5,
