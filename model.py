@@ -126,7 +126,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """config: a `configurator.Config`; vocab_size: V; symbol_counts (V,): how often each symbol occurs in training, by
+    """config: a `settings.Config`; vocab_size: V; symbol_counts (V,): how often each symbol occurs in training, by
     which hash routers balance their tables (a checkpoint brings the tables along)."""
 
     def __init__(self, config, vocab_size, symbol_counts=None):

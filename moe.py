@@ -3,7 +3,7 @@
     routing -> experts, weighted by their gates (+ shared experts) -> what the router should be told (auxiliary losses)
 
 Each step is an entry of a table (EXPERTS, BACKENDS, INITS, AUX_LOSSES), named by a key of the config; a new one is a
-function or a small class, a line in its table, and its name among that key's choices in `configurator.py`. Every test
+function or a small class, a line in its table, and its name among that key's choices in `settings.py`. Every test
 of `tests/test_moe.py` then runs on it. What the layer promises (causality, independence of batch neighbours, equal
 backends, …) is written there as tests.
 

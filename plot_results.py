@@ -20,8 +20,9 @@ import matplotlib
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
 
-from configurator import EXPERIMENT, SCHEDULE, Config  # noqa: E402
+from configurator import EXPERIMENT, SCHEDULE  # noqa: E402
 from records import FORMAT, is_comparable  # noqa: E402
+from settings import Config  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"

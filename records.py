@@ -8,7 +8,7 @@ import shlex
 import statistics
 
 import machine as machines
-from configurator import Config
+from settings import Config
 
 FORMAT = "charmoe record 1"
 

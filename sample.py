@@ -23,9 +23,10 @@ import checkpoint
 import configurator
 import machine as machines
 from checkpoint import CheckpointError
-from configurator import Config, ConfigError, option
+from configurator import ConfigError, option
 from data.common import DataError, Vocabulary
 from model import GPT
+from settings import Config
 
 # Backgrounds that colour-blind readers can tell apart (Okabe and Ito 2008), under black text; more experts than
 # colours repeat them.

@@ -32,9 +32,10 @@ import machine as machines
 import moe
 import records
 from checkpoint import CheckpointError
-from configurator import Config, ConfigError
+from configurator import ConfigError
 from data.common import DataError, Dataset, find
 from model import GPT
+from settings import Config
 
 try:
     import fcntl

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from configurator import Config
 from data.build import TRAIN_VAL_TEST, TextSpec, prepare
+from settings import Config
 
 TINY = dict(
     n_layer=2,

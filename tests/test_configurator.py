@@ -19,13 +19,13 @@ sys.path.insert(0, str(ROOT))
 from configurator import (  # noqa: E402
     EXPERIMENT,
     SCHEDULE,
-    Config,
     ConfigError,
     Message,
     option,
     options_of,
     parse,
 )
+from settings import Config  # noqa: E402
 
 CONFIG_FILES = sorted((ROOT / "config").glob("*.py"))
 

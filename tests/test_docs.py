@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import moe
-from configurator import Config, choices_of, options_of
+from configurator import choices_of, options_of
+from settings import Config
 
 ROOT = Path(moe.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

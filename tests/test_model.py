@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import configurator
 import moe
-from configurator import Config
 from model import GPT, IGNORED, KVCache, dense_equal_active, dense_equal_total, sample
+from settings import Config
 
 ROOT = Path(configurator.__file__).parent
 CONFIGS = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "cpu.py")

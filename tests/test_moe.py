@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import moe
 import routing as routing_module
-from configurator import Config, choices_of, options_of
+from configurator import choices_of, options_of
 from model import MLP
+from settings import Config
 
 CHOICES = {
     "router": list(moe.ROUTERS),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import plot_results
-from configurator import Config
+from settings import Config
 
 
 def record(seed=1, nats=1.5, step=10, **changes):

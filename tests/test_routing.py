@@ -9,7 +9,7 @@ from conftest import tiny
 
 import moe
 import routing
-from configurator import Config
+from settings import Config
 
 SYMBOLS = 7
 

@@ -22,9 +22,10 @@ import evaluate
 import machine
 import train
 from checkpoint import CheckpointError
-from configurator import Config, ConfigError
+from configurator import ConfigError
 from data.common import DataError, Dataset
 from model import GPT
+from settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json"}
