@@ -112,8 +112,10 @@ def choices_of(option: Option) -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that looks most like `word`, if any does."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    """The known word that looks most like `word`, or has it for initials (lr: learning_rate), if any does."""
+    known = list(known)
+    by_initials = [other for other in known if "_" in other and word == "".join(part[:1] for part in other.split("_"))]
+    matches = by_initials or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 

@@ -130,10 +130,8 @@ def load_model(config, device):
         raise ConfigError(["--out_dir=…: which run? It is the folder that train.py named at its end"])
     name = {"best": "best.pt", "last": "ckpt.pt"}[config.checkpoint]
     if not (folder / name).is_file():
-        raise CheckpointError(
-            f"{folder} holds no {name}: "
-            + ("is it the out_dir of a run?" if folder.is_dir() else "there is no such folder")
-        )
+        what = f"holds no {name}; is it the out_dir of a run?" if folder.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{folder}: {what}")
     saved = checkpoint.load(folder / name)
     trained = Config.from_dict(saved["config"])
     if not trained.is_causal:

@@ -520,9 +520,10 @@ def main(argv):
             print(
                 f"At the speed of its first steps, this run needs about {records.duration(forecast)} on this machine."
             )
-            if "config/cpu.py" not in argv:
+            overlay = os.path.relpath(machines.ROOT / "config" / "cpu.py")
+            if overlay not in argv:
                 words = [word for word in argv if not word.startswith("--out_dir")]
-                print(f"The size made for a CPU: {shlex.join(['python', 'train.py', *words, 'config/cpu.py'])}")
+                print(f"The size made for a CPU: {shlex.join(['python', os.path.relpath(__file__), *words, overlay])}")
 
     if not saved:
         open_out_dir(config)  # again, for another run may have come while this one got ready

@@ -553,6 +553,11 @@ def test_experts_by_block_without_n_expert_are_not_silently_dense():
         parse(Config, ["--n_expert_by_block=8,8,8,8,8,8"])
 
 
+def test_initials_are_understood():
+    with pytest.raises(ConfigError, match="nearest key: learning_rate"):
+        parse(Config, ["--lr=0.1"])
+
+
 def test_leaks_are_those_of_the_tables():
     for name, router in routing.ROUTERS.items():
         assert Config(n_expert=4, router=name).is_causal == router.is_causal
