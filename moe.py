@@ -3,9 +3,9 @@
     routing -> experts, weighted by their gates (+ shared experts) -> what the router should be told (auxiliary losses)
 
 Each step is an entry of a table (EXPERTS, BACKENDS, INITS, AUX_LOSSES), named by a key of the config; a new one is a
-function or a small class, a line in its table, and its name among that key's choices in `settings.py`. Every test
-of `tests/test_moe.py` then runs on it. What the layer promises (causality, independence of batch neighbours, equal
-backends, …) is written there as tests.
+function or a small class, a line in its table, and its name among that key's choices in `settings.py`. The grid of
+`tests/test_moe.py` is drawn from the tables: what the layer promises (causality, independence of batch neighbours,
+equal backends, …) is written there as tests, and runs on a new entry by itself.
 
 Letters in shapes and at the ends of names:
     B sequences, T positions, N = B·T tokens, D model width, H hidden width of one expert, E experts,

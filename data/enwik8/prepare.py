@@ -21,9 +21,8 @@ SPEC = TextSpec(
     splits=TRAIN_VAL_TEST,
     remotes=(
         Remote("https://mattmahoney.net/dc/enwik8.zip", ZIP_SHA256),
-        Remote(
-            "http://mattmahoney.net/dc/enwik8.zip", ZIP_SHA256
-        ),  # where https is in the way; the SHA-256 vouches for it
+        # where https is in the way; the SHA-256 vouches for it
+        Remote("http://mattmahoney.net/dc/enwik8.zip", ZIP_SHA256),
     ),
     size=100_000_000,
     sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",

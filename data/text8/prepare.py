@@ -21,9 +21,8 @@ SPEC = TextSpec(
     splits=TRAIN_VAL_TEST,
     remotes=(
         Remote("https://mattmahoney.net/dc/text8.zip", ZIP_SHA256),
-        Remote(
-            "http://mattmahoney.net/dc/text8.zip", ZIP_SHA256
-        ),  # where https is in the way; the SHA-256 vouches for it
+        # where https is in the way; the SHA-256 vouches for it
+        Remote("http://mattmahoney.net/dc/text8.zip", ZIP_SHA256),
         Remote("https://github.com/piskvorky/gensim-data/releases/download/text8/text8.gz"),
     ),
     size=100_000_000,
