@@ -100,8 +100,9 @@ def report(record) -> str:
 
 def duration(seconds: float) -> str:
     """'12.3 s', '4 min 5 s', '1.2 h'"""
-    if seconds < 60:
+    whole = round(seconds)
+    if whole < 60:
         return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
     return f"{seconds / 3600:.1f} h"

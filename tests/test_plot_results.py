@@ -5,6 +5,7 @@ import json
 import pytest
 
 import plot_results
+import records
 from settings import Config
 
 
@@ -84,6 +85,13 @@ def test_a_damaged_record_is_named_and_the_rest_is_drawn(monkeypatch, tmp_path, 
     told = capsys.readouterr().err
     assert "1.json: cannot be read" in told and "2.json: not a record" in told
     assert "| 1 | 1.5000 |" in (tmp_path / "results" / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0.04, "0.0 s"), (59.4, "59.4 s"), (59.9, "1 min 0 s"), (119.6, "2 min 0 s"), (3599.7, "1.0 h")]
+)
+def test_durations_never_have_sixty_seconds(seconds, text):
+    assert records.duration(seconds) == text
 
 
 def test_no_records_is_one_message(monkeypatch, tmp_path):
