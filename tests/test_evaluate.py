@@ -12,7 +12,8 @@ from conftest import tiny
 
 import evaluate
 import machine
-from data.common import Dataset
+import moe
+from data.common import Dataset, Vocabulary, character_class
 from model import GPT
 
 CPU = machine.choose("cpu", "float32", False)
@@ -203,3 +204,21 @@ def test_bits():
     assert evaluate.bits(math.log(2)) == 1.0
     assert evaluate.bits(math.log(256)) == pytest.approx(8.0)
     assert evaluate.Clean(nats=math.log(4), tokens=1, stats=[]).bpc == pytest.approx(2.0)
+
+
+def test_characters_fall_into_the_classes_that_tables_speak_of():
+    classes = {"a": "vowel", "y": "consonant", "A": "capital", "7": "digit", " ": "space", "\n": "newline"}
+    classes["!"] = "punctuation"
+    assert {symbol: character_class(symbol) for symbol in classes} == classes
+    assert character_class(ord("e")) == "vowel" and character_class(200) == character_class("é") == "other"
+
+
+def test_drops_are_told_by_class():
+    """2 of 4 choices of 'a', 1 of 1 of 'e' and none of 2 of 'b' were dropped; '!' never occurred."""
+    vocabulary = Vocabulary("character", ("!", "a", "b", "e"))
+    by_symbol = torch.tensor([[0.0, 2.0, 0.0, 1.0], [0.0, 4.0, 2.0, 1.0]])
+    empty = torch.zeros(())
+    stats = moe.RoutingStats(empty, empty, empty, empty, empty, empty, torch.zeros(2, 3), by_symbol)
+    rates = evaluate.drop_rate_by_class(stats, vocabulary)
+    assert rates == {"drop_rate_by_class": {"vowel": 3 / 5, "consonant": 0.0}}
+    assert evaluate.drop_rate_by_class(stats._replace(dropped_by_symbol=torch.zeros(2, 0)), vocabulary) == {}
