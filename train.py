@@ -718,5 +718,5 @@ if __name__ == "__main__":
         print(f"train.py: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("train.py: stopped before the first step; nothing was lost", file=sys.stderr)
+        print("train.py: stopped before the first step", file=sys.stderr)
         sys.exit(130)
