@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT = "charmoe checkpoint 2"
+FORMAT = "charmoe checkpoint 3"
 
 
 def first_line(error):

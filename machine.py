@@ -87,7 +87,7 @@ def describe(machine: Machine) -> dict:
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
         "device_type": device.type,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": core_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
@@ -104,6 +104,64 @@ def _cpu_name():
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+class Neighbours:
+    """What others do on the hardware of this process: a time counts only where they do little.
+
+    On a CPU their processor time (and what a hypervisor withheld) on the cores that this process may use; on CUDA the
+    memory that they hold.
+    """
+
+    def __init__(self, machine: Machine, before: dict | None = None):
+        """before: what `so_far` said when an earlier session of the same run ended."""
+        self.machine, self.before = machine, before or {"core_seconds": 0.0, "device_bytes": 0}
+        self.busy, self.own = _busy_seconds(), _own_seconds()
+
+    def so_far(self) -> dict:
+        """core_seconds that others took; device_bytes of the GPU that are in use and not torch's here, the context of
+        this process included, at most. None for what the system does not tell, or this device does not have."""
+        return {
+            "core_seconds": _after(self._core_seconds(), self.before["core_seconds"], sum),
+            "device_bytes": _after(self._device_bytes(), self.before["device_bytes"], max),
+        }
+
+    def _core_seconds(self):
+        if self.busy is None:
+            return None
+        return max(0.0, _busy_seconds() - self.busy - (_own_seconds() - self.own))
+
+    def _device_bytes(self):
+        if self.machine.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.machine.device)
+        return total - free - torch.cuda.memory_reserved(self.machine.device)
+
+
+def _after(now, before, combine):
+    return None if now is None or before is None else combine((before, now))
+
+
+def _busy_seconds():
+    """Of the cores that this process may use, since the machine started; None where the system does not tell."""
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+        cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    except (OSError, AttributeError):
+        return None
+    counts = [[int(word) for word in line.split()[1:]] for line in lines if line.split()[0] in cores]
+    # user, nice, system, idle, iowait, irq, softirq, steal, guest, guest_nice; the last two are in the first two
+    busy = sum(sum(count[:3]) + sum(count[5:8]) for count in counts)
+    return busy / os.sysconf("SC_CLK_TCK") if counts else None
+
+
+def _own_seconds():
+    return sum(os.times()[:4])
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def peak_memory(machine: Machine) -> int | None:

@@ -25,8 +25,8 @@ IGNORED = -1  # a target that is not predicted
 class Output(NamedTuple):
     logits: torch.Tensor  # (B, T, V), or (B, 1, V) with last_only
     loss: torch.Tensor | None  # mean cross-entropy over the targets, nats; nothing else is ever added to it
-    aux: dict[str, moe.AuxLoss]  # auxiliary losses by name, raw and weighted
-    stats: list[moe.RoutingStats]  # one per MoE layer
+    aux: dict[str, moe.AuxLoss]  # auxiliary losses by name, raw and weighted; empty without targets
+    stats: list[moe.RoutingStats]  # one per MoE layer; empty without targets
     routing: list[Routing]  # one per MoE layer
 
     @property
@@ -177,12 +177,10 @@ class GPT(nn.Module):
             cache.length += T
         x = self.norm(x[:, -1:] if last_only else x)
         logits = F.linear(x, self.token_embedding.weight)
-        loss, counted = None, None
-        if targets is not None:
-            counted = targets.reshape(-1) != IGNORED
-            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORED)
-        if cache:  # decoding: nobody reads what training needs to know
-            return Output(logits, loss, {}, [], routings)
+        if targets is None:  # nobody reads what training needs to know
+            return Output(logits, None, {}, [], routings)
+        counted = targets.reshape(-1) != IGNORED
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORED)
         n_symbols = self.token_embedding.num_embeddings
         stats = [moe.routing_stats(routing, idx, self.config, n_symbols, counted) for routing in routings]
         return Output(logits, loss, moe.aux_losses(routings, self.config, self.aux_loss_coef), stats, routings)
@@ -196,7 +194,7 @@ class GPT(nn.Module):
     def balance(self, stats):
         """After an update: auxiliary-loss-free balancing by the RoutingStats of its forward passes."""
         if self.config.router_bias_rate:
-            for layer, layer_stats in zip(self.moe_layers(), stats):
+            for layer, layer_stats in zip(self.moe_layers(), stats, strict=True):
                 layer.balance(layer_stats.load)
 
     def moe_layers(self):

@@ -10,16 +10,25 @@ import statistics
 import machine as machines
 from settings import Config
 
-FORMAT = "charmoe record 1"
+FORMAT = "charmoe record 2"
+# Times of a run count only when others left the hardware to it: at most this share of the cores' time on a CPU; on CUDA
+# no more memory than the context of the run's own process takes.
+OTHERS_CPU_SHARE = 0.05
+OTHERS_DEVICE_BYTES = 2**30
+# load: per MoE layer, each expert's share of the choices on the validation split
+EVALUATION_KEYS = ("step", "clean", "paper", "train_mode", "train_seconds", "load")
 
 
-def record_of(config, dataset, model, machine, progress, test) -> dict:
-    """progress: train.py's, at the end of the run; test: an `evaluate.Clean`, or None without a test split."""
+def record_of(config, dataset, model, machine, progress, test, speeds) -> dict:
+    """progress: train.py's, at the end of the run; test: an `evaluate.Clean`, or None without a test split; speeds: of
+    `evaluate.inference_speed`."""
     evaluations = progress["evaluations"]
     best = min(evaluations, key=lambda line: line["clean"]["nats"])  # the first, if several
     final = evaluations[-1]
     tokens = config.max_iters * config.batch_size * config.block_size * config.gradient_accumulation_steps
-    seconds = progress["seconds"]
+    seconds, others, description = progress["seconds"], progress["others"], machines.describe(machine)
+    core_seconds = others["core_seconds"]
+    cpu_share = None if core_seconds is None else core_seconds / (seconds["total"] * description["cores"])
     return {
         "format": FORMAT,
         "run_id": config.run_id,
@@ -30,7 +39,9 @@ def record_of(config, dataset, model, machine, progress, test) -> dict:
         "parameters": model.count_parameters(),
         "training_flops_per_token": model.flops_per_token(),
         "git": progress["git"],
-        "machine": machines.describe(machine),
+        "machine": description,
+        "others": {"cpu_share": cpu_share, "device_bytes": others["device_bytes"]},
+        "exclusive": is_exclusive(description["device_type"], cpu_share, others["device_bytes"]),
         "iterations": config.max_iters,
         "resumed": progress["resumed"],  # times
         "tokens": tokens,
@@ -41,14 +52,26 @@ def record_of(config, dataset, model, machine, progress, test) -> dict:
             "best_val_with_aux": min(line["paper"]["val_with_aux"] for line in evaluations),
             **{f"final_{key}": value for key, value in final["paper"].items()},
         },
+        "train_mode": final["train_mode"],  # the loss that training saw: with dropout, over the last steps
         "test": None if test is None else {"nats": test.nats, "bpc": test.bpc, "step": best["step"]},
         "seconds": seconds,  # train, eval, save, compile, total
         "median_step_ms": statistics.median(progress["step_ms"]),  # of the means over log intervals
         "tokens_per_second": tokens / seconds["train"],
+        "inference": {  # the papers' way: batch 1, eager, no cache
+            "samples": len(speeds),
+            "tokens_per_second": statistics.mean(speeds) if speeds else None,
+        },
         "peak_memory_bytes": machines.peak_memory(machine),
         "routing": final["routing"],  # per MoE layer, over the validation split, at the last step
-        "evaluations": [{key: line[key] for key in ("step", "clean", "paper")} for line in evaluations],
+        "evaluations": [{key: line[key] for key in EVALUATION_KEYS} for line in evaluations],
     }
+
+
+def is_exclusive(device_type, cpu_share, device_bytes) -> bool:
+    """Whether others left the hardware to the run; not known counts as no."""
+    if device_type == "cuda":
+        return device_bytes is not None and device_bytes <= OTHERS_DEVICE_BYTES
+    return cpu_share is not None and cpu_share <= OTHERS_CPU_SHARE
 
 
 def is_comparable(record) -> bool:
@@ -80,7 +103,10 @@ def report(record) -> str:
     parts = [("training", "train"), ("evaluation", "eval"), ("saving", "save"), ("compiling", "compile")]
     spent = ", ".join(f"{name} {duration(seconds[key])}" for name, key in parts if seconds[key])
     rows.append(("time", f"{duration(seconds['total'])} ({spent})"))
-    rows.append(("speed", f"{record['tokens_per_second']:,.0f} {unit}s/s in training"))
+    speed = f"{record['tokens_per_second']:,.0f} {unit}s/s in training"
+    if record["inference"]["samples"]:
+        speed += f", {record['inference']['tokens_per_second']:,.0f} in writing without a cache"
+    rows.append(("speed", speed))
     rows.append(("parameters", f"{counts['total']:,} total, {counts['active']:,} active per {unit}"))
     for number, (block, layer) in enumerate(zip(config.moe_layers, record["routing"])):
         shares = "  ".join(f"{share:4.0%}" for share in layer["load"])

@@ -67,6 +67,12 @@ class Config:
     dataset: str = data_key(
         "shakespeare_char", "folder under data/, or the path of a prepared folder", scope=EXPERIMENT
     )
+    train_characters: int = data_key(
+        0,
+        "train on only the first so many characters of the training split; 0 = all of it",
+        scope=EXPERIMENT,
+        at_least=0,
+    )
     prepare: bool = data_key(True, "download and encode the data set when it is not there yet")
     batch_size: int = data_key(64, "sequences a step, before accumulation", scope=EXPERIMENT, at_least=1)
     block_size: int = data_key(256, "context length in characters", scope=EXPERIMENT, at_least=1)
@@ -182,6 +188,12 @@ class Config:
 
     eval_interval: int = evaluation_key(250, "steps from one evaluation to the next", at_least=1)
     eval_iters: int = evaluation_key(200, "random batches a split for the papers' way to measure", at_least=1)
+    inference_samples: int = evaluation_key(
+        10,
+        "texts of 500 characters that a finished run writes, to tell its speed as the papers do; 0 = none",
+        scope=MACHINE,
+        at_least=0,
+    )
     log_interval: int = evaluation_key(10, "steps from one logged training loss to the next", scope=MACHINE, at_least=1)
 
     device: str = machine_key("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")

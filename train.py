@@ -108,7 +108,7 @@ def open_dataset(config, device):
         print(f"{config.dataset} is not prepared yet: running python {shown}", flush=True)
         if subprocess.run([sys.executable, str(script)]).returncode != 0:
             raise DataError(f"{config.dataset} could not be prepared (the reason is above)")
-    dataset = Dataset.open(folder, device)
+    dataset = Dataset.open(folder, device).train_on_first(config.train_characters)
     for split in ("train", "val"):
         if dataset.sizes.get(split, 0) <= config.block_size:
             raise DataError(
@@ -338,11 +338,21 @@ def evaluation_line(model, dataset, config, machine, step):
         "step": step,
         "clean": {"nats": clean.nats, "bpc": clean.bpc},
         "paper": {"train": train.nats, "val": val.nats, "train_with_aux": train.with_aux, "val_with_aux": val.with_aux},
+        "load": [moe.summarize(layer)["load"] for layer in clean.stats or []],
         "routing": [
             moe.summarize(layer, in_detail=True) | evaluate.drop_rate_by_class(layer, dataset.vocabulary)
             for layer in clean.stats or []
         ],
     }
+
+
+def train_mode(lines):
+    """What training itself saw, dropout and all: means over the steps since the last evaluation; None before any."""
+    steps = sum(line[0] for line in lines)
+    if not steps:
+        return None
+    loss, objective = (sum(line[0] * line[i] for line in lines) / steps for i in (1, 2))
+    return {"loss": loss, "objective": objective}
 
 
 def start_wandb(config):
@@ -478,6 +488,8 @@ def main(argv):
         "step": 0,
         "evaluations": [],
         "step_ms": [],
+        "train_mode": [],  # steps, loss and objective of the log lines since the last evaluation
+        "others": None,
         "git": machines.git_state(),
         "resumed": 0,
         "metrics_bytes": 0,
@@ -500,6 +512,7 @@ def main(argv):
     )
 
     session_started = time.perf_counter() - seconds["total"]
+    neighbours = machines.Neighbours(machine, progress["others"])
     run_model = model
     if machine.compile:
         run_model, compile_seconds = compile_model(
@@ -543,6 +556,7 @@ def main(argv):
     def save(name="ckpt.pt"):
         started = time.perf_counter()
         seconds["total"] = time.perf_counter() - session_started
+        progress["others"] = neighbours.so_far()
         progress["metrics_bytes"] = metrics.sync()
         checkpoint.save(
             folder / name,
@@ -593,6 +607,8 @@ def main(argv):
                 if line is None:
                     return stopped()
                 seconds["eval"] += time.perf_counter() - started
+                line |= {"train_mode": train_mode(progress["train_mode"]), "train_seconds": seconds["train"]}
+                progress["train_mode"] = []
                 if not math.isfinite(line["clean"]["nats"]):
                     return stop_not_finite(f"the validation loss at step {step:,}", folder)
                 is_best = all(line["clean"]["nats"] < past["clean"]["nats"] for past in progress["evaluations"])
@@ -643,6 +659,7 @@ def main(argv):
                 line = interval.line(step, rate, gradient_norm, tokens_per_step)
                 seconds["train"] += line["step_ms"] * interval.steps / 1000
                 progress["step_ms"].append(line["step_ms"])
+                progress["train_mode"].append([interval.steps, line["loss"], line["objective"]])
                 metrics.write(line)
                 screen.log(step, line)
                 interval = Interval()
@@ -654,9 +671,16 @@ def main(argv):
                 test = test_of_best(dataset, config, machine, folder, progress)
             if test is None:
                 return stopped()
+        seconds["total"] = time.perf_counter() - session_started
+        progress["others"] = neighbours.so_far()
+        screen.bar.set_postfix_str("measuring the speed of writing")
+        speeds = None
+        with signals.may_stop():
+            speeds = evaluate.inference_speed(model, config, machine)
+        if speeds is None:
+            return stopped()
 
-    seconds["total"] = time.perf_counter() - session_started
-    record = records.record_of(config, dataset, model, machine, progress, test)
+    record = records.record_of(config, dataset, model, machine, progress, test, speeds)
     checkpoint.write_json(folder / "summary.json", record)
     print(records.report(record))
     return 0

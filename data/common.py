@@ -15,6 +15,7 @@ Shapes: B batch_size, T block_size, n tokens of a split. `data/build.py` writes 
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -239,6 +240,17 @@ class Dataset:
     @property
     def unit(self) -> str:
         return self.vocabulary.unit
+
+    def train_on_first(self, count: int) -> Dataset:
+        """The same data set, with only the first `count` tokens of its training split; 0 leaves it as it is."""
+        if count > self.sizes["train"]:
+            raise DataError(
+                f"{self.name}: train has {self.sizes['train']:,} tokens, fewer than train_characters={count:,}"
+            )
+        if count == 0:
+            return self
+        sizes, tokens = self.sizes | {"train": count}, self._tokens | {"train": self._tokens["train"][:count]}
+        return dataclasses.replace(self, sizes=sizes, _tokens=tokens)
 
     def batch(
         self, split: str, seed: int, step: int, batch_size: int, block_size: int

@@ -20,6 +20,7 @@ TINY = dict(
     max_iters=20,
     eval_interval=10,
     eval_iters=2,
+    inference_samples=0,
     log_interval=5,
     warmup_iters=4,
     learning_rate=1e-2,

@@ -729,3 +729,17 @@ def test_batches_on_cuda_are_those_on_the_cpu_and_wait_for_nothing(toy, resident
     assert torch.equal(x.cpu(), expected[0]) and torch.equal(y.cpu(), expected[1])
     for a, b in zip(data.windows("val", 64, 5), Dataset.open(toy).windows("val", 64, 5)):
         assert torch.equal(a[0].cpu(), b[0]) and torch.equal(a[1].cpu(), b[1])
+
+
+def test_training_on_the_first_characters_draws_from_nothing_else(words):
+    whole = Dataset.open(words)
+    head = whole.train_on_first(100)
+    text = head._tokens["train"]
+    assert head.sizes == {**whole.sizes, "train": 100} and head.describe()["splits"]["train"] == 100
+    assert torch.equal(text, whole._tokens["train"][:100])
+    x, y = head.batch("train", 0, 0, 500, 90)
+    assert {tuple(row.tolist()) for row in x} <= {tuple(text[i : i + 90].tolist()) for i in range(10)}
+    assert torch.equal(head.batch("val", 0, 0, 4, 16)[0], whole.batch("val", 0, 0, 4, 16)[0])
+    assert whole.train_on_first(0) is whole
+    with pytest.raises(DataError, match="fewer than train_characters=1,000,000"):
+        whole.train_on_first(10**6)

@@ -222,3 +222,20 @@ def test_drops_are_told_by_class():
     rates = evaluate.drop_rate_by_class(stats, vocabulary)
     assert rates == {"drop_rate_by_class": {"vowel": 3 / 5, "consonant": 0.0}}
     assert evaluate.drop_rate_by_class(stats._replace(dropped_by_symbol=torch.zeros(2, 0)), vocabulary) == {}
+
+
+@pytest.mark.parametrize("changes", [DENSE, MOE], ids=["dense", "moe"])
+def test_the_papers_inference_reads_the_whole_context_for_each_character(dataset, changes, monkeypatch):
+    """Without a cache: passes over 1, 2, … block_size, block_size, … characters; no random stream moves."""
+    config = tiny(**changes, inference_samples=2)
+    model, before, lengths = model_of(config, dataset), torch.get_rng_state(), []
+    model.register_forward_pre_hook(lambda module, inputs: lengths.append(tuple(inputs[0].shape)))
+    speeds = evaluate.inference_speed(model, config, CPU, characters=20)
+    assert lengths == 2 * [(1, min(length, config.block_size)) for length in range(1, 21)]
+    assert len(speeds) == 2 and all(0 < speed < 1e6 for speed in speeds)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_sees_later_characters_cannot_write_and_has_no_speed(dataset):
+    config = tiny(**{**MOE, "capacity_group": "batch"}, inference_samples=2)
+    assert evaluate.inference_speed(model_of(config, dataset), config, CPU) == []

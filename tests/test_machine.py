@@ -5,6 +5,9 @@ import json
 import os
 import platform
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch
 import machine
 from configurator import ConfigError
 
+CPU = machine.choose("cpu", "float32", False)
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
 
@@ -180,3 +184,38 @@ def test_without_a_repository_or_without_git_nothing_is_claimed(tmp_path, monkey
     assert machine.git_state() == {"commit": None, "dirty": None}
     monkeypatch.setenv("PATH", "")
     assert machine.git_state() == {"commit": None, "dirty": None}
+
+
+def test_neighbours_are_those_who_work_on_the_same_cores(monkeypatch):
+    """0.5 core-seconds of somebody else's beside 2 of our own; an earlier session's are added."""
+    clock = {"busy": 100.0, "own": 10.0}
+    monkeypatch.setattr(machine, "_busy_seconds", lambda: clock["busy"])
+    monkeypatch.setattr(machine, "_own_seconds", lambda: clock["own"])
+    neighbours = machine.Neighbours(CPU)
+    clock |= {"busy": 102.5, "own": 12.0}
+    assert neighbours.so_far() == {"core_seconds": 0.5, "device_bytes": None}
+    assert machine.Neighbours(CPU, neighbours.so_far()).so_far()["core_seconds"] == 0.5
+    clock["own"] = 20.0  # the two clocks tick apart
+    assert neighbours.so_far()["core_seconds"] == 0
+    monkeypatch.setattr(machine, "_busy_seconds", lambda: None)
+    assert machine.Neighbours(CPU).so_far()["core_seconds"] is None
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux")
+def test_a_busy_process_on_our_core_is_a_neighbour():
+    """Both on one core, so that what the rest of the machine does has no say."""
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        neighbours, started = machine.Neighbours(CPU), time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"])
+        # Waited for, it became a child whose time is ours, so it is no neighbour; one that still runs is.
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        while time.perf_counter() - started < 2.5:
+            pass
+        seen = neighbours.so_far()["core_seconds"]
+        other.kill()
+        other.wait()
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert 0.3 < seen < 2.5

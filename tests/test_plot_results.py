@@ -15,7 +15,7 @@ def record(seed=1, nats=1.5, step=10, **changes):
         for at in (0, step)
     ]
     return {
-        "format": "charmoe record 1",
+        "format": "charmoe record 2",
         "run_id": f"abc-s{seed}",
         "title": "A title",
         "leaky": False,

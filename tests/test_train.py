@@ -49,6 +49,9 @@ STATEFUL = {
 }  # fmt: skip
 # What may differ between a run and the same run again: clocks, and where and how it was made.
 INCIDENTAL = {
+    "train_seconds",
+    "others",
+    "exclusive",
     "step_ms",
     "tokens_per_second",
     "seconds",
