@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 FORMAT = "charmoe checkpoint 3"
+RUN_FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json")  # of a run's folder
 
 
 def first_line(error):

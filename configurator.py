@@ -90,6 +90,7 @@ def option(
     return dataclasses.field(default=default, metadata=about)
 
 
+@functools.cache
 def options_of(cls: type) -> dict[str, Option]:
     """The options of a dataclass by name, in the order in which it declares them."""
     hints = typing.get_type_hints(cls)

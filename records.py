@@ -1,13 +1,24 @@
-"""The record of a complete run: what summary.json holds, what results/ keeps, and the last lines on the screen.
+"""The record of a complete run: what it holds, how it is made, checked and read, and the last lines on the screen.
+
+    record = read("out/shakespeare_moe4-cpu-s1337/summary.json")    # or RecordError, if damaged or in contradiction
+    pairs, left_out = read_all("results")                           # results/TABLE/ROW-sSEED.json
 
 Every number is a number; what is not known is null. Losses are nats and bits per character (per byte on enwik8).
+Nothing here needs torch: tables are made where it is not installed.
 """
 
+import json
+import math
 import os
+import re
 import shlex
 import statistics
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
 
-import machine as machines
+from configurator import ROOT, ConfigError, nearest, shown
 from settings import Config
 
 FORMAT = "charmoe record 2"
@@ -15,18 +26,123 @@ FORMAT = "charmoe record 2"
 # no more memory than the context of the run's own process takes.
 OTHERS_CPU_SHARE = 0.05
 OTHERS_DEVICE_BYTES = 2**30
-# load: per MoE layer, each expert's share of the choices on the validation split
-EVALUATION_KEYS = ("step", "clean", "paper", "train_mode", "train_seconds", "load")
+WAY_OUT = "copy the run's summary.json again, or make the run again"
 
 
-def record_of(config, dataset, model, machine, progress, test, speeds) -> dict:
-    """progress: train.py's, at the end of the run; test: an `evaluate.Clean`, or None without a test split; speeds: of
-    `evaluate.inference_speed`."""
+class RecordError(ValueError):
+    """What is no record of a complete run, or contradicts itself: which, why, and the way out, in one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a record holds
+
+# Kinds of values, each named by the words in which a problem asks for it.
+TEXT, FLAG, OBJECT, LIST = "text", "true or false", "an object", "a list"
+COUNT, NUMBER, SHARE = "an integer from 0", "a finite number from 0", "a number from 0 to 1"
+UNIT, DEVICE, DTYPE = "'character' or 'byte'", "'cpu', 'cuda' or 'mps'", "'float32' or 'bfloat16'"
+SHA256, COMMIT = "64 hexadecimal digits", "40 to 64 hexadecimal digits"
+FITS = {
+    TEXT: lambda value: type(value) is str,
+    FLAG: lambda value: type(value) is bool,
+    OBJECT: lambda value: type(value) is dict,
+    LIST: lambda value: type(value) is list,
+    COUNT: lambda value: type(value) is int and 0 <= value < 2**63,  # type(), because True is an int as well
+    NUMBER: lambda value: type(value) in (int, float) and 0 <= value <= sys.float_info.max,
+    SHARE: lambda value: type(value) in (int, float) and 0 <= value <= 1,
+    UNIT: lambda value: value in ("character", "byte"),
+    DEVICE: lambda value: value in ("cpu", "cuda", "mps"),
+    DTYPE: lambda value: value in ("float32", "bfloat16"),
+    SHA256: lambda value: type(value) is str and re.fullmatch("[0-9a-f]{64}", value),
+    COMMIT: lambda value: type(value) is str and re.fullmatch("[0-9a-f]{40,64}", value),
+}
+KINDS_OF_PARAMETERS = ("embedding", "attention", "mlp", "router", "experts", "norm")
+CLASSES = ("vowel", "consonant", "capital", "digit", "space", "newline", "punctuation", "other")  # of characters
+# {name: kind} is an object, where "name?" may be missing; [kind] is a list of it; (kind, None) is it or null.
+LOSS = {"nats": NUMBER, "bpc": NUMBER}
+LOSS_AT_STEP = {**LOSS, "step": COUNT}
+TRAIN_MODE = {"loss": NUMBER, "objective": NUMBER}  # the objective has the weighted auxiliary losses in it
+ROUTING = {  # of one MoE layer: see moe.summarize
+    "load": [SHARE],
+    "load_cv2": NUMBER,
+    "importance_cv2": NUMBER,
+    "dead": COUNT,
+    "drop_rate": SHARE,
+    "unserved": SHARE,
+    "entropy": NUMBER,
+    "choices": NUMBER,
+    "gate_mass": NUMBER,
+    "tokens": COUNT,
+    "drop_rate_by_position?": [(SHARE, None)],  # these three with a capacity only
+    "drop_rate_by_symbol?": [(SHARE, None)],
+    "drop_rate_by_class?": dict.fromkeys((f"{name}?" for name in CLASSES), SHARE),
+}
+EVALUATION = {
+    "step": COUNT,
+    "clean": LOSS,
+    "paper": dict.fromkeys(("train", "val", "train_with_aux", "val_with_aux"), NUMBER),
+    "train_mode": (TRAIN_MODE, None),
+    "train_seconds": NUMBER,
+    "load": [[SHARE]],  # per MoE layer, each expert's share of the choices on the validation split
+}
+SCHEMA = {
+    "format": TEXT,
+    "run_id": TEXT,
+    "title": TEXT,
+    "config": OBJECT,  # settings.Config knows its keys
+    "dataset": {
+        "name": TEXT,
+        "canonical": FLAG,
+        "sha256": SHA256,
+        "unit": UNIT,
+        "vocab_size": COUNT,
+        "splits": {"train": COUNT, "val": COUNT, "test?": COUNT},
+    },
+    "leaky": FLAG,
+    "parameters": dict.fromkeys(("total", "active", *KINDS_OF_PARAMETERS), COUNT),
+    "training_flops_per_token": COUNT,
+    "git": {"commit": (COMMIT, None), "dirty": (FLAG, None)},
+    "machine": {
+        "device": TEXT,
+        "device_type": DEVICE,
+        "cores": COUNT,
+        "threads": COUNT,
+        "torch": TEXT,
+        "cuda": (TEXT, None),
+        "python": TEXT,
+        "dtype": DTYPE,
+        "compile": FLAG,
+    },
+    "others": {"cpu_share": (NUMBER, None), "device_bytes": (COUNT, None)},
+    "exclusive": FLAG,
+    "iterations": COUNT,
+    "resumed": COUNT,  # times
+    "tokens": COUNT,
+    "epochs": NUMBER,
+    "clean": {"best": LOSS_AT_STEP, "final": LOSS_AT_STEP},
+    "paper": dict.fromkeys(
+        ("best_val", "best_val_with_aux", "final_train", "final_val", "final_train_with_aux", "final_val_with_aux"),
+        NUMBER,
+    ),
+    "train_mode": (TRAIN_MODE, None),  # the loss that training saw: with dropout, over the last steps
+    "test": (LOSS_AT_STEP, None),
+    "seconds": dict.fromkeys(("train", "eval", "save", "compile", "total"), NUMBER),
+    "median_step_ms": NUMBER,  # of the means over log intervals
+    "tokens_per_second": NUMBER,  # in training
+    "inference": {"samples": COUNT, "tokens_per_second": (NUMBER, None)},  # the papers' way: batch 1, eager, no cache
+    "peak_memory_bytes": (COUNT, None),
+    "routing": [ROUTING],  # per MoE layer, over the validation split, at the last step
+    "evaluations": [EVALUATION],
+}
+
+
+def record_of(config, dataset, model, description, progress, test, speeds, peak_memory) -> dict:
+    """description: of `machine.describe`; progress: train.py's, at the end of the run; test: an `evaluate.Clean`, or
+    None without a test split; speeds: of `evaluate.inference_speed`; peak_memory: bytes, None where it is not known."""
     evaluations = progress["evaluations"]
     best = min(evaluations, key=lambda line: line["clean"]["nats"])  # the first, if several
     final = evaluations[-1]
     tokens = config.max_iters * config.batch_size * config.block_size * config.gradient_accumulation_steps
-    seconds, others, description = progress["seconds"], progress["others"], machines.describe(machine)
+    seconds, others = progress["seconds"], progress["others"]
     core_seconds = others["core_seconds"]
     cpu_share = None if core_seconds is None else core_seconds / (seconds["total"] * description["cores"])
     return {
@@ -43,7 +159,7 @@ def record_of(config, dataset, model, machine, progress, test, speeds) -> dict:
         "others": {"cpu_share": cpu_share, "device_bytes": others["device_bytes"]},
         "exclusive": is_exclusive(description["device_type"], cpu_share, others["device_bytes"]),
         "iterations": config.max_iters,
-        "resumed": progress["resumed"],  # times
+        "resumed": progress["resumed"],
         "tokens": tokens,
         "epochs": tokens / dataset.sizes["train"],
         "clean": {"best": {**best["clean"], "step": best["step"]}, "final": {**final["clean"], "step": final["step"]}},
@@ -52,19 +168,20 @@ def record_of(config, dataset, model, machine, progress, test, speeds) -> dict:
             "best_val_with_aux": min(line["paper"]["val_with_aux"] for line in evaluations),
             **{f"final_{key}": value for key, value in final["paper"].items()},
         },
-        "train_mode": final["train_mode"],  # the loss that training saw: with dropout, over the last steps
+        "train_mode": final["train_mode"],
         "test": None if test is None else {"nats": test.nats, "bpc": test.bpc, "step": best["step"]},
-        "seconds": seconds,  # train, eval, save, compile, total
-        "median_step_ms": statistics.median(progress["step_ms"]),  # of the means over log intervals
+        "seconds": seconds,
+        "median_step_ms": statistics.median(progress["step_ms"]),
         "tokens_per_second": tokens / seconds["train"],
-        "inference": {  # the papers' way: batch 1, eager, no cache
-            "samples": len(speeds),
-            "tokens_per_second": statistics.mean(speeds) if speeds else None,
-        },
-        "peak_memory_bytes": machines.peak_memory(machine),
-        "routing": final["routing"],  # per MoE layer, over the validation split, at the last step
-        "evaluations": [{key: line[key] for key in EVALUATION_KEYS} for line in evaluations],
+        "inference": {"samples": len(speeds), "tokens_per_second": statistics.mean(speeds) if speeds else None},
+        "peak_memory_bytes": peak_memory,
+        "routing": final["routing"],
+        "evaluations": [{key: line[key] for key in EVALUATION} for line in evaluations],
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a record says
 
 
 def is_exclusive(device_type, cpu_share, device_bytes) -> bool:
@@ -77,6 +194,364 @@ def is_exclusive(device_type, cpu_share, device_bytes) -> bool:
 def is_comparable(record) -> bool:
     """False where a dagger belongs: a text that is not the published one, or routing that sees later characters."""
     return record["dataset"]["canonical"] and not record["leaky"]
+
+
+def is_clean(record) -> bool:
+    """Whether a commit says what code made the run; not known counts as no."""
+    return record["git"]["commit"] is not None and record["git"]["dirty"] is False
+
+
+def machine_of(record) -> str:
+    """The hardware and software that must agree within a comparison of times: "AMD EPYC, 1 core, 1 thread,
+    torch 2.13.0+cpu, float32", or "NVIDIA H200, torch 2.11.0+cu128, bfloat16, compiled"."""
+    machine = record["machine"]
+    parts = [machine["device"]]
+    if machine["device_type"] == "cpu":
+        counts = {"core": machine["cores"], "thread": machine["threads"]}
+        parts += [f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items()]
+    parts += [f"torch {machine['torch']}", machine["dtype"]]
+    return ", ".join([*parts, "compiled"] if machine["compile"] else parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking
+
+
+def problems(record) -> list[str]:
+    """All that is wrong with a record, a line each: with the fields and their kinds; where these are right, with the
+    config; where that is right too, with what the rest of the record contradicts."""
+    if not isinstance(record, dict):
+        return [f"{shown(record)} is no record of train.py; expected {OBJECT}"]
+    if record.get("format") != FORMAT:
+        return [format_problem(record.get("format"))]
+    wrong = list(mismatches(record, SCHEMA))
+    if wrong:
+        return wrong
+    try:
+        config = Config.from_dict(record["config"], origin="config")
+    except ConfigError as error:
+        return error.problems
+    if not record["evaluations"]:
+        return ["evaluations is empty; expected one at step 0, and one after the last update"]
+    rules = [rule for rules_of in RULES for rule in rules_of(record, config)]
+    return [*differences(record, recomputed(record, config)), *(message for holds, message in rules if not holds)]
+
+
+def format_problem(found) -> str:
+    """Why a record of another format is not read."""
+    told = f"its format is {shown(found)}, expected {FORMAT!r}" if found is not None else f"has no format {FORMAT!r}"
+    name, version = FORMAT.rsplit(" ", 1)
+    match = re.fullmatch(rf"{name} (\d{{1,9}})", found) if isinstance(found, str) else None
+    if not match:
+        return f"{told}: it is no record of train.py"
+    if int(match[1]) < int(version):
+        return f"{told}: older code made it"
+    return f"{told}: newer code made it"
+
+
+def mismatches(value, kind, where="") -> Iterator[str]:
+    """Where `value` is not of its kind in SCHEMA; where: its place in the record, as clean.best.nats."""
+    if isinstance(kind, tuple):
+        if value is None:
+            return
+        kind = kind[0]
+    if isinstance(kind, dict) and isinstance(value, dict):
+        kinds = {name.removesuffix("?"): inner for name, inner in kind.items()}
+        there = f"in {where}" if where else "in the record"
+        for name in value:
+            if name not in kinds:
+                guess = nearest(str(name), kinds)
+                yield f"unknown field {shown(name)} {there}" + (f"; nearest: {guess}" if guess else "")
+        for name in kind:
+            if name not in value and not name.endswith("?"):
+                yield f"missing field {name!r} {there}"
+        for name, inner in kinds.items():
+            if name in value:
+                yield from mismatches(value[name], inner, f"{where}.{name}" if where else name)
+    elif isinstance(kind, list) and isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from mismatches(inner, kind[0], f"{where}[{i}]")
+    else:
+        expected = OBJECT if isinstance(kind, dict) else LIST if isinstance(kind, list) else kind
+        if not FITS[expected](value):
+            yield f"{where} is {shown(value)}; expected {expected}"
+
+
+def differences(found, expected, where="") -> Iterator[str]:
+    """Where `found` is not as the rest of its record makes it: equal to `expected`, floats within 1e-9."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for name, inner in expected.items():
+            yield from differences(found[name], inner, f"{where}.{name}" if where else name)
+    elif isinstance(expected, list) and len(found) == len(expected):
+        for i, inner in enumerate(expected):
+            yield from differences(found[i], inner, f"{where}[{i}]")
+    elif isinstance(expected, float) and found is not None:
+        if not math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12):
+            yield f"{where} is {found}, but the rest of the record makes it {expected}"
+    elif found != expected:
+        yield f"{where} is {shown(found)}, but the rest of the record makes it {shown(expected)}"
+
+
+def recomputed(record, config) -> dict:
+    """What the rest of a record makes of some of its fields, in the record's own shape."""
+    evaluations, splits, test = record["evaluations"], record["dataset"]["splits"], record["test"]
+    best = min(evaluations, key=lambda line: line["clean"]["nats"])  # the first, if several
+    final = evaluations[-1]
+    tokens = config.max_iters * config.batch_size * config.block_size * config.gradient_accumulation_steps
+    return {
+        "run_id": config.run_id,
+        "title": config.title,
+        "dataset": {"splits": {"train": config.train_characters or splits["train"]}},
+        "leaky": not config.is_causal,
+        **recomputed_size(record, config),
+        "exclusive": is_exclusive(record["machine"]["device_type"], **record["others"]),
+        "iterations": config.max_iters,
+        "tokens": tokens,
+        "epochs": record["tokens"] / max(1, splits["train"]),
+        "clean": {"best": {**best["clean"], "step": best["step"]}, "final": {**final["clean"], "step": final["step"]}},
+        "paper": {
+            "best_val": min(line["paper"]["val"] for line in evaluations),
+            "best_val_with_aux": min(line["paper"]["val_with_aux"] for line in evaluations),
+            **{f"final_{key}": value for key, value in final["paper"].items()},
+        },
+        "train_mode": final["train_mode"],
+        "test": test and {"bpc": test["nats"] / math.log(2), "step": best["step"]},
+        "seconds": {"train": final["train_seconds"]},
+        "tokens_per_second": record["tokens"] / (record["seconds"]["train"] or math.inf),
+        "inference": {"samples": config.inference_samples if config.is_causal else 0},
+        "routing": [recomputed_routing(load, splits["val"], config) for load in final["load"]],
+        "evaluations": [recomputed_evaluation(line, i, record, config) for i, line in enumerate(evaluations)],
+    }
+
+
+def recomputed_size(record, config) -> dict:
+    """Parameters and training FLOPs per token; the sizes of routers and experts are model.py's to know."""
+    L, D, T, V = config.n_layer, config.n_embd, config.block_size, record["dataset"]["vocab_size"]
+    counts, dense_layers, hidden = record["parameters"], L - len(config.moe_layers), config.mlp_hidden or 4 * D
+    kinds = {
+        "embedding": (V + T) * D,
+        "attention": L * (4 * D * D + 4 * D * config.bias),
+        "mlp": dense_layers * (2 * D * hidden + (D + hidden) * config.bias),
+        "norm": (2 * L + 1) * D * (1 + config.bias),
+    }
+    if not config.n_expert:
+        kinds |= {"router": 0, "experts": 0}
+    size = {"parameters": {**kinds, "total": sum(counts[kind] for kind in KINDS_OF_PARAMETERS)}}
+    # Each weight of the router and of a token's experts costs 2 FLOPs; but a bias none, an expert that several layers
+    # share as many times, and what capacity leaves of an expert on average less.
+    if not config.n_expert or not (config.bias or config.share_experts or config.capacity_factor):
+        weights = counts["router"] + counts["experts"] - (counts["total"] - counts["active"])
+        if config.router == "random":  # which is drawn, and no parameter
+            weights += sum(config.expert_counts()[block] for block in config.moe_layers) * D
+        forward = 2 * V * D + L * (8 * D * D + 4 * T * D) + dense_layers * 4 * D * hidden + 2 * weights
+        size["training_flops_per_token"] = 3 * forward
+    return size
+
+
+def recomputed_routing(load, val_size, config) -> dict:
+    """load: each expert's share of the choices in the last evaluation of one MoE layer."""
+    mean = sum(load) / max(1, len(load))
+    variance = sum((share - mean) ** 2 for share in load) / max(1, len(load))
+    routing = {
+        "load": load,
+        "load_cv2": variance / mean**2 if mean else 0.0,
+        "dead": load.count(0),
+        "tokens": val_size - 1,  # nothing predicts the first one
+    }
+    if not config.router_top_p and config.router != "expert_choice":
+        routing["choices"] = float(min(config.expert_top_k or len(load), len(load)))
+    if not config.capacity_factor:
+        routing |= {"drop_rate": 0.0, "unserved": 0.0}
+    return routing
+
+
+def recomputed_evaluation(line, i, record, config) -> dict:
+    """line: evaluation i of the record."""
+    paper, train_mode = line["paper"], line["train_mode"]
+    evaluation = {"clean": {"bpc": line["clean"]["nats"] / math.log(2)}}
+    if not record["resumed"]:  # else eval_interval and max_iters may have been others before
+        evaluation["step"] = min(i * config.eval_interval, config.max_iters)
+    if not (config.n_expert and (config.balances or config.z_loss_coef)):
+        evaluation["paper"] = {"train_with_aux": paper["train"], "val_with_aux": paper["val"]}
+        evaluation["train_mode"] = train_mode and {"objective": train_mode["loss"]}
+    return evaluation
+
+
+# What must hold besides: (record, config) -> (whether it does, what to say if not)
+
+
+def run_rules(record, config):
+    splits, test, resumed = record["dataset"]["splits"], record["test"], record["resumed"]
+    for split in ("train", "val"):
+        message = f"dataset.splits.{split} is {splits[split]}, too few characters for block_size = {config.block_size}"
+        yield splits[split] > config.block_size, message
+    yield test is None or "test" in splits, "test is there, but dataset.splits has none"
+    yield test is not None or "test" not in splits, "test is null, but dataset.splits has one"
+    is_resumed = config.init_from == "resume"
+    yield is_resumed == (resumed > 0), f"resumed is {resumed}, but config.init_from is {config.init_from!r}"
+    yield not (is_resumed and config.overwrite), "config.overwrite is true, but the run was resumed"
+    yield not config.eval_only, "config.eval_only is true, but that trains nothing and leaves no record"
+
+
+def time_rules(record, config):
+    seconds, inference = record["seconds"], record["inference"]
+    # Saving the best checkpoint of a resumed run falls into its first log interval, and so into two of the parts.
+    longest = max(seconds["train"] + seconds["eval"] + seconds["compile"], seconds["save"])
+    yield longest <= 1.01 * seconds["total"], f"seconds.total is {seconds['total']}, less than the parts of it"
+    speed, samples = inference["tokens_per_second"], inference["samples"]
+    yield bool(speed) == bool(samples), f"inference.tokens_per_second is {speed}, of {samples} samples"
+    clock = [line["train_seconds"] for line in record["evaluations"]]
+    yield clock[0] == 0, f"evaluations[0].train_seconds is {clock[0]}; expected 0 before the first update"
+    yield clock == sorted(clock), f"train_seconds of the evaluations are {shown(clock)}; expected them not to fall"
+
+
+def evaluation_rules(record, config):
+    evaluations = record["evaluations"]
+    steps = [line["step"] for line in evaluations]
+    is_whole = steps[0] == 0 and steps[-1] == config.max_iters and all(a < b for a, b in pairwise(steps))
+    yield is_whole, f"steps of the evaluations are {shown(steps)}; expected them to rise from 0 to {config.max_iters}"
+    for i, line in enumerate(evaluations):
+        where, paper, train_mode = f"evaluations[{i}]", line["paper"], line["train_mode"]
+        yield i > 0 or train_mode is None, f"{where}.train_mode is there; expected null before the first update"
+        # A resumed run may be evaluated where it was stopped, with nothing logged since the last evaluation.
+        yield i == 0 or train_mode or record["resumed"], f"{where}.train_mode is null; expected the losses of updates"
+        for split in ("train", "val"):
+            plain, with_aux = paper[split], paper[f"{split}_with_aux"]
+            message = f"{where}.paper.{split}_with_aux is {with_aux}, less than {plain} without auxiliary losses"
+            yield with_aux >= plain * (1 - 1e-9), message
+        if train_mode:
+            loss, objective = train_mode["loss"], train_mode["objective"]
+            message = f"{where}.train_mode.objective is {objective}, less than the loss, {loss}"
+            yield objective >= loss * (1 - 1e-9), message
+
+
+def machine_rules(record, config):
+    machine, others = record["machine"], record["others"]
+    device = machine["device_type"]
+    asked = config.device.partition(":")[0]
+    yield asked in ("auto", device), f"machine.device_type is {device!r}, but config.device is {config.device!r}"
+    may_be_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device == "cuda")
+    message = f"machine.dtype is {machine['dtype']!r}, but config.dtype is {config.dtype!r} on {device}"
+    yield machine["dtype"] == "float32" or may_be_bfloat16, message
+    may_compile = config.compile is True or (config.compile == "auto" and device == "cuda")
+    message = f"machine.compile is true, but config.compile is {config.compile!r} on {device}"
+    yield may_compile or not machine["compile"], message
+    seconds = record["seconds"]["compile"]
+    yield seconds > 0 or not machine["compile"], f"seconds.compile is {seconds}, but machine.compile is true"
+    for name in ("cores", "threads"):
+        yield machine[name] > 0, f"machine.{name} is 0"
+    for name, value in (("machine.cuda", machine["cuda"]), ("others.device_bytes", others["device_bytes"])):
+        yield device == "cuda" or value is None, f"{name} is {shown(value)}, but machine.device_type is {device!r}"
+
+
+def model_rules(record, config):
+    counts, n_symbols = record["parameters"], record["dataset"]["vocab_size"]
+    least = counts["total"] - counts["experts"]
+    message = f"parameters.active is {counts['active']}; expected from {least} (no experts) to {counts['total']} (all)"
+    yield least <= counts["active"] <= counts["total"], message
+    experts = [config.expert_counts()[block] for block in config.moe_layers]
+    for i, line in enumerate(record["evaluations"]):
+        found = [len(load) for load in line["load"]]
+        message = f"evaluations[{i}].load is of {shown(found)} experts; the MoE blocks have {shown(experts)}"
+        yield found == experts, message
+        for j, load in enumerate(line["load"]):
+            message = f"evaluations[{i}].load[{j}] adds up to {sum(load)}; expected 1"
+            yield abs(sum(load) - 1) <= 1e-6, message
+    names = {f"drop_rate_by_{name}" for name in ("position", "symbol", "class")} if config.capacity_factor else set()
+    for i, layer in enumerate(record["routing"]):
+        found = {name for name in layer if name.startswith("drop_rate_by_")}
+        message = f"routing[{i}] has {shown(sorted(found))}; expected {sorted(names)} of capacity_factor = "
+        yield found == names, f"{message}{config.capacity_factor}"
+        for name, length in (("drop_rate_by_position", config.block_size), ("drop_rate_by_symbol", n_symbols)):
+            rates = layer.get(name, ())
+            yield name not in layer or len(rates) == length, f"routing[{i}].{name} has {len(rates)} rates, not {length}"
+        # The router's sums over tokens are float32.
+        entropy, even = layer["entropy"], math.log(max(1, len(layer["load"])))
+        yield (
+            entropy <= 1.001 * even + 1e-6,
+            f"routing[{i}].entropy is {entropy}; expected at most {even}, the log of E",
+        )
+        mass, choices = layer["gate_mass"], layer["choices"]
+        yield mass <= 1.001 * choices, f"routing[{i}].gate_mass is {mass}; expected at most 1 of {choices} choices each"
+
+
+RULES = (run_rules, time_rules, evaluation_rules, machine_rules, model_rules)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(path, name=None) -> dict:
+    """The record in the file at `path`, which messages call `name`. RecordError: the first thing that is wrong with it,
+    and how many more."""
+    name = name or path
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        record = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_twins)
+    except OSError as error:
+        raise RecordError(f"{name}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, cut short, too deep, or refused below
+        raise RecordError(f"{name}: no record, or not all of one: {error}; {WAY_OUT}") from None
+    wrong = problems(record)
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise RecordError(f"{name}: {wrong[0]}{more}; {WAY_OUT}")
+    return record
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is in it, which is no number")
+
+
+def refuse_twins(pairs):
+    names = [name for name, _ in pairs]
+    for name in names if len(set(names)) < len(names) else ():
+        if names.count(name) > 1:
+            raise ValueError(f"the field {shown(name)} is in one object twice")
+    return dict(pairs)
+
+
+def read_all(folder, skip=()) -> tuple[list[tuple[Path, dict]], list[str]]:
+    """(path, record) of the records in folder/*/*.json, sorted by path; and what is left out of them, a line each, with
+    paths from the folder's parent. skip: how the names of files begin that are no records (a string, or a tuple).
+
+    Left out are files that `read` refuses; those not named …-s<seed>.json after their record's seed; and records of one
+    config, seed and machine that differ, for nothing says which of them counts. Where they are equal, the first counts.
+    One that is_clean and one that is not may stand side by side, for tables show them apart.
+    """
+    folder = Path(folder)
+    cells, left_out = {}, []
+    for path in sorted(folder.glob("*/*.json")):
+        if path.name.startswith(skip):
+            continue
+        name = path.relative_to(folder.parent)
+        try:
+            record = read(path, name)
+        except RecordError as error:
+            left_out.append(str(error))
+            continue
+        ending = f"-s{Config.from_dict(record['config']).seed}.json"
+        if path.name.endswith(ending):
+            cell = record["run_id"], machine_of(record), is_clean(record)
+            cells.setdefault(cell, []).append((path, name, record))
+        else:
+            left_out.append(f"{name}: expected a name that ends in {ending}, for that is its record's seed; rename it")
+    pairs = []
+    for (run_id, machine, _), ((path, name, record), *others) in cells.items():
+        if all(other == record for _, _, other in others):
+            pairs.append((path, record))
+            left_out += [f"{copy}: the same record as {name}, which counts; delete one" for _, copy, _ in others]
+        else:
+            names = ", ".join(str(name) for _, name, _ in others)
+            left_out.append(
+                f"{name}, {names}: records that differ, of one run ({run_id}, {machine}); none counts, keep one"
+            )
+    return pairs, left_out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The last lines on the screen
 
 
 def report(record) -> str:
@@ -117,7 +592,7 @@ def report(record) -> str:
     if not record["dataset"]["canonical"]:
         rows.append(("†", "not the published text"))
     rows.append(("checkpoint", f"{config.out_dir}/best.pt"))
-    script = os.path.relpath(machines.ROOT / "sample.py")
+    script = os.path.relpath(ROOT / "sample.py")
     if not record["leaky"]:
         rows.append(("sample from it", f"python {script} --out_dir={shlex.quote(config.out_dir)}"))
     head = f"\n{config.title or 'run'}: {record['dataset']['name']}, seed {config.seed}"

@@ -42,7 +42,6 @@ try:
 except ImportError:  # not on Windows: there nothing keeps two runs apart
     fcntl = None
 
-OUR_FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json")
 SLOW_SECONDS = 900  # a run that would take longer than this on a CPU is told so, and of config/cpu.py
 SECONDS_BETWEEN_LINES = 30  # of progress, where the output is not a terminal
 
@@ -56,7 +55,7 @@ def open_out_dir(config):
     folder = Path(config.out_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError([f"out_dir={config.out_dir} is a file; expected a folder, or a name for a new one"])
-    held = [name for name in OUR_FILES if (folder / name).exists()]
+    held = [name for name in checkpoint.RUN_FILES if (folder / name).exists()]
     if config.init_from == "resume":
         if config.overwrite:
             raise ConfigError(["--init_from=resume goes on with a run and --overwrite=True throws it away: choose one"])
@@ -262,7 +261,8 @@ class Interval:
         self.stats = moe.add_stats(self.stats, out.stats)
 
     def line(self, step, rate, gradient_norm, tokens_per_step):
-        """The interval's line of metrics.jsonl: means over its steps, in train mode."""
+        """The interval's line of metrics.jsonl: means over its steps, in train mode; rate and gradient_norm are those
+        of its last step, None where that was made by an earlier session."""
         means = {name: value.item() / self.steps for name, value in self.sums.items()}
         seconds = time.perf_counter() - self.started  # the .item() above waited for the device
         return {
@@ -270,7 +270,7 @@ class Interval:
             "step": step,
             **means,
             "learning_rate": rate,
-            "gradient_norm": gradient_norm.item(),
+            "gradient_norm": gradient_norm,
             "step_ms": 1000 * seconds / self.steps,
             "tokens_per_second": tokens_per_step * self.steps / seconds,
             "routing": [moe.summarize(layer) for layer in self.stats or []],
@@ -541,7 +541,7 @@ def main(argv):
     if not saved:
         open_out_dir(config)  # again, for another run may have come while this one got ready
     metrics = Metrics(folder / "metrics.jsonl")
-    for name in ("summary.json",) if saved else [name for name in OUR_FILES if name != "metrics.jsonl"]:
+    for name in ("summary.json",) if saved else [name for name in checkpoint.RUN_FILES if name != "metrics.jsonl"]:
         (folder / name).unlink(missing_ok=True)
     metrics.cut(progress["metrics_bytes"])
     checkpoint.write_json(folder / "config.json", config.to_dict())
@@ -573,6 +573,16 @@ def main(argv):
         )
         seconds["save"] += time.perf_counter() - started
 
+    def log(rate, gradient_norm):
+        nonlocal interval
+        line = interval.line(progress["step"], rate, gradient_norm, tokens_per_step)
+        seconds["train"] += line["step_ms"] * interval.steps / 1000
+        progress["step_ms"].append(line["step_ms"])
+        progress["train_mode"].append([interval.steps, line["loss"], line["objective"]])
+        metrics.write(line)
+        screen.log(progress["step"], line)
+        interval = Interval()
+
     def stopped():
         bad_step = guard.first_bad_step()
         if bad_step is not None:
@@ -600,6 +610,8 @@ def main(argv):
                 and (step % config.eval_interval == 0 or step >= config.max_iters)
                 and not signals.caught
             ):
+                if interval.steps:  # resumed between two log lines, to be evaluated sooner than planned then
+                    log(None, None)
                 screen.bar.set_postfix_str("evaluating")
                 started, line = time.perf_counter(), None
                 with signals.may_stop():
@@ -656,13 +668,7 @@ def main(argv):
                 bad_step = guard.first_bad_step()
                 if bad_step is not None:
                     return stop_not_finite(f"the loss or a gradient of step {bad_step:,}", folder)
-                line = interval.line(step, rate, gradient_norm, tokens_per_step)
-                seconds["train"] += line["step_ms"] * interval.steps / 1000
-                progress["step_ms"].append(line["step_ms"])
-                progress["train_mode"].append([interval.steps, line["loss"], line["objective"]])
-                metrics.write(line)
-                screen.log(step, line)
-                interval = Interval()
+                log(rate, gradient_norm.item())
 
         test = None
         if "test" in dataset.sizes:
@@ -680,7 +686,8 @@ def main(argv):
         if speeds is None:
             return stopped()
 
-    record = records.record_of(config, dataset, model, machine, progress, test, speeds)
+    description, peak_memory = machines.describe(machine), machines.peak_memory(machine)
+    record = records.record_of(config, dataset, model, description, progress, test, speeds, peak_memory)
     checkpoint.write_json(folder / "summary.json", record)
     print(records.report(record))
     return 0

@@ -384,6 +384,17 @@ def test_a_stop_saves_the_finished_step_and_prints_how_to_go_on(words, tmp_path,
     assert record_of(out_dir)["iterations"] == 20
 
 
+def test_an_evaluation_sooner_than_planned_loses_no_step(words, tmp_path, at_step):
+    """Stopped before the first log line and resumed with a shorter max_iters, so that the run ends at once."""
+    at_step(interrupt(), 2)
+    assert train_tiny(words, tmp_path / "run") == 130
+    assert train_tiny(words, tmp_path / "run", init_from="resume", max_iters=3) == 0
+    (line,) = lines_of(tmp_path / "run", "train")
+    assert line["step"] == 3 and line["gradient_norm"] is None
+    record = record_of(tmp_path / "run")
+    assert record["seconds"]["train"] > 0 and record["train_mode"]["loss"] == line["loss"]
+
+
 @pytest.mark.parametrize("kind", STATEFUL)
 def test_what_routers_remember_is_resumed_too(words, tmp_path, at_step, kind):
     options = dict(n_expert=4, dropout=0.1, max_iters=12, eval_interval=6) | STATEFUL[kind]
