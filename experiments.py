@@ -1,0 +1,647 @@
+"""The papers' tables and claims as data: which runs make a row, what was published, and when a claim holds.
+
+    table = TABLES["B"]
+    table.rows_at("cpu")[1].config_at("cpu", seed=1337)     # the Config of one run
+    gather(table, records)                                  # the table's cells, filled with the records that are there
+
+A row is a config file and what is set on top of it; its runs are found by their config's hash, so that one run serves
+every table in which its row stands. A claim is an interval in which an effect must lie. `sweep.py` runs what is
+missing, `verdicts.py` decides, `plot_results.py` shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import configurator
+import records
+from settings import Config
+
+ROOT = Path(__file__).resolve().parent
+FIRST_SEED = 1337
+SEEDS_FOR_A_VERDICT = 5  # a verdict from fewer is called provisional
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size at which everything can be run; numbers of two scales never share a table."""
+
+    name: str
+    overlay: str  # a file in config/ that comes after the row's own; "" for none
+    title: str
+
+
+SCALES = {
+    "paper": Scale("paper", "", "paper size: 6 layers, 384 wide, context 256"),
+    "cpu": Scale("cpu", "cpu", "CPU size: 4 layers, 128 wide, context 64, 2,000 steps of 768 characters"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a number in a table is
+
+
+@dataclass(frozen=True)
+class Measure:
+    """read: record -> number, or None where the record has none."""
+
+    heading: str
+    unit: str
+    digits: int
+    read: Callable[[dict], float | None]
+    lower_is_better: bool = True
+    timed: bool = False  # counts only from a run that had the hardware to itself
+
+
+def _mean_over_layers(key):
+    def read(record):
+        layers = record["routing"]
+        return sum(layer[key] for layer in layers) / len(layers) if layers else None
+
+    return read
+
+
+def _at(*path):
+    def read(record):
+        for key in path:
+            if record is None:
+                return None
+            record = record[key]
+        return record
+
+    return read
+
+
+MEASURES = {
+    "clean": Measure("best validation, clean", "nats", 4, _at("clean", "best", "nats")),
+    "clean_bpc": Measure("best validation, clean", "bits per character", 4, _at("clean", "best", "bpc")),
+    "clean_final": Measure("final validation, clean", "nats", 4, _at("clean", "final", "nats")),
+    "paper": Measure("best validation, the papers' way", "nats", 4, _at("paper", "best_val")),
+    "paper_with_aux": Measure("the papers' way + auxiliary losses", "nats", 4, _at("paper", "best_val_with_aux")),
+    "test": Measure("test, clean", "nats", 4, _at("test", "nats")),
+    "test_bpc": Measure("test, clean", "bits per character", 4, _at("test", "bpc")),
+    "final_train": Measure("final train, eval mode", "nats", 4, _at("paper", "final_train")),
+    "final_val": Measure("final validation, the papers' way", "nats", 4, _at("paper", "final_val")),
+    "gap": Measure(
+        "final validation - final train", "nats", 4, lambda r: r["paper"]["final_val"] - r["paper"]["final_train"]
+    ),
+    "train_mode": Measure("final train, train mode", "nats", 4, _at("train_mode", "loss")),
+    "train_mode_with_aux": Measure(
+        "final train, train mode + auxiliary losses", "nats", 4, _at("train_mode", "objective")
+    ),
+    "aux_in_loss": Measure(
+        "what auxiliary losses add to the validation loss",
+        "nats",
+        4,
+        lambda r: r["paper"]["final_val_with_aux"] - r["paper"]["final_val"],
+    ),
+    "train_seconds": Measure("training", "s", 1, _at("seconds", "train"), timed=True),
+    "step_ms": Measure("median step", "ms", 1, _at("median_step_ms"), timed=True),
+    "tokens_per_second": Measure(
+        "training speed", "characters/s", 0, _at("tokens_per_second"), lower_is_better=False, timed=True
+    ),
+    "inference_speed": Measure(
+        "inference, the papers' way",
+        "characters/s",
+        1,
+        _at("inference", "tokens_per_second"),
+        lower_is_better=False,
+        timed=True,
+    ),
+    "total_parameters": Measure("parameters", "", 0, _at("parameters", "total")),
+    "active_parameters": Measure("active per character", "", 0, _at("parameters", "active")),
+    "training_flops": Measure("training FLOPs per character", "", 0, _at("training_flops_per_token")),
+    "epochs": Measure("epochs", "", 2, _at("epochs")),
+    "load_cv2": Measure("squared CV of the load", "", 3, _mean_over_layers("load_cv2")),
+    "drop_rate": Measure("choices dropped", "", 4, _mean_over_layers("drop_rate")),
+    "entropy": Measure("router entropy", "nats", 3, _mean_over_layers("entropy"), lower_is_better=False),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows and tables
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting, run with several seeds."""
+
+    name: str  # of its records: <name>[-cpu]-s<seed>.json
+    label: str
+    config: str  # a file in config/
+    options: Mapping[str, Any] = field(default_factory=dict)  # on top of it and of the scale's overlay
+    options_at: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # scale -> further ones
+    baseline: str = ""  # the row that it is compared with; "" where it is one itself
+    published: Mapping[str, float] = field(default_factory=dict)  # measure -> as the paper prints it
+    scales: tuple[str, ...] = ("paper", "cpu")
+
+    def stem(self, scale: str) -> str:
+        overlay = SCALES[scale].overlay
+        return f"{self.name}-{overlay}" if overlay else self.name
+
+    def cell(self, scale: str, seed: int) -> str:
+        """The name of one run: of its folder under out/, and of its record."""
+        return f"{self.stem(scale)}-s{seed}"
+
+    def arguments(self, scale: str, seed: int) -> list[str]:
+        """What train.py is called with, from the root of the project, less the seed's and machine's own."""
+        files = [f"config/{name}.py" for name in (self.config, SCALES[scale].overlay) if name]
+        options = {**self.options, **self.options_at.get(scale, {})}
+        if options:
+            options["title"] = self.label
+        return [*files, *(f"--{key}={value}" for key, value in options.items()), f"--seed={seed}"]
+
+    def command(self, scale: str, seed: int) -> str:
+        out_dir = f"--out_dir=out/{self.cell(scale, seed)}"
+        return shlex.join(["python", "train.py", *self.arguments(scale, seed), out_dir])
+
+    def config_at(self, scale: str, seed: int = FIRST_SEED) -> Config:
+        return _config(tuple(self.arguments(scale, seed)))
+
+
+@functools.cache
+def _config(arguments):
+    here = [str(ROOT / word) if word.startswith("config/") else word for word in arguments]
+    return configurator.parse(Config, here)
+
+
+class View(NamedTuple):
+    """One way to print a table's rows: measures as columns; relative ones are divided by the row's baseline."""
+
+    title: str
+    measures: tuple[str, ...]
+    relative: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    source: str
+    text: str  # what it is for, and what its published numbers are
+    rows: tuple[Row, ...]
+    views: tuple[View, ...]
+
+    def rows_at(self, scale: str) -> list[Row]:
+        return [row for row in self.rows if scale in row.scales]
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+
+A = "A: Xu, Hou, Liang 2026"
+B = "B: Huang, Chen, Zheng 2025, Information 16, 483"
+C = "C: Fan, Messmer, Jaggi 2024, arXiv 2402.13089"
+D = "D: Notes on building a small mixture-of-experts from scratch"
+OURS = "this project"
+
+LOSSES = ("clean", "clean_bpc", "paper", "paper_with_aux")
+COSTS = ("total_parameters", "active_parameters", "train_seconds", "tokens_per_second", "inference_speed")
+
+
+def _rows_of_a(dataset, published):
+    """A's rows on one data set; published: those of them for which A's abstract has a number."""
+    labels = {
+        "dense": "dense",
+        "moe2": "2 experts, aux 0.01",
+        "moe4": "4 experts, aux 0.01",
+        "moe8": "8 experts, aux 0.01",
+        "moe4_aux01": "4 experts, aux 0.1",
+        "moe4_expert_dropout": "4 experts, whole experts dropped",
+        "moe4_inner_dropout": "4 experts, dropout inside them",
+    }
+    return tuple(
+        Row(
+            name=f"{dataset}_{name}",
+            label=label,
+            config=f"{dataset}_{name}",
+            baseline="" if name == "dense" else f"{dataset}_dense",
+            published=published.get(name, {}),
+        )
+        for name, label in labels.items()
+    )
+
+
+def _rows_of_summary():
+    rows = []
+    for dataset, folder in {
+        "shakespeare": "",
+        "enwik8": "",
+        "text8": "",
+        "enwik8_head": "enwik8_head",
+        "text8_head": "text8_head",
+    }.items():
+        base = dataset.removesuffix("_head")
+        title = {"shakespeare": "Shakespeare"}.get(dataset, dataset.replace("_", " "))
+        published = {"shakespeare": {"dense": {"paper": 1.46}, "moe4": {"paper": 1.53}}}.get(dataset, {})
+        for name, label in {"dense": "dense", "moe4": "4 experts"}.items():
+            rows.append(
+                Row(
+                    name=f"{dataset}_{name}",
+                    label=f"{title}, {label}",
+                    config=f"{base}_{name}",
+                    options={"dataset": folder} if folder else {},
+                    baseline="" if name == "dense" else f"{dataset}_dense",
+                    published=published.get(name, {}),
+                    scales=("cpu",) if folder else ("paper", "cpu") if dataset == "shakespeare" else ("paper",),
+                )
+            )
+    return tuple(rows)
+
+
+def _row_of_b(name, label, best, seconds, speed, train, val):
+    return Row(
+        name=name,
+        label=label,
+        config=name,
+        baseline="" if name == "shakespeare_dense" else "shakespeare_dense",
+        published={
+            "paper": best,
+            "train_seconds": seconds,
+            "inference_speed": speed,
+            "final_train": train,
+            "final_val": val,
+            "gap": round(val - train, 3),
+        },
+    )
+
+
+def _rows_of_boundary():
+    """Dense and 4 experts over width × unique characters; epochs follow, for every run reads equally many."""
+    grid = {
+        "cpu": ((64, 128, 256), (30_000, 100_000, 300_000, 0)),
+        "paper": ((96, 192, 384), (30_000, 100_000, 300_000, 0)),
+    }
+    rows = []
+    for scale, (widths, sizes) in grid.items():
+        for width in widths:
+            for size in sizes:
+                tag = f"w{width}_{f'{size // 1000}k' if size else 'all'}"
+                options = {"n_embd": width, "train_characters": size}
+                for name, label in {"dense": "dense", "moe4": "4 experts"}.items():
+                    rows.append(
+                        Row(
+                            name=f"{tag}_{name}",
+                            label=f"{width} wide, {f'{size:,}' if size else 'all'} characters, {label}",
+                            config=f"shakespeare_{name}",
+                            options=options,
+                            baseline="" if name == "dense" else f"{tag}_dense",
+                            scales=(scale,),
+                        )
+                    )
+    return tuple(rows)
+
+
+def _notes_twin(name, label, hidden):
+    """A row of D. At CPU size it is read from the head of text8, and widths are those of the smaller model."""
+    return Row(
+        name=name,
+        label=label,
+        config=name,
+        options_at={"cpu": {"dataset": "text8_head", **hidden}},
+        baseline="" if name == "text8_notes_dense" else "text8_notes_dense",
+    )
+
+
+_BASELINE_OF_A = {"dense": {"paper": 1.46}, "moe4": {"paper": 1.53}}
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            name="B",
+            title="Soft, top-2 and capacity-limited linear experts",
+            source=B,
+            text="Four linear experts share the dense MLP's first layer. Published: one machine, n not told.",
+            rows=(
+                _row_of_b("shakespeare_dense", "Baseline", 1.4739, 287.9, 441.3, 1.387, 1.474),
+                _row_of_b("shakespeare_soft4", "MoE Base (4 experts, soft)", 1.4764, 434.0, 250.9, 1.634, 1.476),
+                _row_of_b("shakespeare_top2", "MoE Top-2", 1.4718, 460.5, 224.7, 1.612, 1.472),
+                _row_of_b("shakespeare_top2_cap05", "MoE Capacity 0.5 (top-2)", 1.4718, 463.3, 196.9, 1.618, 1.472),
+                _row_of_b("shakespeare_top2_cap10", "MoE Capacity 1.0 (top-2)", 1.4718, 463.3, 195.0, 1.615, 1.472),
+            ),
+            views=(
+                View("Loss and cost", ("paper", "clean", "train_seconds", "inference_speed")),
+                View("Training loss and generalisation", ("final_train", "train_mode", "final_val", "gap")),
+                View("Relative to the baseline", ("paper", "clean", "train_seconds", "inference_speed"), relative=True),
+                View("Routing", ("load_cv2", "drop_rate", "entropy", "total_parameters", "active_parameters")),
+            ),
+        ),
+        *(
+            Table(
+                name=name,
+                title=f"Switch-style experts on {title}",
+                source=A,
+                text="Top-1 of full-width experts; number of experts, weight of the balancing loss, expert dropout "
+                "(two readings). Published: the abstract's two losses, called bits there, but nats by their size.",
+                rows=_rows_of_a(dataset, _BASELINE_OF_A if dataset == "shakespeare" else {}),
+                views=(View("Loss", LOSSES), View("Cost", COSTS), View("Routing", ("load_cv2", "entropy"))),
+            )
+            for name, dataset, title in (
+                ("A", "shakespeare", "shakespeare_char"),
+                ("A_enwik8", "enwik8", "enwik8"),
+                ("A_text8", "text8", "text8"),
+            )
+        ),
+        Table(
+            name="A_summary",
+            title="Dense against 4 experts, by data set",
+            source=A,
+            text="The heads are the first megabytes of enwik8 and text8: real text, but not those data sets.",
+            rows=_rows_of_summary(),
+            views=(
+                View("Loss", ("clean", "clean_bpc", "paper", "paper_with_aux", "test_bpc")),
+                View("Cost", ("train_seconds", "inference_speed", "epochs")),
+            ),
+        ),
+        Table(
+            name="C",
+            title="Learned, frozen and random routers",
+            source=C,
+            text="4 experts, top-1, routed by token. C's own perplexities (frozen / learned / drawn anew each step) "
+            "are 9.810 / 9.907 / 11.752 on multilingual text and 22.687 / 22.632 / 26.879 on OpenWebText: other models "
+            "on other data, so only the direction compares.",
+            rows=(
+                Row("shakespeare_moe4", "learned", "shakespeare_moe4"),
+                Row("shakespeare_moe4_frozen", "frozen", "shakespeare_moe4_frozen", baseline="shakespeare_moe4"),
+                Row("shakespeare_moe4_random", "random", "shakespeare_moe4_random", baseline="shakespeare_moe4"),
+            ),
+            views=(View("Loss", LOSSES), View("Routing", ("load_cv2", "entropy", "train_seconds"))),
+        ),
+        Table(
+            name="D",
+            title="8 experts, top-2, against dense models of equal FLOPs and equal parameters",
+            source=D,
+            text="Published: 15% lower perplexity (0.163 nats) than a dense model at the same FLOPs, on a text that is "
+            "not named.",
+            rows=(
+                _notes_twin("text8_notes_dense", "dense, equal FLOPs", {"mlp_hidden": 260}),
+                _notes_twin("text8_notes_dense_total", "dense, equal parameters", {"mlp_hidden": 1028}),
+                _notes_twin("text8_notes_moe8", "8 experts, top-2", {"expert_hidden": 128}),
+            ),
+            views=(View("Loss", (*LOSSES, "test_bpc")), View("Cost", COSTS)),
+        ),
+        Table(
+            name="equal",
+            title="Equal what? 4 experts against dense models that cost the same in one respect",
+            source=OURS,
+            text="The dense model has the active FLOPs of 4 experts, but for the router's share of under 0.3%; the "
+            "wide one has their total parameters; the long one trains 1.3 times as many steps, about as long by the "
+            "clock.",
+            rows=(
+                Row("shakespeare_dense", "dense, equal active FLOPs", "shakespeare_dense", baseline="shakespeare_moe4"),
+                Row(
+                    "shakespeare_dense_wide",
+                    "dense, equal total parameters",
+                    "shakespeare_dense",
+                    options_at={"paper": {"mlp_hidden": 6146}, "cpu": {"mlp_hidden": 2050}},
+                    baseline="shakespeare_moe4",
+                ),
+                Row(
+                    "shakespeare_dense_long",
+                    "dense, equal wall-clock",
+                    "shakespeare_dense",
+                    options_at={"paper": {"max_iters": 6500}, "cpu": {"max_iters": 2600}},
+                    baseline="shakespeare_moe4",
+                ),
+                Row("shakespeare_moe4", "4 experts, top-1", "shakespeare_moe4"),
+            ),
+            views=(View("Loss", LOSSES), View("Cost", (*COSTS, "training_flops"))),
+        ),
+        Table(
+            name="boundary",
+            title="The scale boundary: width × unique characters",
+            source=OURS,
+            text="Every run reads as many characters as any other of its scale, so fewer unique ones are more epochs. "
+            "A says that there is a scale below which sparsity harms.",
+            rows=_rows_of_boundary(),
+            views=(View("Loss", ("clean", "paper", "epochs", "total_parameters")),),
+        ),
+    )
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that records can contradict.
+
+    Each (row, against) of `pairs` has an effect: of `measure`, row minus against ("difference"), row over against
+    ("ratio"), or the row's own value ("value", against ""). The claim holds where every effect's 95% interval lies
+    within `holds`, does not where one lies outside of it altogether, and is within noise otherwise. The first measure
+    decides; the others are told where they disagree.
+    """
+
+    id: str
+    sentence: str
+    source: str
+    table: str
+    pairs: tuple[tuple[str, str], ...]
+    measures: tuple[str, ...]
+    effect: str  # difference, ratio or value
+    holds: tuple[float, float]
+    why: str = ""  # where the bounds come from
+    scales: tuple[str, ...] = ("paper", "cpu")
+
+
+def _each(rows, against):
+    return tuple((row, against) for row in rows)
+
+
+ABOVE, BELOW = (0.0, math.inf), (-math.inf, 0.0)
+MORE, LESS = (1.0, math.inf), (0.0, 1.0)
+_MOE_OF_A = ("moe2", "moe4", "moe8", "moe4_aux01", "moe4_expert_dropout", "moe4_inner_dropout")
+_MOE_OF_B = ("shakespeare_soft4", "shakespeare_top2", "shakespeare_top2_cap05", "shakespeare_top2_cap10")
+_CAPACITY_OF_B = _MOE_OF_B[2:]
+_LOSS = ("clean", "paper", "paper_with_aux")
+
+
+def _claims_of_a():
+    for number, (table, dataset) in enumerate(
+        {"A": "shakespeare", "A_enwik8": "enwik8", "A_text8": "text8"}.items(), start=1
+    ):
+        pairs = _each([f"{dataset}_{name}" for name in _MOE_OF_A], f"{dataset}_dense")
+        scales = ("paper", "cpu") if dataset == "shakespeare" else ("paper",)
+        title = "shakespeare_char" if dataset == "shakespeare" else dataset
+        yield Claim(
+            f"A{number}",
+            f"On {title}, every MoE configuration ends with a higher validation loss than the dense model.",
+            A, table, pairs, _LOSS, "difference", ABOVE, scales=scales,
+        )  # fmt: skip
+    shakespeare = _each([f"shakespeare_{name}" for name in _MOE_OF_A], "shakespeare_dense")
+    yield Claim(
+        "A4", "On shakespeare_char, 4 experts lose about 0.07 nats to the dense model (1.53 against 1.46).", A, "A",
+        (("shakespeare_moe4", "shakespeare_dense"),), _LOSS, "difference",
+        (0.035, 0.105), "half of the published gap to one and a half of it", ("paper",),
+    )  # fmt: skip
+    yield Claim(
+        "A5", "A balancing loss of weight 0.1 instead of 0.01 makes training worse.", A, "A",
+        (("shakespeare_moe4_aux01", "shakespeare_moe4"),), _LOSS, "difference", ABOVE,
+    )  # fmt: skip
+    yield Claim(
+        "A6", "Expert dropout does not improve the validation loss.", A, "A",
+        _each(("shakespeare_moe4_expert_dropout", "shakespeare_moe4_inner_dropout"), "shakespeare_moe4"),
+        _LOSS, "difference", (-0.005, math.inf),
+        "an improvement below 0.005 nats, about two standard deviations of the template's seeds, is none",
+    )  # fmt: skip
+    yield Claim(
+        "A7", "Every MoE configuration has more parameters than the dense model.", A, "A",
+        shakespeare, ("total_parameters",), "ratio", MORE,
+    )  # fmt: skip
+    yield Claim(
+        "A8", "Every MoE configuration takes longer to train.", A, "A", shakespeare, ("train_seconds",), "ratio", MORE
+    )
+    yield Claim(
+        "A9", "Every MoE configuration is slower at inference.", A, "A",
+        shakespeare, ("inference_speed",), "ratio", LESS,
+    )  # fmt: skip
+    for number, dataset in enumerate(("enwik8_head", "text8_head"), start=10):
+        yield Claim(
+            f"A{number}",
+            f"On the head of {dataset.removesuffix('_head')} (not the data set), 4 experts end with a higher "
+            "validation loss than the dense model.",
+            A, "A_summary", ((f"{dataset}_moe4", f"{dataset}_dense"),), _LOSS, "difference", ABOVE, scales=("cpu",),
+        )  # fmt: skip
+
+
+CLAIMS = (
+    *_claims_of_a(),
+    Claim(
+        "B1", "Every MoE variant keeps the validation loss within 0.2% of the baseline's.", B, "B",
+        _each(_MOE_OF_B, "shakespeare_dense"), ("clean", "paper"), "ratio", (0.998, 1.002), "B's own figure",
+    ),
+    Claim(
+        "B2", "Top-2 routing slightly improves the validation loss over the baseline.", B, "B",
+        (("shakespeare_top2", "shakespeare_dense"),), ("clean", "paper"), "ratio", LESS,
+    ),
+    Claim(
+        "B3", "MoE variants end with a training loss about 18% above the baseline's.", B, "B",
+        _each(_MOE_OF_B, "shakespeare_dense"), ("final_train", "train_mode", "train_mode_with_aux"), "ratio",
+        (1.09, 1.27), "half of the published 18% to one and a half of it",
+    ),
+    Claim(
+        "B4", "MoE variants take about half as long again to train.", B, "B",
+        _each(_MOE_OF_B, "shakespeare_dense"), ("train_seconds",), "ratio", (1.25, math.inf),
+        "at least half of the published overhead",
+    ),
+    Claim(
+        "B5", "MoE variants write text at about half the baseline's speed.", B, "B",
+        _each(_MOE_OF_B, "shakespeare_dense"), ("inference_speed",), "ratio", (0.0, 0.75),
+        "B's ratios are 0.44 to 0.57",
+    ),
+    Claim(
+        "B6", "Top-2 routing has a lower validation loss than soft routing.", B, "B",
+        (("shakespeare_top2", "shakespeare_soft4"),), ("clean", "paper"), "difference", BELOW,
+    ),
+    Claim(
+        "B7", "Top-2 routing writes text more slowly than soft routing.", B, "B",
+        (("shakespeare_top2", "shakespeare_soft4"),), ("inference_speed",), "ratio", LESS,
+    ),
+    Claim(
+        "B8", "Capacity limits make the experts' load more even.", B, "B",
+        _each(_CAPACITY_OF_B, "shakespeare_top2"), ("load_cv2",), "difference", BELOW,
+    ),
+    Claim(
+        "B9", "Capacity limits cost training time over top-2 without them.", B, "B",
+        _each(_CAPACITY_OF_B, "shakespeare_top2"), ("train_seconds",), "ratio", MORE,
+    ),
+    Claim(
+        "B10", "Capacity 0.5 and 1.0 leave the validation loss of top-2 unchanged (one value to four digits).", B, "B",
+        _each(_CAPACITY_OF_B, "shakespeare_top2"), ("clean", "paper"), "difference", (-0.0005, 0.0005),
+        "half a unit of their third digit",
+    ),
+    Claim(
+        "C1", "A frozen random router is about as good as a learned one.", C, "C",
+        (("shakespeare_moe4_frozen", "shakespeare_moe4"),), ("clean", "paper"), "difference", (-0.02, 0.02),
+        "twice the larger of C's two differences (0.0098 nats)",
+    ),
+    Claim(
+        "C2", "A router drawn anew each step is worse than a learned one.", C, "C",
+        (("shakespeare_moe4_random", "shakespeare_moe4"),), ("clean", "paper"), "difference", ABOVE,
+    ),
+    Claim(
+        "D1", "8 experts with top-2 have a lower loss than a dense model of equal FLOPs.", D, "D",
+        (("text8_notes_moe8", "text8_notes_dense"),), ("clean", "paper"), "difference", BELOW,
+    ),
+    Claim(
+        "D2", "The perplexity is at least 15% lower.", D, "D",
+        (("text8_notes_moe8", "text8_notes_dense"),), ("clean", "paper"), "difference", (-math.inf, math.log(0.85)),
+        "ln 0.85",
+    ),
+    Claim(
+        "D3", "The gain comes from the number of parameters: a dense model with as many does no worse.", D, "D",
+        (("text8_notes_dense_total", "text8_notes_moe8"),), ("clean", "paper"), "difference", (-math.inf, 0.005),
+        "0.005 nats count as no difference",
+    ),
+    Claim(
+        "E1", "At equal active FLOPs, 4 experts beat the dense model.", OURS, "equal",
+        (("shakespeare_moe4", "shakespeare_dense"),), ("clean", "paper"), "difference", BELOW,
+    ),
+    Claim(
+        "E2", "At equal total parameters, the dense model beats 4 experts.", OURS, "equal",
+        (("shakespeare_dense_wide", "shakespeare_moe4"),), ("clean", "paper"), "difference", BELOW,
+    ),
+    Claim(
+        "E3", "At equal wall-clock, 4 experts beat the dense model.", OURS, "equal",
+        (("shakespeare_moe4", "shakespeare_dense_long"),), ("clean", "paper"), "difference", BELOW,
+    ),
+    Claim(
+        "E4", "At weight 0.01, the auxiliary loss counted into the validation loss makes half of A's gap or more.",
+        OURS, "A", (("shakespeare_moe4", ""),), ("aux_in_loss",), "value", (0.035, math.inf),
+        "half of 1.53 - 1.46; even routing gives 0.01 a layer",
+    ),
+    Claim(
+        "E5", "At weight 0.1 it adds five times A's gap or more, enough to look like destabilised training.",
+        OURS, "A", (("shakespeare_moe4_aux01", ""),), ("aux_in_loss",), "value", (0.35, math.inf),
+        "five times 1.53 - 1.46; even routing gives 0.1 a layer",
+    ),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From records to cells
+
+
+class Comparison(NamedTuple):
+    """One table at one scale on one kind of machine: what may be set side by side."""
+
+    table: Table
+    scale: str
+    machine: str  # records.machine_of; "" where nothing was run
+    cells: dict[str, list[dict]]  # row name -> its records by seed, clean ones only
+    unclean: dict[str, list[dict]]  # row name -> those made on a tree with uncommitted changes: shown, never averaged
+
+    def values(self, row: str, measure: str) -> dict[int, float]:
+        """seed -> value, of the records that have one and whose times count if it is a time."""
+        entry, values = MEASURES[measure], {}
+        for record in self.cells[row]:
+            value = entry.read(record)
+            if value is not None and (record["exclusive"] or not entry.timed):
+                values[record["config"]["seed"]] = value
+        return values
+
+
+def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:
+    """One Comparison a kind of machine, the one with most records first; a single empty one where there are none."""
+    row_of = {row.config_at(scale).hash(): row.name for row in table.rows_at(scale)}
+    machines: dict[str, list[dict]] = {}
+    for record in found:
+        if record["run_id"].rpartition("-s")[0] in row_of:
+            machines.setdefault(records.machine_of(record), []).append(record)
+    comparisons = []
+    for machine, here in sorted(machines.items(), key=lambda item: (-len(item[1]), item[0])) or [("", [])]:
+        cells, unclean = ({row.name: [] for row in table.rows_at(scale)} for _ in range(2))
+        for record in sorted(here, key=lambda record: record["config"]["seed"]):
+            name = row_of[record["run_id"].rpartition("-s")[0]]
+            (cells if records.is_clean(record) else unclean)[name].append(record)
+        comparisons.append(Comparison(table, scale, machine, cells, unclean))
+    return comparisons

@@ -1,0 +1,205 @@
+"""Comparisons -> tables: for people as Markdown, LaTeX and HTML (`report.py`), for programs as CSV.
+
+    grid = grid_of(comparison, table.views[0])
+    markdown(grid); latex(grid)
+    csv_of(comparisons)                     # every measure of every view, a line each
+
+A cell is mean ± sample SD (n) of the records that count: made on a committed tree, at one scale, on one kind of
+machine, and for times on hardware that others left alone.
+"""
+
+import csv
+import io
+import statistics
+
+import records
+from experiments import MEASURES, SEEDS_FOR_A_VERDICT, Comparison, View
+from report import Grid
+from verdicts import effect_of
+
+DAGGER = "†"
+NOT_RUN, NOT_ALONE, NOTHING = "not run", "not timed alone", "–"
+
+
+def grid_of(comparison: Comparison, view: View) -> Grid:
+    table, scale = comparison.table, comparison.scale
+    rows = table.rows_at(scale)
+    columns, cells = ["row"], [[labelled(comparison, row)] for row in rows]
+    for measure in view.measures:
+        for heading, cell_of in columns_of(comparison, measure, view.relative):
+            columns.append(heading)
+            for cell, row in zip(cells, rows):
+                cell.append(cell_of(row))
+    return Grid(f"{table.name}. {view.title}", columns, cells, notes_of(comparison, view))
+
+
+def columns_of(comparison, measure, relative):
+    """(heading, row -> cell): ours, and beside it what was published, where anything was."""
+    entry = MEASURES[measure]
+    heading = f"{entry.heading}, {entry.unit}" if entry.unit else entry.heading
+    published = [row for row in comparison.table.rows_at(comparison.scale) if measure in row.published]
+    if relative:
+        yield f"{entry.heading} ÷ baseline", lambda row: relative_cell(comparison, row, measure)
+        if len(published) > 1:
+            yield "the same, published", lambda row: published_ratio(comparison.table, row, measure)
+        return
+    yield heading, lambda row: value_cell(comparison, row, measure)
+    if not published:
+        return
+    size = "" if comparison.scale == "paper" else " (paper size)"
+    yield f"published{size}", lambda row: f"{row.published[measure]:,}" if measure in row.published else NOTHING
+    if comparison.scale == "paper":  # another size says nothing about an absolute number
+        yield "ours − published", lambda row: distance_cell(comparison, row, measure)
+
+
+def labelled(comparison, row):
+    found = comparison.cells[row.name] + comparison.unclean[row.name]
+    return row.label + (f" {DAGGER}" if any(not records.is_comparable(record) for record in found) else "")
+
+
+def value_cell(comparison, row, measure):
+    values, entry = list(comparison.values(row.name, measure).values()), MEASURES[measure]
+    if not values:
+        return nothing_because(comparison, row, entry)
+    mean = f"{statistics.fmean(values):,.{entry.digits}f}"
+    if len(values) == 1:
+        return f"{mean} (n = 1)"
+    spread = statistics.stdev(values)
+    if spread == 0:  # a count
+        return mean
+    return f"{mean} ± {spread:,.{entry.digits}f} ({len(values)})"
+
+
+def nothing_because(comparison, row, entry):
+    if not comparison.cells[row.name]:
+        return NOT_RUN
+    has_any = any(entry.read(record) is not None for record in comparison.cells[row.name])
+    return NOT_ALONE if has_any else NOTHING
+
+
+def relative_cell(comparison, row, measure):
+    """The ratio to the row's baseline, with its 95% interval."""
+    if not row.baseline:
+        return "1"
+    effect = effect_of(comparison, measure, row.name, row.baseline, "ratio")
+    if effect is None:
+        return nothing_because(comparison, row, MEASURES[measure])
+    return f"{effect.mean:.3f}" + ("" if effect.low is None else f" [{effect.low:.3f}, {effect.high:.3f}]")
+
+
+def published_ratio(table, row, measure):
+    if not row.baseline:
+        return "1"
+    return f"{row.published[measure] / table.row(row.baseline).published[measure]:.3f}"
+
+
+def distance_cell(comparison, row, measure):
+    values = list(comparison.values(row.name, measure).values())
+    if not values or measure not in row.published:
+        return NOTHING
+    return f"{statistics.fmean(values) - row.published[measure]:+,.{MEASURES[measure].digits}f}"
+
+
+def notes_of(comparison, view):
+    """What a reader of the table must know."""
+    table, scale, notes = comparison.table, comparison.scale, []
+    rows = table.rows_at(scale)
+    if any(DAGGER in labelled(comparison, row) for row in rows):
+        notes.append(f"{DAGGER} a text that is not the published data set, or routing that sees later characters")
+    if view.relative:
+        notes.append("ratio of geometric means, with its 95% Welch interval")
+    if any(MEASURES[measure].timed for measure in view.measures):
+        busy = sum(not record["exclusive"] for of_row in comparison.cells.values() for record in of_row)
+        if busy:
+            notes.append(f"times of {busy} runs are left out: others used the machine meanwhile")
+    for row in rows:
+        for record in comparison.unclean[row.name]:
+            loss = record["clean"]["best"]["nats"]
+            notes.append(
+                f"not counted, for the tree had uncommitted changes: {row.label}, seed {record['config']['seed']}, "
+                f"{loss:.4f} nats"
+            )
+    missing = [row for row in rows if not comparison.cells[row.name]]
+    if missing:
+        seeds = f"--scale={scale} --seeds={SEEDS_FOR_A_VERDICT}"
+        notes.append(f"not run: {', '.join(row.label for row in missing)}; `python sweep.py {table.name} {seeds}`")
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As text
+
+
+def markdown(grid: Grid) -> str:
+    def line(cells):
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = "| --- " + "| ---: " * (len(grid.columns) - 1) + "|"
+    body = [line(grid.columns), rule, *(line(row) for row in grid.rows)]
+    notes = ["", *(f"- {note}" for note in grid.notes)] if grid.notes else []
+    return "\n".join([f"**{grid.title}**", "", *body, *notes])
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "÷": r"$\div$", "−": "$-$", "–": "--",
+    "†": r"\textsuperscript{\dag}", "×": r"$\times$",
+}  # fmt: skip
+
+
+def latex(grid: Grid) -> str:
+    """A table for \\usepackage{booktabs}; the notes as comments."""
+
+    def line(cells):
+        return " & ".join("".join(LATEX.get(letter, letter) for letter in cell) for cell in cells) + r" \\"
+
+    return "\n".join(
+        [
+            f"% {grid.title}",
+            *(f"% {note}" for note in grid.notes),
+            rf"\begin{{tabular}}{{l{'r' * (len(grid.columns) - 1)}}}",
+            r"\toprule",
+            line(grid.columns),
+            r"\midrule",
+            *(line(row) for row in grid.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
+
+
+CSV_COLUMNS = (
+    "table", "scale", "machine", "row", "label", "measure", "unit", "mean", "sample_sd", "n", "published", "comparable",
+)  # fmt: skip
+
+
+def csv_of(comparisons: list[Comparison]) -> str:
+    """Every measure of every row, unrounded; what is not known is empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for comparison in comparisons:
+        table = comparison.table
+        measures = dict.fromkeys(measure for view in table.views for measure in view.measures)
+        for row in table.rows_at(comparison.scale):
+            found = comparison.cells[row.name]
+            comparable = all(records.is_comparable(record) for record in found) if found else ""
+            for measure in measures:
+                values = list(comparison.values(row.name, measure).values())
+                writer.writerow(
+                    [
+                        table.name,
+                        comparison.scale,
+                        comparison.machine,
+                        row.name,
+                        row.label,
+                        measure,
+                        MEASURES[measure].unit,
+                        f"{statistics.fmean(values):.10g}" if values else "",
+                        f"{statistics.stdev(values):.10g}" if len(values) > 1 else "",
+                        len(values),
+                        row.published.get(measure, ""),
+                        comparable,
+                    ]
+                )
+    return out.getvalue()

@@ -1,0 +1,142 @@
+"""The tables and claims as declared: everything in them can be run, and records find their cells."""
+
+import dataclasses
+import math
+
+import pytest
+
+import experiments
+from experiments import CLAIMS, MEASURES, SCALES, TABLES, gather
+from model import dense_equal_active, dense_equal_total
+
+TABLE = TABLES["C"]
+
+
+def record(row="shakespeare_moe4", seed=1337, scale="cpu", device="a CPU", dirty=False, exclusive=True, nats=1.5):
+    """What `gather` and `values` look at."""
+    config = TABLE.row(row).config_at(scale, seed)
+    return {
+        "run_id": config.run_id,
+        "config": config.to_dict(),
+        "machine": {
+            "device": device, "device_type": "cpu", "cores": 1, "threads": 1, "torch": "2.13.0", "dtype": "float32",
+            "compile": False,
+        },
+        "git": {"commit": "0" * 40, "dirty": dirty},
+        "exclusive": exclusive,
+        "clean": {"best": {"nats": nats}},
+        "seconds": {"train": 100.0},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_can_be_run_and_is_another_experiment(name, scale):
+    rows = TABLES[name].rows_at(scale)
+    assert len({row.config_at(scale).hash() for row in rows}) == len(rows)
+    assert len({row.name for row in rows}) == len(rows) and len({row.label for row in rows}) == len(rows)
+    for row in rows:
+        assert not row.baseline or row.baseline in [other.name for other in rows]
+        assert set(row.published) <= set(MEASURES)
+        assert row.config_at(scale, seed=7).seed == 7
+    assert all(measure in MEASURES for view in TABLES[name].views for measure in view.measures)
+
+
+def test_a_record_has_one_name_whichever_table_it_is_made_for():
+    """Rows of one config are of one name, so that two tables do not keep two records of one run."""
+    names = {}
+    for table in TABLES.values():
+        for scale in SCALES:
+            for row in table.rows_at(scale):
+                names.setdefault((scale, row.config_at(scale).hash()), set()).add(row.name)
+    several = {key: found for key, found in names.items() if len(found) > 1}
+    assert {name for found in several.values() for name in found} <= {
+        "shakespeare_dense", "shakespeare_moe4", "w128_all_dense", "w128_all_moe4", "w384_all_dense", "w384_all_moe4",
+    }  # fmt: skip
+
+
+def test_claims_are_about_rows_that_are_there():
+    assert len({claim.id for claim in CLAIMS}) == len(CLAIMS)
+    for claim in CLAIMS:
+        assert claim.effect in ("difference", "ratio", "value") and claim.holds[0] < claim.holds[1]
+        assert set(claim.measures) <= set(MEASURES)
+        for scale in claim.scales:
+            names = [row.name for row in TABLES[claim.table].rows_at(scale)]
+            for row, against in claim.pairs:
+                assert row in names and (against in names or (claim.effect == "value" and not against)), claim.id
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_twins_are_of_the_size_that_their_rows_claim(scale):
+    notes, equal = TABLES["D"], TABLES["equal"]
+    moe = notes.row("text8_notes_moe8").config_at(scale)
+    assert notes.row("text8_notes_dense").config_at(scale).mlp_hidden == dense_equal_active(moe)
+    assert notes.row("text8_notes_dense_total").config_at(scale).mlp_hidden == dense_equal_total(moe)
+    moe = equal.row("shakespeare_moe4").config_at(scale)
+    assert equal.row("shakespeare_dense_wide").config_at(scale).mlp_hidden == dense_equal_total(moe)
+    assert dense_equal_active(moe) - 4 * moe.n_embd == 2  # the router's share, of which the table's text speaks
+
+
+def test_a_command_makes_the_run_of_its_cell():
+    row = TABLES["equal"].row("shakespeare_dense_long")
+    assert row.command("cpu", 7) == (
+        "python train.py config/shakespeare_dense.py config/cpu.py --max_iters=2600 "
+        "'--title=dense, equal wall-clock' --seed=7 --out_dir=out/shakespeare_dense_long-cpu-s7"
+    )
+    assert row.config_at("cpu").max_iters == 2600 and row.config_at("paper").max_iters == 6500
+
+
+def test_records_find_their_row_by_what_they_are_and_not_by_their_title():
+    renamed = record("shakespeare_moe4_frozen", seed=2)
+    renamed["title"] = renamed["config"]["title"] = "something else"
+    other_scale = record(scale="paper")
+    (found,) = gather(TABLE, [renamed, other_scale, record(seed=3), record(seed=1)], "cpu")
+    seeds = {name: [r["config"]["seed"] for r in records] for name, records in found.cells.items()}
+    assert seeds == {"shakespeare_moe4": [1, 3], "shakespeare_moe4_frozen": [2], "shakespeare_moe4_random": []}
+
+
+def test_machines_are_never_mixed_and_the_one_with_most_runs_comes_first():
+    found = gather(TABLE, [record(device="a GPU"), record(seed=1), record(seed=2)], "cpu")
+    assert [comparison.machine.split(",")[0] for comparison in found] == ["a CPU", "a GPU"]
+    assert [len(comparison.cells["shakespeare_moe4"]) for comparison in found] == [2, 1]
+
+
+def test_uncommitted_changes_are_shown_apart():
+    (found,) = gather(TABLE, [record(seed=1), record(seed=2, dirty=True), record(seed=3, dirty=None)], "cpu")
+    assert len(found.cells["shakespeare_moe4"]) == 1 and len(found.unclean["shakespeare_moe4"]) == 2
+
+
+def test_without_records_there_is_one_empty_comparison():
+    (found,) = gather(TABLE, [], "cpu")
+    assert found.machine == "" and not any(found.cells.values())
+
+
+def test_times_count_from_runs_alone_on_their_machine_and_losses_from_all():
+    (found,) = gather(TABLE, [record(seed=1), record(seed=2, exclusive=False, nats=1.7)], "cpu")
+    assert found.values("shakespeare_moe4", "clean") == {1: 1.5, 2: 1.7}
+    assert found.values("shakespeare_moe4", "train_seconds") == {1: 100.0}
+
+
+def test_the_boundary_covers_its_grid():
+    for scale, size in (("cpu", 128), ("paper", 384)):
+        rows = TABLES["boundary"].rows_at(scale)
+        grid = {(row.options["n_embd"], row.options["train_characters"]) for row in rows}
+        assert len(rows) == 2 * len(grid) == 24 and (size, 0) in grid
+
+
+def test_published_numbers_give_the_effects_that_the_claims_quote():
+    rows = {row.name: row.published for row in TABLES["B"].rows}
+    base = rows.pop("shakespeare_dense")
+    assert all(abs(row["paper"] / base["paper"] - 1) < 0.002 for row in rows.values())  # B1
+    assert rows["shakespeare_top2"]["paper"] < base["paper"]  # B2
+    assert all(1.16 < row["final_train"] / base["final_train"] < 1.18 for row in rows.values())  # B3
+    assert all(1.5 < row["train_seconds"] / base["train_seconds"] < 1.62 for row in rows.values())  # B4
+    assert all(0.44 < row["inference_speed"] / base["inference_speed"] < 0.57 for row in rows.values())  # B5
+    published = {row.name: row.published for row in TABLES["A"].rows}
+    gap = published["shakespeare_moe4"]["paper"] - published["shakespeare_dense"]["paper"]
+    assert math.isclose(gap, 0.07) and math.isclose(6 * 0.01, 0.06)
+
+
+def test_scales_are_told_apart_by_their_hash():
+    assert TABLE.rows[0].config_at("cpu").hash() != TABLE.rows[0].config_at("paper").hash()
+    assert dataclasses.fields(experiments.Scale)

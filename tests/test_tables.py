@@ -1,0 +1,139 @@
+"""Tables as they are read, and as programs read them."""
+
+import csv
+import io
+import math
+
+import pytest
+from test_experiments import record as skeleton
+
+import experiments
+import tables
+from experiments import View, gather
+from report import Grid
+
+TABLE = experiments.TABLES["C"]
+LOSS = View("Loss", ("clean",))
+
+
+def record(row="shakespeare_moe4", seed=1, leaky=False, **changes):
+    made = skeleton(row, seed, **changes)
+    nats = made["clean"]["best"]["nats"]
+    return made | {
+        "leaky": leaky,
+        "dataset": {"canonical": True},
+        "parameters": {"total": 1234567, "active": 1000},
+        "clean": {"best": {"nats": nats, "bpc": nats / math.log(2)}},
+        "paper": {"best_val": nats, "best_val_with_aux": nats + 0.04},
+        "routing": [],
+    }
+
+
+def gathered(*found, table=TABLE, scale="cpu"):
+    return gather(table, found, scale)[0]
+
+
+def cells(comparison, view=LOSS):
+    return {row[0]: row[1:] for row in tables.grid_of(comparison, view).rows}
+
+
+def test_a_cell_is_mean_sample_sd_and_n():
+    found = [record(seed=seed, nats=nats) for seed, nats in enumerate((1.5, 1.6, 1.8))]
+    assert cells(gathered(*found))["learned"] == ["1.6333 ± 0.1528 (3)"]
+
+
+def test_one_seed_and_none_are_told_and_how_to_run_what_is_missing():
+    comparison = gathered(record(nats=1.5))
+    assert cells(comparison) == {"learned": ["1.5000 (n = 1)"], "frozen": ["not run"], "random": ["not run"]}
+    assert tables.grid_of(comparison, LOSS).notes == [
+        "not run: frozen, random; `python sweep.py C --scale=cpu --seeds=5`"
+    ]
+
+
+def test_times_of_busy_machines_are_left_out_and_told():
+    comparison = gathered(
+        record(seed=1), record(seed=2, exclusive=False), record("shakespeare_moe4_frozen", exclusive=False)
+    )
+    view = View("Cost", ("train_seconds", "total_parameters"))
+    assert cells(comparison, view)["learned"] == ["100.0 (n = 1)", "1,234,567"]
+    assert cells(comparison, view)["frozen"][0] == "not timed alone"
+    assert "times of 2 runs are left out: others used the machine meanwhile" in tables.grid_of(comparison, view).notes
+    assert not any("meanwhile" in note for note in tables.grid_of(comparison, LOSS).notes)
+
+
+def test_a_dagger_marks_what_cannot_be_compared():
+    comparison = gathered(record(leaky=True), record("shakespeare_moe4_frozen"))
+    assert list(cells(comparison)) == ["learned †", "frozen", "random"]
+    assert tables.grid_of(comparison, LOSS).notes[0].startswith("† ")
+
+
+def test_runs_with_uncommitted_changes_are_listed_and_not_averaged():
+    comparison = gathered(record(seed=1, nats=1.5), record(seed=2, nats=9.0, dirty=True))
+    assert cells(comparison)["learned"] == ["1.5000 (n = 1)"]
+    assert any("learned, seed 2, 9.0000 nats" in note for note in tables.grid_of(comparison, LOSS).notes)
+
+
+def paper_a(**changes):
+    config = experiments.TABLES["A"].row("shakespeare_moe4").config_at("paper", 1)
+    return record(**changes) | {"run_id": config.run_id, "config": config.to_dict(), "paper": {"best_val": 1.5}}
+
+
+def test_the_published_number_stands_beside_ours_with_the_difference():
+    grid = tables.grid_of(gathered(paper_a(), table=experiments.TABLES["A"], scale="paper"), View("Loss", ("paper",)))
+    assert grid.columns == ["row", "best validation, the papers' way, nats", "published", "ours − published"]
+    rows = {row[0]: row[1:] for row in grid.rows}
+    assert rows["4 experts, aux 0.01"] == ["1.5000 (n = 1)", "1.53", "-0.0300"]
+    assert rows["dense"] == ["not run", "1.46", "–"] and rows["8 experts, aux 0.01"] == ["not run", "–", "–"]
+
+
+def test_another_size_is_not_subtracted_from_a_published_number():
+    grid = tables.grid_of(gathered(table=experiments.TABLES["A"]), View("Loss", ("paper",)))
+    assert grid.columns[1:] == ["best validation, the papers' way, nats", "published (paper size)"]
+
+
+def test_relative_cells_are_ratios_with_intervals_beside_the_published_ratio():
+    table = experiments.TABLES["B"]
+    found = []
+    for name, seconds in {"shakespeare_dense": (100.0, 102.0), "shakespeare_top2": (150.0, 151.0)}.items():
+        for seed, value in enumerate(seconds):
+            config = table.row(name).config_at("cpu", seed)
+            made = record(seed=seed) | {"run_id": config.run_id, "config": config.to_dict()}
+            found.append(made | {"seconds": {"train": value}})
+    view = View("Relative", ("train_seconds",), relative=True)
+    grid = tables.grid_of(gathered(*found, table=table), view)
+    rows = {row[0]: row[1:] for row in grid.rows}
+    assert grid.columns[1:] == ["training ÷ baseline", "the same, published"]
+    assert rows["Baseline"] == ["1", "1"]
+    ratio, published = rows["MoE Top-2"]
+    assert ratio.startswith("1.490 [") and published == "1.600"
+    assert rows["MoE Capacity 0.5 (top-2)"] == ["not run", "1.609"]
+
+
+@pytest.mark.parametrize("write", [tables.markdown, tables.latex])
+def test_text_keeps_every_cell_in_its_column(write):
+    grid = Grid("T. 5% & more", ["row", "a|b"], [["x_1 & 2", "1 ± 2"], ["†", "3"]], ["a note"])
+    text = write(grid)
+    assert text.count("a note") == 1 and "5% & more" in text
+    lines = [line for line in text.splitlines() if line.startswith("| ") or line.endswith("\\\\")]
+    separators = [
+        line.replace("\\|", "").count("|") - 1 if write is tables.markdown else line.replace(r"\&", "").count("&") + 1
+        for line in lines
+    ]
+    assert set(separators) == {2} and len(lines) == (4 if write is tables.markdown else 3)
+
+
+def test_latex_escapes_what_latex_would_read():
+    text = tables.latex(Grid("T", ["row"], [["50% of $x_1 ± {2}"]], []))
+    assert r"50\% of \$x\_1 $\pm$ \{2\} \\" in text
+
+
+def test_csv_has_a_line_a_row_and_measure_with_what_is_not_known_left_empty():
+    text = tables.csv_of([gathered(record(seed=1, nats=1.5), record(seed=2, nats=1.7))])
+    lines = list(csv.DictReader(io.StringIO(text)))
+    measures = {measure for view in TABLE.views for measure in view.measures}
+    assert len(lines) == len(TABLE.rows) * len(measures)
+    (clean,) = (line for line in lines if line["row"] == "shakespeare_moe4" and line["measure"] == "clean")
+    assert (clean["mean"], clean["n"], clean["unit"], clean["comparable"]) == ("1.6", "2", "nats", "True")
+    assert float(clean["sample_sd"]) == pytest.approx(0.1414213562)
+    (missing,) = (line for line in lines if line["row"] == "shakespeare_moe4_frozen" and line["measure"] == "clean")
+    assert missing["mean"] == missing["sample_sd"] == missing["comparable"] == "" and missing["n"] == "0"

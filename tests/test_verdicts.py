@@ -1,0 +1,138 @@
+"""Effects, intervals and what they say of a claim, by hand and against scipy."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import experiments
+import verdicts
+from experiments import OURS, Claim, Comparison, Row, Table
+from verdicts import HELD, NOISE, NOT_HELD, NOT_RUN, Effect
+
+TABLE = Table("T", "a table", OURS, "", (Row("base", "base", ""), Row("new", "new", ""), Row("other", "other", "")), ())
+
+
+def comparison(**losses):
+    """losses: row -> clean losses, a seed each; the papers' way is 0.1 below them."""
+
+    def record(seed, nats):
+        return {
+            "config": {"seed": seed},
+            "exclusive": True,
+            "clean": {"best": {"nats": nats}},
+            "paper": {"best_val": nats - 0.1 * (-1) ** (seed == 99)},
+        }
+
+    cells = {row.name: [record(seed, nats) for seed, nats in enumerate(losses.get(row.name, []))] for row in TABLE.rows}
+    return Comparison(TABLE, "cpu", "a machine", cells, {row.name: [] for row in TABLE.rows})
+
+
+def claim(holds, effect="difference", pairs=(("new", "base"),), measures=("clean",)):
+    return Claim("X1", "A sentence.", OURS, "T", pairs, measures, effect, holds)
+
+
+@pytest.mark.parametrize("n, n_against", [(2, 2), (3, 3), (5, 3)])
+def test_the_interval_of_a_difference_is_welchs(n, n_against):
+    generator = np.random.default_rng(n)
+    ours, theirs = generator.normal(1, 0.1, n).tolist(), generator.normal(1.2, 0.5, n_against).tolist()
+    expected = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    effect = verdicts.interval_of_difference(ours, theirs)
+    assert effect.mean == pytest.approx(statistics.mean(ours) - statistics.mean(theirs))
+    assert (effect.low, effect.high) == pytest.approx((expected.low, expected.high))
+    assert (effect.n, effect.n_against) == (n, n_against)
+
+
+def test_the_interval_of_a_mean_is_students():
+    values = [1.0, 1.5, 1.2]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    effect = verdicts.interval_of_mean(values)
+    assert (effect.low, effect.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    draws = (generator.normal([[0.0], [1.0]], 0.3, (2, 3)).tolist() for _ in range(2000))
+    effects = [verdicts.interval_of_difference(*draw) for draw in draws]
+    assert 0.93 < sum(effect.low < -1 < effect.high for effect in effects) / len(effects) < 0.98
+
+
+def test_one_seed_gives_no_interval_and_no_verdict():
+    for effect in (verdicts.interval_of_mean([1.0]), verdicts.interval_of_difference([1.0], [2.0, 3.0])):
+        assert effect.low is None and effect.high is None
+        assert verdicts.status_of(effect, experiments.BELOW) == NOISE
+
+
+def test_a_count_that_never_varies_is_its_own_interval():
+    effect = verdicts.interval_of_difference([3.0, 3.0], [3.0, 3.0])
+    assert (effect.mean, effect.low, effect.high) == (0, 0, 0)
+    assert verdicts.status_of(effect, experiments.ABOVE) == NOT_HELD  # equal is not more
+
+
+@pytest.mark.parametrize(
+    "low, high, holds, status",
+    [
+        (0.1, 0.2, experiments.ABOVE, HELD),
+        (-0.1, 0.2, experiments.ABOVE, NOISE),
+        (-0.2, -0.1, experiments.ABOVE, NOT_HELD),
+        (-0.2, -0.1, experiments.BELOW, HELD),
+        (-0.01, 0.01, (-0.02, 0.02), HELD),
+        (-0.01, 0.03, (-0.02, 0.02), NOISE),
+        (-0.3, 0.3, (-0.02, 0.02), NOISE),
+        (0.021, 0.03, (-0.02, 0.02), NOT_HELD),
+        (0.6, 0.7, experiments.LESS, HELD),
+        (0.6, 1.7, experiments.MORE, NOISE),
+    ],
+)
+def test_a_claim_holds_where_the_whole_interval_lies_within_its_bounds(low, high, holds, status):
+    assert verdicts.status_of(Effect((low + high) / 2, low, high, 3, 3), holds) == status
+
+
+def test_a_claim_about_several_rows_needs_all_and_fails_by_one():
+    several = claim(experiments.ABOVE, pairs=(("new", "base"), ("other", "base")))
+    base, more, less, vague = [1.0, 1.01, 1.02], [2.0, 2.01, 2.02], [0.5, 0.51, 0.52], [0.0, 1.0, 2.3]
+    for new, other, status in (
+        (more, more, HELD),
+        (more, vague, NOISE),
+        (more, [], NOT_RUN),
+        (less, [], NOT_HELD),
+        (less, vague, NOT_HELD),
+        ([], [], NOT_RUN),
+    ):
+        assert verdicts.decide(several, comparison(base=base, new=new, other=other)).status == status
+
+
+def test_ratios_are_of_geometric_means():
+    effect = verdicts.effect_of(comparison(base=[1.0, 4.0], new=[2.0, 8.0]), "clean", "new", "base", "ratio")
+    logs = verdicts.interval_of_difference([math.log(2), math.log(8)], [0.0, math.log(4)])
+    assert effect.mean == pytest.approx(2) and effect.low == pytest.approx(math.exp(logs.low))
+    assert verdicts.effect_of(comparison(base=[0.0, 1.0], new=[1.0, 1.0]), "clean", "new", "base", "ratio") is None
+
+
+def test_a_measure_that_says_something_else_is_told():
+    cells = comparison(base=[1.0, 1.01, 1.02], new=[1.05, 1.06, 1.07])
+    for record in cells.cells["new"]:
+        record["paper"]["best_val"] -= 1
+    verdict = verdicts.decide(claim(experiments.ABOVE, measures=("clean", "paper")), cells)
+    assert verdict.status == HELD and verdict.dissent == {"paper": NOT_HELD}
+    assert verdict.is_provisional and verdict.seeds == 3
+
+
+def test_a_verdict_that_lacks_rows_has_no_seeds_and_is_not_provisional():
+    verdict = verdicts.decide(claim(experiments.ABOVE), comparison(base=[1.0, 2.0]))
+    assert verdict.status == NOT_RUN and verdict.seeds == 0 and not verdict.is_provisional
+
+
+def test_effects_and_rules_are_told_in_words():
+    assert verdicts.shown(Effect(0.01234, 0.001, 0.02, 3, 3), "clean", "difference") == (
+        "+0.0123 [+0.0010, +0.0200] nats, n = 3"
+    )
+    assert verdicts.shown(Effect(1.5, None, None, 1, 2), "train_seconds", "ratio") == (
+        "1.500, n = 1 and 2 (no interval from one seed)"
+    )
+    assert verdicts.shown(None, "clean", "difference") == NOT_RUN
+    for one in experiments.CLAIMS:
+        sentence = verdicts.rule(one)
+        assert sentence.startswith("Holds where ") and sentence.endswith(".") and "inf" not in sentence

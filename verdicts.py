@@ -1,0 +1,169 @@
+"""Which claims held: effects with 95% intervals, and what they say of a claim.
+
+    for comparison in gather(TABLES[claim.table], records, "cpu"):
+        verdict = decide(claim, comparison)      # verdict.status: held, did not hold, within noise, not run
+
+Two rows are compared by Welch's t interval over seeds, ratios on the logarithms (so they are ratios of geometric
+means); two measurements of the same runs are paired by nature, so theirs is the one-sample t interval of the difference
+within a run. Intervals are not corrected for the number of claims.
+"""
+
+import math
+import statistics
+from typing import NamedTuple
+
+from scipy import stats
+
+from experiments import MEASURES, SEEDS_FOR_A_VERDICT, Claim, Comparison
+
+CONFIDENCE = 0.95
+STATUSES = HELD, NOT_HELD, NOISE, NOT_RUN = "held", "did not hold", "within noise", "not run"
+
+
+class Effect(NamedTuple):
+    """low and high are None where a single seed gives no interval."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int  # seeds of the row
+    n_against: int | None  # seeds of the row it is compared with; None for a row's own value
+
+
+class Finding(NamedTuple):
+    row: str
+    against: str
+    effect: Effect | None  # None where a row has no record that counts
+    status: str
+
+
+class Verdict(NamedTuple):
+    claim: Claim
+    comparison: Comparison
+    status: str
+    findings: dict[str, list[Finding]]  # measure -> one a pair; the first measure decides
+    statuses: dict[str, str]  # measure -> what it says
+
+    @property
+    def seeds(self) -> int:
+        """The smallest number of seeds of a row that decides; 0 where one is missing."""
+        effects = [finding.effect for finding in self.findings[self.claim.measures[0]]]
+        return min(min(e.n, e.n_against or e.n) if e else 0 for e in effects)
+
+    @property
+    def is_provisional(self) -> bool:
+        return self.status != NOT_RUN and self.seeds < SEEDS_FOR_A_VERDICT
+
+    @property
+    def dissent(self) -> dict[str, str]:
+        """measure -> status, for those that were taken and say something else than the one that decides."""
+        return {m: s for m, s in self.statuses.items() if s not in (self.status, NOT_RUN)}
+
+
+def decide(claim: Claim, comparison: Comparison) -> Verdict:
+    findings = {
+        measure: [find(claim, comparison, measure, *pair) for pair in claim.pairs] for measure in claim.measures
+    }
+    statuses = {measure: together([finding.status for finding in of]) for measure, of in findings.items()}
+    return Verdict(claim, comparison, statuses[claim.measures[0]], findings, statuses)
+
+
+def find(claim: Claim, comparison: Comparison, measure: str, row: str, against: str) -> Finding:
+    effect = effect_of(comparison, measure, row, against, claim.effect)
+    return Finding(row, against, effect, status_of(effect, claim.holds))
+
+
+def effect_of(comparison: Comparison, measure: str, row: str, against: str, kind: str) -> Effect | None:
+    """kind: difference (row - against), ratio (row / against) or value (of the row alone)."""
+    ours = list(comparison.values(row, measure).values())
+    if kind == "value":
+        return interval_of_mean(ours) if ours else None
+    theirs = list(comparison.values(against, measure).values())
+    if not ours or not theirs:
+        return None
+    if kind == "difference":
+        return interval_of_difference(ours, theirs)
+    if min(ours + theirs) <= 0:
+        return None  # a ratio to nothing
+    on_logs = interval_of_difference([math.log(v) for v in ours], [math.log(v) for v in theirs])
+    mean, low, high = (None if value is None else math.exp(value) for value in on_logs[:3])
+    return Effect(mean, low, high, on_logs.n, on_logs.n_against)
+
+
+def interval_of_mean(values: list[float]) -> Effect:
+    """The t interval of a mean."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Effect(mean, None, None, len(values), None)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return Effect(mean, mean - half, mean + half, len(values), None)
+
+
+def interval_of_difference(ours: list[float], theirs: list[float]) -> Effect:
+    """Welch's t interval of the difference of two means (Welch 1947)."""
+    mean, n, n_against = statistics.fmean(ours) - statistics.fmean(theirs), len(ours), len(theirs)
+    if min(n, n_against) < 2:
+        return Effect(mean, None, None, n, n_against)
+    a, b = statistics.variance(ours) / n, statistics.variance(theirs) / n_against
+    if a + b == 0:  # a count, the same in every run
+        return Effect(mean, mean, mean, n, n_against)
+    degrees = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (n_against - 1))
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, degrees) * math.sqrt(a + b)
+    return Effect(mean, mean - half, mean + half, n, n_against)
+
+
+def status_of(effect: Effect | None, holds: tuple[float, float]) -> str:
+    """What an effect says of a claim that it lies between two bounds."""
+    lowest, highest = holds
+    if effect is None:
+        return NOT_RUN
+    if effect.low is None:
+        return NOISE  # one seed shows nothing
+    if effect.low > lowest and (effect.high < highest or highest == math.inf):
+        return HELD
+    if effect.high <= lowest or effect.low >= highest:
+        return NOT_HELD
+    return NOISE
+
+
+def together(statuses: list[str]) -> str:
+    """Of a claim about several pairs: one that contradicts it is enough; all must hold for it to hold."""
+    for status in (NOT_HELD, NOT_RUN, NOISE):
+        if status in statuses:
+            return status
+    return HELD
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def rule(claim: Claim) -> str:
+    """When the claim holds, as a sentence."""
+    lowest, highest = claim.holds
+    what = {"difference": "the difference", "ratio": "the ratio", "value": "the value"}[claim.effect]
+    unit = MEASURES[claim.measures[0]].unit if claim.effect != "ratio" else ""
+    if highest == math.inf:
+        bounds = f"is above {lowest:g}"
+    elif lowest == -math.inf or (claim.effect == "ratio" and lowest == 0):
+        bounds = f"is below {highest:.4g}"
+    else:
+        bounds = f"lies between {lowest:g} and {highest:g}"
+    every = "every interval" if len(claim.pairs) > 1 else "the interval"
+    reason = f" ({claim.why})" if claim.why else ""
+    return f"Holds where {every} of {what} {bounds}{f' {unit}' if unit else ''}{reason}."
+
+
+def shown(effect: Effect | None, measure: str, kind: str) -> str:
+    """'+0.0123 [+0.0045, +0.0201] nats, n = 3', or 'n = 5 and 3' where the rows differ in it"""
+    if effect is None:
+        return NOT_RUN
+    entry = MEASURES[measure]
+    digits = 3 if kind == "ratio" else entry.digits
+    sign = "+" if kind == "difference" else ""
+    unit = "" if kind == "ratio" or not entry.unit else f" {entry.unit}"
+    numbers = f"{effect.mean:{sign}.{digits}f}"
+    if effect.low is not None:
+        numbers += f" [{effect.low:{sign}.{digits}f}, {effect.high:{sign}.{digits}f}]"
+    counts = f"{effect.n}" if effect.n_against in (None, effect.n) else f"{effect.n} and {effect.n_against}"
+    return f"{numbers}{unit}, n = {counts}" + (" (no interval from one seed)" if effect.low is None else "")
