@@ -1,37 +1,312 @@
-"""Records -> tables and pictures.
+"""Records -> tables, figures, verdicts, one page.
 
-    python plot_results.py                          results/*/*.json -> results/summary.md, results/TABLE_curves.png
+    python plot_results.py                          results/*/*.json -> results/{summary.md,report.html,tables,figures}
+    python plot_results.py --check                  say what of it is stale, and write nothing
     python plot_results.py --latest out/A out/B …   curves of local runs, also while they train -> curves.png
 
-A record is the summary.json of a complete run; records of one config and different seeds are one row, mean ± sample
-SD (n).
+A record is the summary.json of a complete run. What cannot be read, what contradicts itself and what is not there is
+named, and the rest is drawn. The same records give the same bytes.
 """
 
 import argparse
-import itertools
 import json
-import math
-import statistics
+import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # no screen is needed
-import matplotlib.pyplot as plt  # noqa: E402
-
-from configurator import EXPERIMENT, SCHEDULE  # noqa: E402
-from records import FORMAT, is_comparable  # noqa: E402
-from settings import Config  # noqa: E402
+import experiments
+import figures
+import records
+import report
+import tables
+import verdicts
+from configurator import EXPERIMENT, SCHEDULE
+from experiments import CLAIMS, SCALES, TABLES, Comparison
+from records import RecordError
+from settings import Config
 
 ROOT = Path(__file__).resolve().parent
-RESULTS = ROOT / "results"
-# Okabe and Ito (2008): colour-blind readers can tell them apart.
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
+DRAWN = ("tables", "figures")  # folders of results/ that are written here; the others hold records
+
+# The figures of a table, in order.
+FIGURES = {
+    "B": ("loss_curves", "loss_against_cost", "relative_cost", "load_over_training"),
+    "A": ("aux_decomposition", "loss_curves", "loss_against_cost", "relative_cost", "load_over_training"),
+    "A_enwik8": ("aux_decomposition", "loss_curves", "loss_against_cost"),
+    "A_text8": ("aux_decomposition", "loss_curves", "loss_against_cost"),
+    "A_summary": (),
+    "C": ("loss_curves", "load_over_training"),
+    "D": ("loss_curves", "loss_against_cost"),
+    "equal": ("loss_curves", "loss_against_cost"),
+    "boundary": ("boundary_map",),
+}
 
 
-class RecordError(ValueError):
-    """A record that cannot be read: which, and why."""
+class Part(NamedTuple):
+    """What there is to say of one table at one scale on one kind of machine."""
+
+    comparison: Comparison
+    rulings: list[verdicts.Verdict]
+    grids: list[report.Grid]
+    pictures: dict[str, report.Picture]  # by file name
+
+    @property
+    def title(self):
+        table, scale = self.comparison.table, SCALES[self.comparison.scale]
+        return f"{table.title} ({table.name}, {scale.title.partition(':')[0]})"
+
+
+def part_of(comparison, number):
+    """number: of the machine, among those on which this table was run at this scale."""
+    table, scale = comparison.table, comparison.scale
+    rulings = [
+        verdicts.decide(claim, comparison) for claim in CLAIMS if claim.table == table.name and scale in claim.scales
+    ]
+    pictures = {}
+    for name in (*FIGURES[table.name], "differences"):
+        drawing = differences(comparison) if name == "differences" else getattr(figures, name)(comparison)
+        if drawing:
+            suffix = f"_{number}" if number > 1 else ""
+            svg = figures.svg(drawing.figure)
+            pictures[f"{table.name}_{scale}_{name}{suffix}.svg"] = report.Picture(svg, drawing.caption, drawing.alt)
+    return Part(comparison, rulings, [tables.grid_of(comparison, view) for view in table.views], pictures)
+
+
+def differences(comparison):
+    """Each row against its baseline on the clean measure."""
+    found = []
+    for row in comparison.table.rows_at(comparison.scale):
+        if not row.baseline:
+            continue
+        effect = verdicts.effect_of(comparison, "clean", row.name, row.baseline, "difference")
+        pair = figures.published(comparison, row, "paper")
+        if effect:
+            published = pair[0] - pair[1] if pair else None
+            found.append((row.label, effect.mean, effect.low, effect.high, effect.n, published))
+    return figures.difference_forest(comparison, found)
+
+
+def parts_of(found):
+    """Of every table and scale of which something was run."""
+    parts = []
+    for scale in SCALES:
+        for table in TABLES.values():
+            for number, comparison in enumerate(experiments.gather(table, found, scale), 1):
+                if comparison.machine:
+                    parts.append(part_of(comparison, number))
+    return parts
+
+
+def rulings_of(parts):
+    """Every claim at every scale that it applies to, in the order of CLAIMS; those without a run too."""
+    made = {}
+    for part in parts:
+        for verdict in part.rulings:
+            made.setdefault((verdict.claim.id, part.comparison.scale), []).append(verdict)
+    rulings = []
+    for claim in CLAIMS:
+        for scale in claim.scales:
+            nothing = experiments.gather(TABLES[claim.table], [], scale)[0]
+            rulings += made.get((claim.id, scale)) or [verdicts.decide(claim, nothing)]
+    return rulings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def lines_of(verdict, measure):
+    """The effects on one measure, a line a pair of rows."""
+    claim, table = verdict.claim, verdict.comparison.table
+    lines = []
+    for finding in verdict.findings[measure]:
+        names = table.row(finding.row).label
+        if finding.against:
+            sign = {"difference": "−", "ratio": "÷"}[claim.effect]
+            names += f" {sign} {table.row(finding.against).label}"
+        lines.append(f"{names}: {verdicts.shown(finding.effect, measure, claim.effect)}")
+    return lines
+
+
+def details_of(verdict):
+    """The effects behind a verdict; of the other measures where they disagree."""
+    headings = {measure: experiments.MEASURES[measure].heading for measure in verdict.findings}
+    first = verdict.claim.measures[0]
+    lines = [f"{headings[first]}:", *lines_of(verdict, first)]
+    for measure, status in verdict.dissent.items():
+        lines += [f"but {status} by {headings[measure]}:", *lines_of(verdict, measure)]
+    return lines
+
+
+def effect_of(verdict):
+    """What decided, in a line: the only effect, or the one that is farthest from what the claim says."""
+    first = verdict.claim.measures[0]
+    deciding = [finding for finding in verdict.findings[first] if finding.status == verdict.status]
+    finding = deciding[0]
+    text = verdicts.shown(finding.effect, first, verdict.claim.effect)
+    if len(verdict.findings[first]) > 1 and finding.effect:
+        text = f"{verdict.comparison.table.row(finding.row).label}: {text}"
+    dissent = [f"{status} by {experiments.MEASURES[measure].heading}" for measure, status in verdict.dissent.items()]
+    return "; but ".join([text, *dissent])
+
+
+def command_of(table, scale):
+    return f"python sweep.py {table.name} --scale={scale} --seeds={experiments.SEEDS_FOR_A_VERDICT}"
+
+
+def status_of(verdict):
+    return verdict.status + (f" (provisional, n = {verdict.seeds})" if verdict.is_provisional else "")
+
+
+def headline(parts, found):
+    """What was run, and where."""
+    if not found:
+        return "There are no records yet; each line below says how to make them."
+    machines = sorted({part.comparison.machine for part in parts})
+    return (
+        f"{len(found)} runs on {' and on '.join(machines)}. A verdict from fewer than "
+        f"{experiments.SEEDS_FOR_A_VERDICT} seeds is provisional."
+    )
+
+
+def counted(rulings):
+    count = {status: sum(verdict.status == status for verdict in rulings) for status in verdicts.STATUSES}
+    return f"Of {len(rulings)} verdicts: " + ", ".join(f"{number} {status}" for status, number in count.items()) + "."
+
+
+HOW_TO_READ = (
+    "Losses are nats per character in eval mode. **Clean**: the whole validation split, each character predicted once. "
+    "**The papers' way**: the minimum over evaluations of the mean of random batches; with auxiliary losses added, as "
+    "some papers seem to have done. A cell is mean ± sample SD (n seeds). An effect comes with its 95% interval: "
+    "Welch's over seeds between two rows, the paired one between two measurements of the same runs. A claim held where "
+    "the whole interval lies where its rule says, did not hold where none of it does, and is within noise otherwise; "
+    "of several pairs, one that contradicts is enough. Intervals are not corrected for the number of claims. Times "
+    "count only from runs that had their cores, or their GPU, to themselves."
+)
+
+
+def summary_of(parts, rulings, found, left_out):
+    """results/summary.md"""
+    page = ["# Measured results", "", "Written by `plot_results.py` from the records beside it.", ""]
+    page += [headline(parts, found), "", HOW_TO_READ, "", "## Verdicts", "", counted(rulings), ""]
+    page += ["| | claim | scale | verdict | effect |", "| --- | --- | --- | --- | --- |"]
+    for verdict in rulings:
+        if verdict.status != verdicts.NOT_RUN:
+            claim, scale = verdict.claim, verdict.comparison.scale
+            page.append(f"| {claim.id} | {claim.sentence} | {scale} | {status_of(verdict)} | {effect_of(verdict)} |")
+    page += ["", *not_run_lines(rulings), ""]
+    for part in parts:
+        table, comparison = part.comparison.table, part.comparison
+        page += [f"## {part.title}", "", f"{table.text} Source: {table.source}. Machine: {comparison.machine}.", ""]
+        for grid in part.grids:
+            page += [tables.markdown(grid), ""]
+        for name, picture in part.pictures.items():
+            page += [f"![{picture.alt}](figures/{name})", "", picture.caption, ""]
+    page += left_out_lines(left_out)
+    return "\n".join(page).rstrip() + "\n"
+
+
+def not_run_lines(rulings):
+    """What is missing, by table and scale."""
+    missing = {}
+    for verdict in rulings:
+        if verdict.status == verdicts.NOT_RUN:
+            missing.setdefault((verdict.claim.table, verdict.comparison.scale), []).append(verdict.claim.id)
+    return [
+        f"- not run, or not completely: {', '.join(ids)} ({scale}): `{command_of(TABLES[table], scale)}`"
+        for (table, scale), ids in missing.items()
+    ]
+
+
+def left_out_lines(left_out):
+    return ["## Records left out", "", *(f"- {why}" for why in left_out)] if left_out else []
+
+
+def report_of(parts, rulings, found, left_out):
+    """results/report.html"""
+    sections = []
+    for part in parts:
+        table, comparison = part.comparison.table, part.comparison
+        blocks = [report.Text(f"{table.text} Source: {table.source}. Machine: {comparison.machine}.")]
+        blocks += part.grids
+        blocks += part.pictures.values()
+        blocks += [ruling_of(verdict) for verdict in part.rulings]
+        sections.append(report.Section(part.title, blocks))
+    missing = not_run_lines(rulings)
+    if missing:
+        sections.append(report.Section("Not run yet", [report.Text(line.removeprefix("- ")) for line in missing]))
+    if left_out:
+        sections.append(report.Section("Records left out", [report.Text(why) for why in left_out]))
+    lead = [report.Text(headline(parts, found)), report.Text(HOW_TO_READ)]
+    return report.page("charmoe: what was measured", lead, sections)
+
+
+def ruling_of(verdict):
+    return report.Ruling(
+        verdict.claim.id,
+        verdict.status,
+        verdict.claim.sentence,
+        effect_of(verdict),
+        details=details_of(verdict),
+        notes=[verdicts.rule(verdict.claim)],
+        provisional=verdict.is_provisional,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def outputs_of(folder):
+    """({path under `folder`: its text}, what was left out)"""
+    found, left_out = records.read_all(folder)
+    found = [record for _, record in found]
+    parts = parts_of(found)
+    rulings = rulings_of(parts)
+    outputs = {"summary.md": summary_of(parts, rulings, found, left_out)}
+    outputs["report.html"] = report_of(parts, rulings, found, left_out)
+    for part in parts:
+        outputs |= {f"figures/{name}": picture.svg for name, picture in part.pictures.items()}
+    by_table = {}
+    for part in parts:
+        by_table.setdefault((part.comparison.table.name, part.comparison.scale), []).append(part)
+    for (table, scale), of in by_table.items():
+        outputs[f"tables/{table}_{scale}.csv"] = tables.csv_of([part.comparison for part in of])
+        grids = [tables.latex(grid) for part in of for grid in part.grids]
+        outputs[f"tables/{table}_{scale}.tex"] = "\n\n".join(grids) + "\n"
+    return outputs, left_out
+
+
+def superfluous(folder, outputs):
+    """What lies where only plot_results.py writes, and was not written for these records."""
+    there = {path.relative_to(folder).as_posix() for name in DRAWN for path in (folder / name).glob("*")}
+    return sorted(there - outputs.keys())
+
+
+def check(folder, outputs):
+    """What of `folder` is not what plot_results.py would write, a line each."""
+    lines = [f"{name} is drawn from nothing any more" for name in superfluous(folder, outputs)]
+    for name, text in outputs.items():
+        path = folder / name
+        if not path.is_file():
+            lines.append(f"{name} is missing")
+        elif path.read_bytes() != text.encode():
+            lines.append(f"{name} is out of date")
+    return lines
+
+
+def write(folder, outputs):
+    for name in superfluous(folder, outputs):
+        (folder / name).unlink()
+    for name, text in outputs.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Local runs, finished or not
 
 
 def read_json_lines(path):
@@ -45,16 +320,6 @@ def read_json_lines(path):
     return lines
 
 
-def read_record(path):
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: cannot be read as a record ({error})") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise RecordError(f"{path}: not a record of train.py (its format should be {FORMAT!r})")
-    return record
-
-
 def read_run(folder):
     """A run, finished or not, as the part of a record that curves need."""
     config, metrics = folder / "config.json", folder / "metrics.jsonl"
@@ -64,175 +329,48 @@ def read_run(folder):
         values = Config.from_dict(json.loads(config.read_text()), origin=str(config)).to_dict()
     except ValueError as error:
         raise RecordError(f"{config}: not the config of a run ({error})") from None
-    evaluations = [line for line in read_json_lines(metrics) if line["kind"] == "eval"]
+    lines = read_json_lines(metrics)
+    evaluations = [line for line in lines if isinstance(line, dict) and line.get("kind") == "eval"]
     if not evaluations:
         raise RecordError(f"{folder}: has no evaluation yet")
     return {"title": values["title"] or folder.name, "config": values, "evaluations": evaluations}
 
 
-def rows_of(records):
-    """{label: records that differ in nothing but seed and machine}, in the order in which they come. The label is the
+def labelled(runs):
+    """{label: runs that differ in nothing but seed and machine}, in the order in which they come. The label is the
     title; where several experiments share one, what sets each apart from the first is added."""
     by_hash = {}
-    for record in records:
-        by_hash.setdefault(Config.from_dict(record["config"]).hash(), []).append(record)
-    rows, first_of = {}, {}
+    for run in runs:
+        by_hash.setdefault(Config.from_dict(run["config"]).hash(), []).append(run)
+    groups, first_of = {}, {}
     for group in by_hash.values():
         title, config = group[0]["title"], Config.from_dict(group[0]["config"])
         first = first_of.setdefault(title, config)
         apart = [f"{key}={ours}" for key, ours, _ in config.differences(first, (EXPERIMENT, SCHEDULE)) if key != "seed"]
-        rows[", ".join([title, *apart])] = group
-    return rows
-
-
-def mean_sd(values, digits):
-    """'1.2345 ± 0.0067' with the sample SD, or the value alone for n = 1."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
-def table_of(rows):
-    """Markdown, a line a row."""
-    columns = [
-        "run",
-        "n",
-        "best validation, nats",
-        "bpc",
-        "the papers' way, nats",
-        "with aux. losses",
-        "parameters (active)",
-        "training, s",
-        "characters/s",
-    ]
-    lines = ["| " + " | ".join(columns) + " |", "| --- " + "| ---: " * (len(columns) - 1) + "|"]
-    for label, records in rows.items():
-        first = records[0]
-        mark = "" if is_comparable(first) else " †"
-        lines.append(
-            "| "
-            + " | ".join(
-                [
-                    f"{label}, {first['dataset']['name']}{mark}",
-                    str(len(records)),
-                    mean_sd([record["clean"]["best"]["nats"] for record in records], 4),
-                    mean_sd([record["clean"]["best"]["bpc"] for record in records], 4),
-                    mean_sd([record["paper"]["best_val"] for record in records], 4),
-                    mean_sd([record["paper"]["best_val_with_aux"] for record in records], 4),
-                    f"{first['parameters']['total']:,} ({first['parameters']['active']:,})",
-                    mean_sd([record["seconds"]["train"] for record in records], 1),
-                    mean_sd([record["tokens_per_second"] for record in records], 0),
-                ]
-            )
-            + " |"
-        )
-    return "\n".join(lines)
-
-
-def machine_of(record):
-    machine = record["machine"]
-    return f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['dtype']}"
-
-
-def summary_of(tables):
-    """The page of all tables ({name: rows}), with what was run where."""
-    page = [
-        "# Measured results",
-        "",
-        "Written by `plot_results.py` from the records beside it; mean ± sample SD over n seeds. Best validation: the "
-        "lowest cross-entropy over the whole validation split, each character predicted once, among the evaluations of "
-        "the run. The papers' way: minimum over estimates from random batches; with the weighted auxiliary losses "
-        "added, as some papers seem to have done. † not a canonical data set, or routing that sees later characters.",
-        "",
-    ]
-    for table, rows in tables.items():
-        machines = sorted({machine_of(record) for records in rows.values() for record in records})
-        dirty = sum(record["git"]["dirty"] is not False for records in rows.values() for record in records)
-        page += [
-            f"## {table}",
-            "",
-            table_of(rows),
-            "",
-            f"Machine: {'; '.join(machines)}."
-            + (f" {dirty} of the runs were made with uncommitted changes." if dirty else ""),
-            "",
-        ]
-    return "\n".join(page)
-
-
-def draw_curves(labelled, path, caption):
-    """Loss against steps; labelled: {label: runs}. A thin line a seed, a thick one for their mean; dots: training
-    batches."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    for colour, (label, runs) in zip(itertools.cycle(COLOURS), labelled.items()):
-        curves = {}
-        for run in runs:
-            steps = [line["step"] for line in run["evaluations"]]
-            axes.plot(
-                steps, [line["clean"]["nats"] for line in run["evaluations"]], color=colour, alpha=0.35, linewidth=0.8
-            )
-            for line in run["evaluations"]:
-                curves.setdefault(line["step"], []).append((line["clean"]["nats"], line["paper"]["train"]))
-        complete = sorted(step for step, values in curves.items() if len(values) == len(runs))
-        validation, train = ([statistics.mean(value[i] for value in curves[step]) for step in complete] for i in (0, 1))
-        axes.plot(complete, validation, color=colour, linewidth=2, label=f"{label} (n = {len(runs)})")
-        axes.plot(complete, train, color=colour, linewidth=1.2, linestyle=":")
-    axes.plot([], [], color="grey", linestyle=":", label="the same on training batches, eval mode")
-    axes.set(xlabel="updates", ylabel="validation loss, nats per character")
-    low = min(line["clean"]["nats"] for runs in labelled.values() for run in runs for line in run["evaluations"])
-    later = [
-        line["clean"]["nats"]
-        for runs in labelled.values()
-        for run in runs
-        for line in run["evaluations"]
-        if line["step"] > 0
-    ]
-    axes.set_ylim(low - 0.15, max(later, default=low + 1) + 0.15)
-    axes.secondary_yaxis(
-        "right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))
-    ).set_ylabel("bits per character")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.supxlabel(caption, fontsize=8)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
+        groups[", ".join([title, *apart])] = group
+    return groups
 
 
 def draw_latest(folders, output):
-    runs = [read_run(Path(folder)) for folder in folders]
-    labelled = rows_of(runs)
-    draw_curves(
-        labelled, output, "Cross-entropy over the whole validation split. Thin: one seed; thick: mean of the seeds."
-    )
-    print(f"wrote {output}")
-
-
-def draw_results():
-    tables = {}
-    for path in sorted(RESULTS.glob("*/*.json")):
+    """One picture of those runs that have something to show; the others are named."""
+    runs = []
+    for folder in folders:
         try:
-            tables.setdefault(path.parent.name, []).append(read_record(path))
+            runs.append(read_run(Path(folder)))
         except RecordError as error:
             print(f"left out: {error}", file=sys.stderr)
-    if not tables:
-        where = f"{RESULTS.name}/ holds no records yet"
-        raise RecordError(f"{where}: a complete run's summary.json, as results/TABLE/ROW-sSEED.json")
-    tables = {name: rows_of(records) for name, records in tables.items()}
-    for name, rows in tables.items():
-        devices = ", ".join(sorted({record["machine"]["device"] for records in rows.values() for record in records}))
-        path = RESULTS / f"{name}_curves.png"
-        draw_curves(
-            rows, path, f"Cross-entropy over the whole validation split, {devices}. Thin: one seed; thick: mean."
-        )
-        print(f"wrote {path.relative_to(ROOT)}")
-    (RESULTS / "summary.md").write_text(summary_of(tables))
-    print(f"wrote {(RESULTS / 'summary.md').relative_to(ROOT)}")
+    if not runs:
+        raise RecordError("none of these folders holds a run with an evaluation")
+    figures.png(figures.curves_of_runs(labelled(runs)).figure, output)
+    print(f"wrote {output}")
 
 
 def main(argv):
     parser = argparse.ArgumentParser(
         prog="python plot_results.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--results", metavar="DIR", type=Path, default=ROOT / "results", help="the folder of records")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something is stale")
     parser.add_argument("--latest", nargs="+", metavar="OUT_DIR", help="draw these local runs instead of results/")
     parser.add_argument(
         "--output", metavar="FILE", default="curves.png", help="where --latest draws (default: curves.png)"
@@ -240,8 +378,19 @@ def main(argv):
     options = parser.parse_args(argv)
     if options.latest:
         draw_latest(options.latest, options.output)
-    else:
-        draw_results()
+        return 0
+    outputs, left_out = outputs_of(options.results)
+    for why in left_out:
+        print(f"left out: {why}", file=sys.stderr)
+    shown = os.path.relpath(options.results)
+    if options.check:
+        lines = check(options.results, outputs)
+        for line in lines:
+            print(f"{shown}/{line}")
+        print("run python plot_results.py" if lines else f"{shown}/ is up to date")
+        return 1 if lines else 0
+    write(options.results, outputs)
+    print(f"wrote {shown}/report.html, summary.md and {len(outputs) - 2} tables and figures")
     return 0
 
 

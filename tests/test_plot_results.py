@@ -1,113 +1,253 @@
-"""Tables and curves from records, whole or not."""
+"""From a folder of records to tables, figures, verdicts and one page, also when records are missing or damaged."""
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from conftest import TINY
 
 import plot_results
-import records
+import train
+from experiments import BELOW, OURS, Claim, Row, Table, View
 from settings import Config
 
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = (1, 2)
 
-def record(seed=1, nats=1.5, step=10, **changes):
-    evaluations = [
-        {"step": at, "clean": {"nats": nats + 2 - at / 5, "bpc": 1.0}, "paper": {"train": nats, "val": nats}}
-        for at in (0, step)
-    ]
+
+@pytest.fixture(scope="session")
+def table(words):
+    """Two rows that were run and one that was not, of models that train in a second."""
+    options = {**TINY, "dataset": words, "lr_decay_iters": 0}
+    rows = (
+        Row("dense", "dense", "shakespeare_dense", options, scales=("cpu",)),
+        Row(
+            "moe4",
+            "4 experts",
+            "shakespeare_moe4",
+            options,
+            baseline="dense",
+            published={"paper": 1.53},
+            scales=("cpu",),
+        ),
+        Row("moe8", "8 experts", "shakespeare_moe8", options, baseline="dense", scales=("cpu",)),
+    )
+    return Table("T", "A table", OURS, "What it is for.", rows, (View("Loss", ("clean", "paper", "train_seconds")),))
+
+
+@pytest.fixture(scope="session")
+def made(table, tmp_path_factory):
+    """results/ with two seeds of two rows. To be read only."""
+    folder = tmp_path_factory.mktemp("made") / "results"
+    for row in table.rows[:2]:
+        for seed in SEEDS:
+            out_dir = folder.parent / row.cell("cpu", seed)
+            assert train.main([*row.arguments("cpu", seed), f"--out_dir={out_dir}"]) == 0
+            record = json.loads((out_dir / "summary.json").read_text())
+            # These tests run on busy machines and on trees with uncommitted changes.
+            record |= {"others": {"cpu_share": 0.0, "device_bytes": None}, "exclusive": True}
+            record["git"] = {"commit": "0" * 40, "dirty": False}
+            path = folder / "T" / f"{row.cell('cpu', seed)}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def results(made, table, tmp_path, monkeypatch):
+    """A copy of it, where plot_results.py knows this table and two claims."""
+    claims = [
+        Claim(name, f"{label} are better.", OURS, "T", ((row, "dense"),), ("clean", "paper"), "difference", BELOW,
+              scales=("cpu",))
+        for name, label, row in (("T1", "4 experts", "moe4"), ("T2", "8 experts", "moe8"))
+    ]  # fmt: skip
+    monkeypatch.setattr(plot_results, "TABLES", {"T": table})
+    monkeypatch.setattr(plot_results, "CLAIMS", claims)
+    monkeypatch.setattr(plot_results, "FIGURES", {"T": ("loss_curves", "loss_against_cost")})
+    return Path(shutil.copytree(made, tmp_path / "results"))
+
+
+def draw(results, *options):
+    return plot_results.main(["--results", str(results), *options])
+
+
+def drawn(results):
     return {
-        "format": "charmoe record 2",
-        "run_id": f"abc-s{seed}",
-        "title": "A title",
-        "leaky": False,
-        "config": Config(seed=seed).to_dict(),
-        "dataset": {"name": "shakespeare_char", "canonical": True},
-        "parameters": {"total": 2000, "active": 1000},
-        "clean": {"best": {"nats": nats, "bpc": nats * 1.4427}},
-        "paper": {"best_val": nats, "best_val_with_aux": nats + 0.04},
-        "seconds": {"train": 100.0},
-        "tokens_per_second": 15000.0,
-        "git": {"commit": "0", "dirty": False},
-        "machine": {"device": "a CPU", "threads": 2, "torch": "2.13.0", "dtype": "float32"},
-        "evaluations": evaluations,
-        **changes,
+        path.relative_to(results).as_posix(): path.read_bytes()
+        for path in results.rglob("*")
+        if path.is_file() and path.parent.name != "T"
     }
 
 
-def results_with(monkeypatch, tmp_path, *records):
-    folder = tmp_path / "results" / "cpu"
-    folder.mkdir(parents=True)
-    for number, one in enumerate(records):
-        (folder / f"{number}.json").write_text(one if isinstance(one, str) else json.dumps(one))
-    monkeypatch.setattr(plot_results, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(plot_results, "ROOT", tmp_path)
+def of_cell(results, row="moe4", seed=1):
+    return results / "T" / f"{row}-cpu-s{seed}.json"
 
 
-def test_seeds_of_one_config_become_a_row_with_mean_and_sample_sd(monkeypatch, tmp_path):
-    results_with(
-        monkeypatch,
-        tmp_path,
-        record(1, 1.0),
-        record(2, 2.0),
-        record(3, 3.0, config=Config(n_layer=2).to_dict(), title="Another"),
-    )
-    plot_results.main([])
-    page = (tmp_path / "results" / "summary.md").read_text()
-    assert (
-        "| A title, shakespeare_char | 2 | 1.5000 ± 0.7071 |" in page
-        and "| Another, shakespeare_char | 1 | 3.0000 |" in page
-    )
-    assert (tmp_path / "results" / "cpu_curves.png").stat().st_size > 10_000
+def changed(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_the_same_records_give_the_same_bytes(monkeypatch, tmp_path):
-    results_with(monkeypatch, tmp_path, record(1), record(2, 1.6))
-    outputs = []
-    for _ in range(2):
-        plot_results.main([])
-        outputs.append([(tmp_path / "results" / name).read_bytes() for name in ("summary.md", "cpu_curves.png")])
-    assert outputs[0] == outputs[1]
+def test_everything_is_drawn_from_the_records(results, capsys):
+    assert draw(results) == 0
+    files = drawn(results)
+    assert set(files) == {
+        "summary.md", "report.html", "tables/T_cpu.csv", "tables/T_cpu.tex",
+        "figures/T_cpu_loss_curves.svg", "figures/T_cpu_loss_against_cost.svg", "figures/T_cpu_differences.svg",
+    }  # fmt: skip
+    for name in ("summary.md", "report.html"):
+        page = files[name].decode()
+        assert "4 experts are better." in page and "± " in page and "(2)" in page
+    assert "`python sweep.py T --scale=cpu --seeds=5`" in files["summary.md"].decode()
+    assert "| 8 experts | not run |" in files["summary.md"].decode()
+    assert "wrote " in capsys.readouterr().out
 
 
-def test_what_cannot_be_compared_is_marked(monkeypatch, tmp_path):
-    results_with(
-        monkeypatch,
-        tmp_path,
-        record(1, dataset={"name": "enwik8-head-4.15M", "canonical": False}, git={"commit": "0", "dirty": True}),
-    )
-    plot_results.main([])
-    page = (tmp_path / "results" / "summary.md").read_text()
-    assert "enwik8-head-4.15M †" in page and "1 of the runs were made with uncommitted changes" in page
+def test_the_same_records_give_the_same_bytes_in_another_process(results):
+    draw(results)
+    before = drawn(results)
+    draw(results)
+    assert drawn(results) == before
 
 
-def test_a_damaged_record_is_named_and_the_rest_is_drawn(monkeypatch, tmp_path, capsys):
-    results_with(monkeypatch, tmp_path, record(1), '{"format": "charm', "[1, 2]")
-    plot_results.main([])
-    told = capsys.readouterr().err
-    assert "1.json: cannot be read" in told and "2.json: not a record" in told
-    assert "| 1 | 1.5000 |" in (tmp_path / "results" / "summary.md").read_text()
+def test_check_is_content_with_what_was_drawn_and_writes_nothing(results, capsys):
+    assert draw(results, "--check") == 1 and not (results / "report.html").exists()
+    draw(results)
+    capsys.readouterr()
+    assert draw(results, "--check") == 0 and "up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["summary.md", "report.html", "tables/T_cpu.csv", "figures/T_cpu_loss_curves.svg"])
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_check_names_what_is_stale(results, capsys, name, damage):
+    draw(results)
+    path = results / name
+    path.write_bytes(path.read_bytes() + b" ") if damage == "changed" else path.unlink()
+    capsys.readouterr()
+    assert draw(results, "--check") == 1
+    told = capsys.readouterr().out
+    assert f"{name} is {'out of date' if damage == 'changed' else 'missing'}" in told and told.count(" is ") == 1
+
+
+def test_check_sees_a_record_that_came_or_went(results, capsys):
+    draw(results)
+    of_cell(results).unlink()
+    assert draw(results, "--check") == 1
+
+
+def test_what_no_record_gives_any_more_is_removed(results, capsys):
+    draw(results)
+    (results / "figures" / "T_paper_loss_curves.svg").write_text("old")
+    assert draw(results, "--check") == 1
+    assert "T_paper_loss_curves.svg is drawn from nothing any more" in capsys.readouterr().out
+    draw(results)
+    assert draw(results, "--check") == 0
 
 
 @pytest.mark.parametrize(
-    "seconds, text", [(0.04, "0.0 s"), (59.4, "59.4 s"), (59.9, "1 min 0 s"), (119.6, "2 min 0 s"), (3599.7, "1.0 h")]
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:1000]),
+        lambda path: path.write_text("[]"),
+        lambda path: changed(path, surprise=1),
+        lambda path: changed(path, leaky=True),
+        lambda path: changed(path, epochs=float("nan")),
+        lambda path: path.rename(path.with_name("moe4-cpu-s7.json")),
+    ],
+    ids=["truncated", "a list", "unknown field", "contradiction", "NaN", "another seed's name"],
 )
-def test_durations_never_have_sixty_seconds(seconds, text):
-    assert records.duration(seconds) == text
+def test_a_record_that_does_not_count_is_named_in_a_line_and_the_rest_is_drawn(results, capsys, damage):
+    damage(of_cell(results))
+    assert draw(results) == 0
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("left out: ") and "moe4-cpu-s" in told
+    page = (results / "summary.md").read_text()
+    assert "(n = 1)" in page and "± " in page and "## Records left out" in page
+    assert "Records left out" in (results / "report.html").read_text()
 
 
-def test_no_records_is_one_message(monkeypatch, tmp_path):
-    results_with(monkeypatch, tmp_path)
-    with pytest.raises(plot_results.RecordError, match="holds no records yet"):
-        plot_results.main([])
+def test_of_two_records_of_one_cell_neither_counts_unless_they_are_the_same(results, capsys):
+    path, copy = of_cell(results), of_cell(results).with_name("again-s1.json")
+    shutil.copy(path, copy)
+    draw(results)
+    assert "the same record" in capsys.readouterr().err and "(n = 1)" not in (results / "summary.md").read_text()
+    changed(copy, median_step_ms=1.0)
+    draw(results)
+    told = capsys.readouterr().err
+    assert path.name in told and copy.name in told and "(n = 1)" in (results / "summary.md").read_text()
 
 
-def test_a_run_that_still_trains_is_drawn_from_its_whole_lines(tmp_path, capsys):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps(Config().to_dict()))
-    lines = [{"kind": "train", "step": 5, "loss": 2.0}, *({"kind": "eval", **line} for line in record()["evaluations"])]
-    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"kind": "ev')
-    plot_results.main(["--latest", str(run), "--output", str(tmp_path / "curves.png")])
-    assert "not a whole line" in capsys.readouterr().err and (tmp_path / "curves.png").stat().st_size > 10_000
+def test_runs_with_uncommitted_changes_are_shown_and_not_averaged(results):
+    changed(of_cell(results), git={"commit": "0" * 40, "dirty": True})
+    draw(results)
+    page = (results / "summary.md").read_text()
+    assert "not counted, for the tree had uncommitted changes: 4 experts, seed 1, " in page
+    assert "| 4 experts † |" in page and "(n = 1)" in page
+
+
+def test_another_machine_gets_tables_of_its_own(results):
+    record = json.loads(of_cell(results).read_text())
+    changed(of_cell(results), machine=record["machine"] | {"device": "Another CPU"})
+    draw(results)
+    page = (results / "summary.md").read_text()
+    assert page.count("## A table (T, CPU size)") == 2 and "Machine: Another CPU, " in page
+    assert page.count("(2)") == 3  # dense on the first machine: clean, the papers' way, time
+    assert any("_2.svg" in name for name in drawn(results))
+
+
+@pytest.mark.parametrize("empty", [True, False], ids=["empty", "missing"])
+def test_no_records_at_all_is_a_page_that_says_how_to_make_them(results, empty, tmp_path):
+    folder = tmp_path / "nothing"
+    if empty:
+        folder.mkdir()
+    assert draw(folder) == 0
+    page = (folder / "report.html").read_text()
+    assert "There are no records yet" in page and "python sweep.py T" in (folder / "summary.md").read_text()
+
+
+def test_a_read_only_folder_is_one_clear_line(made, table, tmp_path):
+    """In another process, for a message is told by the script; root may write anywhere, so a file is in the way."""
+    folder = Path(shutil.copytree(made, tmp_path / "results"))
+    (folder / "summary.md").mkdir()
+    done = subprocess.run(
+        [sys.executable, "plot_results.py", "--results", str(folder)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "summary.md: Is a directory" in done.stderr.splitlines()[-1]
+
+
+def test_the_committed_results_are_what_their_records_give():
+    """What --check does in CI, for those who only run the tests."""
+    done = subprocess.run([sys.executable, "plot_results.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_that_draws_needs_torch():
+    program = "import sys, plot_results; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --latest
+
+
+def local_run(folder, made, tail=""):
+    """A run that is still training, with the evaluations of a finished one."""
+    record = json.loads(of_cell(made).read_text())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(record["config"]))
+    lines = [{"kind": "train", "step": 5, "loss": 2.0}, *({"kind": "eval", **line} for line in record["evaluations"])]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + tail)
+    return folder
+
+
+def test_a_run_that_still_trains_is_drawn_from_its_whole_lines(made, tmp_path, capsys):
+    run = local_run(tmp_path / "run", made, '\n{"kind": "ev')
+    picture = tmp_path / "curves.png"
+    assert plot_results.main(["--latest", str(run), "--output", str(picture)]) == 0
+    assert "not a whole line" in capsys.readouterr().err and picture.stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
@@ -116,35 +256,23 @@ def test_a_run_that_still_trains_is_drawn_from_its_whole_lines(tmp_path, capsys)
         ({}, "holds no run"),
         ({"config.json": "{}", "metrics.jsonl": ""}, "no evaluation yet"),
         ({"config.json": "[1", "metrics.jsonl": ""}, "not the config of a run"),
+        ({"config.json": "{}", "metrics.jsonl": "[1]\n"}, "no evaluation yet"),
     ],
 )
-def test_a_folder_without_a_run_is_one_message(tmp_path, files, message):
+def test_a_folder_without_a_run_is_named_and_the_others_are_drawn(made, tmp_path, capsys, files, message):
+    bad, picture = tmp_path / "bad", tmp_path / "curves.png"
+    bad.mkdir()
     for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    with pytest.raises(plot_results.RecordError, match=message):
-        plot_results.main(["--latest", str(tmp_path)])
+        (bad / name).write_text(content)
+    with pytest.raises(plot_results.RecordError, match="none of these folders"):
+        plot_results.main(["--latest", str(bad), "--output", str(picture)])
+    run = local_run(tmp_path / "run", made)
+    plot_results.main(["--latest", str(bad), str(run), "--output", str(picture)])
+    assert message in capsys.readouterr().err and picture.exists()
 
 
-def test_experiments_that_share_a_title_are_told_apart_and_never_averaged(monkeypatch, tmp_path):
+def test_experiments_that_share_a_title_are_told_apart_and_never_averaged():
     """Options on the command line change the experiment, but not the title."""
-    results_with(monkeypatch, tmp_path, record(1), record(2, 1.7, config=Config(seed=2, learning_rate=0.01).to_dict()))
-    drawn = []
-    monkeypatch.setattr(plot_results, "draw_curves", lambda rows, path, caption: drawn.append(list(rows)))
-    plot_results.main([])
-    page = (tmp_path / "results" / "summary.md").read_text()
-    assert (
-        "| A title, shakespeare_char | 1 |" in page and "| A title, learning_rate=0.01, shakespeare_char | 1 |" in page
-    )
-    assert drawn == [["A title", "A title, learning_rate=0.01"]]
-
-
-def test_more_rows_than_colours_are_all_drawn(tmp_path):
-    rows = {f"row {i}": [record()] for i in range(len(plot_results.COLOURS) + 2)}
-    shown = []
-    figure_legend = plot_results.plt.Axes.legend
-    try:
-        plot_results.plt.Axes.legend = lambda axes, **keys: shown.extend(axes.get_legend_handles_labels()[1])
-        plot_results.draw_curves(rows, tmp_path / "curves.png", "")
-    finally:
-        plot_results.plt.Axes.legend = figure_legend
-    assert len(shown) == len(rows) + 1
+    runs = [{"title": "A", "config": Config(seed=1).to_dict()}, {"title": "A", "config": Config(seed=2).to_dict()}]
+    runs.append({"title": "A", "config": Config(seed=2, learning_rate=0.01).to_dict()})
+    assert plot_results.labelled(runs) == {"A": runs[:2], "A, learning_rate=0.01": runs[2:]}

@@ -1,0 +1,362 @@
+"""Pictures: the right numbers, the same bytes, whatever is missing; readable in light and dark."""
+
+import functools
+import hashlib
+import math
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from matplotlib.collections import PolyCollection
+from matplotlib.text import Text
+
+import figures
+import report
+from experiments import TABLES, Comparison
+
+ROOT = Path(figures.__file__).resolve().parent
+DENSE, MOE4 = "shakespeare_dense", "shakespeare_moe4"
+MACHINE = "AMD EPYC, 2 cores, 2 threads, torch 2.13.0+cpu, float32"
+
+
+def record(seed, nats=1.9, experts=0, aux=0.0, seconds=100.0, exclusive=True, **changes):
+    """The part of a record that pictures need; the loss falls from 4.2 to `nats` in 2,000 steps."""
+    evaluations = [
+        {
+            "step": step,
+            "clean": {"nats": nats + (4.2 - nats) * math.exp(-step / 200), "bpc": 0.0},
+            "paper": {"train": nats - 0.1, "val": nats, "train_with_aux": nats - 0.1 + aux, "val_with_aux": nats + aux},
+            "train_mode": None,
+            "train_seconds": seconds * step / 2000,
+            "load": [[(0.5 + i) / (experts**2 / 2) for i in range(experts)]] * 2 if experts else [],
+        }
+        for step in range(0, 2001, 500)
+    ]
+    evaluations[-1]["clean"]["nats"] = nats
+    return {
+        "config": {"seed": seed, "batch_size": 12, "block_size": 64, "gradient_accumulation_steps": 1},
+        "dataset": {"name": "shakespeare_char", "canonical": True, "unit": "character"},
+        "leaky": False,
+        "exclusive": exclusive,
+        "evaluations": evaluations,
+        "clean": {"best": {"nats": nats, "bpc": nats / math.log(2)}},
+        "paper": {"best_val": nats, "best_val_with_aux": nats + aux},
+        "parameters": {"active": 800_000 + 500 * experts, "total": 800_000 + 500_000 * max(0, experts - 1)},
+        "seconds": {"train": seconds},
+        "inference": {"tokens_per_second": 30_000.0 / seconds},
+        "epochs": 1.53,
+        **changes,
+    }
+
+
+def comparison(table, cells, scale="cpu"):
+    rows = TABLES[table].rows_at(scale)
+    return Comparison(
+        TABLES[table], scale, MACHINE, {row.name: cells.get(row.name, []) for row in rows}, {r.name: [] for r in rows}
+    )
+
+
+def filled(table, seeds, scale="cpu", only=lambda name: True):
+    """A comparison in which no two rows, and no two seeds, are alike."""
+    cells = {}
+    for i, row in enumerate(TABLES[table].rows_at(scale)):
+        experts = 0 if "dense" in row.name else 8 if "moe8" in row.name else 4
+        aux = 0.0 if not experts else 0.4 if "aux01" in row.name else 0.04
+        cells[row.name] = [
+            record(1337 + k, 1.9 - 0.01 * i + 0.004 * k, experts, aux, 100 + 9 * i + k)
+            for k in range(seeds if only(row.name) else 0)
+        ]
+    return comparison(table, cells, scale)
+
+
+ALL = ("loss_curves", "loss_against_cost", "relative_cost", "load_over_training", "aux_decomposition", "boundary_map")
+WITHOUT_LOAD = tuple(name for name in ALL if name != "load_over_training")  # which takes longest
+SOME = {DENSE, MOE4, "shakespeare_moe4_inner_dropout"}
+CASES = {  # case -> what is drawn of what
+    "three seeds": lambda: [
+        (filled("A", 3), WITHOUT_LOAD),
+        (filled("B", 3), ("relative_cost",)),
+        (filled("C", 3), ("load_over_training",)),
+        (filled("boundary", 3), ("boundary_map",)),
+    ],
+    "one seed, rows missing": lambda: [
+        (filled("A", 1, only=lambda name: name in SOME), ALL),
+        (filled("boundary", 1, only=lambda name: "w64" in name or "dense" in name), ("boundary_map",)),
+    ],
+    "no baseline": lambda: [
+        (filled("A", 2, only=lambda name: name == MOE4), ("loss_curves", "relative_cost", "aux_decomposition"))
+    ],
+    "paper size": lambda: [(filled("D", 5, "paper"), ("loss_against_cost", "aux_decomposition"))],
+}
+EFFECTS = [
+    ("4 experts, aux 0.01", -0.02, -0.03, -0.01, 3, 0.07),
+    ("4 experts, dropout inside them", 0.01, None, None, 1),
+    ("a label that is no row's, and that is so long that it needs two lines", 0.0, -0.01, 0.01, 5),
+]
+RUNS = {"one": [{"evaluations": record(1)["evaluations"]}], "two": [record(1, 1.8), record(2, 1.7)]}
+
+
+@functools.cache
+def drawings(case):
+    """{name: Drawing, its SVG} of every picture that there is."""
+    found = {"runs": figures.curves_of_runs(RUNS)}
+    for of, names in CASES[case]():
+        found |= {f"{of.table.name} {name}": getattr(figures, name)(of) for name in names}
+    found["forest"] = figures.difference_forest(of, EFFECTS)
+    return {name: (drawing, figures.svg(drawing.figure)) for name, drawing in found.items() if drawing}
+
+
+def digest(case):
+    return hashlib.sha256("".join(text for _, text in drawings(case).values()).encode()).hexdigest()
+
+
+def test_a_fresh_process_draws_the_same_bytes_and_needs_no_torch():
+    code = "import sys, test_figures as t; print(t.digest('one seed, rows missing'), 'torch' in sys.modules)"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == [digest("one seed, rows missing"), "False"]
+
+
+def test_bytes_do_not_depend_on_what_was_done_before(tmp_path, monkeypatch):
+    """Neither a PNG between two SVGs nor a reader's matplotlibrc changes anything."""
+    import matplotlib
+
+    drawing = figures.loss_curves(filled("C", 2))
+    first = figures.svg(drawing.figure)
+    figures.png(drawing.figure, tmp_path / "a.png")
+    assert figures.svg(drawing.figure) == first and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    for key, value in {"font.size": 20, "axes.grid": False, "lines.linewidth": 9, "svg.fonttype": "none"}.items():
+        monkeypatch.setitem(matplotlib.rcParams, key, value)
+    assert figures.svg(figures.loss_curves(filled("C", 2)).figure) == first
+    assert matplotlib.rcParams["font.size"] == 20
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_is_missing_the_rest_is_drawn(case):
+    found = drawings(case)
+    relative = {"A relative_cost", "A aux_decomposition"}
+    assert len(found) == {"three seeds": 9, "one seed, rows missing": 8, "no baseline": 3, "paper size": 4}[case]
+    assert relative.isdisjoint(found) if case == "no baseline" else case == "paper size" or relative <= found.keys()
+    for name, (drawing, text) in found.items():
+        assert not re.search(r"\b(nan|inf)\b", re.sub("<!--.*?-->", "", text), re.IGNORECASE), name
+        if name != "runs":
+            size = "Paper size: 6 layers" if "paper" in case else "CPU size: 4 layers"
+            assert size in drawing.caption and MACHINE in drawing.caption and "n = " in drawing.caption, name
+        assert drawing.alt.endswith(".") and "None" not in drawing.caption + drawing.alt, name
+
+
+def test_without_records_there_is_no_picture():
+    empty = comparison("A", {})._replace(machine="")
+    assert [getattr(figures, name)(empty) for name in ALL] == [None] * len(ALL)
+    assert figures.difference_forest(filled("A", 2), []) is None
+    assert figures.curves_of_runs({}) is None and figures.curves_of_runs({"a": [{"evaluations": []}]}) is None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_svg_stands_alone_in_light_and_dark(case):
+    for name, (_, text) in drawings(case).items():
+        root = ET.fromstring(text)
+        assert root.get("viewBox") and "prefers-color-scheme:dark" in text and "currentColor" in text, name
+        # One colour of ink in the sheet, for light; all else that is ink follows the reader's scheme.
+        assert text.count(figures.INK) == 1 and len(text) < 250_000, name
+        for element in root.iter():
+            for key, value in element.attrib.items():
+                assert not key.endswith("href") or value.startswith("#"), (name, value)
+                assert "url(" not in value.replace("url(#", ""), (name, value)
+        urls = set(re.findall(r"https?://[^\"' ]+", text))
+        assert urls == {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_text_is_small_outside_or_on_another(case, monkeypatch):
+    seen = []
+    draw = Text.draw
+
+    def noted(text, renderer, *arguments, **keys):
+        if text.get_visible() and text.get_text().strip():
+            seen.append((text.get_text(), text.get_window_extent(renderer), text.get_fontsize()))
+        return draw(text, renderer, *arguments, **keys)
+
+    monkeypatch.setattr(Text, "draw", noted)
+    for name, (drawing, _) in drawings(case).items():
+        seen.clear()
+        drawing.figure.draw_without_rendering()
+        assert seen, name
+        for text, box, size in seen:
+            assert size >= 8, (name, text)
+            ground = drawing.figure.bbox
+            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= ground.x1 + 1 and box.y1 <= ground.y1 + 1, (name, text)
+        for (text, box, _), (other, other_box, _) in combinations(seen, 2):
+            width = min(box.x1, other_box.x1) - max(box.x0, other_box.x0)
+            height = min(box.y1, other_box.y1) - max(box.y0, other_box.y0)
+            assert width <= 1 or height <= 1, (name, text, other)
+
+
+def lines_of(axes):
+    return [list(zip(*line.get_data())) for line in axes.get_lines()]
+
+
+def panel(drawing, xlabel):
+    return next(axes for axes in drawing.figure.axes if axes.get_xlabel().startswith(xlabel))
+
+
+def test_curves_are_means_with_a_band_from_lowest_to_highest():
+    runs = [record(1, 1.8), record(2, 1.9), record(3, 2.0)]
+    drawing = figures.loss_curves(comparison("A", {DENSE: runs}))
+    (line,) = lines_of(panel(drawing, "updates"))
+    assert line[-1] == (2000, pytest.approx(1.9)) and line[0] == (0, pytest.approx(4.2))
+    (read,) = lines_of(panel(drawing, "characters read, millions"))
+    assert read[-1] == (pytest.approx(2000 * 12 * 64 / 1e6), pytest.approx(1.9))
+    (band,) = [c for c in panel(drawing, "updates").collections if isinstance(c, PolyCollection)]
+    edges = [y for x, y in band.get_paths()[0].vertices if x == 2000]
+    assert (min(edges), max(edges)) == (pytest.approx(1.8), pytest.approx(2.0))
+    low, high = panel(drawing, "updates").get_ylim()
+    assert 1.7 < low < 1.8 and 2.0 < high < 2.5  # 4.2 nats of the first step do not squash the rest
+
+
+def test_times_of_runs_that_shared_the_machine_are_nowhere():
+    alone, shared = record(1, 1.8, seconds=100.0), record(2, 1.9, seconds=900.0, exclusive=False)
+    of = comparison("A", {DENSE: [alone, shared], MOE4: [record(1, 1.7, 4, seconds=120.0), shared]})
+    curves = figures.loss_curves(of)
+    assert [line[-1] for line in lines_of(panel(curves, "training time, s"))] == [(100.0, 1.8), (120.0, 1.7)]
+    assert [line[-1][1] for line in lines_of(panel(curves, "updates"))] == pytest.approx([1.85, 1.8])
+    assert "2 of 4 runs" in curves.caption
+    cost = panel(figures.loss_against_cost(of), "training time, s")
+    assert {x for line in lines_of(cost) for x, _ in line} == {100.0, 120.0}
+    relative = panel(figures.relative_cost(of), "training time")
+    assert pytest.approx(1.2) in [line[0][0] for line in lines_of(relative)]
+
+
+def test_without_any_time_that_counts_only_what_has_none_is_drawn():
+    of = comparison("A", {DENSE: [record(1, exclusive=False)], MOE4: [record(1, 1.8, 4, exclusive=False)]})
+    for drawing in (figures.loss_curves(of), figures.loss_against_cost(of)):
+        assert not [axes for axes in drawing.figure.axes if "time" in axes.get_xlabel()]
+        assert "No run had the machine to itself" in drawing.caption
+    assert figures.relative_cost(of) is None
+
+
+def test_a_seed_that_is_there_twice_counts_once():
+    drawing = figures.loss_curves(comparison("A", {DENSE: [record(1, 1.8), record(1, 1.8)]}))
+    assert "n = 1 seed a row" in drawing.caption
+
+
+def test_cost_shows_every_seed_and_their_mean():
+    drawing = figures.loss_against_cost(comparison("A", {MOE4: [record(1, 1.8, 4), record(2, 1.9, 4)]}))
+    points = [point for line in lines_of(panel(drawing, "all parameters")) for point in line]
+    assert points[:3] == [(2.3, 1.8), (2.3, 1.9), (2.3, pytest.approx(1.85))]
+    low, high = panel(drawing, "all parameters").get_ylim()
+    assert low < 1.8 and high > 1.9
+    assert "1.850 ± 0.071 nats with 2.30 million parameters" in drawing.alt
+
+
+def test_equal_parameters_stand_side_by_side_in_the_tables_order():
+    assert figures.side_by_side([5.0, 1.0, 5.1, 5.05], near=0.2, gap=8) == [-8.0, 0.0, 0.0, 8.0]
+
+
+def test_relative_cost_is_a_ratio_with_its_spread_beside_the_published_one():
+    base = [record(seed, seconds=seconds) for seed, seconds in ((1, 100.0), (2, 104.0))]
+    ours = [record(seed, 1.9, 4, seconds=seconds) for seed, seconds in ((1, 150.0), (2, 160.0))]
+    of = comparison("B", {DENSE: base, "shakespeare_top2": ours})
+    found = figures.ratio(of, TABLES["B"].row("shakespeare_top2"), "train_seconds")
+    assert found.mean == pytest.approx(math.sqrt(150 * 160 / (100 * 104))) and found.n == 2
+    log_sd = math.hypot(math.log(160 / 150), math.log(104 / 100)) / math.sqrt(2)
+    assert found.sd == pytest.approx(found.mean * log_sd)
+    drawing = figures.relative_cost(of)
+    drawn = [line[0][0] for line in lines_of(panel(drawing, "training time"))]
+    assert pytest.approx(found.mean) in drawn and pytest.approx(460.5 / 287.9) in drawn
+    speeds = [line[0][0] for line in lines_of(panel(drawing, "inference speed"))]
+    assert pytest.approx(1 / found.mean) in speeds and pytest.approx(224.7 / 441.3) in speeds
+    assert "Open: as published" in drawing.caption
+
+
+def test_load_is_that_of_the_first_seed_and_even_is_drawn():
+    runs = [record(1337, 1.9, 4), record(1338, 1.9, 4)]
+    runs[1]["evaluations"][-1]["load"] = [[1.0, 0.0, 0.0, 0.0]] * 2
+    drawing = figures.load_over_training(comparison("A", {DENSE: [record(1337)], MOE4: runs}))
+    first = drawing.figure.axes[0]
+    even, *experts = lines_of(first)
+    assert even[0][1] == 25 and [line[-1][1] for line in experts] == pytest.approx([6.25, 18.75, 31.25, 43.75])
+    assert len(drawing.figure.axes) == 2 and "Seed 1337 alone" in drawing.caption and "dense" not in drawing.alt
+
+
+def test_the_auxiliary_loss_is_told_from_the_models_own():
+    dense = [record(1, 1.90), record(2, 1.92)]
+    moe = [record(1, 1.88, 4, 0.04), record(2, 1.90, 4, 0.04)]
+    drawing = figures.aux_decomposition(comparison("A", {DENSE: dense, MOE4: moe}))
+    model, aux = drawing.figure.axes[0].patches
+    assert (model.get_x(), model.get_width()) == (0, pytest.approx(-0.02))
+    assert (aux.get_x(), aux.get_width()) == (pytest.approx(-0.02), pytest.approx(0.04))
+    texts = [text.get_text() for text in drawing.figure.axes[0].texts]
+    assert texts == ["−0.020 + 0.040", "published: 0.07, at the paper's size"]
+    assert "model −0.020, auxiliary loss +0.040" in drawing.alt
+    paper = figures.aux_decomposition(comparison("A", {DENSE: dense, MOE4: moe}, "paper"))
+    assert "the published gap of 0.07 nats." in paper.caption
+
+
+def test_the_map_has_a_number_where_both_models_ran_and_hatching_elsewhere():
+    cells = {
+        "w64_30k_dense": [record(1, 2.0), record(2, 2.0)],
+        "w64_30k_moe4": [record(1, 2.05, 4, epochs=51.2), record(2, 2.07, 4, epochs=51.2)],
+        "w128_all_dense": [record(1)],  # alone, it makes no difference
+    }
+    drawing = figures.boundary_map(comparison("boundary", cells))
+    squares, texts = drawing.figure.axes[0].patches, [text.get_text() for text in drawing.figure.axes[0].texts]
+    assert len(squares) == 12 and [bool(square.get_hatch()) for square in squares] == [False] + [True] * 11
+    assert texts == ["+0.060 ± 0.014\nn = 2\n51 epochs"] + ["not run"] * 11
+    red, _, blue, _ = squares[0].get_facecolor()
+    assert red > blue  # MoE is worse
+    assert figures.boundary_map(filled("A", 1)) is None
+
+
+def test_a_forest_draws_what_it_is_given():
+    drawing = figures.difference_forest(filled("A", 2), EFFECTS)
+    axes = drawing.figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == [
+        "−0.020 [−0.030, −0.010], n = 3",
+        "+0.010, n = 1",
+        "0.000 [−0.010, 0.010], n = 5",
+    ]
+    whiskers = [[point[0] for point in path.vertices] for bar in axes.collections for path in bar.get_paths()]
+    assert whiskers == [pytest.approx([-0.03, -0.01]), pytest.approx([-0.01, 0.01])]
+    assert (0.07, 0) in [line[0] for line in lines_of(axes)] and "Open: as published" in drawing.caption
+
+
+def test_daggers_are_explained_where_they_stand():
+    odd = record(1, leaky=True, dataset={"name": "enwik8-head-4.15M", "canonical": False, "unit": "byte"})
+    drawing = figures.loss_curves(comparison("A", {DENSE: [record(1)], MOE4: [odd]}))
+    assert "4 experts, aux 0.01 †" in drawing.alt and "dense †" not in drawing.alt
+    assert "† a text that is not the published data set (enwik8-head-4.15M); routing that sees" in drawing.caption
+    assert panel(drawing, "characters or bytes read") and "Not run: 2 experts" in drawing.caption
+
+
+def test_rows_are_told_apart_by_colour_marker_and_line_and_keep_them():
+    styles = [figures.row_style(i) for i in range(280)]
+    assert len(set(styles)) == 280 and len({style.colour for style in styles[:7]}) == 7
+    full, part = (filled("A", 1, only=only) for only in (lambda name: True, lambda name: name == MOE4))
+    assert figures.cells_of(part)[0].style == figures.cells_of(full)[2].style
+
+
+def test_local_runs_are_drawn_with_train_and_mean():
+    drawing = figures.curves_of_runs(RUNS)
+    ends = [line[-1][1] for line in lines_of(drawing.figure.axes[0])]
+    assert ends == pytest.approx([1.9, 1.9, 1.8, 1.8, 1.7, 1.75, 1.65])  # seeds, mean, train: of each label
+    assert drawing.figure.legends[0].get_texts()[1].get_text() == "two (n = 2)"
+
+
+def test_letters_in_a_square_can_be_read():
+    assert figures.readable_on("#0072B2") == "#ffffff" and figures.readable_on("#f4f4f4") == "#000000"
+
+
+def test_pictures_stand_on_the_ground_of_the_report():
+    assert (figures.PAPER, figures.PAPER_ON_DARK) == (report.LIGHT["paper"], report.DARK["paper"])
