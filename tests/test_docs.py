@@ -7,6 +7,7 @@ import pytest
 
 import moe
 from configurator import choices_of, options_of
+from experiments import TABLES
 from settings import Config
 
 ROOT = Path(moe.__file__).parent
@@ -19,6 +20,11 @@ def test_the_tree_has_a_line_for_every_module():
     tree = README.partition("## The tree")[2].partition("\n## ")[0]
     modules = [path.name for path in ROOT.glob("*.py")] + [f"data/{path.name}" for path in ROOT.glob("data/[a-z]*.py")]
     assert [name for name in modules if not re.search(rf"^{re.escape(name)} ", tree, re.MULTILINE)] == []
+
+
+def test_every_table_is_in_the_readme():
+    tables = README.partition("## Tables and verdicts")[2].partition("\n## ")[0]
+    assert [name for name in TABLES if f"`{name}`" not in tables] == []
 
 
 @pytest.mark.parametrize("key", MOE_KEYS)

@@ -1,0 +1,535 @@
+"""sweep.py: every cell is run once, whatever was there before and whoever else is at it. Most runs are of a train.py
+that only pretends."""
+
+import contextlib
+import fcntl
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+import configurator
+import records
+import sweep
+from configurator import ROOT, ConfigError
+from data.common import DataError
+from experiments import Row, Table
+from settings import Config
+
+# Stands in for train.py: notes that it was called, takes its time, and copies the record of a real run.
+PRETENDER = """
+    import json, os, signal, sys, time
+    from pathlib import Path
+
+    sys.path.insert(0, {root!r})
+    import configurator
+    from settings import Config
+
+    here = Path(__file__).parent
+    config = configurator.parse(Config, sys.argv[1:])
+    folder = Path(config.out_dir)
+    orders = json.loads((here / "orders.json").read_text()).get(folder.name, {{}})
+    with open(here / "calls", "a") as file:
+        file.write(json.dumps([folder.name, os.getpid(), sys.argv[1:]]) + "\\n")
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    print("trained a little")
+    if "exit" in orders:
+        print("the reason")
+        sys.exit(orders["exit"])
+    if "kill" in orders:
+        os.kill(os.getpid(), signal.SIGKILL)
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    resumed = config.init_from == "resume"
+    first = int((folder / "ckpt.pt").read_text()) if resumed else 0
+    for step in range(first, config.max_iters + 1):
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({{"kind": "train", "step": step, "loss": 2.5}}) + "\\n")
+        (folder / "ckpt.pt").write_text(str(step))
+        if stopped and "deaf" not in orders:
+            sys.exit(143)
+        time.sleep(orders.get("pause", 0))
+    record = json.loads((here / "record.json").read_text())
+    record |= {{"config": config.to_dict(), "run_id": config.run_id, "title": config.title, "resumed": int(resumed)}}
+    record["inference"] = {{"samples": 10, "tokens_per_second": 99.0}}
+    (folder / "summary.json").write_text(json.dumps(record))
+"""
+
+
+class Place:
+    """A folder in which main runs, with the runs and records that it makes."""
+
+    def __init__(self, folder):
+        self.folder, self.out, self.results = folder, folder / "o u t", folder / "results"
+        self.order()
+
+    def order(self, **orders):
+        """What the pretender does with a cell: exit=3, kill=True, pause=0.1 a step, deaf=True to a signal."""
+        (self.folder / "orders.json").write_text(json.dumps({f"{k}": v for k, v in orders.items()}))
+
+    def words(self, *words):
+        return ["--scale=cpu", f"--out={self.out}", f"--results={self.results}", *words]
+
+    def main(self, *words):
+        return sweep.main(self.words(*words))
+
+    def begin(self, *words):
+        """main in a process of its own, as a second user would have it."""
+        process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(self.main(*words)))
+        process.start()
+        return process
+
+    def calls(self):
+        with contextlib.suppress(OSError):
+            return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
+        return []
+
+    def names(self):
+        return [name for name, _, _ in self.calls()]
+
+    def kept(self):
+        return sorted(path.relative_to(self.results).as_posix() for path in self.results.glob("*/*.json"))
+
+
+def row(name, words, **changes):
+    machine = {"device", "inference_samples", "log_interval"}
+    options = {key: value for key, value in TINY.items() if key not in machine}
+    return Row(name, name, "shakespeare_dense", {**options, "dataset": str(words), **changes})
+
+
+def table(name, *rows):
+    return Table(name, name, "", "", rows, ())
+
+
+@pytest.fixture
+def place(tmp_path, words, dense_run, monkeypatch):
+    """Two tables of two rows, of which one is in both; runs pretend."""
+    first, second, third = (row(name, words, beta2=b) for name, b in (("one", 0.9), ("two", 0.91), ("three", 0.92)))
+    twin = row("twin", words, beta2=0.91)
+    tables = {"T": table("T", first, second), "U": table("U", twin, third)}
+    monkeypatch.setattr(sweep, "TABLES", tables)
+    monkeypatch.setattr(sweep, "TRAIN", tmp_path / "train.py")
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.05)
+    (tmp_path / "train.py").write_text(textwrap.dedent(PRETENDER.format(root=str(ROOT))))
+    shutil.copy(dense_run / "summary.json", tmp_path / "record.json")
+    return Place(tmp_path)
+
+
+def record_of(place, cell_row, seed, dirty=True, seconds=None):
+    """What the pretender would have written."""
+    config = cell_row.config_at("cpu", seed)
+    record = json.loads((place.folder / "record.json").read_text())
+    record |= {"config": config.to_dict(), "run_id": config.run_id, "title": config.title}
+    record["git"] = {"commit": "0" * 40, "dirty": dirty}
+    record["inference"] = {"samples": 10, "tokens_per_second": 99.0}
+    if seconds:
+        record["seconds"]["total"] = seconds
+    return record
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+ROWS = {name: index for index, name in enumerate(("one", "two"))}
+
+
+def a_row(name):
+    return sweep.TABLES["T"].rows[ROWS[name]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is run, and in which order
+
+
+def test_one_seed_of_every_row_comes_before_the_second_of_any(place, capfd):
+    assert place.main("T", "--seeds=2") == 0
+    order = ["one-cpu-s1337", "two-cpu-s1337", "one-cpu-s1338", "two-cpu-s1338"]
+    assert place.names() == order
+    assert place.kept() == sorted(f"T/{name}.json" for name in order)
+    assert not records.read_all(place.results)[1]
+    shown = capfd.readouterr().out
+    assert "[1/4] one-cpu-s1337: started" in shown and "[4/4] two-cpu-s1338 … " in shown and " nats in " in shown
+    assert "4 runs: 4 finished" in shown
+
+
+def test_what_is_finished_is_not_run_again(place):
+    """Not a record in another table's folder under another name, and not a complete run whose record was not copied."""
+    write(place.results / "elsewhere" / "my-own-s1337.json", record_of(place, a_row("one"), 1337))
+    summary = write(place.out / "two-cpu-s1337" / "summary.json", record_of(place, a_row("two"), 1337))
+    assert place.main("T", "--seeds=1") == 0
+    assert place.calls() == []
+    assert (place.results / "T" / "two-cpu-s1337.json").read_bytes() == summary.read_bytes()
+    assert place.kept() == ["T/two-cpu-s1337.json", "elsewhere/my-own-s1337.json"]
+
+
+def test_a_row_of_several_tables_is_run_once(place):
+    assert place.main("U", "--seeds=1") == 0
+    assert place.main("all", "--seeds=1") == 0
+    assert place.names() == ["two-cpu-s1337", "three-cpu-s1337", "one-cpu-s1337"]
+    assert place.kept() == ["T/one-cpu-s1337.json", "U/three-cpu-s1337.json", "U/two-cpu-s1337.json"]
+
+
+def test_keys_of_the_machine_are_handed_on(place):
+    assert place.main("T", "--seeds=1", "--log_interval=3", "--", "--device=cpu") == 0
+    assert all({"--log_interval=3", "--device=cpu"} <= {*words} for _, _, words in place.calls())
+
+
+SPOILT = {
+    "a run that can go on": (["config.json", "ckpt.pt"], "one", "cut", ("--init_from=resume",)),
+    "a run cut before it had saved": (["config.json", "metrics.jsonl"], "one", "missing", ("--overwrite=True",)),
+    "nothing but an empty log": (["metrics.jsonl"], "one", "missing", ("--overwrite=True",)),
+    "a best.pt that somebody keeps": (["config.json", "best.pt"], "one", "impossible", ()),
+    "another experiment": (["config.json", "ckpt.pt"], "two", "impossible", ()),
+    "another complete experiment": (["config.json", "ckpt.pt", "summary.json"], "two", "impossible", ()),
+    "no config": (["ckpt.pt"], "one", "impossible", ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_what_a_folder_holds_is_gone_on_with_and_never_destroyed(place, case):
+    held, name, kind, words = SPOILT[case]
+    cell = sweep.cells_of("T", "cpu", 1)[0]
+    folder = place.out / cell.name
+    for file in held:
+        write(folder / file, "")
+    if "config.json" in held:
+        write(folder / "config.json", a_row(name).config_at("cpu").to_dict())
+    if "summary.json" in held:
+        write(folder / "summary.json", record_of(place, a_row(name), 1337))
+    state = sweep.look_at_folder(cell, folder)
+    assert (state.kind, state.words) == (kind, words), state
+    assert kind != "impossible" or "move it away" in state.text
+
+
+def test_a_complete_run_with_a_damaged_record_is_not_thrown_away(place, capfd):
+    damaged = write(place.out / "one-cpu-s1337" / "summary.json", '{"format": "charmoe record 2"')
+    assert place.main("T", "--seeds=1") == 1
+    assert place.names() == ["two-cpu-s1337"] and damaged.exists()
+    assert "holds a complete run whose record is of no use" in capfd.readouterr().err
+
+
+def test_a_bad_file_in_results_is_told_and_left_alone(place, capfd):
+    bad = write(place.results / "T" / "one-cpu-s1337.json", "{}")
+    assert place.main("T", "--seeds=1") == 0
+    assert bad.read_text() == "{}"
+    assert place.kept() == ["T/one-cpu-2-s1337.json", "T/one-cpu-s1337.json", "T/two-cpu-s1337.json"]
+    shown = capfd.readouterr()
+    assert "left out: results/T/one-cpu-s1337.json" in shown.err and "kept as" in shown.out
+    assert place.main("T", "--seeds=1") == 0 and len(place.calls()) == 2
+
+
+def test_records_that_contradict_each_other_are_not_joined_by_a_third(place, capfd):
+    for number, name in enumerate(("one-cpu-s1337", "one-cpu-2-s1337")):
+        write(place.results / "T" / f"{name}.json", record_of(place, a_row("one"), 1337, seconds=1.0 + number))
+    assert place.main("T", "--seeds=1") == 1
+    assert place.names() == ["two-cpu-s1337"]
+    assert "records that differ" in capfd.readouterr().err
+
+
+def test_a_data_set_that_must_be_made_is_told_and_the_rest_is_run(place, capfd, monkeypatch):
+    def find(dataset):
+        if dataset == "enwik8_head":
+            raise DataError("unknown")
+
+    tables = {"T": table("T", row("head", "enwik8_head"), a_row("one"))}
+    monkeypatch.setattr(sweep, "TABLES", tables)
+    monkeypatch.setattr(sweep, "find", find)
+    assert place.main("T", "--seeds=2") == 1
+    assert place.names() == ["one-cpu-s1337", "one-cpu-s1338"]
+    command = "python data/enwik8/prepare.py --source FILE --allow-partial --out data/enwik8_head"
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert "head-cpu-s1337 and 1 more: data/enwik8_head is not prepared" in told and told.endswith(command)
+
+
+def test_a_data_set_that_could_not_be_prepared_is_not_tried_again(place, capfd, monkeypatch):
+    monkeypatch.setattr(sweep, "find", lambda dataset: place.folder / dataset)
+    tables = {"T": table("T", row("none", "unprepared"), row("too", "unprepared", beta2=0.5))}
+    monkeypatch.setattr(sweep, "TABLES", tables)
+    place.order(**{"none-cpu-s1337": {"exit": 2}})
+    assert place.main("T", "--seeds=2") == 1
+    assert place.names() == ["none-cpu-s1337"]
+    assert "cannot be run: too-cpu-s1337 and 2 more: unprepared could not be prepared, as " in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+def test_a_failure_does_not_stop_the_rest_and_is_not_tried_again(place, capfd):
+    place.order(**{"one-cpu-s1337": {"exit": 3}, "two-cpu-s1337": {"exit": 2}, "one-cpu-s1338": {"kill": True}})
+    assert place.main("T", "--seeds=2") == 1
+    assert place.names() == ["one-cpu-s1337", "two-cpu-s1337", "one-cpu-s1338", "two-cpu-s1338"]
+    assert place.kept() == ["T/two-cpu-s1338.json"]
+    failed = [line for line in capfd.readouterr().err.splitlines() if line.startswith("failed: ")]
+    meanings = ("3 (loss or gradient not finite)", "2 (a mistake in what was asked)", "-9 (killed by SIGKILL)")
+    last_lines = ("the reason", "the reason", "trained a little")
+    for line, name, meaning, last_line in zip(failed, place.names(), meanings, last_lines, strict=False):
+        assert name in line and meaning in line and line.endswith(f"{name}.log: {last_line}")
+    assert len(failed) == 3
+
+
+def test_a_run_that_ends_well_without_its_record_has_failed(place, capfd):
+    place.order(**{"one-cpu-s1337": {"exit": 0}})
+    assert place.main("T", "--seeds=1") == 1
+    assert "exit code 0 (no summary.json)" in capfd.readouterr().err
+
+
+BAD_WORDS = {
+    "no table": ([], "which table?"),
+    "an unknown table": (["t"], "nearest: T"),
+    "two tables": (["T", "U"], "expected one table"),
+    "no seeds": (["T", "--seeds=0"], "an integer from 1"),
+    "a space": (["T", "--seeds", "3"], "expected --seeds=3"),
+    "a negative budget": (["T", "--budget_minutes=-1"], "a number from 0"),
+    "a misspelt key": (["T", "--sedes=3"], "nearest key: seeds"),
+    "another experiment": (["T", "--n_layer=3"], "n_layer would make another experiment"),
+    "another experiment behind --": (["T", "--", "--max_iters=3"], "max_iters would make another experiment"),
+    "another seed": (["T", "--seed=3"], "--seeds=N"),
+    "another folder": (["T", "--out_dir=x"], "sweep.py sets out_dir itself"),
+    "a config file": (["T", "--", "config/cpu.py"], "config files are the table's"),
+    "a bad value": (["T", "--device=gpu"], "expected auto, cpu"),
+    "two answers": (["T", "--list", "--print_commands"], "choose one"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WORDS)
+def test_a_mistake_is_told_before_anything_is_done(place, case):
+    words, message = BAD_WORDS[case]
+    with pytest.raises(ConfigError) as caught:
+        place.main(*words)
+    assert message in str(caught.value) and len(caught.value.problems) == 1
+    assert not place.out.exists() and not place.results.exists()
+
+
+def test_a_table_without_rows_at_the_scale_says_where_it_has_some(place, monkeypatch):
+    paper_only = Row("one", "one", "shakespeare_dense", scales=("paper",))
+    monkeypatch.setattr(sweep, "TABLES", {"T": table("T", paper_only)})
+    with pytest.raises(ConfigError, match="no rows at scale cpu; it has some with --scale=paper"):
+        place.main("T")
+
+
+@pytest.mark.parametrize("key", ["out", "results"])
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_run(place, key):
+    write(getattr(place, key), "a file")
+    with pytest.raises(ConfigError, match=f"cannot be written .*--{key}=… names another folder"):
+        place.main("T")
+    assert place.calls() == []
+
+
+def test_nothing_is_run_where_there_are_no_locks(place, monkeypatch, capfd):
+    monkeypatch.setattr(sweep, "fcntl", None)
+    with pytest.raises(ConfigError, match="Windows"):
+        place.main("T")
+    assert place.main("T", "--list") == 0 and place.calls() == []
+
+
+def test_the_help_page_names_the_tables_and_the_options(place):
+    with pytest.raises(configurator.Message) as caught:
+        sweep.main(["--help"])
+    assert all(text in str(caught.value) for text in ("TABLE", "T, U, or all", "--budget_minutes", "--print_commands"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several at once
+
+
+def test_two_sweeps_run_each_cell_once(place):
+    place.order(**{f"{name}-cpu-s{seed}": {"pause": 0.01} for name in ROWS for seed in range(1337, 1340)})
+    sweeps = [place.begin("T", "--seeds=3") for _ in range(2)]
+    for process in sweeps:
+        process.join()
+    assert [process.exitcode for process in sweeps] == [0, 0]
+    assert len(place.calls()) == len(set(place.names())) == len(place.kept()) == 6
+
+
+def test_a_run_that_outlives_its_sweep_keeps_its_cell(place, capfd):
+    place.order(**{"one-cpu-s1337": {"pause": 0.25}})
+    killed = place.begin("T", "--seeds=1")
+    wait_for(place.calls)
+    killed.kill()
+    killed.join()
+    assert place.main("T", "--seeds=1") == 0
+    assert place.names() == ["one-cpu-s1337", "two-cpu-s1337"]
+    assert "run by another sweep, or by hand: one-cpu-s1337" in capfd.readouterr().out
+    assert place.main("T", "--seeds=1", "--list") == 0
+    assert "one-cpu-s1337  running elsewhere" in capfd.readouterr().out
+    wait_for((place.out / "one-cpu-s1337" / "summary.json").exists)
+    wait_for(lambda: not sweep.is_held(place.out / "one-cpu-s1337.lock"))
+    assert place.main("T", "--seeds=1") == 0
+    assert len(place.calls()) == 2 and len(place.kept()) == 2
+
+
+def test_a_run_made_by_hand_is_not_disturbed(place, capfd):
+    """train.py locks its metrics.jsonl."""
+    metrics = write(place.out / "one-cpu-s1337" / "metrics.jsonl", "")
+    with open(metrics, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert place.main("T", "--seeds=1") == 0
+    assert place.names() == ["two-cpu-s1337"]
+    assert "by hand: one-cpu-s1337" in capfd.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+def test_the_budget_stops_a_run_which_the_next_sweep_goes_on_with(place, capfd, monkeypatch):
+    monkeypatch.setattr(sweep, "SECONDS_TO_START", 0)
+    place.order(**{"one-cpu-s1337": {"pause": 0.4}})
+    assert place.main("T", "--seeds=1", "--budget_minutes=0.05") == 0
+    shown = capfd.readouterr().out
+    assert (
+        "stopped at step" in shown and "2 runs: 1 cut, 1 missing" in shown and "The time is over. To go on: " in shown
+    )
+    place.order()
+    assert place.main("T", "--seeds=1") == 0
+    assert place.names() == ["one-cpu-s1337", "one-cpu-s1337", "two-cpu-s1337"]
+    assert "--init_from=resume" in place.calls()[1][2]
+    assert records.read(place.results / "T" / "one-cpu-s1337.json")["resumed"] == 1
+    assert "one-cpu-s1337: goes on at step" in capfd.readouterr().out
+
+
+def test_no_run_is_started_in_the_last_minute(place):
+    assert place.main("T", "--budget_minutes=0.9") == 0
+    assert place.calls() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_once_it_has_saved(place, number, capfd):
+    place.order(**{"one-cpu-s1337": {"pause": 0.05}})
+    process = place.begin("T", "--seeds=1")
+    wait_for((place.out / "one-cpu-s1337" / "ckpt.pt").exists)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number and place.names() == ["one-cpu-s1337"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(place.calls()[0][1], 0)
+    assert f"Stopped by {number.name}. To go on: " in capfd.readouterr().out
+
+
+def test_a_second_signal_ends_a_run_that_does_not_stop(place):
+    place.order(**{"one-cpu-s1337": {"pause": 5, "deaf": True}})
+    process = place.begin("T", "--seeds=1")
+    wait_for((place.out / "one-cpu-s1337" / "ckpt.pt").exists)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(place.calls()[0][1], 0)
+
+
+def test_a_real_run_is_stopped_resumed_and_kept(place, words, monkeypatch, capfd):
+    """Everything with the real train.py."""
+    monkeypatch.setattr(sweep, "TRAIN", ROOT / "train.py")
+    monkeypatch.setattr(sweep, "TABLES", {"T": table("T", row("real", words, max_iters=300, eval_interval=150))})
+    handed_on = ["--device=cpu", "--inference_samples=0", "--log_interval=5"]
+    process = place.begin("T", "--seeds=1", *handed_on)
+    metrics = place.out / "real-cpu-s1337" / "metrics.jsonl"
+    wait_for(lambda: sweep.last_of(metrics)[0] >= 5, seconds=120)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130 and not (place.out / "real-cpu-s1337" / "summary.json").exists()
+    assert place.main("T", "--seeds=1", "--list", *handed_on) == 0
+    assert "real-cpu-s1337  cut at step " in capfd.readouterr().out
+    assert place.main("T", "--seeds=1", *handed_on) == 0
+    pairs, left_out = records.read_all(place.results)
+    assert [path.name for path, _ in pairs] == ["real-cpu-s1337.json"] and not left_out
+    assert pairs[0][1]["resumed"] == 1 and pairs[0][1]["iterations"] == 300
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Telling
+
+
+def test_the_list_tells_how_cells_stand_and_how_long_they_take(place, capfd, monkeypatch):
+    here = records.machine_of(json.loads((place.folder / "record.json").read_text()))
+    monkeypatch.setattr(sweep.records, "machine_of", lambda record: here)
+    write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337, dirty=False, seconds=100.0))
+    write(place.results / "T" / "two-cpu-s1337.json", record_of(place, a_row("two"), 1337, dirty=True, seconds=900.0))
+    folder = place.out / "one-cpu-s1338"
+    write(folder / "config.json", a_row("one").config_at("cpu", 1338).to_dict())
+    write(folder / "ckpt.pt", "")
+    write(folder / "metrics.jsonl", '{"kind": "train", "step": 10, "loss": 2.0}\n{"kind": "tra')
+    before = sorted(place.folder.rglob("*"))
+    assert place.main("T", "--seeds=2", "--list") == 0
+    assert sorted(place.folder.rglob("*")) == before
+    shown = capfd.readouterr()
+    assert "finished with uncommitted changes, so that they count in no mean: two-cpu-s1337;" in shown.err
+    lines = shown.out.splitlines()[1:]
+    assert lines[0].startswith("one-cpu-s1337  finished: ") and lines[0].endswith("results/T/one-cpu-s1337.json")
+    assert lines[1].endswith(" (uncommitted changes)")
+    assert lines[2] == "one-cpu-s1338  cut at step 10 of 20, 50.0 s as measured"
+    assert lines[3] == "two-cpu-s1338  missing, 1 min 40 s by its FLOPs"
+    assert lines[4] == f"4 runs: 2 finished, 1 cut, 1 missing; left: 2 min 30 s, on {here}"
+
+
+def test_the_list_does_not_guess_from_another_machine_or_an_unclean_record(place, capfd, monkeypatch):
+    monkeypatch.setattr(sweep.records, "machine_of", lambda record: "here" if "python" not in record else "elsewhere")
+    write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337, dirty=True, seconds=100.0))
+    assert place.main("T", "--seeds=1", "--list") == 0
+    assert "2 runs: 1 finished, 1 missing; left: 1 run of unknown length, on here" in capfd.readouterr().out
+
+
+def test_printed_commands_make_the_same_records(place, capfd):
+    """One that is missing, one to go on with, one only to be copied; none for what is finished."""
+    write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337))
+    write(place.out / "two-cpu-s1337" / "summary.json", record_of(place, a_row("two"), 1337))
+    write(place.out / "one-cpu-s1338" / "config.json", a_row("one").config_at("cpu", 1338).to_dict())
+    write(place.out / "one-cpu-s1338" / "ckpt.pt", "10")
+    assert place.main("T", "--seeds=2", "--print_commands", "--device=cpu") == 0
+    printed = capfd.readouterr().out
+    assert len(printed.splitlines()) == 3 and place.calls() == []
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", "-e"], input=printed, text=True, check=True, cwd=ROOT, env={**os.environ, "PATH": path})
+    assert place.names() == ["one-cpu-s1338", "two-cpu-s1338"] and "--init_from=resume" in place.calls()[0][2]
+    pairs, left_out = records.read_all(place.results)
+    assert not left_out and {record["run_id"] for _, record in pairs} == {
+        a_row(name).config_at("cpu", seed).run_id for name in ROWS for seed in (1337, 1338)
+    }
+    assert place.main("T", "--seeds=2") == 0 and len(place.calls()) == 2
+
+
+def test_a_terminal_shows_a_bar_over_the_whole_table(place, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    place.order(**{"two-cpu-s1337": {"pause": 0.05}})
+    write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337))
+    assert place.main("T", "--seeds=1") == 0
+    shown = sys.stderr.getvalue()
+    assert "20/40" in shown and "40/40" in shown and "two-cpu-s1337, loss 2.500 nats, " in shown and " left" in shown
+
+
+def test_every_cell_of_every_table_has_a_record_that_read_all_takes(monkeypatch):
+    """The names of real cells are unique, and end as records must."""
+    cells = sweep.cells_of("all", "cpu", 2)
+    assert len({cell.name for cell in cells}) == len({cell.run_id for cell in cells}) == len(cells)
+    assert all(cell.name.endswith(f"-s{cell.seed}") for cell in cells)
+    assert cells[3].run_id == cells[3].row.config_at("cpu", cells[3].seed).run_id
+    assert all(isinstance(cell.config, Config) for cell in cells)
