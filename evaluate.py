@@ -3,7 +3,7 @@
 clean   cross-entropy over the whole split, in windows of block_size, each character predicted once
 paper   as the papers do it: mean over random batches; also with the weighted auxiliary losses added in, as some of
         them seem to have done
-inference_speed   as the papers do it too: without a cache, one text at a time
+inference_speed   nearly as the papers do it too: without a cache, one text at a time; the clock waits for the device
 """
 
 import math
@@ -87,6 +87,7 @@ def paper(model, dataset, split, config, machine, step) -> Paper:
 def inference_speed(model, config, machine, characters=500) -> list[float]:
     """Characters a second of each of config.inference_samples texts, written as the papers' template does: batch 1,
     temperature 0.8, top-k 200, eager, and without a cache, so that each character costs a pass over the whole context.
+    One thing differs: the template reads its clock without waiting for the device, ours waits, before and after.
 
     Empty where the routing looks at later characters, so that nothing can be written.
     """

@@ -4,6 +4,7 @@ records carry."""
 import contextlib
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ import torch
 from configurator import ConfigError
 
 ROOT = Path(__file__).resolve().parent
+CODE = "*.py"  # what git's state is told of: results that are drawn or committed change no run
+UNKNOWN = {"core_seconds": None, "device_bytes": None}  # what Neighbours say where nobody can tell
 
 
 class Machine(NamedTuple):
@@ -89,7 +92,7 @@ def describe(machine: Machine) -> dict:
         "device_type": device.type,
         "cores": core_count(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a plain string, which checkpoints may hold
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
         "dtype": str(machine.dtype).removeprefix("torch."),
@@ -110,7 +113,8 @@ class Neighbours:
     """What others do on the hardware of this process: a time counts only where they do little.
 
     On a CPU their processor time (and what a hypervisor withheld) on the cores that this process may use; on CUDA the
-    memory that they hold.
+    memory that they hold. CUDA does not tell whose memory it is, so that device_bytes includes the context of this
+    process itself, some hundred MB: records.OTHERS_DEVICE_BYTES, up to which times count, allows for it.
     """
 
     def __init__(self, machine: Machine, before: dict | None = None):
@@ -127,9 +131,13 @@ class Neighbours:
         }
 
     def _core_seconds(self):
-        if self.busy is None:
+        busy, own = _busy_seconds(), _own_seconds() - self.own
+        if busy is None or self.busy is None:
             return None
-        return max(0.0, _busy_seconds() - self.busy - (_own_seconds() - self.own))
+        others = busy - self.busy - own
+        if others < -(0.02 * own + 0.1):  # more than clocks that tick apart: the system speaks of other cores
+            return None
+        return max(0.0, others)
 
     def _device_bytes(self):
         if self.machine.device.type != "cuda":
@@ -143,7 +151,7 @@ def _after(now, before, combine):
 
 
 def _busy_seconds():
-    """Of the cores that this process may use, since the machine started; None where the system does not tell."""
+    """Of the cores that this process may use, since the machine started; None where the system does not tell of all."""
     try:
         lines = Path("/proc/stat").read_text().splitlines()
         cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
@@ -152,7 +160,7 @@ def _busy_seconds():
     counts = [[int(word) for word in line.split()[1:]] for line in lines if line.split()[0] in cores]
     # user, nice, system, idle, iowait, irq, softirq, steal, guest, guest_nice; the last two are in the first two
     busy = sum(sum(count[:3]) + sum(count[5:8]) for count in counts)
-    return busy / os.sysconf("SC_CLK_TCK") if counts else None
+    return busy / os.sysconf("SC_CLK_TCK") if len(counts) == len(cores) else None
 
 
 def _own_seconds():
@@ -176,14 +184,22 @@ def peak_memory(machine: Machine) -> int | None:
 
 
 def git_state() -> dict:
-    """The commit of this code, and whether tracked files differ from it; None where git cannot tell."""
-
-    def git(*arguments):
-        try:
-            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    """The commit of this code, and whether tracked code differs from it; None where git cannot tell."""
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", CODE)
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def same_code(before: str | None, now: str | None) -> bool:
+    """Whether the code of two commits is the same; not known counts as no."""
+    if not all(re.fullmatch("[0-9a-f]{40,64}", commit or "") for commit in (before, now)):
+        return False
+    return git("diff", "--quiet", before, now, "--", CODE) is not None
+
+
+def git(*arguments):
+    """What git prints about this code, without the last line's end; None where it fails or is not there."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

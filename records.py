@@ -37,18 +37,20 @@ class RecordError(ValueError):
 # What a record holds
 
 # Kinds of values, each named by the words in which a problem asks for it.
-TEXT, FLAG, OBJECT, LIST = "text", "true or false", "an object", "a list"
+TEXT, FLAG, OBJECT, LIST = "text that UTF-8 can encode", "true or false", "an object", "a list"
 COUNT, NUMBER, SHARE = "an integer from 0", "a finite number from 0", "a number from 0 to 1"
+LOSS_NUMBER = "a loss from 0 and below 10,000"  # one that tables have room for
 UNIT, DEVICE, DTYPE = "'character' or 'byte'", "'cpu', 'cuda' or 'mps'", "'float32' or 'bfloat16'"
 SHA256, COMMIT = "64 hexadecimal digits", "40 to 64 hexadecimal digits"
 FITS = {
-    TEXT: lambda value: type(value) is str,
+    TEXT: lambda value: type(value) is str and not re.search("[\ud800-\udfff]", value),  # no half of a character
     FLAG: lambda value: type(value) is bool,
     OBJECT: lambda value: type(value) is dict,
     LIST: lambda value: type(value) is list,
     COUNT: lambda value: type(value) is int and 0 <= value < 2**63,  # type(), because True is an int as well
     NUMBER: lambda value: type(value) in (int, float) and 0 <= value <= sys.float_info.max,
     SHARE: lambda value: type(value) in (int, float) and 0 <= value <= 1,
+    LOSS_NUMBER: lambda value: type(value) in (int, float) and 0 <= value < 1e4,
     UNIT: lambda value: value in ("character", "byte"),
     DEVICE: lambda value: value in ("cpu", "cuda", "mps"),
     DTYPE: lambda value: value in ("float32", "bfloat16"),
@@ -58,9 +60,9 @@ FITS = {
 KINDS_OF_PARAMETERS = ("embedding", "attention", "mlp", "router", "experts", "norm")
 CLASSES = ("vowel", "consonant", "capital", "digit", "space", "newline", "punctuation", "other")  # of characters
 # {name: kind} is an object, where "name?" may be missing; [kind] is a list of it; (kind, None) is it or null.
-LOSS = {"nats": NUMBER, "bpc": NUMBER}
+LOSS = {"nats": LOSS_NUMBER, "bpc": LOSS_NUMBER}
 LOSS_AT_STEP = {**LOSS, "step": COUNT}
-TRAIN_MODE = {"loss": NUMBER, "objective": NUMBER}  # the objective has the weighted auxiliary losses in it
+TRAIN_MODE = {"loss": LOSS_NUMBER, "objective": LOSS_NUMBER}  # the objective has the weighted auxiliary losses in it
 ROUTING = {  # of one MoE layer: see moe.summarize
     "load": [SHARE],
     "load_cv2": NUMBER,
@@ -79,7 +81,7 @@ ROUTING = {  # of one MoE layer: see moe.summarize
 EVALUATION = {
     "step": COUNT,
     "clean": LOSS,
-    "paper": dict.fromkeys(("train", "val", "train_with_aux", "val_with_aux"), NUMBER),
+    "paper": dict.fromkeys(("train", "val", "train_with_aux", "val_with_aux"), LOSS_NUMBER),
     "train_mode": (TRAIN_MODE, None),
     "train_seconds": NUMBER,
     "load": [[SHARE]],  # per MoE layer, each expert's share of the choices on the validation split
@@ -121,30 +123,36 @@ SCHEMA = {
     "clean": {"best": LOSS_AT_STEP, "final": LOSS_AT_STEP},
     "paper": dict.fromkeys(
         ("best_val", "best_val_with_aux", "final_train", "final_val", "final_train_with_aux", "final_val_with_aux"),
-        NUMBER,
+        LOSS_NUMBER,
     ),
     "train_mode": (TRAIN_MODE, None),  # the loss that training saw: with dropout, over the last steps
     "test": (LOSS_AT_STEP, None),
     "seconds": dict.fromkeys(("train", "eval", "save", "compile", "total"), NUMBER),
     "median_step_ms": NUMBER,  # of the means over log intervals
     "tokens_per_second": NUMBER,  # in training
-    "inference": {"samples": COUNT, "tokens_per_second": (NUMBER, None)},  # the papers' way: batch 1, eager, no cache
+    "inference": {  # the papers' way: batch 1, eager, no cache
+        "samples": COUNT,
+        "tokens_per_second": (NUMBER, None),
+        "exclusive?": FLAG,  # of the time that writing took; a record that lacks it does not know, which counts as no
+    },
     "peak_memory_bytes": (COUNT, None),
     "routing": [ROUTING],  # per MoE layer, over the validation split, at the last step
     "evaluations": [EVALUATION],
 }
 
 
-def record_of(config, dataset, model, description, progress, test, speeds, peak_memory) -> dict:
+def record_of(config, dataset, model, description, progress, test, writing, peak_memory) -> dict:
     """description: of `machine.describe`; progress: train.py's, at the end of the run; test: an `evaluate.Clean`, or
-    None without a test split; speeds: of `evaluate.inference_speed`; peak_memory: bytes, None where it is not known."""
+    None without a test split; writing: {"speeds": of `evaluate.inference_speed`, "seconds": that it took, "others": of
+    `machine.Neighbours` meanwhile}; peak_memory: bytes, None where it is not known."""
     evaluations = progress["evaluations"]
     best = min(evaluations, key=lambda line: line["clean"]["nats"])  # the first, if several
     final = evaluations[-1]
     tokens = config.max_iters * config.batch_size * config.block_size * config.gradient_accumulation_steps
     seconds, others = progress["seconds"], progress["others"]
-    core_seconds = others["core_seconds"]
-    cpu_share = None if core_seconds is None else core_seconds / (seconds["total"] * description["cores"])
+    share = cpu_share(others, seconds["total"], description)
+    speeds, share_of_writing = writing["speeds"], cpu_share(writing["others"], writing["seconds"], description)
+    device_type = description["device_type"]
     return {
         "format": FORMAT,
         "run_id": config.run_id,
@@ -156,8 +164,8 @@ def record_of(config, dataset, model, description, progress, test, speeds, peak_
         "training_flops_per_token": model.flops_per_token(),
         "git": progress["git"],
         "machine": description,
-        "others": {"cpu_share": cpu_share, "device_bytes": others["device_bytes"]},
-        "exclusive": is_exclusive(description["device_type"], cpu_share, others["device_bytes"]),
+        "others": {"cpu_share": share, "device_bytes": others["device_bytes"]},
+        "exclusive": is_exclusive(device_type, share, others["device_bytes"]),
         "iterations": config.max_iters,
         "resumed": progress["resumed"],
         "tokens": tokens,
@@ -173,7 +181,12 @@ def record_of(config, dataset, model, description, progress, test, speeds, peak_
         "seconds": seconds,
         "median_step_ms": statistics.median(progress["step_ms"]),
         "tokens_per_second": tokens / seconds["train"],
-        "inference": {"samples": len(speeds), "tokens_per_second": statistics.mean(speeds) if speeds else None},
+        "inference": {
+            "samples": len(speeds),
+            "tokens_per_second": statistics.mean(speeds) if speeds else None,
+            "exclusive": bool(speeds)
+            and is_exclusive(device_type, share_of_writing, writing["others"]["device_bytes"]),
+        },
         "peak_memory_bytes": peak_memory,
         "routing": final["routing"],
         "evaluations": [{key: line[key] for key in EVALUATION} for line in evaluations],
@@ -182,6 +195,12 @@ def record_of(config, dataset, model, description, progress, test, speeds, peak_
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a record says
+
+
+def cpu_share(others, seconds, machine):
+    """Of the time of all cores in so many seconds, the share that others took; None where it is not known."""
+    core_seconds = others["core_seconds"]
+    return None if core_seconds is None else core_seconds / (seconds * machine["cores"])
 
 
 def is_exclusive(device_type, cpu_share, device_bytes) -> bool:
@@ -203,14 +222,17 @@ def is_clean(record) -> bool:
 
 def machine_of(record) -> str:
     """The hardware and software that must agree within a comparison of times: "AMD EPYC, 1 core, 1 thread,
-    torch 2.13.0+cpu, float32", or "NVIDIA H200, torch 2.11.0+cu128, bfloat16, compiled"."""
-    machine = record["machine"]
+    torch 2.13.0+cpu, float32", or "NVIDIA H200, torch 2.11.0+cu128, bfloat16, compiled, masked backend". The backend of
+    an MoE model is named where it was not chosen automatically; a record without a config is of no model."""
+    machine, config = record["machine"], record.get("config", {})
     parts = [machine["device"]]
     if machine["device_type"] == "cpu":
         counts = {"core": machine["cores"], "thread": machine["threads"]}
         parts += [f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items()]
     parts += [f"torch {machine['torch']}", machine["dtype"]]
-    return ", ".join([*parts, "compiled"] if machine["compile"] else parts)
+    parts += ["compiled"] if machine["compile"] else []
+    backend = config.get("moe_backend", "auto") if config.get("n_expert") else "auto"
+    return ", ".join(parts if backend == "auto" else [*parts, f"{backend} backend"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,7 +246,11 @@ def problems(record) -> list[str]:
         return [f"{shown(record)} is no record of train.py; expected {OBJECT}"]
     if record.get("format") != FORMAT:
         return [format_problem(record.get("format"))]
-    wrong = list(mismatches(record, SCHEMA))
+    wrong = list(mismatches(record, SCHEMA)) or [
+        f"config.{name} is {shown(value)}; expected {TEXT}"
+        for name, value in record["config"].items()
+        if type(value) is str and not FITS[TEXT](value)
+    ]
     if wrong:
         return wrong
     try:
@@ -400,6 +426,7 @@ def time_rules(record, config):
     yield longest <= 1.01 * seconds["total"], f"seconds.total is {seconds['total']}, less than the parts of it"
     speed, samples = inference["tokens_per_second"], inference["samples"]
     yield bool(speed) == bool(samples), f"inference.tokens_per_second is {speed}, of {samples} samples"
+    yield samples or not inference.get("exclusive"), "inference.exclusive is true, of 0 samples"
     clock = [line["train_seconds"] for line in record["evaluations"]]
     yield clock[0] == 0, f"evaluations[0].train_seconds is {clock[0]}; expected 0 before the first update"
     yield clock == sorted(clock), f"train_seconds of the evaluations are {shown(clock)}; expected them not to fall"

@@ -142,6 +142,16 @@ def check_resumable(saved, config, dataset):
     return config.differences(theirs, ("schedule",))
 
 
+def difference(there, here):
+    """Of two descriptions of machines: "cores 2, threads 2 there, cores 1, threads 1 here". there: None in a checkpoint
+    that is older than its description."""
+    if there is None:
+        return f"which one is not known, {here['device']} here"
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    sides = (", ".join(f"{name} {machine.get(name)}" for name in names) for machine in (there, here))
+    return "{} there, {} here".format(*sides)
+
+
 def make_optimizer(model, config):
     """AdamW, with decay on matrices and embeddings only; expert biases are stacked to matrices, but stay biases."""
     named = list(model.named_parameters())
@@ -499,9 +509,10 @@ def main(argv):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         git, before = progress["git"], saved["progress"]["git"]
+        is_clean = before["dirty"] is False and git["dirty"] is False
+        is_clean = is_clean and machines.same_code(before["commit"], git["commit"])
         progress = {**saved["progress"], "resumed": saved["progress"]["resumed"] + 1}
-        if git != before:  # no commit says what made this run
-            progress["git"] = {"commit": git["commit"], "dirty": True}
+        progress["git"] = {"commit": git["commit"], "dirty": not is_clean}  # else no commit says what made this run
     seconds = progress["seconds"]
     rows = config.batch_size * config.gradient_accumulation_steps
     tokens_per_step = rows * config.block_size
@@ -527,6 +538,11 @@ def main(argv):
         print(evaluation_text(line, config))
         print(f"the papers' way: {line['paper']['val']:.4f} nats on {config.eval_iters} random batches")
         return 0
+    here, there = machines.describe(machine), progress.get("machine")
+    if saved and there != here:
+        neighbours.before = machines.UNKNOWN
+        print(f"resumed on another machine ({difference(there, here)}): its times will not count")
+    progress["machine"] = here
     if device.type == "cpu":
         forecast = seconds_needed(model, dataset, config, machine, config.max_iters - progress["step"])
         if forecast > SLOW_SECONDS:
@@ -680,14 +696,15 @@ def main(argv):
         seconds["total"] = time.perf_counter() - session_started
         progress["others"] = neighbours.so_far()
         screen.bar.set_postfix_str("measuring the speed of writing")
-        speeds = None
+        speeds, started, beside = None, time.perf_counter(), machines.Neighbours(machine)
         with signals.may_stop():
             speeds = evaluate.inference_speed(model, config, machine)
         if speeds is None:
             return stopped()
+        writing = {"speeds": speeds, "seconds": time.perf_counter() - started, "others": beside.so_far()}
 
     description, peak_memory = machines.describe(machine), machines.peak_memory(machine)
-    record = records.record_of(config, dataset, model, description, progress, test, speeds, peak_memory)
+    record = records.record_of(config, dataset, model, description, progress, test, writing, peak_memory)
     checkpoint.write_json(folder / "summary.json", record)
     print(records.report(record))
     return 0

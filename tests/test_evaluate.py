@@ -236,6 +236,22 @@ def test_the_papers_inference_reads_the_whole_context_for_each_character(dataset
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_the_clock_of_writing_waits_for_the_device(dataset, monkeypatch):
+    """Else it would measure how fast a GPU is given its work, and not how fast it does it."""
+    events = []
+
+    class Watched:
+        device, autocast = CPU.device, CPU.autocast
+
+        def synchronize(self):
+            events.append("wait")
+
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: events.append("clock") or float(len(events)))
+    config = tiny(inference_samples=2)
+    evaluate.inference_speed(model_of(config, dataset), config, Watched(), characters=3)
+    assert events == 2 * ["wait", "clock", "wait", "clock"]
+
+
 def test_what_sees_later_characters_cannot_write_and_has_no_speed(dataset):
     config = tiny(**{**MOE, "capacity_group": "batch"}, inference_samples=2)
     assert evaluate.inference_speed(model_of(config, dataset), config, CPU) == []

@@ -129,7 +129,8 @@ def test_describe_is_numbers_and_names_that_records_need():
     assert described["device"] and described["device_type"] == "cpu" and described["cuda"] is None
     assert type(described["cores"]) is int and described["cores"] >= 1 and type(described["threads"]) is int
     assert described["dtype"] == "float32" and described["compile"] is False
-    assert described["torch"] == torch.__version__ and described["python"] == platform.python_version()
+    assert described["torch"] == torch.__version__ and type(described["torch"]) is str  # checkpoints hold no other
+    assert described["python"] == platform.python_version()
 
 
 def test_describe_gives_away_no_path_host_or_user(monkeypatch):
@@ -158,24 +159,55 @@ def test_peak_memory_is_bytes():
 
 
 def git(folder, *arguments):
+    """What git prints, in a folder whose commits need nobody's configuration."""
     options = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
     return subprocess.run(
         ["git", "-C", str(folder), *options, *arguments], check=True, capture_output=True, text=True
     ).stdout.strip()
 
 
-def test_git_state_tells_the_commit_and_whether_tracked_files_differ(tmp_path, monkeypatch):
+@pytest.fixture
+def committed(tmp_path, monkeypatch):
+    """A function that writes {path: text} into the repository that is the code's, and commits it all. -> the commit"""
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     git(tmp_path, "init", "-q")
-    (tmp_path / "code.py").write_text("1\n")
-    git(tmp_path, "add", "code.py")
-    git(tmp_path, "commit", "-q", "-m", "one")
-    commit = git(tmp_path, "rev-parse", "HEAD")
+
+    def commit(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        git(tmp_path, "add", "-A")
+        git(tmp_path, "commit", "-q", "-m", "one more")
+        return git(tmp_path, "rev-parse", "HEAD")
+
+    return commit
+
+
+def test_git_state_tells_the_commit_and_whether_tracked_code_differs(tmp_path, committed):
+    commit = committed({"code.py": "1\n", "config/one.py": "1\n", "results/report.html": "1\n"})
     assert machine.git_state() == {"commit": commit, "dirty": False}
-    (tmp_path / "results.json").write_text("{}")  # not tracked: not code
-    assert machine.git_state()["dirty"] is False
-    (tmp_path / "code.py").write_text("2\n")
+    (tmp_path / "notes.py").write_text("1\n")  # not tracked
+    (tmp_path / "results" / "report.html").write_text("2\n")  # drawn again: not code
+    assert machine.git_state() == {"commit": commit, "dirty": False}
+    (tmp_path / "config" / "one.py").write_text("2\n")
     assert machine.git_state() == {"commit": commit, "dirty": True}
+
+
+def test_commits_are_of_the_same_code_where_no_code_differs(committed):
+    first = committed({"code.py": "1\n", "config/one.py": "1\n"})
+    results = committed({"results/report.html": "1\n"})
+    other = committed({"config/one.py": "2\n"})
+    assert machine.same_code(first, results) and machine.same_code(first, first)
+    assert not machine.same_code(first, other) and not machine.same_code(results, other)
+
+
+def test_code_that_nobody_knows_is_not_the_same(tmp_path, committed, monkeypatch):
+    commit = committed({"code.py": "1\n"})
+    for unknown in (None, "", "0" * 40, f"--output={tmp_path / 'made'}"):  # the last one may be a stranger's
+        assert not machine.same_code(unknown, commit) and not machine.same_code(commit, unknown)
+    assert not machine.same_code(None, None) and not (tmp_path / "made").exists()
+    monkeypatch.setenv("PATH", "")
+    assert not machine.same_code(commit, commit)
 
 
 def test_without_a_repository_or_without_git_nothing_is_claimed(tmp_path, monkeypatch):
@@ -195,10 +227,30 @@ def test_neighbours_are_those_who_work_on_the_same_cores(monkeypatch):
     clock |= {"busy": 102.5, "own": 12.0}
     assert neighbours.so_far() == {"core_seconds": 0.5, "device_bytes": None}
     assert machine.Neighbours(CPU, neighbours.so_far()).so_far()["core_seconds"] == 0.5
-    clock["own"] = 20.0  # the two clocks tick apart
+    clock["own"] = 12.6  # the two clocks tick apart
     assert neighbours.so_far()["core_seconds"] == 0
+    clock["own"] = 12.7  # the system's clock is not that of our cores
+    assert neighbours.so_far()["core_seconds"] is None
     monkeypatch.setattr(machine, "_busy_seconds", lambda: None)
+    assert neighbours.so_far()["core_seconds"] is None
     assert machine.Neighbours(CPU).so_far()["core_seconds"] is None
+
+
+def test_what_an_earlier_session_could_not_tell_stays_unknown(monkeypatch):
+    monkeypatch.setattr(machine, "_busy_seconds", lambda: 100.0)
+    monkeypatch.setattr(machine, "_own_seconds", lambda: 10.0)
+    assert machine.Neighbours(CPU).so_far()["core_seconds"] == 0
+    assert machine.Neighbours(CPU, machine.UNKNOWN).so_far() == machine.UNKNOWN
+
+
+def test_busy_cores_are_known_only_where_the_system_tells_of_each(monkeypatch):
+    """A container may show another machine's /proc/stat, or a part of it."""
+    shown = "cpu  9 0 0 9 0 0 0 0 0 0\ncpu0 100 20 30 999 999 0 0 50 7 7\ncpu2 100 0 0 999 0 0 0 0 0 0\nintr 5\n"
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: shown)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    for cores, seconds in (({0}, 2.0), ({0, 2}, 3.0), ({0, 1}, None), ({1}, None)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: cores, raising=False)
+        assert machine._busy_seconds() == seconds
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux")

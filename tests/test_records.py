@@ -160,6 +160,16 @@ def test_a_run_that_was_resumed_may_be_evaluated_before_anything_is_logged(cuda)
     assert records.problems(changed(cuda, {"evaluations.1.train_mode": None})) == []
 
 
+def test_a_record_from_before_the_time_of_writing_was_watched_is_read(dense):
+    assert dense["inference"] == {"samples": 0, "tokens_per_second": None, "exclusive": False}
+    assert records.problems(without(dense, "inference.exclusive")) == []
+
+
+def test_text_may_be_of_any_characters(dense):
+    """Each of them one that JSON writes as two escapes."""
+    assert records.problems(changed(dense, {"machine.device": "𝕏 \U0010ffff \ue000 \ud7ff"})) == []
+
+
 def test_a_model_may_be_compiled_wherever_it_was_asked_for(dense):
     changes = {"machine.compile": True, "config.compile": True, "seconds.compile": 1.0, "seconds.total": 1000.0}
     assert records.problems(changed(dense, changes)) == []
@@ -243,7 +253,15 @@ KINDS = [
     ("dense", {"epochs": "1.5"}, "epochs is '1.5'; expected a finite number"),
     ("dense", {"epochs": 10**400}, "; expected a finite number"),
     ("dense", {"epochs": None}, "epochs is None; expected a finite number"),
-    ("dense", {"evaluations.1.clean.nats": -0.5}, "evaluations[1].clean.nats is -0.5; expected a finite number from 0"),
+    ("dense", {"evaluations.1.clean.nats": -0.5}, "evaluations[1].clean.nats is -0.5; expected a loss from 0"),
+    *(
+        ("dense", {path: 1e4}, "is 10000.0; expected a loss from 0 and below 10,000")
+        for path in (
+            "evaluations.1.clean.nats", "evaluations.1.clean.bpc", "evaluations.1.paper.val_with_aux",
+            "evaluations.1.train_mode.objective", "clean.best.bpc", "test.nats", "paper.best_val", "train_mode.loss",
+        )
+    ),
+    ("dense", {"inference.exclusive": None}, "inference.exclusive is None; expected true or false"),
     ("moe", {"evaluations.2.load.1.3": 1.5}, "evaluations[2].load[1][3] is 1.5; expected a number from 0 to 1"),
     ("moe", {"routing.0.drop_rate_by_symbol.5": -0.1}, "routing[0].drop_rate_by_symbol[5] is -0.1; expected a number"),
     ("dense", {"evaluations": {}}, "evaluations is {}; expected a list"),
@@ -251,6 +269,9 @@ KINDS = [
     ("dense", {"seconds": [1.0]}, "seconds is [1.0]; expected an object"),
     ("dense", {"config": None}, "config is None; expected an object"),
     ("dense", {"title": 5}, "title is 5; expected text"),
+    ("dense", {"title": "\ud800"}, r"title is '\ud800'; expected text that UTF-8 can encode"),
+    ("dense", {"machine.device": "a \udfff"}, r"machine.device is 'a \udfff'; expected text that UTF-8 can encode"),
+    ("dense", {"config.out_dir": "\udcff"}, r"config.out_dir is '\udcff'; expected text that UTF-8 can encode"),
     ("dense", {"leaky": 0}, "leaky is 0; expected true or false"),
     ("dense", {"git.dirty": "no"}, "git.dirty is 'no'; expected true or false"),
     ("dense", {"git.commit": "main"}, "git.commit is 'main'; expected 40 to 64 hexadecimal digits"),
@@ -363,6 +384,7 @@ CONTRADICTIONS = [
     ("dense", {"seconds.save": 1e6}, "less than the parts of it"),
     ("dense", {"seconds.total": 0.0}, "seconds.total is 0.0, less than the parts of it"),
     ("dense", {"inference.tokens_per_second": 99.0}, "inference.tokens_per_second is 99.0, of 0 samples"),
+    ("dense", {"inference.exclusive": True}, "inference.exclusive is true, of 0 samples"),
     # where
     ("dense", {"exclusive": False}, "exclusive is False, but the rest of the record makes it True"),
     ("dense", {"others.cpu_share": 0.5}, "exclusive is True, but the rest of the record makes it False"),
@@ -470,8 +492,10 @@ def leaves(value, path=()):
 
 
 def meaning(record):
-    """All that the rest of a record could contradict; a key that its config lacks has its default."""
+    """All that the rest of a record could contradict; a key that its config lacks has its default, and a flag that
+    its inference lacks counts as no."""
     record = {**record, "config": Config.from_dict(record["config"]).to_dict()}
+    record["inference"] = {"exclusive": False, **record["inference"]}
     return {path: leaf for path, leaf in leaves(record).items() if shape_of(path) not in UNCHECKED}
 
 
@@ -627,6 +651,14 @@ def test_a_machine_is_one_line_of_what_times_depend_on(dense, cuda):
     assert records.machine_of(dense) == "AMD EPYC, 2 cores, 4 threads, torch 2.13.0+cpu, float32, compiled"
     cuda = changed(cuda, {"machine.device": "NVIDIA H200", "machine.torch": "2.11.0+cu128"})
     assert records.machine_of(cuda) == "NVIDIA H200, torch 2.11.0+cu128, bfloat16, compiled"
+
+
+def test_a_backend_that_was_chosen_by_hand_makes_another_machine(dense, moe):
+    auto, by_hand = records.machine_of(moe), changed(moe, {"config.moe_backend": "reference"})
+    assert records.machine_of(by_hand) == f"{auto}, reference backend"
+    assert records.machine_of(without(moe, "config.moe_backend")) == auto
+    assert records.machine_of({"machine": moe["machine"]}) == auto
+    assert records.machine_of(changed(dense, {"config.moe_backend": "reference"})) == records.machine_of(dense)
 
 
 @pytest.mark.parametrize(

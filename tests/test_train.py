@@ -548,6 +548,91 @@ def test_resume_from_a_truncated_checkpoint_is_refused_and_changes_nothing(words
     assert contents(tmp_path / "run") == before
 
 
+A, B = "a" * 40, "b" * 40
+
+
+@pytest.mark.parametrize(
+    "before, now, same, found",
+    [
+        ((A, False), (A, False), True, (A, False)),
+        ((A, False), (B, False), True, (B, False)),
+        ((A, False), (B, False), False, (B, True)),
+        ((A, True), (A, False), True, (A, True)),
+        ((A, False), (A, True), True, (A, True)),
+        ((None, None), (A, False), False, (A, True)),
+    ],
+    ids=["same commit", "same code", "other code", "dirty before", "dirty now", "unknown before"],
+)  # fmt: skip
+def test_a_resumed_run_is_clean_where_one_code_made_it_all(
+    words, tmp_path, at_step, monkeypatch, before, now, same, found
+):
+    """The record is of the last session's commit, whose code must be that of all sessions."""
+    compared = []
+    monkeypatch.setattr(machine, "same_code", lambda *commits: compared.append(commits) or same)
+    at_step(interrupt(), 2)
+    for (commit, dirty), options in ((before, {}), (now, dict(init_from="resume"))):
+        monkeypatch.setattr(machine, "git_state", lambda commit=commit, dirty=dirty: {"commit": commit, "dirty": dirty})
+        train_tiny(words, tmp_path / "run", max_iters=4, **options)
+    record = record_of(tmp_path / "run")
+    assert record["resumed"] == 1 and record["git"] == {"commit": found[0], "dirty": found[1]}
+    assert set(compared) <= {(before[0], now[0])}
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """{"core_seconds": what others have taken so far}, in place of what they really did."""
+    clock = {"core_seconds": 0.0}
+    monkeypatch.setattr(machine, "_busy_seconds", lambda: clock["core_seconds"])
+    monkeypatch.setattr(machine, "_own_seconds", lambda: 0.0)
+    return clock
+
+
+@pytest.mark.parametrize("where", ["this", "another", "an unknown"])
+def test_times_of_a_run_that_changed_machines_do_not_count(words, tmp_path, at_step, others, capsys, where):
+    at_step(interrupt(), 2)
+    assert train_tiny(words, tmp_path / "run", max_iters=4) == 130
+    state = checkpoint.load(tmp_path / "run" / "ckpt.pt")
+    here = machine.describe(machine.choose("cpu"))
+    assert state["progress"]["machine"] == here
+    if where == "another":
+        state["progress"]["machine"] |= {"cores": 999, "python": "2.7"}
+    elif where == "an unknown":  # as in checkpoints that are older
+        del state["progress"]["machine"]
+    checkpoint.save(tmp_path / "run" / "ckpt.pt", state)
+    capsys.readouterr()
+    assert train_tiny(words, tmp_path / "run", max_iters=4, init_from="resume") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "another machine" in line]
+    both = f"cores 999, python 2.7 there, cores {here['cores']}, python {here['python']} here"
+    between = {"another": both, "an unknown": f"which one is not known, {here['device']} here"}.get(where)
+    assert told == ([f"resumed on another machine ({between}): its times will not count"] if between else [])
+    record = record_of(tmp_path / "run")
+    assert record["exclusive"] is (where == "this") and (record["others"]["cpu_share"] is None) is (where != "this")
+    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["machine"] == here
+
+
+@pytest.mark.parametrize("when", ["never", "training", "writing"])
+def test_the_time_of_writing_is_watched_apart_from_that_of_training(
+    words, tmp_path, at_step, others, monkeypatch, when
+):
+    def come():
+        others["core_seconds"] += 1000.0
+
+    original = evaluate.inference_speed
+
+    def inference_speed(*arguments):
+        if when == "writing":
+            come()
+        return original(*arguments, characters=2)
+
+    monkeypatch.setattr(evaluate, "inference_speed", inference_speed)
+    if when == "training":
+        at_step(come, 1)
+    assert train_tiny(words, tmp_path / "run", max_iters=2, inference_samples=1) == 0
+    record = record_of(tmp_path / "run")
+    assert record["exclusive"] is (when != "training")
+    assert record["inference"]["exclusive"] is (when != "writing")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The same folder again
 
