@@ -31,6 +31,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from experiments import MEASURES, SCALES, Comparison, Row
+from verdicts import Effect, effect_of
 
 WIDTH = (
     7.5  # inches: a report's column. With letters of 10.5 points it can still be read on a phone, at half that width
@@ -168,8 +169,8 @@ def timed(runs) -> list[dict]:
 def note_of_times(cells) -> str:
     alone, runs = (sum(len(of(cell.runs)) for cell in cells) for of in (timed, list))
     if not alone:
-        return "No run had the machine to itself, so there are no times."
-    return f"Times are those of the {alone} of {runs} runs that had the machine to themselves."
+        return "No run is known to have had its cores to itself, so there are no times."
+    return f"Training times are those of {alone} of {runs} runs, which had their cores to themselves."
 
 
 def unit_of(cells, plural="") -> str:
@@ -183,25 +184,13 @@ def estimate(values) -> Estimate:
     return Estimate(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def difference(comparison, row, measure, transform=float) -> Estimate | None:
-    """Row minus its baseline; the SD is that of one run less another, n the smaller of the two."""
-    ours, theirs = (
-        [transform(value) for value in comparison.values(name, measure).values()] for name in (row.name, row.baseline)
-    )
-    if not ours or not theirs:
-        return None
-    ours, theirs = estimate(ours), estimate(theirs)
-    sd = None if None in (ours.sd, theirs.sd) else math.hypot(ours.sd, theirs.sd)
-    return Estimate(ours.mean - theirs.mean, sd, min(ours.n, theirs.n))
+def difference(comparison, row, measure) -> Effect | None:
+    return effect_of(comparison, measure, row.name, row.baseline, "difference") if row.baseline else None
 
 
-def ratio(comparison, row, measure) -> Estimate | None:
-    """Row over its baseline: of geometric means, as in verdicts.py; the SD to first order."""
-    found = difference(comparison, row, measure, math.log)
-    if found is None:
-        return None
-    mean = math.exp(found.mean)
-    return Estimate(mean, None if found.sd is None else mean * found.sd, found.n)
+def whiskers(effect) -> list | None:
+    """Of the 95% interval, as matplotlib wants them; none where one seed gives no interval."""
+    return None if effect.low is None else [[effect.mean - effect.low], [effect.high - effect.mean]]
 
 
 def published(comparison, row, measure) -> tuple[float, float] | None:
@@ -497,7 +486,10 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
         "inference_speed": "inference speed / baseline's\n(left of 1: slower)",
     }
     with_baseline = [cell for cell in cells_of(comparison) if cell.row.baseline]
-    ratios = {cell.row.name: [ratio(comparison, cell.row, measure) for measure in names] for cell in with_baseline}
+    ratios = {
+        cell.row.name: [effect_of(comparison, key, cell.row.name, cell.row.baseline, "ratio") for key in names]
+        for cell in with_baseline
+    }
     cells = [cell for cell in with_baseline if any(ratios[cell.row.name])]
     if not cells:
         return None
@@ -512,8 +504,8 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
             if pair:
                 theirs += panel.plot(pair[0] / pair[1], y, **OPEN)
             if ours:
-                panel.errorbar(ours.mean, y, xerr=ours.sd, **look_of(cell), **ERROR_BARS, markersize=6)
-                beside(panel, told(ours), y)
+                panel.errorbar(ours.mean, y, xerr=whiskers(ours), **look_of(cell), **ERROR_BARS, markersize=6)
+                beside(panel, number(ours.mean), y)
         panel.set_xlabel(name)
         panel.margins(x=0.1)
         left, right = panel.get_xlim()
@@ -530,15 +522,15 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
         comparison,
         cells,
         f"{comparison.table.title}: training time and speed of inference (the papers' way: one sequence at a time, no "
-        f"cache) over those of {baselines_of(comparison, cells)}. Filled: ratio of the geometric means ± its "
-        "SD from both rows' sample SDs, where both have several runs.",
+        f"cache) over those of {baselines_of(comparison, cells)}. Filled: ratio of the geometric means with "
+        "its 95% interval, where both have several runs.",
         "Open: as published, for the paper's size and machine." if theirs else "",
         note_of_times(cells_of(comparison)),
     )
     spoken = "; ".join(
         f"{cell.label} "
         + ", ".join(
-            f"{MEASURES[measure].heading} {told(found)}"
+            f"{MEASURES[measure].heading} {number(found.mean)}"
             for measure, found in zip(names, ratios[cell.row.name])
             if found
         )
@@ -614,10 +606,9 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
     model's own, and what was counted in."""
     parts = []
     for cell in cells_of(comparison):
-        model = cell.row.baseline and difference(comparison, cell.row, "paper")
+        model, whole = (difference(comparison, cell.row, measure) for measure in ("paper", "paper_with_aux"))
         if model:
-            loss, with_aux = (comparison.values(cell.row.name, key) for key in ("paper", "paper_with_aux"))
-            parts.append((cell, model, statistics.fmean(with_aux[seed] - loss[seed] for seed in loss)))
+            parts.append((cell, model, whole.mean - model.mean))
     if not parts:
         return None
     cells = [cell for cell, _, _ in parts]
@@ -630,7 +621,7 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
     counted = {"facecolor": COLOURS[1], "edgecolor": INK, "hatch": "////", "linewidth": 0.5}
     for y, (_, model, aux) in enumerate(parts):
         axes.barh(y - 0.18, model.mean, height=0.32, color=BELOW)
-        axes.errorbar(model.mean, y - 0.18, xerr=model.sd, color=INK, **ERROR_BARS)
+        axes.errorbar(model.mean, y - 0.18, xerr=whiskers(model), color=INK, **ERROR_BARS)
         axes.barh(y + 0.18, aux, left=model.mean, height=0.32, **counted)
         axes.plot(model.mean + aux, y + 0.18, color=INK, marker="D", markersize=5.5)
         beside(axes, f"{number(model.mean)} + {number(aux)}", y)  # no sum, which rounding would often make wrong
@@ -642,6 +633,7 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
         axes.axvline(gap, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
         axes.annotate(text, (gap, 1), ha="center", **above)
     row_axis(axes, labels)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlabel(f"validation loss minus that of {baseline},\nnats per {unit_of(cells)}")
     handles = [
         Patch(color=BELOW),
@@ -655,7 +647,7 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
         cells,
         f"{comparison.table.title}: how far the validation loss with auxiliary losses counted in is from that of "
         f"{baseline}, and what that consists of. The papers' way: minimum over estimates from random batches. Whisker: "
-        "± SD of a difference between one run of each, from both rows' sample SDs, where both have several.",
+        "95% interval, paired over the seeds that both have.",
         *(f"Dashed: the published gap of {gap:g} nats".replace("-", "−") + f"{at_their_size}." for gap in sorted(gaps)),
     )
     spoken = "; ".join(
@@ -687,7 +679,8 @@ def boundary_map(comparison: Comparison) -> Drawing | None:
             draw_square(axes, place, "not run", facecolor="none", edgecolor=INK, hatch="///", alpha=0.5)
             continue
         epochs = comparison.cells[rows[width, size].name][0]["epochs"]
-        text = f"{told(effect, sign='+')}\nn = {effect.n}\n{epochs:.2g} epochs"
+        interval = "" if effect.low is None else f"[{number(effect.low)}, {number(effect.high)}]\n"
+        text = f"{number(effect.mean, sign='+')}\n{interval}n = {effect.n}, {epochs:.2g} epochs"
         draw_square(axes, place, text, facecolor=colours.to_rgba(effect.mean), edgecolor="none")
     axes.set_xticks(range(len(sizes)), ["all" if size == math.inf else f"{size:,}" for size in sizes])
     axes.set_yticks(range(len(widths)), widths)
@@ -704,11 +697,11 @@ def boundary_map(comparison: Comparison) -> Drawing | None:
         comparison,
         [cell for cell in cells if difference(comparison, cell.row, "clean")],
         f"{comparison.table.title}: best validation loss of 4 experts minus that of the dense model of equal active "
-        "FLOPs, over the whole validation split; ± SD of a difference between one run of each, from both rows' sample "
-        "SDs. Every run reads equally many characters, so fewer unique ones are more epochs.",
+        "FLOPs, over the whole validation split, with its 95% interval. Every run reads equally many characters, so "
+        "fewer unique ones are more epochs.",
     )
     spoken = "; ".join(
-        f"{width} wide, {'all' if size == math.inf else f'{size:,}'} characters {told(effect, sign='+')}"
+        f"{width} wide, {'all' if size == math.inf else f'{size:,}'} characters {number(effect.mean, sign='+')}"
         for (width, size), effect in effects.items()
         if effect
     )
@@ -765,7 +758,7 @@ def difference_forest(comparison: Comparison, effects: Sequence[tuple], measure:
         cells or cells_of(comparison),
         f"{comparison.table.title}: each row's {entry.heading} minus that of its baseline, with the 95% interval over "
         "seeds, where there are several.",
-        "Open: as published." if theirs else "",
+        "Open: as published, at the papers' size and by their measure." if theirs else "",
     )
     lines = "; ".join(f"{label} {text}" for label, text in zip(labels, spoken))
     return Drawing(figure, caption, f"Dots of the difference to the baseline{unit}, with intervals. {lines}.")

@@ -10,7 +10,9 @@ named, and the rest is drawn. The same records give the same bytes.
 
 import argparse
 import json
+import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -55,6 +57,22 @@ class Part(NamedTuple):
     def title(self):
         table, scale = self.comparison.table, SCALES[self.comparison.scale]
         return f"{table.title} ({table.name}, {scale.title.partition(':')[0]})"
+
+    @property
+    def about(self):
+        """What it is for, and under which conditions it was measured."""
+        table, found = self.comparison.table, [r for of_row in self.comparison.cells.values() for r in of_row]
+        ranges = {
+            "epochs": [round(record["epochs"], 2) for record in found],
+            "unique characters": [record["dataset"]["splits"]["train"] for record in found],
+            "parameters": [record["parameters"]["total"] for record in found],
+        }
+        regime = ", ".join(
+            f"{min(values):,}{f' to {max(values):,}' if max(values) > min(values) else ''} {name}"
+            for name, values in ranges.items()
+            if values
+        )
+        return f"{table.text} Source: {table.source}. Regime: {regime}. Machine: {self.comparison.machine}."
 
 
 def part_of(comparison, number):
@@ -118,13 +136,13 @@ def rulings_of(parts):
 
 def lines_of(verdict, measure):
     """The effects on one measure, a line a pair of rows."""
-    claim, table = verdict.claim, verdict.comparison.table
-    lines = []
+    claim, comparison = verdict.claim, verdict.comparison
+    table, lines = comparison.table, []
     for finding in verdict.findings[measure]:
-        names = table.row(finding.row).label
+        names = tables.labelled(comparison, table.row(finding.row))
         if finding.against:
             sign = {"difference": "−", "ratio": "÷"}[claim.effect]
-            names += f" {sign} {table.row(finding.against).label}"
+            names += f" {sign} {tables.labelled(comparison, table.row(finding.against))}"
         lines.append(f"{names}: {verdicts.shown(finding.effect, measure, claim.effect)}")
     return lines
 
@@ -140,13 +158,23 @@ def details_of(verdict):
 
 
 def effect_of(verdict):
-    """What decided, in a line: the only effect, or the one that is farthest from what the claim says."""
-    first = verdict.claim.measures[0]
+    """What decided, in a line: the only effect, or the one that contradicts the claim most."""
+    first, (lowest, highest) = verdict.claim.measures[0], verdict.claim.holds
+
+    def contradiction(finding):
+        mean = finding.effect.mean if finding.effect else 0
+        return max(lowest - mean, mean - highest)
+
     deciding = [finding for finding in verdict.findings[first] if finding.status == verdict.status]
-    finding = deciding[0]
+    finding = max(deciding, key=contradiction)
     text = verdicts.shown(finding.effect, first, verdict.claim.effect)
-    if len(verdict.findings[first]) > 1 and finding.effect:
-        text = f"{verdict.comparison.table.row(finding.row).label}: {text}"
+    label = tables.labelled(verdict.comparison, verdict.comparison.table.row(finding.row))
+    if finding.effect and (len(verdict.findings[first]) > 1 or tables.DAGGER in label):
+        text = f"{label}: {text}"
+    if verdict.status == verdicts.NOT_RUN:
+        text = f"`{command_of(verdict.comparison.table, verdict.comparison.scale)}`"
+        if all(verdict.comparison.cells[name] for pair in verdict.claim.pairs for name in pair if name):
+            text = "run, but none is known to have been alone on its cores"
     dissent = [f"{status} by {experiments.MEASURES[measure].heading}" for measure, status in verdict.dissent.items()]
     return "; but ".join([text, *dissent])
 
@@ -165,7 +193,7 @@ def headline(parts, found):
         return "There are no records yet; each line below says how to make them."
     machines = sorted({part.comparison.machine for part in parts})
     return (
-        f"{len(found)} runs on {' and on '.join(machines)}. A verdict from fewer than "
+        f"Records of {len(found)} runs, made on {' and on '.join(machines)}. A verdict from fewer than "
         f"{experiments.SEEDS_FOR_A_VERDICT} seeds is provisional."
     )
 
@@ -176,13 +204,14 @@ def counted(rulings):
 
 
 HOW_TO_READ = (
-    "Losses are nats per character in eval mode. **Clean**: the whole validation split, each character predicted once. "
-    "**The papers' way**: the minimum over evaluations of the mean of random batches; with auxiliary losses added, as "
-    "some papers seem to have done. A cell is mean ± sample SD (n seeds). An effect comes with its 95% interval: "
-    "Welch's over seeds between two rows, the paired one between two measurements of the same runs. A claim held where "
-    "the whole interval lies where its rule says, did not hold where none of it does, and is within noise otherwise; "
-    "of several pairs, one that contradicts is enough. Intervals are not corrected for the number of claims. Times "
-    "count only from runs that had their cores, or their GPU, to themselves."
+    "Losses are nats per character, in eval mode where nothing else is said. **Clean**: the whole validation split, "
+    "each character predicted once. **The papers' way**: the minimum over evaluations of the mean of random "
+    "batches; auxiliary losses are added only where that is said. A cell is mean ± sample SD (n seeds). An effect "
+    "comes with its 95% interval: Welch's over seeds, or the paired one over common seeds for what is estimated "
+    "from random batches, which rows of one seed share. A claim held where the whole interval lies where its rule "
+    "says, did not hold where none of it does, and is within noise otherwise; of several pairs, one that "
+    "contradicts is enough. Intervals are not corrected for the number of claims. Times count only from runs that "
+    "had their cores, or their GPU, to themselves, up to 5% of the cores' time."
 )
 
 
@@ -191,32 +220,20 @@ def summary_of(parts, rulings, found, left_out):
     page = ["# Measured results", "", "Written by `plot_results.py` from the records beside it.", ""]
     page += [headline(parts, found), "", HOW_TO_READ, "", "## Verdicts", "", counted(rulings), ""]
     page += ["| | claim | scale | verdict | effect |", "| --- | --- | --- | --- | --- |"]
+    several = len({part.comparison.machine for part in parts}) > 1
     for verdict in rulings:
-        if verdict.status != verdicts.NOT_RUN:
-            claim, scale = verdict.claim, verdict.comparison.scale
-            page.append(f"| {claim.id} | {claim.sentence} | {scale} | {status_of(verdict)} | {effect_of(verdict)} |")
-    page += ["", *not_run_lines(rulings), ""]
+        claim, comparison = verdict.claim, verdict.comparison
+        where = comparison.scale + (f", {comparison.machine}" if several and comparison.machine else "")
+        page.append(f"| {claim.id} | {claim.sentence} | {where} | {status_of(verdict)} | {effect_of(verdict)} |")
+    page += [""]
     for part in parts:
-        table, comparison = part.comparison.table, part.comparison
-        page += [f"## {part.title}", "", f"{table.text} Source: {table.source}. Machine: {comparison.machine}.", ""]
+        page += [f"## {part.title}", "", part.about, ""]
         for grid in part.grids:
             page += [tables.markdown(grid), ""]
         for name, picture in part.pictures.items():
             page += [f"![{picture.alt}](figures/{name})", "", picture.caption, ""]
     page += left_out_lines(left_out)
     return "\n".join(page).rstrip() + "\n"
-
-
-def not_run_lines(rulings):
-    """What is missing, by table and scale."""
-    missing = {}
-    for verdict in rulings:
-        if verdict.status == verdicts.NOT_RUN:
-            missing.setdefault((verdict.claim.table, verdict.comparison.scale), []).append(verdict.claim.id)
-    return [
-        f"- not run, or not completely: {', '.join(ids)} ({scale}): `{command_of(TABLES[table], scale)}`"
-        for (table, scale), ids in missing.items()
-    ]
 
 
 def left_out_lines(left_out):
@@ -227,15 +244,12 @@ def report_of(parts, rulings, found, left_out):
     """results/report.html"""
     sections = []
     for part in parts:
-        table, comparison = part.comparison.table, part.comparison
-        blocks = [report.Text(f"{table.text} Source: {table.source}. Machine: {comparison.machine}.")]
-        blocks += part.grids
-        blocks += part.pictures.values()
+        blocks = [report.Text(part.about), *part.grids, *part.pictures.values()]
         blocks += [ruling_of(verdict) for verdict in part.rulings]
         sections.append(report.Section(part.title, blocks))
-    missing = not_run_lines(rulings)
-    if missing:
-        sections.append(report.Section("Not run yet", [report.Text(line.removeprefix("- ")) for line in missing]))
+    alone = [verdict for verdict in rulings if not verdict.comparison.machine]
+    if alone:
+        sections.append(report.Section("Not run yet", [ruling_of(verdict) for verdict in alone]))
     if left_out:
         sections.append(report.Section("Records left out", [report.Text(why) for why in left_out]))
     lead = [report.Text(headline(parts, found)), report.Text(HOW_TO_READ)]
@@ -243,13 +257,15 @@ def report_of(parts, rulings, found, left_out):
 
 
 def ruling_of(verdict):
+    claim, table = verdict.claim, verdict.comparison.table
     return report.Ruling(
-        verdict.claim.id,
+        claim.id,
         verdict.status,
-        verdict.claim.sentence,
+        claim.sentence,
         effect_of(verdict),
-        details=details_of(verdict),
-        notes=[verdicts.rule(verdict.claim)],
+        source="" if claim.source == table.source and verdict.comparison.machine else claim.source,
+        details=details_of(verdict) if verdict.comparison.machine else [],
+        notes=[verdicts.rule(claim)],
         provisional=verdict.is_provisional,
     )
 
@@ -258,10 +274,30 @@ def ruling_of(verdict):
 # Files
 
 
+def collect(folder):
+    """(the records that belong to a row of a table, a line for everything else)"""
+    if not folder.is_dir():
+        return [], [f"{folder} is not there, so there are no records"]
+    pairs, left_out = records.read_all(folder)
+    hashes = {
+        row.config_at(scale).hash() for table in TABLES.values() for scale in SCALES for row in table.rows_at(scale)
+    }
+    found = []
+    for path, record in pairs:
+        if experiments.hash_of(record) in hashes:
+            found.append(record)
+        else:
+            left_out.append(f"{path.relative_to(folder.parent)}: its config is that of no row of a table")
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*/*.json")]):
+        left_out.append(
+            f"{path.relative_to(folder.parent)}: not in a table's folder, {folder.name}/TABLE/ROW-sSEED.json"
+        )
+    return found, left_out or ([] if found else [f"{folder} holds no records yet"])
+
+
 def outputs_of(folder):
     """({path under `folder`: its text}, what was left out)"""
-    found, left_out = records.read_all(folder)
-    found = [record for _, record in found]
+    found, left_out = collect(folder)
     parts = parts_of(found)
     rulings = rulings_of(parts)
     outputs = {"summary.md": summary_of(parts, rulings, found, left_out)}
@@ -279,9 +315,10 @@ def outputs_of(folder):
 
 
 def superfluous(folder, outputs):
-    """What lies where only plot_results.py writes, and was not written for these records."""
+    """What has a name of ours where we write, and was not written for these records."""
+    ours = re.compile(rf"(tables|figures)/({'|'.join(TABLES)})_({'|'.join(SCALES)})(_\w+)?\.(csv|tex|svg)")
     there = {path.relative_to(folder).as_posix() for name in DRAWN for path in (folder / name).glob("*")}
-    return sorted(there - outputs.keys())
+    return sorted(name for name in there - outputs.keys() if ours.fullmatch(name))
 
 
 def check(folder, outputs):
@@ -298,6 +335,7 @@ def check(folder, outputs):
 
 def write(folder, outputs):
     for name in superfluous(folder, outputs):
+        print(f"removed {name}, which is drawn from nothing any more")
         (folder / name).unlink()
     for name, text in outputs.items():
         path = folder / name
@@ -312,7 +350,7 @@ def write(folder, outputs):
 def read_json_lines(path):
     """The whole lines of a file that may be growing."""
     lines = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
             lines.append(json.loads(line))
         except ValueError:
@@ -329,11 +367,19 @@ def read_run(folder):
         values = Config.from_dict(json.loads(config.read_text()), origin=str(config)).to_dict()
     except ValueError as error:
         raise RecordError(f"{config}: not the config of a run ({error})") from None
-    lines = read_json_lines(metrics)
-    evaluations = [line for line in lines if isinstance(line, dict) and line.get("kind") == "eval"]
+    evaluations = [line for line in read_json_lines(metrics) if is_evaluation(line)]
     if not evaluations:
         raise RecordError(f"{folder}: has no evaluation yet")
     return {"title": values["title"] or folder.name, "config": values, "evaluations": evaluations}
+
+
+def is_evaluation(line):
+    """Whether a line of metrics.jsonl has what the curves need."""
+    try:
+        losses = (line["step"], line["clean"]["nats"], line["paper"]["train"])
+        return line["kind"] == "eval" and all(type(loss) in (int, float) and math.isfinite(loss) for loss in losses)
+    except (KeyError, TypeError):
+        return False
 
 
 def labelled(runs):
@@ -388,7 +434,7 @@ def main(argv):
         for line in lines:
             print(f"{shown}/{line}")
         print("run python plot_results.py" if lines else f"{shown}/ is up to date")
-        return 1 if lines else 0
+        return 1 if lines or left_out else 0
     write(options.results, outputs)
     print(f"wrote {shown}/report.html, summary.md and {len(outputs) - 2} tables and figures")
     return 0

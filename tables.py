@@ -53,7 +53,7 @@ def columns_of(comparison, measure, relative):
 
 
 def labelled(comparison, row):
-    found = comparison.cells[row.name] + comparison.unclean[row.name]
+    found = comparison.cells[row.name] + [record for record, _ in comparison.apart[row.name]]
     return row.label + (f" {DAGGER}" if any(not records.is_comparable(record) for record in found) else "")
 
 
@@ -90,6 +90,8 @@ def relative_cell(comparison, row, measure):
 def published_ratio(table, row, measure):
     if not row.baseline:
         return "1"
+    if measure not in row.published:
+        return NOTHING
     return f"{row.published[measure] / table.row(row.baseline).published[measure]:.3f}"
 
 
@@ -107,23 +109,31 @@ def notes_of(comparison, view):
     if any(DAGGER in labelled(comparison, row) for row in rows):
         notes.append(f"{DAGGER} a text that is not the published data set, or routing that sees later characters")
     if view.relative:
-        notes.append("ratio of geometric means, with its 95% Welch interval")
-    if any(MEASURES[measure].timed for measure in view.measures):
-        busy = sum(not record["exclusive"] for of_row in comparison.cells.values() for record in of_row)
-        if busy:
-            notes.append(f"times of {busy} runs are left out: others used the machine meanwhile")
+        notes.append("ratio of geometric means, with its 95% interval")
+    for measure in view.measures:
+        note = note_of_times(comparison, MEASURES[measure])
+        notes += [note] if note else []
     for row in rows:
-        for record in comparison.unclean[row.name]:
-            loss = record["clean"]["best"]["nats"]
-            notes.append(
-                f"not counted, for the tree had uncommitted changes: {row.label}, seed {record['config']['seed']}, "
-                f"{loss:.4f} nats"
-            )
-    missing = [row for row in rows if not comparison.cells[row.name]]
+        for record, why in comparison.apart[row.name]:
+            seed, loss = record["config"]["seed"], record["clean"]["best"]["nats"]
+            notes.append(f"not counted: {row.label}, seed {seed}, {loss:.4f} nats; {why}")
+    missing = [row.label for row in rows if not comparison.cells[row.name]]
     if missing:
         seeds = f"--scale={scale} --seeds={SEEDS_FOR_A_VERDICT}"
-        notes.append(f"not run: {', '.join(row.label for row in missing)}; `python sweep.py {table.name} {seeds}`")
+        names = "; ".join(missing) if len(missing) <= 5 else f"{len(missing)} of {len(rows)} rows"
+        notes.append(f"not run: {names}: `python sweep.py {table.name} {seeds}`")
     return notes
+
+
+def note_of_times(comparison, entry):
+    """How many runs' times are left out of a column, if any are."""
+    if not entry.timed:
+        return ""
+    runs = [record for of_row in comparison.cells.values() for record in of_row if entry.read(record) is not None]
+    left = sum(not entry.is_exclusive(record) for record in runs)
+    return (
+        f"{entry.heading}: {left} of {len(runs)} runs not known to be alone on their cores are left out" if left else ""
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
     for comparison in gather(TABLES[claim.table], records, "cpu"):
         verdict = decide(claim, comparison)      # verdict.status: held, did not hold, within noise, not run
 
-Two rows are compared by Welch's t interval over seeds, ratios on the logarithms (so they are ratios of geometric
-means); two measurements of the same runs are paired by nature, so theirs is the one-sample t interval of the difference
-within a run. Intervals are not corrected for the number of claims.
+Two rows are compared by Welch's t interval over their seeds, or, for measures from random batches that rows of one seed
+share, by the paired t interval over the seeds that both have. Ratios are taken on the logarithms, so they are ratios of
+geometric means. Intervals are not corrected for the number of claims.
 """
 
 import math
@@ -27,7 +27,7 @@ class Effect(NamedTuple):
     low: float | None
     high: float | None
     n: int  # seeds of the row
-    n_against: int | None  # seeds of the row it is compared with; None for a row's own value
+    n_against: int | None  # seeds of the row it is compared with; None for a row's own value, and for n pairs
 
 
 class Finding(NamedTuple):
@@ -75,19 +75,23 @@ def find(claim: Claim, comparison: Comparison, measure: str, row: str, against: 
 
 def effect_of(comparison: Comparison, measure: str, row: str, against: str, kind: str) -> Effect | None:
     """kind: difference (row - against), ratio (row / against) or value (of the row alone)."""
-    ours = list(comparison.values(row, measure).values())
+    ours = comparison.values(row, measure)
     if kind == "value":
-        return interval_of_mean(ours) if ours else None
-    theirs = list(comparison.values(against, measure).values())
-    if not ours or not theirs:
-        return None
-    if kind == "difference":
-        return interval_of_difference(ours, theirs)
-    if min(ours + theirs) <= 0:
-        return None  # a ratio to nothing
-    on_logs = interval_of_difference([math.log(v) for v in ours], [math.log(v) for v in theirs])
-    mean, low, high = (None if value is None else math.exp(value) for value in on_logs[:3])
-    return Effect(mean, low, high, on_logs.n, on_logs.n_against)
+        return interval_of_mean(list(ours.values())) if ours else None
+    theirs = comparison.values(against, measure)
+    if kind == "ratio":
+        if min([*ours.values(), *theirs.values()], default=0) <= 0:
+            return None  # a ratio to nothing
+        ours, theirs = ({seed: math.log(value) for seed, value in of.items()} for of in (ours, theirs))
+    if MEASURES[measure].shares_batches:
+        differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        effect = interval_of_mean(differences) if differences else None
+    else:
+        effect = interval_of_difference(list(ours.values()), list(theirs.values())) if ours and theirs else None
+    if effect is None or kind == "difference":
+        return effect
+    mean, low, high = (None if value is None else math.exp(value) for value in effect[:3])
+    return Effect(mean, low, high, effect.n, effect.n_against)
 
 
 def interval_of_mean(values: list[float]) -> Effect:
@@ -162,8 +166,8 @@ def shown(effect: Effect | None, measure: str, kind: str) -> str:
     digits = 3 if kind == "ratio" else entry.digits
     sign = "+" if kind == "difference" else ""
     unit = "" if kind == "ratio" or not entry.unit else f" {entry.unit}"
-    numbers = f"{effect.mean:{sign}.{digits}f}"
+    numbers = f"{effect.mean:{sign}z.{digits}f}"
     if effect.low is not None:
-        numbers += f" [{effect.low:{sign}.{digits}f}, {effect.high:{sign}.{digits}f}]"
+        numbers += f" [{effect.low:{sign}z.{digits}f}, {effect.high:{sign}z.{digits}f}]"
     counts = f"{effect.n}" if effect.n_against in (None, effect.n) else f"{effect.n} and {effect.n_against}"
     return f"{numbers}{unit}, n = {counts}" + (" (no interval from one seed)" if effect.low is None else "")

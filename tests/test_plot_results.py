@@ -101,6 +101,7 @@ def test_everything_is_drawn_from_the_records(results, capsys):
         page = files[name].decode()
         assert "4 experts are better." in page and "± " in page and "(2)" in page
     assert "`python sweep.py T --scale=cpu --seeds=5`" in files["summary.md"].decode()
+    assert "Regime: " in files["summary.md"].decode()
     assert "| 8 experts | not run |" in files["summary.md"].decode()
     assert "wrote " in capsys.readouterr().out
 
@@ -183,7 +184,7 @@ def test_runs_with_uncommitted_changes_are_shown_and_not_averaged(results):
     changed(of_cell(results), git={"commit": "0" * 40, "dirty": True})
     draw(results)
     page = (results / "summary.md").read_text()
-    assert "not counted, for the tree had uncommitted changes: 4 experts, seed 1, " in page
+    assert "not counted: 4 experts, seed 1, " in page
     assert "| 4 experts † |" in page and "(n = 1)" in page
 
 
@@ -198,13 +199,35 @@ def test_another_machine_gets_tables_of_its_own(results):
 
 
 @pytest.mark.parametrize("empty", [True, False], ids=["empty", "missing"])
-def test_no_records_at_all_is_a_page_that_says_how_to_make_them(results, empty, tmp_path):
+def test_no_records_at_all_is_a_page_that_says_how_to_make_them(results, empty, tmp_path, capsys):
     folder = tmp_path / "nothing"
     if empty:
         folder.mkdir()
     assert draw(folder) == 0
     page = (folder / "report.html").read_text()
     assert "There are no records yet" in page and "python sweep.py T" in (folder / "summary.md").read_text()
+    assert str(folder) in capsys.readouterr().err
+
+
+def test_files_of_others_stay_where_they_are(results):
+    (results / "figures" / "more").mkdir(parents=True)
+    thesis = results / "figures" / "thesis.pdf"
+    thesis.write_text("mine")
+    draw(results)
+    assert thesis.read_text() == "mine" and draw(results, "--check") == 0
+
+
+@pytest.mark.parametrize("place", ["x-s1.json", "T/deeper/x-s1.json", "T/no-s1.json"])
+def test_a_record_that_no_table_can_have_is_named(results, capsys, place):
+    (results / "T" / "deeper").mkdir()
+    record = json.loads(of_cell(results).read_text())
+    if place == "T/no-s1.json":  # of a config that is no row's
+        config = record["config"] | {"weight_decay": 0.05}
+        record |= {"config": config, "run_id": Config.from_dict(config).run_id}
+    (results / place).write_text(json.dumps(record))
+    draw(results)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and place in told and draw(results, "--check") == 1
 
 
 def test_a_read_only_folder_is_one_clear_line(made, table, tmp_path):
@@ -257,6 +280,10 @@ def test_a_run_that_still_trains_is_drawn_from_its_whole_lines(made, tmp_path, c
         ({"config.json": "{}", "metrics.jsonl": ""}, "no evaluation yet"),
         ({"config.json": "[1", "metrics.jsonl": ""}, "not the config of a run"),
         ({"config.json": "{}", "metrics.jsonl": "[1]\n"}, "no evaluation yet"),
+        (
+            {"config.json": "{}", "metrics.jsonl": '{"kind": "eval"}\n{"kind": "eval", "step": NaN}'},
+            "no evaluation yet",
+        ),
     ],
 )
 def test_a_folder_without_a_run_is_named_and_the_others_are_drawn(made, tmp_path, capsys, files, message):

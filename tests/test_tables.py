@@ -21,7 +21,7 @@ def record(row="shakespeare_moe4", seed=1, leaky=False, **changes):
     nats = made["clean"]["best"]["nats"]
     return made | {
         "leaky": leaky,
-        "dataset": {"canonical": True},
+        "dataset": {"name": "a text", "sha256": "a", "canonical": True},
         "parameters": {"total": 1234567, "active": 1000},
         "clean": {"best": {"nats": nats, "bpc": nats / math.log(2)}},
         "paper": {"best_val": nats, "best_val_with_aux": nats + 0.04},
@@ -46,7 +46,7 @@ def test_one_seed_and_none_are_told_and_how_to_run_what_is_missing():
     comparison = gathered(record(nats=1.5))
     assert cells(comparison) == {"learned": ["1.5000 (n = 1)"], "frozen": ["not run"], "random": ["not run"]}
     assert tables.grid_of(comparison, LOSS).notes == [
-        "not run: frozen, random; `python sweep.py C --scale=cpu --seeds=5`"
+        "not run: frozen; random: `python sweep.py C --scale=cpu --seeds=5`"
     ]
 
 
@@ -57,8 +57,9 @@ def test_times_of_busy_machines_are_left_out_and_told():
     view = View("Cost", ("train_seconds", "total_parameters"))
     assert cells(comparison, view)["learned"] == ["100.0 (n = 1)", "1,234,567"]
     assert cells(comparison, view)["frozen"][0] == "not timed alone"
-    assert "times of 2 runs are left out: others used the machine meanwhile" in tables.grid_of(comparison, view).notes
-    assert not any("meanwhile" in note for note in tables.grid_of(comparison, LOSS).notes)
+    note = "training: 2 of 3 runs not known to be alone on their cores are left out"
+    assert note in tables.grid_of(comparison, view).notes
+    assert not any("left out" in note for note in tables.grid_of(comparison, LOSS).notes)
 
 
 def test_a_dagger_marks_what_cannot_be_compared():

@@ -104,6 +104,19 @@ def test_a_claim_about_several_rows_needs_all_and_fails_by_one():
         assert verdicts.decide(several, comparison(base=base, new=new, other=other)).status == status
 
 
+def test_measures_from_batches_that_a_seed_shares_are_paired_over_common_seeds():
+    """A noise that all rows of a seed have in common leaves no mark; a seed that one row lacks has no say."""
+    noise = [0.0, 0.3, -0.2, 5.0]
+    cells = comparison(base=[1.0 + z for z in noise], new=[1.1 + z for z in noise[:3]])
+    for record in cells.cells["new"]:
+        record["paper"]["best_val"] += 0.01 * record["config"]["seed"]
+    effect = verdicts.effect_of(cells, "paper", "new", "base", "difference")
+    expected = verdicts.interval_of_mean([0.1, 0.11, 0.12])
+    assert effect[:4] == pytest.approx(expected[:4]) and effect.n == 3
+    welch = verdicts.effect_of(cells, "clean", "new", "base", "difference")
+    assert welch.high - welch.low > 5 * (effect.high - effect.low) and welch.n_against == 4
+
+
 def test_ratios_are_of_geometric_means():
     effect = verdicts.effect_of(comparison(base=[1.0, 4.0], new=[2.0, 8.0]), "clean", "new", "base", "ratio")
     logs = verdicts.interval_of_difference([math.log(2), math.log(8)], [0.0, math.log(4)])
