@@ -19,6 +19,7 @@ import pytest
 from conftest import TINY
 
 import configurator
+import machine as machines
 import records
 import sweep
 from configurator import ROOT, ConfigError
@@ -67,6 +68,9 @@ PRETENDER = """
 """
 
 
+MACHINE_HERE = sweep.machine_here
+
+
 class Place:
     """A folder in which main runs, with the runs and records that it makes."""
 
@@ -89,6 +93,10 @@ class Place:
         process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(self.main(*words)))
         process.start()
         return process
+
+    def cells(self, table, seeds=1):
+        machine = json.loads((self.folder / "record.json").read_text())["machine"]
+        return sweep.cells_of(table, "cpu", seeds, sweep.Here(self.out, self.results, [], {}, machine))
 
     def calls(self):
         with contextlib.suppress(OSError):
@@ -123,10 +131,12 @@ def place(tmp_path, words, dense_run, monkeypatch):
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.05)
     (tmp_path / "train.py").write_text(textwrap.dedent(PRETENDER.format(root=str(ROOT))))
     shutil.copy(dense_run / "summary.json", tmp_path / "record.json")
+    machine = json.loads((tmp_path / "record.json").read_text())["machine"]
+    monkeypatch.setattr(sweep, "machine_here", lambda changes: machine)
     return Place(tmp_path)
 
 
-def record_of(place, cell_row, seed, dirty=True, seconds=None):
+def record_of(place, cell_row, seed, dirty=True, seconds=None, device=None):
     """What the pretender would have written."""
     config = cell_row.config_at("cpu", seed)
     record = json.loads((place.folder / "record.json").read_text())
@@ -135,6 +145,8 @@ def record_of(place, cell_row, seed, dirty=True, seconds=None):
     record["inference"] = {"samples": 10, "tokens_per_second": 99.0}
     if seconds:
         record["seconds"]["total"] = seconds
+    if device:
+        record["machine"]["device"] = device
     return record
 
 
@@ -169,7 +181,9 @@ def test_one_seed_of_every_row_comes_before_the_second_of_any(place, capfd):
     assert place.kept() == sorted(f"T/{name}.json" for name in order)
     assert not records.read_all(place.results)[1]
     shown = capfd.readouterr().out
-    assert "[1/4] one-cpu-s1337: started" in shown and "[4/4] two-cpu-s1338 … " in shown and " nats in " in shown
+    assert (
+        "[1/4] one-cpu-s1337: started" in shown and "[4/4] two-cpu-s1338: finished: " in shown and " nats in " in shown
+    )
     assert "4 runs: 4 finished" in shown
 
 
@@ -199,17 +213,18 @@ SPOILT = {
     "a run that can go on": (["config.json", "ckpt.pt"], "one", "cut", ("--init_from=resume",)),
     "a run cut before it had saved": (["config.json", "metrics.jsonl"], "one", "missing", ("--overwrite=True",)),
     "nothing but an empty log": (["metrics.jsonl"], "one", "missing", ("--overwrite=True",)),
-    "a best.pt that somebody keeps": (["config.json", "best.pt"], "one", "impossible", ()),
-    "another experiment": (["config.json", "ckpt.pt"], "two", "impossible", ()),
-    "another complete experiment": (["config.json", "ckpt.pt", "summary.json"], "two", "impossible", ()),
-    "no config": (["ckpt.pt"], "one", "impossible", ()),
+    "a best.pt that somebody keeps": (["config.json", "best.pt"], "one", "cannot be run", ()),
+    "another experiment": (["config.json", "ckpt.pt"], "two", "cannot be run", ()),
+    "a complete run": (["config.json", "ckpt.pt", "summary.json"], "one", "to be copied", ()),
+    "another complete experiment": (["config.json", "ckpt.pt", "summary.json"], "two", "cannot be run", ()),
+    "no config": (["ckpt.pt"], "one", "cannot be run", ()),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SPOILT)
 def test_what_a_folder_holds_is_gone_on_with_and_never_destroyed(place, case):
     held, name, kind, words = SPOILT[case]
-    cell = sweep.cells_of("T", "cpu", 1)[0]
+    cell = place.cells("T")[0]
     folder = place.out / cell.name
     for file in held:
         write(folder / file, "")
@@ -217,9 +232,9 @@ def test_what_a_folder_holds_is_gone_on_with_and_never_destroyed(place, case):
         write(folder / "config.json", a_row(name).config_at("cpu").to_dict())
     if "summary.json" in held:
         write(folder / "summary.json", record_of(place, a_row(name), 1337))
-    state = sweep.look_at_folder(cell, folder)
+    state = sweep.look_at_folder(cell)
     assert (state.kind, state.words) == (kind, words), state
-    assert kind != "impossible" or "move it away" in state.text
+    assert kind != "cannot be run" or "move it away" in state.text
 
 
 def test_a_complete_run_with_a_damaged_record_is_not_thrown_away(place, capfd):
@@ -235,7 +250,7 @@ def test_a_bad_file_in_results_is_told_and_left_alone(place, capfd):
     assert bad.read_text() == "{}"
     assert place.kept() == ["T/one-cpu-2-s1337.json", "T/one-cpu-s1337.json", "T/two-cpu-s1337.json"]
     shown = capfd.readouterr()
-    assert "left out: results/T/one-cpu-s1337.json" in shown.err and "kept as" in shown.out
+    assert "left out: results/T/one-cpu-s1337.json" in shown.err and "T/one-cpu-2-s1337.json" in shown.out
     assert place.main("T", "--seeds=1") == 0 and len(place.calls()) == 2
 
 
@@ -244,7 +259,15 @@ def test_records_that_contradict_each_other_are_not_joined_by_a_third(place, cap
         write(place.results / "T" / f"{name}.json", record_of(place, a_row("one"), 1337, seconds=1.0 + number))
     assert place.main("T", "--seeds=1") == 1
     assert place.names() == ["two-cpu-s1337"]
-    assert "records that differ" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "records that differ" in told and "cannot be run: one-cpu-s1337: " in told and "left out; keep one" in told
+
+
+def test_a_misnamed_record_is_not_made_again(place, capfd):
+    write(place.results / "T" / "mine.json", record_of(place, a_row("one"), 1337))
+    assert place.main("T", "--seeds=1") == 1
+    assert place.names() == ["two-cpu-s1337"]
+    assert "T/mine.json: left out; keep one, named …-s1337.json" in capfd.readouterr().err
 
 
 def test_a_data_set_that_must_be_made_is_told_and_the_rest_is_run(place, capfd, monkeypatch):
@@ -262,16 +285,6 @@ def test_a_data_set_that_must_be_made_is_told_and_the_rest_is_run(place, capfd, 
     assert "head-cpu-s1337 and 1 more: data/enwik8_head is not prepared" in told and told.endswith(command)
 
 
-def test_a_data_set_that_could_not_be_prepared_is_not_tried_again(place, capfd, monkeypatch):
-    monkeypatch.setattr(sweep, "find", lambda dataset: place.folder / dataset)
-    tables = {"T": table("T", row("none", "unprepared"), row("too", "unprepared", beta2=0.5))}
-    monkeypatch.setattr(sweep, "TABLES", tables)
-    place.order(**{"none-cpu-s1337": {"exit": 2}})
-    assert place.main("T", "--seeds=2") == 1
-    assert place.names() == ["none-cpu-s1337"]
-    assert "cannot be run: too-cpu-s1337 and 2 more: unprepared could not be prepared, as " in capfd.readouterr().err
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What goes wrong
 
@@ -282,7 +295,7 @@ def test_a_failure_does_not_stop_the_rest_and_is_not_tried_again(place, capfd):
     assert place.names() == ["one-cpu-s1337", "two-cpu-s1337", "one-cpu-s1338", "two-cpu-s1338"]
     assert place.kept() == ["T/two-cpu-s1338.json"]
     failed = [line for line in capfd.readouterr().err.splitlines() if line.startswith("failed: ")]
-    meanings = ("3 (loss or gradient not finite)", "2 (a mistake in what was asked)", "-9 (killed by SIGKILL)")
+    meanings = ("exit code 3; ", "exit code 2; ", "killed by SIGKILL; ")
     last_lines = ("the reason", "the reason", "trained a little")
     for line, name, meaning, last_line in zip(failed, place.names(), meanings, last_lines, strict=False):
         assert name in line and meaning in line and line.endswith(f"{name}.log: {last_line}")
@@ -292,24 +305,23 @@ def test_a_failure_does_not_stop_the_rest_and_is_not_tried_again(place, capfd):
 def test_a_run_that_ends_well_without_its_record_has_failed(place, capfd):
     place.order(**{"one-cpu-s1337": {"exit": 0}})
     assert place.main("T", "--seeds=1") == 1
-    assert "exit code 0 (no summary.json)" in capfd.readouterr().err
+    assert "exit code 0, no summary.json; " in capfd.readouterr().err
 
 
 BAD_WORDS = {
     "no table": ([], "which table?"),
-    "an unknown table": (["t"], "nearest: T"),
-    "two tables": (["T", "U"], "expected one table"),
+    "an unknown table": (["t"], "t: no such table"),
+    "two tables": (["T", "U"], "U: expected --key=value"),
     "no seeds": (["T", "--seeds=0"], "an integer from 1"),
     "a space": (["T", "--seeds", "3"], "expected --seeds=3"),
     "a negative budget": (["T", "--budget_minutes=-1"], "a number from 0"),
     "a misspelt key": (["T", "--sedes=3"], "nearest key: seeds"),
-    "another experiment": (["T", "--n_layer=3"], "n_layer would make another experiment"),
-    "another experiment behind --": (["T", "--", "--max_iters=3"], "max_iters would make another experiment"),
-    "another seed": (["T", "--seed=3"], "--seeds=N"),
-    "another folder": (["T", "--out_dir=x"], "sweep.py sets out_dir itself"),
-    "a config file": (["T", "--", "config/cpu.py"], "config files are the table's"),
+    "another experiment": (["T", "--n_layer=3"], "--n_layer=3: would make another run than the table's"),
+    "another experiment behind --": (["T", "--", "--max_iters=3"], "--max_iters=3: would make another run"),
+    "another seed": (["T", "--seed=3"], "handed on are "),
+    "another folder": (["T", "--out_dir=x"], "would make another run"),
+    "a config file": (["T", "--", "config/cpu.py"], "would make another run"),
     "a bad value": (["T", "--device=gpu"], "expected auto, cpu"),
-    "two answers": (["T", "--list", "--print_commands"], "choose one"),
 }
 
 
@@ -351,6 +363,61 @@ def test_the_help_page_names_the_tables_and_the_options(place):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Other machines
+
+
+def test_records_of_another_machine_finish_nothing_and_are_told(place, capfd):
+    """Nor does one with the same numbers under the name that ours would have."""
+    theirs = write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337, device="Other CPU"))
+    before = theirs.read_bytes()
+    assert place.main("T", "--seeds=1") == 0
+    assert place.names() == ["one-cpu-s1337", "two-cpu-s1337"] and theirs.read_bytes() == before
+    assert place.kept() == ["T/one-cpu-2-s1337.json", "T/one-cpu-s1337.json", "T/two-cpu-s1337.json"]
+    assert "in tables of their own: 1 record of other machines (Other CPU, 1 core" in capfd.readouterr().err
+    assert place.main("T", "--seeds=1") == 0 and len(place.calls()) == 2
+    assert not records.read_all(place.results)[1]
+
+
+def test_a_complete_run_of_another_machine_is_left_alone(place, capfd):
+    summary = record_of(place, a_row("one"), 1337, device="Other CPU")
+    path = write(place.out / "one-cpu-s1337" / "summary.json", summary)
+    assert place.main("T", "--seeds=1") == 1
+    assert place.names() == ["two-cpu-s1337"] and json.loads(path.read_text()) == summary
+    assert "holds a run of another machine (Other CPU, " in capfd.readouterr().err
+
+
+def test_the_backend_that_is_handed_on_is_part_of_the_machine(place, words, monkeypatch):
+    moe = row("moe", words, n_expert=2)
+    monkeypatch.setattr(sweep, "TABLES", {"T": table("T", a_row("one"), moe)})
+    machine = record_of(place, moe, 1337)["machine"]
+    changes = sweep.changes_of(["--moe_backend=masked"])
+    here = sweep.Here(place.out, place.results, ["--moe_backend=masked"], changes, machine)
+    dense_cell, moe_cell = sweep.cells_of("T", "cpu", 1, here)
+    assert moe_cell.machine == f"{dense_cell.machine}, masked backend"
+    assert moe_cell.config.hash() == moe.config_at("cpu").hash() and "--moe_backend=masked" in moe_cell.arguments
+
+
+def test_the_machine_is_found_as_train_finds_it():
+    asked = MACHINE_HERE({"device": "cpu", "compile": True})
+    assert asked["device_type"] == "cpu" and asked["compile"] is True and asked["cores"] == machines.core_count()
+
+
+def test_a_machine_that_is_not_there_is_told_in_one_line(tmp_path):
+    words = ["B", "--list", "--device=cuda:99", f"--out={tmp_path}", f"--results={tmp_path}"]
+    done = subprocess.run([sys.executable, ROOT / "sweep.py", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("sweep.py: ") and "device='cuda:99'" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.cuda
+def test_a_sweep_makes_no_cuda_context(tmp_path):
+    words = ["B", "--list", f"--out={tmp_path}", f"--results={tmp_path}"]
+    code = f"import sweep, torch; sweep.main({words}); assert not torch.cuda.is_initialized()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "B at scale paper" in done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Several at once
 
 
@@ -371,7 +438,7 @@ def test_a_run_that_outlives_its_sweep_keeps_its_cell(place, capfd):
     killed.join()
     assert place.main("T", "--seeds=1") == 0
     assert place.names() == ["one-cpu-s1337", "two-cpu-s1337"]
-    assert "run by another sweep, or by hand: one-cpu-s1337" in capfd.readouterr().out
+    assert "one-cpu-s1337: running elsewhere: step" in capfd.readouterr().out
     assert place.main("T", "--seeds=1", "--list") == 0
     assert "one-cpu-s1337  running elsewhere" in capfd.readouterr().out
     wait_for((place.out / "one-cpu-s1337" / "summary.json").exists)
@@ -387,7 +454,7 @@ def test_a_run_made_by_hand_is_not_disturbed(place, capfd):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert place.main("T", "--seeds=1") == 0
     assert place.names() == ["two-cpu-s1337"]
-    assert "by hand: one-cpu-s1337" in capfd.readouterr().out
+    assert "one-cpu-s1337: running elsewhere: step 0" in capfd.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,9 +466,7 @@ def test_the_budget_stops_a_run_which_the_next_sweep_goes_on_with(place, capfd, 
     place.order(**{"one-cpu-s1337": {"pause": 0.4}})
     assert place.main("T", "--seeds=1", "--budget_minutes=0.05") == 0
     shown = capfd.readouterr().out
-    assert (
-        "stopped at step" in shown and "2 runs: 1 cut, 1 missing" in shown and "The time is over. To go on: " in shown
-    )
+    assert "cut: step" in shown and "2 runs: 1 cut, 1 missing" in shown and "The time is over. To go on: " in shown
     place.order()
     assert place.main("T", "--seeds=1") == 0
     assert place.names() == ["one-cpu-s1337", "one-cpu-s1337", "two-cpu-s1337"]
@@ -443,7 +508,8 @@ def test_a_second_signal_ends_a_run_that_does_not_stop(place):
 
 
 def test_a_real_run_is_stopped_resumed_and_kept(place, words, monkeypatch, capfd):
-    """Everything with the real train.py."""
+    """Everything with the real train.py, whose machine is foreseen."""
+    monkeypatch.setattr(sweep, "machine_here", MACHINE_HERE)
     monkeypatch.setattr(sweep, "TRAIN", ROOT / "train.py")
     monkeypatch.setattr(sweep, "TABLES", {"T": table("T", row("real", words, max_iters=300, eval_interval=150))})
     handed_on = ["--device=cpu", "--inference_samples=0", "--log_interval=5"]
@@ -454,7 +520,7 @@ def test_a_real_run_is_stopped_resumed_and_kept(place, words, monkeypatch, capfd
     process.join()
     assert process.exitcode == 130 and not (place.out / "real-cpu-s1337" / "summary.json").exists()
     assert place.main("T", "--seeds=1", "--list", *handed_on) == 0
-    assert "real-cpu-s1337  cut at step " in capfd.readouterr().out
+    assert "real-cpu-s1337  cut: step " in capfd.readouterr().out
     assert place.main("T", "--seeds=1", *handed_on) == 0
     pairs, left_out = records.read_all(place.results)
     assert [path.name for path, _ in pairs] == ["real-cpu-s1337.json"] and not left_out
@@ -465,9 +531,7 @@ def test_a_real_run_is_stopped_resumed_and_kept(place, words, monkeypatch, capfd
 # Telling
 
 
-def test_the_list_tells_how_cells_stand_and_how_long_they_take(place, capfd, monkeypatch):
-    here = records.machine_of(json.loads((place.folder / "record.json").read_text()))
-    monkeypatch.setattr(sweep.records, "machine_of", lambda record: here)
+def test_the_list_tells_how_cells_stand_and_how_long_they_take(place, capfd):
     write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337, dirty=False, seconds=100.0))
     write(place.results / "T" / "two-cpu-s1337.json", record_of(place, a_row("two"), 1337, dirty=True, seconds=900.0))
     folder = place.out / "one-cpu-s1338"
@@ -478,20 +542,24 @@ def test_the_list_tells_how_cells_stand_and_how_long_they_take(place, capfd, mon
     assert place.main("T", "--seeds=2", "--list") == 0
     assert sorted(place.folder.rglob("*")) == before
     shown = capfd.readouterr()
-    assert "finished with uncommitted changes, so that they count in no mean: two-cpu-s1337;" in shown.err
+    assert "1 run finished with uncommitted changes, so in no mean" in shown.err
     lines = shown.out.splitlines()[1:]
     assert lines[0].startswith("one-cpu-s1337  finished: ") and lines[0].endswith("results/T/one-cpu-s1337.json")
     assert lines[1].endswith(" (uncommitted changes)")
-    assert lines[2] == "one-cpu-s1338  cut at step 10 of 20, 50.0 s as measured"
-    assert lines[3] == "two-cpu-s1338  missing, 1 min 40 s by its FLOPs"
-    assert lines[4] == f"4 runs: 2 finished, 1 cut, 1 missing; left: 2 min 30 s, on {here}"
+    writing = 10 * 500 / 99  # seconds that the record's total does not have in it
+    times = [records.duration((100 + writing) * part) for part in (0.5, 1, 1.5)]
+    assert lines[2] == f"one-cpu-s1338  cut: step 10 of 20, {times[0]} as measured"
+    assert lines[3] == f"two-cpu-s1338  missing, {times[1]} by its FLOPs"
+    assert lines[4] == f"4 runs: 2 finished, 1 cut, 1 missing; left: {times[2]}, on {place.cells('T')[0].machine}"
 
 
-def test_the_list_does_not_guess_from_another_machine_or_an_unclean_record(place, capfd, monkeypatch):
-    monkeypatch.setattr(sweep.records, "machine_of", lambda record: "here" if "python" not in record else "elsewhere")
-    write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337, dirty=True, seconds=100.0))
+def test_the_list_does_not_guess_from_another_machine_or_an_unclean_record(place, capfd):
+    """One row, one seed: of it there are a clean record of another machine and an unclean one of ours."""
+    for device, dirty in (("Other CPU", False), (None, True)):
+        record = record_of(place, a_row("one"), 1337, dirty=dirty, seconds=100.0, device=device)
+        write(place.results / f"T{dirty}" / "one-cpu-s1337.json", record)
     assert place.main("T", "--seeds=1", "--list") == 0
-    assert "2 runs: 1 finished, 1 missing; left: 1 run of unknown length, on here" in capfd.readouterr().out
+    assert "2 runs: 1 finished, 1 missing; left: 1 run of unknown length, on " in capfd.readouterr().out
 
 
 def test_printed_commands_make_the_same_records(place, capfd):
@@ -523,13 +591,13 @@ def test_a_terminal_shows_a_bar_over_the_whole_table(place, monkeypatch):
     write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337))
     assert place.main("T", "--seeds=1") == 0
     shown = sys.stderr.getvalue()
-    assert "20/40" in shown and "40/40" in shown and "two-cpu-s1337, loss 2.500 nats, " in shown and " left" in shown
+    assert "20/40" in shown and "40/40" in shown and "two-cpu-s1337, loss 2.500 nats" in shown
 
 
-def test_every_cell_of_every_table_has_a_record_that_read_all_takes(monkeypatch):
+def test_every_cell_of_every_table_has_a_record_that_read_all_takes(dense_run):
     """The names of real cells are unique, and end as records must."""
-    cells = sweep.cells_of("all", "cpu", 2)
-    assert len({cell.name for cell in cells}) == len({cell.run_id for cell in cells}) == len(cells)
-    assert all(cell.name.endswith(f"-s{cell.seed}") for cell in cells)
-    assert cells[3].run_id == cells[3].row.config_at("cpu", cells[3].seed).run_id
+    machine = json.loads((dense_run / "summary.json").read_text())["machine"]
+    cells = sweep.cells_of("all", "cpu", 2, sweep.Here(Path("out"), Path("results"), [], {}, machine))
+    assert len({cell.name for cell in cells}) == len({cell.key for cell in cells}) == len(cells)
+    assert all(cell.name.endswith(f"-s{cell.config.seed}") for cell in cells)
     assert all(isinstance(cell.config, Config) for cell in cells)
