@@ -146,41 +146,28 @@ def record_of(config, dataset, model, description, progress, test, writing, peak
     None without a test split; writing: {"speeds": of `evaluate.inference_speed`, "seconds": that it took, "others": of
     `machine.Neighbours` meanwhile}; peak_memory: bytes, None where it is not known."""
     evaluations = progress["evaluations"]
-    best = min(evaluations, key=lambda line: line["clean"]["nats"])  # the first, if several
-    final = evaluations[-1]
-    tokens = config.max_iters * config.batch_size * config.block_size * config.gradient_accumulation_steps
+    said = derived(config, evaluations)
     seconds, others = progress["seconds"], progress["others"]
     share = cpu_share(others, seconds["total"], description)
     speeds, share_of_writing = writing["speeds"], cpu_share(writing["others"], writing["seconds"], description)
     device_type = description["device_type"]
     return {
         "format": FORMAT,
-        "run_id": config.run_id,
-        "title": config.title,
+        **said,
         "config": config.to_dict(),
         "dataset": dataset.describe(),
-        "leaky": not config.is_causal,
         "parameters": model.count_parameters(),
         "training_flops_per_token": model.flops_per_token(),
         "git": progress["git"],
         "machine": description,
         "others": {"cpu_share": share, "device_bytes": others["device_bytes"]},
         "exclusive": is_exclusive(device_type, share, others["device_bytes"]),
-        "iterations": config.max_iters,
         "resumed": progress["resumed"],
-        "tokens": tokens,
-        "epochs": tokens / dataset.sizes["train"],
-        "clean": {"best": {**best["clean"], "step": best["step"]}, "final": {**final["clean"], "step": final["step"]}},
-        "paper": {
-            "best_val": min(line["paper"]["val"] for line in evaluations),
-            "best_val_with_aux": min(line["paper"]["val_with_aux"] for line in evaluations),
-            **{f"final_{key}": value for key, value in final["paper"].items()},
-        },
-        "train_mode": final["train_mode"],
-        "test": None if test is None else {"nats": test.nats, "bpc": test.bpc, "step": best["step"]},
+        "epochs": said["tokens"] / dataset.sizes["train"],
+        "test": None if test is None else {"nats": test.nats, "bpc": test.bpc, "step": said["clean"]["best"]["step"]},
         "seconds": seconds,
         "median_step_ms": statistics.median(progress["step_ms"]),
-        "tokens_per_second": tokens / seconds["train"],
+        "tokens_per_second": said["tokens"] / seconds["train"],
         "inference": {
             "samples": len(speeds),
             "tokens_per_second": statistics.mean(speeds) if speeds else None,
@@ -188,8 +175,29 @@ def record_of(config, dataset, model, description, progress, test, writing, peak
             and is_exclusive(device_type, share_of_writing, writing["others"]["device_bytes"]),
         },
         "peak_memory_bytes": peak_memory,
-        "routing": final["routing"],
+        "routing": evaluations[-1]["routing"],
         "evaluations": [{key: line[key] for key in EVALUATION} for line in evaluations],
+    }
+
+
+def derived(config, evaluations) -> dict:
+    """The fields of a record that follow from its config and its evaluations."""
+    best = min(evaluations, key=lambda line: line["clean"]["nats"])  # the first, if several
+    final = evaluations[-1]
+    tokens = config.max_iters * config.batch_size * config.block_size * config.gradient_accumulation_steps
+    return {
+        "run_id": config.run_id,
+        "title": config.title,
+        "leaky": not config.is_causal,
+        "iterations": config.max_iters,
+        "tokens": tokens,
+        "clean": {"best": {**best["clean"], "step": best["step"]}, "final": {**final["clean"], "step": final["step"]}},
+        "paper": {
+            "best_val": min(line["paper"]["val"] for line in evaluations),
+            "best_val_with_aux": min(line["paper"]["val_with_aux"] for line in evaluations),
+            **{f"final_{key}": value for key, value in final["paper"].items()},
+        },
+        "train_mode": final["train_mode"],
     }
 
 
@@ -321,31 +329,18 @@ def differences(found, expected, where="") -> Iterator[str]:
 def recomputed(record, config) -> dict:
     """What the rest of a record makes of some of its fields, in the record's own shape."""
     evaluations, splits, test = record["evaluations"], record["dataset"]["splits"], record["test"]
-    best = min(evaluations, key=lambda line: line["clean"]["nats"])  # the first, if several
-    final = evaluations[-1]
-    tokens = config.max_iters * config.batch_size * config.block_size * config.gradient_accumulation_steps
+    said = derived(config, evaluations)
     return {
-        "run_id": config.run_id,
-        "title": config.title,
+        **said,
         "dataset": {"splits": {"train": config.train_characters or splits["train"]}},
-        "leaky": not config.is_causal,
         **recomputed_size(record, config),
         "exclusive": is_exclusive(record["machine"]["device_type"], **record["others"]),
-        "iterations": config.max_iters,
-        "tokens": tokens,
         "epochs": record["tokens"] / max(1, splits["train"]),
-        "clean": {"best": {**best["clean"], "step": best["step"]}, "final": {**final["clean"], "step": final["step"]}},
-        "paper": {
-            "best_val": min(line["paper"]["val"] for line in evaluations),
-            "best_val_with_aux": min(line["paper"]["val_with_aux"] for line in evaluations),
-            **{f"final_{key}": value for key, value in final["paper"].items()},
-        },
-        "train_mode": final["train_mode"],
-        "test": test and {"bpc": test["nats"] / math.log(2), "step": best["step"]},
-        "seconds": {"train": final["train_seconds"]},
+        "test": test and {"bpc": test["nats"] / math.log(2), "step": said["clean"]["best"]["step"]},
+        "seconds": {"train": evaluations[-1]["train_seconds"]},
         "tokens_per_second": record["tokens"] / (record["seconds"]["train"] or math.inf),
         "inference": {"samples": config.inference_samples if config.is_causal else 0},
-        "routing": [recomputed_routing(load, splits["val"], config) for load in final["load"]],
+        "routing": [recomputed_routing(load, splits["val"], config) for load in evaluations[-1]["load"]],
         "evaluations": [recomputed_evaluation(line, i, record, config) for i, line in enumerate(evaluations)],
     }
 
