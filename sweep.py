@@ -437,11 +437,11 @@ def estimates(states, kept, scale):
         if hash in runs and machine in here and records.is_clean(record):
             rate = seconds_of(record) / training_flops(runs[hash][1].config_at(scale))
             rates.setdefault(hash, []).append(rate)
-    overall, times = [statistics.mean(of_one) for of_one in rates.values()], {}
+    overall, times = [statistics.median(of_one) for of_one in rates.values()], {}
     for cell, state in states.items():
         if overall and state.kind in ("cut", "missing"):
             own = rates.get(cell.config.hash())
-            seconds = statistics.mean(own or overall) * training_flops(cell.config)
+            seconds = statistics.median(own or overall) * training_flops(cell.config)  # busy hours say little
             left = 1 - state.step / cell.config.max_iters
             times[cell] = seconds * left, "as measured" if own else "by its FLOPs"
     return times
