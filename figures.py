@@ -481,6 +481,10 @@ OPEN = {"color": INK, "marker": "D", "linestyle": "", "fillstyle": "none", "mark
 @styled
 def relative_cost(comparison: Comparison) -> Drawing | None:
     """Training time and inference speed over those of the row's baseline."""
+    spoken_of = {
+        "train_seconds": "training time",
+        "inference_speed": "speed of inference (the papers' way: one sequence at a time, no cache)",
+    }
     names = {
         "train_seconds": "training time / baseline's\n(right of 1: slower)",
         "inference_speed": "inference speed / baseline's\n(left of 1: slower)",
@@ -495,9 +499,14 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
         return None
     labels = [label_with_n(cell) for cell in cells]
     figure = Figure(figsize=(WIDTH, 1.2 + rows_height(labels)), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True)
+    shown = [
+        (column, measure, name)
+        for column, (measure, name) in enumerate(names.items())
+        if any(ratios[cell.row.name][column] or published(comparison, cell.row, measure) for cell in cells)
+    ]
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     theirs = []
-    for column, (panel, (measure, name)) in enumerate(zip(panels, names.items())):
+    for panel, (column, measure, name) in zip(panels, shown):
         panel.axvline(1, color=INK, linewidth=0.9)
         for y, cell in enumerate(cells):
             pair, ours = published(comparison, cell.row, measure), ratios[cell.row.name][column]
@@ -512,18 +521,19 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
         panel.set_xlim(min(left, 0.9), max(right, 1.1))  # so that a small difference looks small
         panel.xaxis.set_major_locator(MaxNLocator(4))
     row_axis(panels[0], labels)
-    panels[1].tick_params(axis="y", length=0)
-    panels[1].spines["left"].set_visible(False)
-    panels[1].grid(False, axis="y")
+    for panel in panels[1:]:
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
+        panel.grid(False, axis="y")
     if theirs:
         handles = [Line2D([], [], **OPEN), Line2D([], [], **{**OPEN, "fillstyle": "full"})]
         figure.legend(handles, ["published", "measured (each row its own shape)"], loc="outside upper right", ncols=2)
     caption = caption_of(
         comparison,
         cells,
-        f"{comparison.table.title}: training time and speed of inference (the papers' way: one sequence at a time, no "
-        f"cache) over those of {baselines_of(comparison, cells)}. Filled: ratio of the geometric means with "
-        "its 95% interval, where both have several runs.",
+        f"{comparison.table.title}: {' and '.join(spoken_of[measure] for _, measure, _ in shown)} over that of "
+        f"{baselines_of(comparison, cells)}. Filled: ratio of the geometric means with its 95% interval, where both "
+        "have several runs.",
         "Open: as published, for the paper's size and machine." if theirs else "",
         note_of_times(cells_of(comparison)),
     )

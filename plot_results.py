@@ -72,6 +72,7 @@ class Part(NamedTuple):
             for name, values in ranges.items()
             if values
         )
+        regime = regime or "no run that counts"
         return f"{table.text} Source: {table.source}. Regime: {regime}. Machine: {self.comparison.machine}."
 
 

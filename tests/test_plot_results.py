@@ -188,6 +188,14 @@ def test_runs_with_uncommitted_changes_are_shown_and_not_averaged(results):
     assert "| 4 experts † |" in page and "(n = 1)" in page
 
 
+def test_a_table_of_which_no_run_counts_is_shown_as_such(results):
+    for path in (results / "T").glob("*.json"):
+        changed(path, git={"commit": None, "dirty": None})
+    draw(results)
+    page = (results / "summary.md").read_text()
+    assert "Regime: no run that counts." in page and "| dense † | not run |" in page and "4 experts, seed 1, " in page
+
+
 def test_another_machine_gets_tables_of_its_own(results):
     record = json.loads(of_cell(results).read_text())
     changed(of_cell(results), machine=record["machine"] | {"device": "Another CPU"})
