@@ -179,10 +179,10 @@ class GPT(nn.Module):
         logits = F.linear(x, self.token_embedding.weight)
         if targets is None:  # nobody reads what training needs to know
             return Output(logits, None, {}, [], routings)
-        counted = targets.reshape(-1) != IGNORED
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORED)
         n_symbols = self.token_embedding.num_embeddings
-        stats = [moe.routing_stats(routing, idx, self.config, n_symbols, counted) for routing in routings]
+        weight_N = (targets.reshape(-1) != IGNORED).to(loss.dtype)
+        stats = [moe.routing_stats(routing, idx, self.config, n_symbols, weight_N) for routing in routings]
         return Output(logits, loss, moe.aux_losses(routings, self.config, self.aux_loss_coef), stats, routings)
 
     def set_step(self, step):

@@ -12,6 +12,7 @@ Letters in shapes and at the ends of names:
     K experts per token, C capacity: choices that one expert accepts, V symbols
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from routing import GATES, LEVELS, ROUTERS, Routing, capacity, dropped_experts, within_capacity
 
@@ -78,77 +80,177 @@ def masked(x_ND, routing, experts):
     return F.linear(hidden_NEH.view(-1, E * H), experts.w_out.view(E * H, D).t())
 
 
+def sliced(x_ND, routing, experts):
+    """Choices sorted by expert, then a GEMM for each expert that has any, on a slice of them: for a CPU, since the
+    sizes of the slices must be known on the host. Dropped choices cost nothing."""
+    E = experts.w_in.size(0)
+    expert_M = torch.where(routing.kept, routing.experts, E).view(-1)  # what is dropped comes last
+    sizes = torch.bincount(expert_M, minlength=E + 1)[:E].tolist()
+    return dispatched(x_ND, routing, experts, by_expert(expert_M, routing), SlicedMM.apply, sizes)
+
+
 def sorted_by_expert(x_ND, routing, experts):
     """Choices sorted by expert, then one grouped GEMM per weight (torch.nn.functional.grouped_mm); widths multiples of
-    8. M = N·K choices.
-
-    Dropped choices are computed too, with a gate of 0: the shapes must not depend on the data.
-    """
-    N, K = routing.experts.shape
+    8. Dropped choices are computed too, with a gate of 0: the shapes must not depend on the data."""
     expert_M = routing.experts.reshape(-1)
-    order = torch.argsort(expert_M.to(torch.int16), stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=order.device))
     load = F.one_hot(expert_M, experts.w_in.size(0)).sum(dim=0)
     offsets = load.cumsum(0).to(torch.int32)
+    return dispatched(x_ND, routing, experts, by_expert(expert_M, routing), grouped_mm, offsets)
 
+
+def by_expert(expert_M, routing):
+    """The Rows that sorting the choices by expert_M makes."""
+    order = torch.argsort(expert_M.to(torch.int16), stable=True)
+    return Rows(order, inverse_of(order, order.size(0)), routing.experts.reshape(-1)[order], True)
+
+
+def padded(x_ND, routing, experts):
+    """Choices in a table with `routing.room` rows per expert, those without a choice 0, then one batched GEMM per
+    weight: where capacity limits the rows and shapes must not depend on the data."""
+    E, room = experts.w_in.size(0), routing.room
+    expert_M, kept_M = routing.experts.reshape(-1), routing.kept.reshape(-1)
+    kept_EM = (F.one_hot(expert_M, E) * kept_M[:, None]).t().contiguous()
+    rank_M = kept_EM.cumsum(dim=1).gather(0, expert_M[None])[0] - 1
+    place = torch.where(kept_M, expert_M * room + rank_M, E * room)
+    order = inverse_of(place, E * room + 1)[:-1]
+    expert_R = torch.arange(E, device=x_ND.device).repeat_interleave(room, output_size=E * room)
+    return dispatched(x_ND, routing, experts, Rows(order, place, expert_R, False), padded_mm, room)
+
+
+def padded_mm(rows, weights, room):
+    return torch.bmm(rows.view(weights.size(0), room, -1), weights).flatten(0, 1)
+
+
+def grouped_mm(rows, weights, offsets):
+    return F.grouped_mm(rows, weights, offs=offsets)
+
+
+class Rows(NamedTuple):
+    """How M = N·K choices become R rows that lie expert by expert."""
+
+    order: torch.Tensor  # (R,) int64: the choice in each row, M where there is none
+    place: torch.Tensor  # (M,) int64: the row of each choice, R where there is none
+    experts: torch.Tensor  # (R,) int64
+    is_permutation: bool  # whether each choice has one row and each row one choice
+
+
+def inverse_of(place, n_rows):
+    """order from place: (n_rows,) int64, M in rows where nothing is placed."""
+    M = place.size(0)
+    order = torch.full((n_rows,), M, dtype=torch.int64, device=place.device)
+    return order.scatter_(0, place, torch.arange(M, device=place.device))
+
+
+def dispatched(x_ND, routing, experts, rows, matmul, layout):
+    """What `experts` make of x; matmul(x (R, in), weights (E, in, out), layout) multiplies each row with the weights of
+    its expert."""
+    N, K = routing.experts.shape
     dtype = compute_dtype(x_ND)
-    x_MD = x_ND.to(dtype)[:, None].expand(N, K, -1).reshape(N * K, -1)
-    up = F.grouped_mm(Permute.apply(x_MD, order, place), experts.w_in.to(dtype).transpose(1, 2), offs=offsets)
+    x_RD = Gather.apply(x_ND.to(dtype), rows.order, rows.place, K, rows.is_permutation)
+    up = matmul(x_RD, experts.w_in.to(dtype).transpose(1, 2), layout)
     if experts.bias_in is not None:
-        up = up + experts.bias_in.to(dtype)[expert_M[order]]
+        up = up + experts.bias_in.to(dtype)[rows.experts]
     if experts.is_linear_in_gate:  # then the gate may wait for the output, which is narrower
         y = experts.hidden(up)
     else:
-        y = experts.hidden(up, routing.gates.reshape(-1)[order, None]).to(dtype)
+        gates_R1 = Gather.apply(routing.gates.reshape(-1, 1), rows.order, rows.place, 1, rows.is_permutation)
+        y = experts.hidden(up, gates_R1).to(dtype)
     if experts.w_out is not None:
-        y = F.grouped_mm(y, experts.w_out.to(dtype), offs=offsets)
-    y_NKD = Permute.apply(y, place, order).view(N, K, -1)
+        y = matmul(y, experts.w_out.to(dtype), layout)
+    y_NKD = Gather.apply(y, rows.place, rows.order, 1, rows.is_permutation).view(N, K, -1)
     if experts.is_linear_in_gate:
         y_NKD = y_NKD * routing.gates[:, :, None].to(dtype)
-    return y_NKD.sum(dim=1)
+    return y_NKD[:, 0] if K == 1 else y_NKD.sum(dim=1)
 
 
-class Permute(torch.autograd.Function):
-    """Rows in another order. Indexing does that too, but its gradient adds up rows that could repeat; these do not."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
+class Gather(torch.autograd.Function):
+    """Row order[i] // K of x for each i, 0 where order[i] is K · len(x). Indexing does that too, but its gradient adds
+    up rows one by one; here `place` knows where each of them went."""
 
     @staticmethod
+    def forward(ctx, x, order, place, K, is_permutation):
+        ctx.save_for_backward(place)
+        ctx.K, ctx.is_permutation = K, is_permutation
+        return gathered(x, order if K == 1 else order // K, is_permutation)
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
-        (inverse,) = ctx.saved_tensors
-        return gradient.index_select(0, inverse), None, None
+        (place,) = ctx.saved_tensors
+        gradient = gathered(gradient, place, ctx.is_permutation)
+        if ctx.K > 1:
+            gradient = gradient.view(-1, ctx.K, gradient.size(1)).sum(dim=1)
+        return gradient, None, None, None, None
+
+
+def gathered(x, index, is_permutation):
+    return (x if is_permutation else F.pad(x, (0, 0, 0, 1))).index_select(0, index)
+
+
+class SlicedMM(torch.autograd.Function):
+    """x (R, in), weights (E, in, out) -> (R, out): the first sizes[0] rows times weights[0], the next sizes[1] times
+    weights[1], …; 0 in the rows that remain."""
+
+    @staticmethod
+    def forward(ctx, x, weights, sizes):
+        ctx.save_for_backward(x, weights)
+        ctx.sizes = sizes
+        y = x.new_empty(x.size(0), weights.size(2))
+        sliced_mm(slices(x, sizes), weights.unbind(), slices(y, sizes))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weights = ctx.saved_tensors
+        x_gradient, weights_gradient = torch.empty_like(x), torch.empty_like(weights)
+        gradients = slices(gradient, ctx.sizes)
+        sliced_mm(gradients, weights.transpose(1, 2).unbind(), slices(x_gradient, ctx.sizes))
+        sliced_mm(slices(x.t(), ctx.sizes, dim=1), gradients, weights_gradient.unbind())
+        return x_gradient, weights_gradient, None
+
+
+def sliced_mm(a, b, out):
+    for a_e, b_e, out_e in zip(a, b, out):
+        torch.mm(a_e, b_e, out=out_e)  # 0 where no rows are summed over
+    for rest in out[len(b) :]:
+        rest.zero_()
+
+
+def slices(x, sizes, dim=0):
+    """x cut along dim into these sizes, and what remains."""
+    return x.split([*sizes, x.size(dim) - sum(sizes)], dim)
 
 
 BACKENDS: dict[str, Callable] = {
     "reference": reference,
     "masked": masked,
+    "sliced": sliced,
     "sorted": sorted_by_expert,
+    "padded": padded,
 }
 
 
-def choose_backend(x_ND, experts, k):
-    """What `moe_backend=auto` means: the name of the fastest backend that runs here.
+def choose_backend(experts, k, device, dtype, has_capacity=False, is_compiled=False):
+    """What `moe_backend=auto` means: the name of the fastest backend that runs here. k: experts per token; device, dtype:
+    of matrix products.
 
-    `masked` computes all E·H hidden units, so it wins while they are not much more than the k·H that are needed, or
-    than a dense MLP's 4·D; where the grouped GEMM has no fast kernel (CUDA without bf16 or below sm90) or does not
-    compile (float32), it is also the only one without a synchronisation or a graph break.
+    `masked` computes all E·H hidden units, so it wins on a GPU while they are not much more than a dense MLP's 4·D.
+    Otherwise `sliced` on a CPU that need not know sizes in advance; `padded` where capacity bounds them; and `sorted`
+    where the grouped GEMM has a fast kernel (CUDA, bfloat16, sm90). Elsewhere `masked` is the only one without a
+    synchronisation or a graph break.
     """
     E, H, D = experts.w_in.shape
-    if E == k or E * H <= 1.5 * 4 * D or D % 8 or H % 8:
+    if E == k:
         return "masked"
-    bf16 = compute_dtype(x_ND) == torch.bfloat16
-    if x_ND.is_cuda:
-        return "sorted" if bf16 and torch.cuda.get_device_capability(x_ND.device) >= (9, 0) else "masked"
-    if (
-        x_ND.device.type != "cpu"
-        or compute_dtype(x_ND) == torch.float64
-        or (torch.compiler.is_compiling() and not bf16)
-    ):
+    if device.type == "cpu" and not is_compiled:
+        return "sliced"
+    if E * H <= 1.5 * 4 * D:
         return "masked"
-    return "sorted"
+    if has_capacity and device.type == "cuda":
+        return "padded"
+    is_fast = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+    return "sorted" if is_fast and D % 8 == H % 8 == 0 else "masked"
 
 
 def compute_dtype(x):
@@ -166,7 +268,7 @@ def main_expert(routing):
 
 def gates_per_expert(routing):
     """(N, E): each token's gate for every expert, 0 for those that it does not use."""
-    return torch.zeros_like(routing.probs).scatter(1, routing.experts, routing.gates)
+    return torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.gates)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,12 +446,19 @@ class MoE(nn.Module):
         """ids_BT: the symbols that x came from. cache: the layer's RoutingCache, when x continues a cached sequence."""
         routing = self.route(x_BTD, ids_BT, cache)
         x_ND = x_BTD.reshape(-1, x_BTD.size(-1))
-        name = self.config.moe_backend
-        backend = BACKENDS[choose_backend(x_ND, self.experts, routing.experts.size(1)) if name == "auto" else name]
+        backend = BACKENDS[self.backend(x_BTD.device, compute_dtype(x_BTD), torch.compiler.is_compiling())]
         y_BTD = self.experts(x_ND, routing, backend).to(x_BTD.dtype).view_as(x_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         return self.dropout(y_BTD), routing
+
+    def backend(self, device, dtype, is_compiled):
+        """The name of the backend that multiplies matrices of this dtype on this device."""
+        config = self.config
+        if config.moe_backend != "auto":
+            return config.moe_backend
+        k = config.n_expert if not self.router.is_causal else config.expert_top_k or config.n_expert
+        return choose_backend(self.experts, k, device, dtype, config.capacity_factor > 0, is_compiled)
 
     def route(self, x_BTD, ids_BT, cache=None):
         config, (B, T, _) = self.config, x_BTD.shape
@@ -358,30 +467,35 @@ class MoE(nn.Module):
             if self.training and config.router_jitter > 0:
                 x_BTD = x_BTD * torch.empty_like(x_BTD).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
             x_BSD, ids_BS = cache.extend(x_BTD, ids_BT) if cache else (x_BTD, ids_BT)
-            level_BTD = LEVELS[config.router_level].pool(x_BSD, config)[:, -T:]
+            level_BTD = LEVELS[config.router_level].pool(x_BSD, config)
+            if cache:
+                level_BTD = level_BTD[:, -T:]
             logits_NE = self.router(level_BTD, ids_BS).reshape(B * T, -1)
-            log_scores_NE = GATES[config.gate](logits_NE / self.temperature)
-            probs_NE = F.softmax(log_scores_NE, dim=-1)
-            preference_NE = log_scores_NE.exp() + self.balance_bias if config.router_bias_rate else log_scores_NE
+            cooled_NE = logits_NE / self.temperature if config.router_temperature_is_used else logits_NE
+            gate = GATES[config.gate]
+            scores_NE, probs_NE = gate(cooled_NE)
+            preference_NE = scores_NE if self.router.compares_tokens else cooled_NE
+            if config.router_bias_rate:
+                preference_NE = scores_NE + self.balance_bias
             if self.training and config.expert_dropout_is_used:
                 masked_NE = dropped_experts(logits_NE.shape, self.expert_dropout, logits_NE.device)
                 preference_NE = preference_NE.masked_fill(masked_NE, -math.inf)
             experts_NK, chosen_NK = self.router.select(probs_NE, preference_NE, B)
-            kept_NK = self.keep(experts_NK, chosen_NK, B, cache)
-            gates_NK = self.gates(log_scores_NE.gather(1, experts_NK), chosen_NK)
-            return Routing(logits_NE, probs_NE, experts_NK, torch.where(kept_NK, gates_NK, 0.0), chosen_NK, kept_NK)
-
-    def gates(self, log_scores_NK, chosen_NK):
-        """The weights of the chosen experts; what others stand beside them does not matter."""
-        if self.config.gate_renormalize:
-            return F.softmax(log_scores_NK.masked_fill(~chosen_NK, -math.inf), dim=-1)
-        gates_NK = log_scores_NK.exp()
-        return 1 + (gates_NK - gates_NK.detach()) if self.config.gate_straight_through else gates_NK
+            kept_NK, room = self.keep(experts_NK, chosen_NK, B, cache)
+            if config.gate_renormalize:  # over the chosen ones, whatever stands beside them
+                _, gates_NK = gate(cooled_NE.gather(1, experts_NK).masked_fill(~chosen_NK, -math.inf))
+            else:
+                gates_NK = scores_NE.gather(1, experts_NK)
+            if config.gate_straight_through:
+                gates_NK = 1 + (gates_NK - gates_NK.detach())
+            gates_NK = torch.where(kept_NK, gates_NK, 0.0)
+            return Routing(logits_NE, probs_NE, experts_NK, gates_NK, chosen_NK, kept_NK, room)
 
     def keep(self, experts_NK, chosen_NK, n_sequences, cache):
-        config = self.config
+        """-> (kept (N, K) bool, room: the most choices that one expert can have kept)"""
+        config, N = self.config, experts_NK.size(0)
         if config.capacity_factor == 0 or not self.router.is_causal:  # expert choice fills its experts itself
-            return chosen_NK
+            return chosen_NK, N
         n_groups = n_sequences
         if config.capacity_group == "batch":
             if cache:
@@ -389,7 +503,8 @@ class MoE(nn.Module):
             n_groups = 1
         limit = capacity(config, n_sequences // n_groups)
         groups = (choices.reshape(n_groups, -1) for choices in (experts_NK, chosen_NK))
-        return within_capacity(*groups, config.n_expert, limit, cache and cache.use_BE).view(experts_NK.shape)
+        kept = within_capacity(*groups, config.n_expert, limit, cache and cache.use_BE)
+        return kept.view(experts_NK.shape), min(N, n_groups * limit)
 
     @torch.no_grad()
     def balance(self, load_E):
@@ -483,7 +598,7 @@ def switch_loss(routing):
     """E · Σ_i f_i P_i (Fedus et al. 2022, eq. 4): f the share of the choices that went to expert i (before capacity), P
     its mean probability. 1 under uniform routing, at most E."""
     n_expert = routing.probs.size(-1)
-    load_E = choices_per_expert(routing).to(routing.probs.dtype).mean(dim=0)
+    load_E = choices_per_expert(routing).mean(dim=0)
     return n_expert * (load_E / load_E.sum() * routing.probs.mean(dim=0)).sum()
 
 
@@ -496,7 +611,7 @@ def cv2_loss(routing):
 
 def z_loss(routing):
     """mean over tokens of logsumexp(logits)² (Zoph et al. 2022, eq. 5): keeps router logits small."""
-    return torch.logsumexp(routing.logits, dim=-1).square().mean()
+    return torch.logsumexp(routing.logits.t(), dim=0).square().mean()
 
 
 AUX_LOSSES: dict[str, Callable | None] = {
@@ -529,28 +644,31 @@ def aux_losses(routings, config, coefficient):
 
 
 def choices_per_expert(routing):
-    """(N, E): how often each token chose each expert, before capacity."""
-    return (F.one_hot(routing.experts, routing.probs.size(-1)) * routing.chosen[..., None]).sum(dim=1)
+    """(N, E): 1 where a token chose an expert, before capacity; else 0."""
+    return torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.chosen.to(routing.logits.dtype))
 
 
 @torch.no_grad()
-def routing_stats(routing, ids_BT, config, n_symbols, counted_N=None):
-    """One layer's RoutingStats, without a synchronisation. counted_N (N,) bool: tokens to count (default: all)."""
-    weight_N = torch.ones_like(routing.probs[:, 0]) if counted_N is None else counted_N.to(routing.probs.dtype)
-    made_N = routing.chosen.sum(dim=1) * weight_N
-    dropped_N = (routing.chosen & ~routing.kept).sum(dim=1) * weight_N
-    by_position = by_symbol = weight_N.new_zeros(2, 0)
+def routing_stats(routing, ids_BT, config, n_symbols, weight_N=None):
+    """One layer's RoutingStats, without a synchronisation. weight_N: 1 for a token that is counted (default: all), else
+    0."""
+    weight_N = torch.ones_like(routing.logits[:, 0]) if weight_N is None else weight_N
+    zero = weight_N.new_zeros(())
+    dropped, unserved, by_position, by_symbol = zero, zero, zero.new_empty(2, 0), zero.new_empty(2, 0)
     if config.capacity_factor:
+        made_N = routing.chosen.sum(dim=1) * weight_N
+        dropped_N = (routing.chosen & ~routing.kept).sum(dim=1) * weight_N
+        dropped, unserved = dropped_N.sum(), (~routing.kept.any(dim=1) * weight_N).sum()
         counts_2N = torch.stack((dropped_N, made_N))
         by_position = F.pad(counts_2N.view(2, *ids_BT.shape).sum(dim=1), (0, config.block_size - ids_BT.size(1)))
         by_symbol = weight_N.new_zeros(2, n_symbols).index_add(1, ids_BT.reshape(-1), counts_2N)
     return RoutingStats(
-        load=(choices_per_expert(routing) * weight_N[:, None]).sum(dim=0),
-        importance=(gates_per_expert(routing) * weight_N[:, None]).sum(dim=0),
-        dropped=dropped_N.sum(),
-        unserved=(~routing.kept.any(dim=1) * weight_N).sum(),
+        load=weight_N @ choices_per_expert(routing),
+        importance=weight_N @ gates_per_expert(routing),
+        dropped=dropped,
+        unserved=unserved,
         tokens=weight_N.sum(),
-        entropy=(torch.special.entr(routing.probs).sum(dim=-1) * weight_N).sum(),
+        entropy=weight_N @ torch.special.entr(routing.probs).sum(dim=-1),
         dropped_by_position=by_position,
         dropped_by_symbol=by_symbol,
     )

@@ -171,7 +171,7 @@ class Config:
         "balancing without a loss: step of the bias by which experts are chosen; 0 = off, 0.001 is usual",
         at_least=0,
     )
-    moe_backend: Literal["auto", "reference", "masked", "sorted"] = moe_key(
+    moe_backend: Literal["auto", "reference", "masked", "sliced", "sorted", "padded"] = moe_key(
         "auto", "how the experts are computed: the same result at another speed", scope=MACHINE
     )
 
@@ -379,6 +379,10 @@ class Config:
         """Whether a balancing loss has a weight at some point of the run."""
         ends = self.aux_loss_coef_end > 0 and self.aux_loss_coef_schedule != "constant"
         return self.aux_loss != "none" and (self.aux_loss_coef > 0 or ends)
+
+    @property
+    def router_temperature_is_used(self) -> bool:
+        return self.router_temperature != 1 or self.router_temperature_schedule != "constant"
 
     @property
     def expert_dropout_is_used(self) -> bool:

@@ -97,7 +97,7 @@ def routing_of(experts, gates, n_expert, kept=None, logits=None):
     logits = torch.zeros(len(experts), n_expert) if logits is None else torch.as_tensor(logits, dtype=torch.float32)
     kept = torch.ones_like(experts, dtype=torch.bool) if kept is None else torch.tensor(kept)
     chosen = torch.ones_like(experts, dtype=torch.bool)
-    return moe.Routing(logits, logits.softmax(-1), experts, gates, chosen, kept)
+    return moe.Routing(logits, logits.softmax(-1), experts, gates, chosen, kept, len(experts))
 
 
 def test_the_grid_covers_every_entry_of_every_table():
@@ -209,15 +209,30 @@ def test_a_backend_takes_any_number_of_tokens(backend, tokens):
     assert run(layer, torch.randn(1, tokens, 16))[0].shape == (1, tokens, 16)
 
 
-def test_auto_picks_a_backend_by_how_much_the_experts_would_waste():
-    def chosen(**keys):
-        layer = new_layer(tiny(**keys))
-        return moe.choose_backend(torch.randn(5, 16), layer.experts, layer.n_active)
+def test_auto_picks_the_backend_that_was_measured_to_be_fastest(monkeypatch):
+    cpu, cuda, mps = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
-    assert chosen(n_expert=4, expert_top_k=1) == "sorted"
-    assert chosen(n_expert=4, expert_top_k=2, expert_kind="linear_concat") == "masked"
-    assert chosen(n_expert=4, expert_top_k=0, aux_loss="none") == "masked"
-    assert chosen(n_expert=4, expert_top_k=1, expert_hidden=30) == "masked", "grouped_mm needs widths in multiples of 8"
+    def chosen(device, dtype=torch.bfloat16, is_compiled=True, **keys):
+        return new_layer(tiny(**keys)).backend(device, dtype, is_compiled)
+
+    capability = (9, 0)
+    top1, top2 = dict(n_expert=4, expert_top_k=1), dict(n_expert=4, expert_top_k=2)
+    narrow, soft = dict(**top2, expert_kind="linear_concat"), dict(n_expert=4, expert_top_k=0, aux_loss="none")
+    for keys in (top1, top2, narrow):
+        assert chosen(cpu, torch.float32, is_compiled=False, **keys) == "sliced"
+        assert chosen(cpu, torch.float32, **keys) == "masked", "the sizes of the slices are not known to a compiler"
+    assert chosen(cpu, torch.float32, is_compiled=False, **soft) == "masked", "every expert is needed"
+    for compiled in (False, True):
+        assert chosen(cuda, is_compiled=compiled, **top1) == "sorted"
+        assert chosen(cuda, is_compiled=compiled, **narrow) == "masked"
+        assert chosen(cuda, is_compiled=compiled, **top1, capacity_factor=1.0) == "padded"
+    assert chosen(cuda, torch.float32, **top1) == "masked", "the grouped GEMM waits for the device unless bfloat16"
+    assert chosen(cuda, **top1, expert_hidden=60) == "masked", "grouped_mm needs widths in multiples of 8"
+    assert chosen(mps, torch.float32, is_compiled=False, **top1) == "masked"
+    capability = (8, 0)
+    assert chosen(cuda, **top1) == "masked", "before sm90 the grouped GEMM waits for the device"
+    assert chosen(cuda, **top1, moe_backend="reference") == "reference"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -559,7 +574,7 @@ def test_statistics_by_hand():
 
 def test_statistics_leave_out_tokens_that_do_not_count_and_add_up():
     routing = routing_of([[0], [1], [1]], [[1.0]] * 3, 2)
-    some = stats_of(routing, counted=torch.tensor([True, True, False]))
+    some = stats_of(routing, counted=torch.tensor([1.0, 1.0, 0.0]))
     total = moe.add_stats(moe.add_stats(None, [some]), [stats_of(routing)])
     assert moe.summarize(some)["load"] == [0.5, 0.5] and moe.summarize(total[0])["tokens"] == 5
     assert moe.summarize(total[0])["load"] == pytest.approx([2 / 5, 3 / 5])
@@ -568,7 +583,7 @@ def test_statistics_leave_out_tokens_that_do_not_count_and_add_up():
 def test_statistics_of_nothing_are_refused():
     routing = routing_of([[0]], [[1.0]], 2)
     with pytest.raises(ValueError, match="no token"):
-        moe.summarize(stats_of(routing, counted=torch.tensor([False])))
+        moe.summarize(stats_of(routing, counted=torch.tensor([0.0])))
 
 
 @pytest.mark.parametrize("config", [c for c in GRID if c.capacity_factor == 0.5], ids=name_of)
