@@ -12,7 +12,6 @@ Letters in shapes and at the ends of names:
     K experts per token, C capacity: choices that one expert accepts, V symbols
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -232,8 +231,8 @@ BACKENDS: dict[str, Callable] = {
 
 
 def choose_backend(experts, k, device, dtype, has_capacity=False, is_compiled=False):
-    """What `moe_backend=auto` means: the name of the fastest backend that runs here. k: experts per token; device, dtype:
-    of matrix products.
+    """What `moe_backend=auto` means: the name of the fastest backend that runs here. k: experts per token; device,
+    dtype: of matrix products.
 
     `masked` computes all E·H hidden units, so it wins on a GPU while they are not much more than a dense MLP's 4·D.
     Otherwise `sliced` on a CPU that need not know sizes in advance; `padded` where capacity bounds them; and `sorted`
@@ -474,7 +473,7 @@ class MoE(nn.Module):
             cooled_NE = logits_NE / self.temperature if config.router_temperature_is_used else logits_NE
             gate = GATES[config.gate]
             scores_NE, probs_NE = gate(cooled_NE)
-            preference_NE = scores_NE if self.router.compares_tokens else cooled_NE
+            preference_NE = self.router.preference(cooled_NE)
             if config.router_bias_rate:
                 preference_NE = scores_NE + self.balance_bias
             if self.training and config.expert_dropout_is_used:

@@ -106,7 +106,6 @@ class Router(nn.Module):
 
     is_causal = True
     needs_history = False  # whether `ids` must reach back before x
-    compares_tokens = False  # whether the preferences of several tokens are compared
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__()
@@ -114,6 +113,10 @@ class Router(nn.Module):
 
     def set_step(self, step):
         """Told before update number `step`, and before the evaluation at that point."""
+
+    def preference(self, logits_NE):
+        """(N, E): what a token's experts are ranked by."""
+        return logits_NE
 
     def select(self, probs_NE, preference_NE, n_sequences):
         """(experts (N, K), chosen (N, K)). preference: what they are ranked by, -inf for what cannot be chosen."""
@@ -257,7 +260,10 @@ class ExpertChoiceRouter(LearnedRouter):
     not causal, for a later token can take an earlier one's place. Its causal twin is `learned` with a capacity."""
 
     is_causal = False
-    compares_tokens = True
+
+    def preference(self, logits_NE):
+        # Row by row: the tokens of a segment are alike, and must stay alike to the last bit, for ties go to the first.
+        return F.log_softmax(logits_NE, dim=-1) if self.config.gate == "softmax" else logits_NE
 
     def select(self, probs_NE, preference_NE, n_sequences):
         N, E = probs_NE.shape
@@ -314,8 +320,8 @@ def best(scores_NE, k, in_order=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gates: logits (N, E) -> (scores, by which an expert's output is weighted; probs: the scores, scaled so that rows sum to
-# 1). Experts are chosen by the logits, with which both grow.
+# Gates: logits (N, E) -> (scores, by which an expert's output is weighted; probs: the scores, scaled so that rows sum
+# to 1). Experts are chosen by the logits, with which both grow.
 
 
 def softmax(logits_NE):
