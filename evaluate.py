@@ -103,7 +103,8 @@ def inference_speed(model, config, machine, characters=500) -> list[float]:
         for _ in range(characters):
             with machine.autocast():
                 logits = model(text[:, -config.block_size :], last_only=True).logits
-            token = sample(logits[:, -1].float(), 0.8, 200, [generator])
+            uniform = torch.rand(1, generator=generator, device=machine.device)
+            token = sample(logits[:, -1].float(), 0.8, 200, uniform)
             text = torch.cat((text, token[:, None]), dim=1)
         machine.synchronize()
         speeds.append(characters / (time.perf_counter() - started))

@@ -37,8 +37,11 @@ class Output(NamedTuple):
 
 class Generated(NamedTuple):
     tokens: torch.Tensor  # (B,) the next token of each sequence
-    experts: list[torch.Tensor]  # per MoE layer (B, T): the expert with the largest gate of each of the T tokens read
-    # since the last step; -1 for a token that every expert dropped
+    routing: list[Routing]  # one per MoE layer, of the B·T tokens read since the last step
+
+    def experts(self, layer):
+        """(B, T): the expert with the largest gate of each token read, in this MoE layer; -1 where all dropped it."""
+        return moe.main_expert(self.routing[layer]).view(self.tokens.size(0), -1)
 
 
 class LayerCache:
@@ -53,15 +56,34 @@ class LayerCache:
             router_dtype = torch.promote_types(block.norm_mlp.weight.dtype, torch.float32)
             self.routing = RoutingCache(block.mlp.config, batch_size, device, router_dtype)
 
+    def extend(self, k, v, past):
+        """-> keys and values (B, n_head, S, D // n_head) with those of what is new, k and v, from position `past` on: S
+        = past + T, or all positions where `past` is a tensor (1,) and T is 1."""
+        if isinstance(past, torch.Tensor):
+            return self.keys.index_copy_(2, past, k), self.values.index_copy_(2, past, v)
+        end = past + k.size(2)
+        self.keys[:, :, past:end], self.values[:, :, past:end] = k, v
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
 
 class KVCache:
-    """A LayerCache per block, for batch_size sequences of the same length."""
+    """A LayerCache per block, for batch_size sequences of the same length.
+
+    position: a tensor (1,) int64 in place of `length`, for steps of one token whose shapes must not change; whoever
+    sets it moves it.
+    """
 
     def __init__(self, model, batch_size):
         weight = model.token_embedding.weight
         dtype = moe.compute_dtype(weight)
         self.layers = [LayerCache(block, model.config, batch_size, weight.device, dtype) for block in model.blocks]
+        self.length, self.position = 0, None
+
+    def clear(self):
         self.length = 0
+        for layer in self.layers:
+            if layer.routing:
+                layer.routing.clear()
 
 
 class Attention(nn.Module):
@@ -73,19 +95,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.proj_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD, past=0, cache=None):
-        """With a cache (LayerCache), x holds the positions from `past` on; their keys and values are added to it."""
+    def forward(self, x_BTD, past=0, cache=None, visible=None):
+        """With a cache (LayerCache), x holds the positions from `past` on; their keys and values are added to it.
+        visible (T, S) bool: which positions each sees; None: itself and all before it."""
         B, T, D = x_BTD.shape
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.qkv(x_BTD).chunk(3, dim=-1))
         if cache:
-            cache.keys[:, :, past : past + T], cache.values[:, :, past : past + T] = k, v
-            k, v = cache.keys[:, :, : past + T], cache.values[:, :, : past + T]
-        visible = None
-        if past and T > 1:
-            visible = torch.ones(T, past + T, dtype=torch.bool, device=x_BTD.device).tril(diagonal=past)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=not past and T > 1, dropout_p=self.dropout if self.training else 0.0
-        )
+            k, v = cache.extend(k, v, past)
+        is_causal, dropout = visible is None and T > 1, self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal, dropout_p=dropout)
         return self.proj_dropout(self.proj(y.transpose(1, 2).reshape(B, T, D)))
 
 
@@ -114,9 +132,9 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = mlp
 
-    def forward(self, x_BTD, ids_BT, past=0, cache=None):
+    def forward(self, x_BTD, ids_BT, past=0, cache=None, visible=None):
         """-> (x, routing), routing None in a dense block"""
-        x_BTD = x_BTD + self.attention(self.norm_attention(x_BTD), past, cache)
+        x_BTD = x_BTD + self.attention(self.norm_attention(x_BTD), past, cache, visible)
         y_BTD, routing = self.norm_mlp(x_BTD), None
         if isinstance(self.mlp, moe.MoE):
             y_BTD, routing = self.mlp(y_BTD, ids_BT, cache.routing if cache else None)
@@ -163,17 +181,24 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None, last_only=False) -> Output:
         """idx, targets: (B, T) int64; a target of IGNORED is not predicted, and its token not counted in the
         statistics. cache: a KVCache, which idx continues. last_only: logits of the last position alone."""
-        T, past = idx.size(1), cache.length if cache else 0
-        if past + T > self.config.block_size:
+        T, past, visible = idx.size(1), cache.length if cache else 0, None
+        if cache and cache.position is not None:
+            past = cache.position
+            positions = self.position_embedding(past)
+            visible = (torch.arange(self.config.block_size, device=idx.device) <= past)[None]
+        elif past + T > self.config.block_size:
             raise ValueError(f"{past + T} positions, but block_size is {self.config.block_size}")
-        x = self.token_embedding(idx) + self.position_embedding.weight[past : past + T]
-        x = self.dropout(x)
+        else:
+            positions = self.position_embedding.weight[past : past + T]
+            if past and T > 1:
+                visible = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(diagonal=past)
+        x = self.dropout(self.token_embedding(idx) + positions)
         routings = []
         for i, block in enumerate(self.blocks):
-            x, routing = block(x, idx, past, cache.layers[i] if cache else None)
+            x, routing = block(x, idx, past, cache.layers[i] if cache else None, visible)
             if routing is not None:
                 routings.append(routing)
-        if cache:
+        if cache and cache.position is None:
             cache.length += T
         x = self.norm(x[:, -1:] if last_only else x)
         logits = F.linear(x, self.token_embedding.weight)
@@ -200,35 +225,10 @@ class GPT(nn.Module):
     def moe_layers(self):
         return [block.mlp for block in self.blocks if isinstance(block.mlp, moe.MoE)]
 
-    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generators=None) -> Iterator[Generated]:
-        """Continue idx (B, T) by max_new_tokens, one Generated a step.
-
-        temperature: logits are divided by it; 0 takes the most likely token. top_k: sample among the k most likely.
-        generators: a torch.Generator per sequence, on the model's device, so that a sample depends on its own seed
-        alone.
-
-        Positions are learned, so a cache cannot slide: when it holds block_size tokens, it is rebuilt from the last
-        block_size // 2.
-        """
-        if not self.config.is_causal:
-            raise ValueError("this model's routing looks at later tokens, so it cannot be sampled from")
-        if temperature < 0:
-            raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or above")
-        if idx.size(1) == 0:
-            raise ValueError("an empty prompt: at least one token is needed to start from")
-        window = idx[:, -self.config.block_size :]
-        cache, unread = KVCache(self, idx.size(0)), window
-        for _ in range(max_new_tokens):
-            if cache.length + unread.size(1) > self.config.block_size:
-                window = window[:, -max(1, self.config.block_size // 2) :]
-                cache, unread = KVCache(self, idx.size(0)), window
-            out = self(unread, cache=cache, last_only=True)
-            experts = [moe.main_expert(routing).view(unread.shape) for routing in out.routing]
-            tokens = sample(out.logits[:, -1].float(), temperature, top_k, generators)
-            yield Generated(tokens, experts)
-            unread = tokens[:, None]
-            window = torch.cat((window, unread), dim=1)
+        """Continue idx (B, T) by max_new_tokens, one Generated a step: see `Decoder`, and `decoding.py` for faster
+        ones."""
+        return Decoder(self, idx.size(0), temperature, top_k).write(idx, max_new_tokens, generators)
 
     def count_parameters(self):
         """Parameters by kind; `total` counts each once (the output layer is the token embedding), `active` are those
@@ -247,11 +247,20 @@ class GPT(nn.Module):
         }
         total = sum(p.numel() for p in self.parameters())
         assert total == sum(counts.values()), "a parameter of no kind, or of two"
+        return {"total": total, "active": self.parameters_for(1), **counts}
+
+    def parameters_for(self, n_tokens):
+        """Parameters that n_tokens use together: those of one token's experts, or for more of as many experts as are
+        expected when each token chooses evenly, rounded."""
         sets = {}  # of experts -> the layers that use them
         for layer in self.moe_layers():
             sets.setdefault(layer.experts, []).append(layer)
-        inactive = sum(experts.inactive_parameters(sum(m.n_active for m in layers)) for experts, layers in sets.items())
-        return {"total": total, "active": total - inactive, **counts}
+        inactive = 0
+        for experts, layers in sets.items():
+            n_expert, n_active = layers[0].config.n_expert, sum(layer.n_active for layer in layers)
+            unused = max(0.0, 1 - n_active / n_expert) ** n_tokens * n_expert
+            inactive += experts.inactive_parameters(n_expert - unused)
+        return round(sum(p.numel() for p in self.parameters()) - inactive)
 
     def flops_per_token(self):
         """Training FLOPs (forward, and twice that backward) per token at full block_size; a multiply-add is 2.
@@ -266,6 +275,94 @@ class GPT(nn.Module):
         per_block = 2 * (3 * D * D + D * D) + 4 * attended * D
         mlps = sum(block.mlp.flops_per_token() for block in self.blocks)
         return 2 * self.token_embedding.weight.numel() + len(self.blocks) * per_block + mlps
+
+    def training_bytes(self, element_size):
+        """The least that an update moves: every weight in the products' precision (element_size bytes) for the forward
+        and for the backward pass; in float32 its gradient written and read, and weight and AdamW's two moments read and
+        written. Activations are not counted."""
+        return sum(p.numel() for p in self.parameters()) * (2 * element_size + 2 * 4 + 6 * 4)
+
+    def prefill_bytes(self, batch_size, length, element_size):
+        """The least that reading `length` tokens of each sequence moves: the weights, and what is cached."""
+        tokens = batch_size * length
+        return (self.parameters_for(tokens) + tokens * self.cached_per_token()) * element_size
+
+    def decoding_bytes(self, batch_size, context, element_size):
+        """The least that one more token of each sequence moves: the weights of its experts, and the cache of `context`
+        tokens."""
+        cached = batch_size * context * self.cached_per_token()
+        return (self.parameters_for(batch_size) + cached) * element_size
+
+    def cached_per_token(self):
+        """Numbers: a key and a value per block."""
+        return 2 * len(self.blocks) * self.config.n_embd
+
+
+class Decoder:
+    """Writes: reads what is new of batch_size sequences into a cache, and draws the next token of each.
+
+    temperature: logits are divided by it; 0 takes the most likely token. top_k: sample among the k most likely.
+    """
+
+    how = "eager, cached"  # in words, for a table
+
+    def __init__(self, model, batch_size, temperature=1.0, top_k=None):
+        if not model.config.is_causal:
+            raise ValueError("this model's routing looks at later tokens, so it cannot be sampled from")
+        if temperature < 0:
+            raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or above")
+        self.model, self.temperature, self.top_k = model, temperature, top_k
+        self.cache = KVCache(model, batch_size)
+
+    @property
+    def length(self):
+        """How many tokens of each sequence have been read."""
+        return self.cache.length
+
+    def clear(self):
+        """Forget them."""
+        self.cache.clear()
+
+    @torch.no_grad()
+    def read(self, ids_BT):
+        """-> (logits (B, V) float32 after the last of these tokens, routing)"""
+        out = self.model(ids_BT, cache=self.cache, last_only=True)
+        return out.logits[:, -1].float(), out.routing
+
+    def next(self, ids_BT, uniform_B) -> Generated:
+        """Read, and draw the next token of each sequence by a number in [0, 1)."""
+        logits_BV, routing = self.read(ids_BT)
+        return Generated(sample(logits_BV, self.temperature, self.top_k, uniform_B), routing)
+
+    def write(self, idx, max_new_tokens, generators=None) -> Iterator[Generated]:
+        """Continue idx (B, T) by max_new_tokens, one Generated a step, from nothing read.
+
+        generators: a torch.Generator per sequence, on the CPU, so that a sample depends on its own seed alone, on every
+        device.
+
+        Positions are learned, so a cache cannot slide: when it holds block_size tokens, it is rebuilt from the last
+        block_size // 2.
+        """
+        if idx.size(1) == 0:
+            raise ValueError("an empty prompt: at least one token is needed to start from")
+        block_size = self.model.config.block_size
+        uniform = torch.stack([uniforms(max_new_tokens, g) for g in generators or [None] * idx.size(0)], dim=1)
+        uniform = uniform.to(idx.device)
+        self.clear()
+        window = unread = idx[:, -block_size:]
+        for uniform_B in uniform:
+            if self.length + unread.size(1) > block_size:
+                window = unread = window[:, -max(1, block_size // 2) :]
+                self.clear()
+            step = self.next(unread, uniform_B)
+            yield step
+            unread = step.tokens[:, None]
+            window = torch.cat((window, unread), dim=1)
+
+
+def uniforms(count, generator=None):
+    """(count,) float32 in [0, 1), on the CPU; of more, these are the first."""
+    return torch.rand(count, generator=generator, device="cpu")
 
 
 def dense_equal_active(config):
@@ -290,20 +387,13 @@ def skeleton(config):
         return GPT(config, vocab_size=1)
 
 
-def sample(logits_BV, temperature, top_k=None, generators=None):
-    """The next token (B,) of each sequence."""
+def sample(logits_BV, temperature, top_k, uniform_B):
+    """The next token (B,) of each sequence: the first whose cumulative probability exceeds uniform_B, in [0, 1)."""
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
     logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature
     if top_k and top_k < logits_BV.size(-1):
         kth_best = logits_BV.topk(top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_best, -math.inf)
-    probs_BV = F.softmax(logits_BV, dim=-1)
-    if generators is None:
-        return torch.multinomial(probs_BV, 1)[:, 0]
-    return torch.cat(
-        [
-            torch.multinomial(probs, 1, generator=generator)
-            for probs, generator in zip(probs_BV, generators, strict=True)
-        ]
-    )
+    cumulative_BV = F.softmax(logits_BV, dim=-1).cumsum(dim=-1)
+    return (cumulative_BV <= uniform_B[:, None] * cumulative_BV[:, -1:]).sum(dim=-1)

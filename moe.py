@@ -82,10 +82,16 @@ def masked(x_ND, routing, experts):
 def sliced(x_ND, routing, experts):
     """Choices sorted by expert, then a GEMM for each expert that has any, on a slice of them: for a CPU, since the
     sizes of the slices must be known on the host. Dropped choices cost nothing."""
-    E = experts.w_in.size(0)
-    expert_M = torch.where(routing.kept, routing.experts, E).view(-1)  # what is dropped comes last
-    sizes = torch.bincount(expert_M, minlength=E + 1)[:E].tolist()
-    return dispatched(x_ND, routing, experts, by_expert(expert_M, routing), SlicedMM.apply, sizes)
+    rows, sizes = rows_and_sizes(routing, experts.w_in.size(0))
+    return dispatched(x_ND, routing, experts, rows, product_of(experts, x_ND, SlicedMM.apply, sizes))
+
+
+def rows_and_sizes(routing, n_expert):
+    """(the Rows that sorting the kept choices by expert makes, those that were dropped at the end; how many choices
+    each expert kept). Waits for the device."""
+    expert_M = torch.where(routing.kept, routing.experts, n_expert).reshape(-1)
+    sizes = torch.bincount(expert_M, minlength=n_expert + 1)[:n_expert].tolist()
+    return by_expert(expert_M, routing), sizes
 
 
 def sorted_by_expert(x_ND, routing, experts):
@@ -94,7 +100,8 @@ def sorted_by_expert(x_ND, routing, experts):
     expert_M = routing.experts.reshape(-1)
     load = F.one_hot(expert_M, experts.w_in.size(0)).sum(dim=0)
     offsets = load.cumsum(0).to(torch.int32)
-    return dispatched(x_ND, routing, experts, by_expert(expert_M, routing), grouped_mm, offsets)
+    rows = by_expert(expert_M, routing)
+    return dispatched(x_ND, routing, experts, rows, product_of(experts, x_ND, grouped_mm, offsets))
 
 
 def by_expert(expert_M, routing):
@@ -113,7 +120,8 @@ def padded(x_ND, routing, experts):
     place = torch.where(kept_M, expert_M * room + rank_M, E * room)
     order = inverse_of(place, E * room + 1)[:-1]
     expert_R = torch.arange(E, device=x_ND.device).repeat_interleave(room, output_size=E * room)
-    return dispatched(x_ND, routing, experts, Rows(order, place, expert_R, False), padded_mm, room)
+    rows = Rows(order, place, expert_R, False)
+    return dispatched(x_ND, routing, experts, rows, product_of(experts, x_ND, padded_mm, room))
 
 
 def padded_mm(rows, weights, room):
@@ -140,13 +148,22 @@ def inverse_of(place, n_rows):
     return order.scatter_(0, place, torch.arange(M, device=place.device))
 
 
-def dispatched(x_ND, routing, experts, rows, matmul, layout):
-    """What `experts` make of x; matmul(x (R, in), weights (E, in, out), layout) multiplies each row with the weights of
-    its expert."""
+def product_of(experts, x_ND, matmul, layout):
+    """product(rows (R, in), "w_in" or "w_out") -> (R, out), in x's precision; matmul(rows, weights (E, in, out),
+    layout) multiplies each row with the weights of its expert."""
+
+    def product(rows, name):
+        weights = getattr(experts, name).to(compute_dtype(x_ND))
+        return matmul(rows, weights.transpose(1, 2) if name == "w_in" else weights, layout)
+
+    return product
+
+
+def dispatched(x_ND, routing, experts, rows, product):
+    """What `experts` make of x in these Rows; product: see product_of."""
     N, K = routing.experts.shape
     dtype = compute_dtype(x_ND)
-    x_RD = Gather.apply(x_ND.to(dtype), rows.order, rows.place, K, rows.is_permutation)
-    up = matmul(x_RD, experts.w_in.to(dtype).transpose(1, 2), layout)
+    up = product(Gather.apply(x_ND.to(dtype), rows.order, rows.place, K, rows.is_permutation), "w_in")
     if experts.bias_in is not None:
         up = up + experts.bias_in.to(dtype)[rows.experts]
     if experts.is_linear_in_gate:  # then the gate may wait for the output, which is narrower
@@ -155,7 +172,7 @@ def dispatched(x_ND, routing, experts, rows, matmul, layout):
         gates_R1 = Gather.apply(routing.gates.reshape(-1, 1), rows.order, rows.place, 1, rows.is_permutation)
         y = experts.hidden(up, gates_R1).to(dtype)
     if experts.w_out is not None:
-        y = matmul(y, experts.w_out.to(dtype), layout)
+        y = product(y, "w_out")
     y_NKD = Gather.apply(y, rows.place, rows.order, 1, rows.is_permutation).view(N, K, -1)
     if experts.is_linear_in_gate:
         y_NKD = y_NKD * routing.gates[:, :, None].to(dtype)
@@ -429,6 +446,7 @@ class MoE(nn.Module):
         self.experts = experts or EXPERTS[config.expert_kind](config)
         self.shared = SharedExperts(config) if config.n_shared_expert else None
         self.dropout = nn.Dropout(config.dropout)
+        self.dispatch: Callable | None = None  # a backend to use in place of those below, as decoding.py has them
         # What changes over training is state: a checkpoint evaluates as it was when it was saved.
         self.register_buffer("temperature", torch.tensor(float(config.router_temperature)))
         self.register_buffer("expert_dropout", torch.tensor(float(config.expert_dropout)))
@@ -445,8 +463,10 @@ class MoE(nn.Module):
         """ids_BT: the symbols that x came from. cache: the layer's RoutingCache, when x continues a cached sequence."""
         routing = self.route(x_BTD, ids_BT, cache)
         x_ND = x_BTD.reshape(-1, x_BTD.size(-1))
-        backend = BACKENDS[self.backend(x_BTD.device, compute_dtype(x_BTD), torch.compiler.is_compiling())]
-        y_BTD = self.experts(x_ND, routing, backend).to(x_BTD.dtype).view_as(x_BTD)
+        dispatch = self.dispatch
+        if dispatch is None:
+            dispatch = BACKENDS[self.backend(x_BTD.device, compute_dtype(x_BTD), torch.compiler.is_compiling())]
+        y_BTD = self.experts(x_ND, routing, dispatch).to(x_BTD.dtype).view_as(x_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         return self.dropout(y_BTD), routing
@@ -662,12 +682,12 @@ def routing_stats(routing, ids_BT, config, n_symbols, weight_N=None):
         by_position = F.pad(counts_2N.view(2, *ids_BT.shape).sum(dim=1), (0, config.block_size - ids_BT.size(1)))
         by_symbol = weight_N.new_zeros(2, n_symbols).index_add(1, ids_BT.reshape(-1), counts_2N)
     return RoutingStats(
-        load=weight_N @ choices_per_expert(routing),
-        importance=weight_N @ gates_per_expert(routing),
+        load=(weight_N[:, None] * choices_per_expert(routing)).sum(dim=0),
+        importance=(weight_N[:, None] * gates_per_expert(routing)).sum(dim=0),
         dropped=dropped,
         unserved=unserved,
         tokens=weight_N.sum(),
-        entropy=weight_N @ torch.special.entr(routing.probs).sum(dim=-1),
+        entropy=(weight_N * torch.special.entr(routing.probs).sum(dim=-1)).sum(),
         dropped_by_position=by_position,
         dropped_by_symbol=by_symbol,
     )

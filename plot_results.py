@@ -4,8 +4,8 @@
     python plot_results.py --check                  say what of it is stale, and write nothing
     python plot_results.py --latest out/A out/B …   curves of local runs, also while they train -> curves.png
 
-A record is the summary.json of a complete run. What cannot be read, what contradicts itself and what is not there is
-named, and the rest is drawn. The same records give the same bytes.
+A record is the summary.json of a complete run, or, in results/bench/, what bench.py measured. What cannot be read, what
+contradicts itself and what is not there is named, and the rest is drawn. The same records give the same bytes.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import experiments
 import figures
 import records
 import report
+import speed
 import tables
 import verdicts
 from configurator import EXPERIMENT, SCHEDULE
@@ -131,6 +132,56 @@ def rulings_of(parts):
     return rulings
 
 
+class Bench(NamedTuple):
+    """What there is to say of one bench."""
+
+    record: dict
+    grids: list[report.Grid]
+    pictures: dict[str, report.Picture]  # by file name
+
+    @property
+    def title(self):
+        return f"Speed ({speed.size_title(self.record)}, {self.record['machine']['device']})"
+
+    @property
+    def about(self):
+        record, ceilings = self.record, self.record["ceilings"]
+        doubts = [f"**{sentence}**" for sentence in speed.doubts(record)]
+        limits = f"{rate(ceilings['flops_per_second'], 'FLOP/s')} and {rate(ceilings['bytes_per_second'], 'B/s')}"
+        return " ".join(
+            [
+                *doubts,
+                f"{speed.about(record)}. Every model is timed in turn with the others, in one process. A cell is the "
+                "median of the timings [10th, 90th percentile]; time ÷ dense's is that of the ratios of pairs, above "
+                "1 where a model is slower. Of the floor: the least time for what must be computed and moved, at the "
+                f"ceilings measured in the same bench ({limits}), over the time that it took.",
+                f"Machine: {records.machine_of(record)}. The bench took {records.duration(record['seconds'])}.",
+            ]
+        )
+
+
+def rate(value, unit):
+    """'180 GFLOP/s'"""
+    prefix, scale = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
+    return f"{speed.significant(value / scale)} {prefix}{unit}"
+
+
+def benches_of(found):
+    """found: records that speed.py read. Known sizes first; several of one size are numbered."""
+    order = [*SCALES, *sorted({record["size"] for record in found} - {*SCALES})]
+    benches, counts = [], {}
+    for record in sorted(found, key=lambda record: (order.index(record["size"]), records.machine_of(record))):
+        size = record["size"]
+        counts[size] = counts.get(size, 0) + 1
+        drawing, suffix = figures.relative_time(record), f"_{counts[size]}" if counts[size] > 1 else ""
+        pictures = {}
+        if drawing:
+            svg = figures.svg(drawing.figure)
+            pictures[f"speed_{size}{suffix}.svg"] = report.Picture(svg, drawing.caption, drawing.alt)
+        benches.append(Bench(record, tables.speed_grids(record), pictures))
+    return benches
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In words
 
@@ -216,7 +267,7 @@ HOW_TO_READ = (
 )
 
 
-def summary_of(parts, rulings, found, left_out):
+def summary_of(parts, rulings, benches, found, left_out):
     """results/summary.md"""
     page = ["# Measured results", "", "Written by `plot_results.py` from the records beside it.", ""]
     page += [headline(parts, found), "", HOW_TO_READ, "", "## Verdicts", "", counted(rulings), ""]
@@ -228,26 +279,38 @@ def summary_of(parts, rulings, found, left_out):
         page.append(f"| {claim.id} | {claim.sentence} | {where} | {status_of(verdict)} | {effect_of(verdict)} |")
     page += [""]
     for part in parts:
-        page += [f"## {part.title}", "", part.about, ""]
-        for grid in part.grids:
-            page += [tables.markdown(grid), ""]
-        for name, picture in part.pictures.items():
-            page += [f"![{picture.alt}](figures/{name})", "", picture.caption, ""]
+        page += [f"## {part.title}", "", part.about, "", *grid_lines(part), *picture_lines(part)]
+    for bench in benches:
+        page += [f"## {bench.title}", "", bench.about, "", *picture_lines(bench), *grid_lines(bench)]
     page += left_out_lines(left_out)
     return "\n".join(page).rstrip() + "\n"
+
+
+def grid_lines(part):
+    return [line for grid in part.grids for line in (tables.markdown(grid), "")]
+
+
+def picture_lines(part):
+    lines = []
+    for name, picture in part.pictures.items():
+        lines += [f"![{picture.alt}](figures/{name})", "", picture.caption, ""]
+    return lines
 
 
 def left_out_lines(left_out):
     return ["## Records left out", "", *(f"- {why}" for why in left_out)] if left_out else []
 
 
-def report_of(parts, rulings, found, left_out):
+def report_of(parts, rulings, benches, found, left_out):
     """results/report.html"""
     sections = []
     for part in parts:
         blocks = [report.Text(part.about), *part.grids, *part.pictures.values()]
         blocks += [ruling_of(verdict) for verdict in part.rulings]
         sections.append(report.Section(part.title, blocks))
+    for bench in benches:
+        blocks = [report.Text(bench.about), *bench.pictures.values(), *bench.grids]
+        sections.append(report.Section(bench.title, blocks))
     alone = [verdict for verdict in rulings if not verdict.comparison.machine]
     if alone:
         sections.append(report.Section("Not run yet", [ruling_of(verdict) for verdict in alone]))
@@ -276,10 +339,12 @@ def ruling_of(verdict):
 
 
 def collect(folder):
-    """(the records that belong to a row of a table, a line for everything else)"""
+    """(the records that belong to a row of a table, the benches, a line for everything else)"""
     if not folder.is_dir():
-        return [], [f"{folder} is not there, so there are no records"]
+        return [], [], [f"{folder} is not there, so there are no records"]
     pairs, left_out = records.read_all(folder)
+    benches, of_benches = speed.read_all(folder)
+    left_out += of_benches
     hashes = {
         row.config_at(scale).hash() for table in TABLES.values() for scale in SCALES for row in table.rows_at(scale)
     }
@@ -293,17 +358,18 @@ def collect(folder):
         left_out.append(
             f"{path.relative_to(folder.parent)}: not in a table's folder, {folder.name}/TABLE/ROW-sSEED.json"
         )
-    return found, left_out or ([] if found else [f"{folder} holds no records yet"])
+    left_out = left_out or ([] if found or benches else [f"{folder} holds no records yet"])
+    return found, [record for _, record in benches], left_out
 
 
 def outputs_of(folder):
     """({path under `folder`: its text}, what was left out)"""
-    found, left_out = collect(folder)
-    parts = parts_of(found)
+    found, measured, left_out = collect(folder)
+    parts, benches = parts_of(found), benches_of(measured)
     rulings = rulings_of(parts)
-    outputs = {"summary.md": summary_of(parts, rulings, found, left_out)}
-    outputs["report.html"] = report_of(parts, rulings, found, left_out)
-    for part in parts:
+    outputs = {"summary.md": summary_of(parts, rulings, benches, found, left_out)}
+    outputs["report.html"] = report_of(parts, rulings, benches, found, left_out)
+    for part in [*parts, *benches]:
         outputs |= {f"figures/{name}": picture.svg for name, picture in part.pictures.items()}
     by_table = {}
     for part in parts:
@@ -312,12 +378,18 @@ def outputs_of(folder):
         outputs[f"tables/{table}_{scale}.csv"] = tables.csv_of([part.comparison for part in of])
         grids = [tables.latex(grid) for part in of for grid in part.grids]
         outputs[f"tables/{table}_{scale}.tex"] = "\n\n".join(grids) + "\n"
+    for size in dict.fromkeys(bench.record["size"] for bench in benches):
+        of = [bench for bench in benches if bench.record["size"] == size]
+        outputs[f"tables/speed_{size}.csv"] = tables.speed_csv([bench.record for bench in of])
+        grids = [tables.latex(grid) for bench in of for grid in bench.grids]
+        outputs[f"tables/speed_{size}.tex"] = "\n\n".join(grids) + "\n"
     return outputs, left_out
 
 
 def superfluous(folder, outputs):
     """What has a name of ours where we write, and was not written for these records."""
-    ours = re.compile(rf"(tables|figures)/({'|'.join(TABLES)})_({'|'.join(SCALES)})(_\w+)?\.(csv|tex|svg)")
+    drawn = rf"({'|'.join(TABLES)})_({'|'.join(SCALES)})(_\w+)?|speed_[\w-]+"
+    ours = re.compile(rf"(tables|figures)/({drawn})\.(csv|tex|svg)")
     there = {path.relative_to(folder).as_posix() for name in DRAWN for path in (folder / name).glob("*")}
     return sorted(name for name in there - outputs.keys() if ours.fullmatch(name))
 

@@ -3,6 +3,8 @@
     record = read("out/shakespeare_moe4-cpu-s1337/summary.json")    # or RecordError, if damaged or in contradiction
     pairs, left_out = read_all("results")                           # results/TABLE/ROW-sSEED.json
 
+The records of benches are speed.py's, which checks and reads them with what is here.
+
 Every number is a number; what is not known is null. Losses are nats and bits per character (per byte on enwik8).
 Nothing here needs torch: tables are made where it is not installed.
 """
@@ -22,6 +24,8 @@ from configurator import ROOT, ConfigError, nearest, shown
 from settings import Config
 
 FORMAT = "charmoe record 2"
+MAKERS = {"charmoe record": "train.py", "charmoe bench": "bench.py"}  # of records, by their format less its number
+BENCH = "bench"  # the folder of results/ that is no table's: see speed.py
 # Times of a run count only when others left the hardware to it: at most this share of the cores' time on a CPU; on CUDA
 # no more memory than the context of the run's own process takes.
 OTHERS_CPU_SHARE = 0.05
@@ -38,12 +42,15 @@ class RecordError(ValueError):
 
 # Kinds of values, each named by the words in which a problem asks for it.
 TEXT, FLAG, OBJECT, LIST = "text that UTF-8 can encode", "true or false", "an object", "a list"
+LINE, NAME = "a line of text", "a name of lower-case letters, digits, - and _"  # NAME is good for files
 COUNT, NUMBER, SHARE = "an integer from 0", "a finite number from 0", "a number from 0 to 1"
 LOSS_NUMBER = "a loss from 0 and below 10,000"  # one that tables have room for
 UNIT, DEVICE, DTYPE = "'character' or 'byte'", "'cpu', 'cuda' or 'mps'", "'float32' or 'bfloat16'"
 SHA256, COMMIT = "64 hexadecimal digits", "40 to 64 hexadecimal digits"
 FITS = {
     TEXT: lambda value: type(value) is str and not re.search("[\ud800-\udfff]", value),  # no half of a character
+    LINE: lambda value: type(value) is str and value.isprintable() and value.strip(),
+    NAME: lambda value: type(value) is str and re.fullmatch("[a-z0-9][a-z0-9_-]{0,39}", value),
     FLAG: lambda value: type(value) is bool,
     OBJECT: lambda value: type(value) is dict,
     LIST: lambda value: type(value) is list,
@@ -254,33 +261,42 @@ def problems(record) -> list[str]:
         return [f"{shown(record)} is no record of train.py; expected {OBJECT}"]
     if record.get("format") != FORMAT:
         return [format_problem(record.get("format"))]
-    wrong = list(mismatches(record, SCHEMA)) or [
-        f"config.{name} is {shown(value)}; expected {TEXT}"
-        for name, value in record["config"].items()
-        if type(value) is str and not FITS[TEXT](value)
-    ]
+    wrong = list(mismatches(record, SCHEMA))
     if wrong:
         return wrong
-    try:
-        config = Config.from_dict(record["config"], origin="config")
-    except ConfigError as error:
-        return error.problems
+    config, wrong = config_in(record["config"], "config")
+    if wrong:
+        return wrong
     if not record["evaluations"]:
         return ["evaluations is empty; expected one at step 0, and one after the last update"]
     rules = [rule for rules_of in RULES for rule in rules_of(record, config)]
     return [*differences(record, recomputed(record, config)), *(message for holds, message in rules if not holds)]
 
 
-def format_problem(found) -> str:
-    """Why a record of another format is not read."""
-    told = f"its format is {shown(found)}, expected {FORMAT!r}" if found is not None else f"has no format {FORMAT!r}"
-    name, version = FORMAT.rsplit(" ", 1)
-    match = re.fullmatch(rf"{name} (\d{{1,9}})", found) if isinstance(found, str) else None
-    if not match:
-        return f"{told}: it is no record of train.py"
-    if int(match[1]) < int(version):
-        return f"{told}: older code made it"
-    return f"{told}: newer code made it"
+def format_problem(found, expected=FORMAT) -> str:
+    """Why a record of another format than the expected one is not read."""
+    told = f"has no format {expected!r}" if found is None else f"its format is {shown(found)}, expected {expected!r}"
+    kind, version = expected.rsplit(" ", 1)
+    match = re.fullmatch(r"(.+) (\d{1,9})", found) if isinstance(found, str) else None
+    if match and match[1] == kind:
+        return f"{told}: {'older' if int(match[2]) < int(version) else 'newer'} code made it"
+    maker = MAKERS.get(match[1]) if match else None
+    return f"{told}: it is {f'a record of {maker}, and ' if maker else ''}no record of {MAKERS[kind]}"
+
+
+def config_in(values, origin) -> tuple[Config | None, list[str]]:
+    """The Config that an object of a record makes; and where there is none, why. origin: the object's place."""
+    wrong = [
+        f"{origin}.{name} is {shown(value)}; expected {TEXT}"
+        for name, value in values.items()
+        if type(value) is str and not FITS[TEXT](value)
+    ]
+    if wrong:
+        return None, wrong
+    try:
+        return Config.from_dict(values, origin), []
+    except ConfigError as error:
+        return None, error.problems
 
 
 def mismatches(value, kind, where="") -> Iterator[str]:
@@ -333,7 +349,7 @@ def recomputed(record, config) -> dict:
     return {
         **said,
         "dataset": {"splits": {"train": config.train_characters or splits["train"]}},
-        **recomputed_size(record, config),
+        **recomputed_size(record["parameters"], record["dataset"]["vocab_size"], config),
         "exclusive": is_exclusive(record["machine"]["device_type"], **record["others"]),
         "epochs": record["tokens"] / max(1, splits["train"]),
         "test": test and {"bpc": test["nats"] / math.log(2), "step": said["clean"]["best"]["step"]},
@@ -345,10 +361,11 @@ def recomputed(record, config) -> dict:
     }
 
 
-def recomputed_size(record, config) -> dict:
-    """Parameters and training FLOPs per token; the sizes of routers and experts are model.py's to know."""
-    L, D, T, V = config.n_layer, config.n_embd, config.block_size, record["dataset"]["vocab_size"]
-    counts, dense_layers, hidden = record["parameters"], L - len(config.moe_layers), config.mlp_hidden or 4 * D
+def recomputed_size(counts, vocab_size, config) -> dict:
+    """Parameters and training FLOPs per token; the sizes of routers and experts are model.py's to know. counts: the
+    record's parameters."""
+    L, D, T, V = config.n_layer, config.n_embd, config.block_size, vocab_size
+    dense_layers, hidden = L - len(config.moe_layers), config.mlp_hidden or 4 * D
     kinds = {
         "embedding": (V + T) * D,
         "attention": L * (4 * D * D + 4 * D * config.bias),
@@ -460,17 +477,28 @@ def machine_rules(record, config):
     yield may_compile or not machine["compile"], message
     seconds = record["seconds"]["compile"]
     yield seconds > 0 or not machine["compile"], f"seconds.compile is {seconds}, but machine.compile is true"
+    yield from hardware_rules(machine, others)
+
+
+def hardware_rules(machine, others):
+    """What must hold of a machine, whatever ran on it."""
+    device = machine["device_type"]
     for name in ("cores", "threads"):
         yield machine[name] > 0, f"machine.{name} is 0"
     for name, value in (("machine.cuda", machine["cuda"]), ("others.device_bytes", others["device_bytes"])):
         yield device == "cuda" or value is None, f"{name} is {shown(value)}, but machine.device_type is {device!r}"
 
 
-def model_rules(record, config):
-    counts, n_symbols = record["parameters"], record["dataset"]["vocab_size"]
+def active_rule(counts, where="parameters"):
+    """counts: a model's parameters by kind, at that place in a record."""
     least = counts["total"] - counts["experts"]
-    message = f"parameters.active is {counts['active']}; expected from {least} (no experts) to {counts['total']} (all)"
-    yield least <= counts["active"] <= counts["total"], message
+    message = f"{where}.active is {counts['active']}; expected from {least} (no experts) to {counts['total']} (all)"
+    return least <= counts["active"] <= counts["total"], message
+
+
+def model_rules(record, config):
+    n_symbols = record["dataset"]["vocab_size"]
+    yield active_rule(record["parameters"])
     experts = [config.expert_counts()[block] for block in config.moe_layers]
     for i, line in enumerate(record["evaluations"]):
         found = [len(load) for load in line["load"]]
@@ -504,9 +532,9 @@ RULES = (run_rules, time_rules, evaluation_rules, machine_rules, model_rules)
 # Reading
 
 
-def read(path, name=None) -> dict:
-    """The record in the file at `path`, which messages call `name`. RecordError: the first thing that is wrong with it,
-    and how many more."""
+def read(path, name=None, problems_of=problems, way_out=WAY_OUT) -> dict:
+    """The record in the file at `path`, which messages call `name`. RecordError: the first thing that is wrong with it
+    (of what `problems_of` finds), how many more, and the way out."""
     name = name or path
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -514,11 +542,11 @@ def read(path, name=None) -> dict:
     except OSError as error:
         raise RecordError(f"{name}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, cut short, too deep, or refused below
-        raise RecordError(f"{name}: no record, or not all of one: {error}; {WAY_OUT}") from None
-    wrong = problems(record)
+        raise RecordError(f"{name}: no record, or not all of one: {error}; {way_out}") from None
+    wrong = problems_of(record)
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise RecordError(f"{name}: {wrong[0]}{more}; {WAY_OUT}")
+        raise RecordError(f"{name}: {wrong[0]}{more}; {way_out}")
     return record
 
 
@@ -537,6 +565,7 @@ def refuse_twins(pairs):
 def read_all(folder, skip=()) -> tuple[list[tuple[Path, dict]], list[str]]:
     """(path, record) of the records in folder/*/*.json, sorted by path; and what is left out of them, a line each, with
     paths from the folder's parent. skip: how the names of files begin that are no records (a string, or a tuple).
+    folder/bench/ is passed over: speed.py reads it.
 
     Left out are files that `read` refuses; those not named …-s<seed>.json after their record's seed; and records of one
     config, seed and machine that differ, for nothing says which of them counts. Where they are equal, the first counts.
@@ -545,7 +574,7 @@ def read_all(folder, skip=()) -> tuple[list[tuple[Path, dict]], list[str]]:
     folder = Path(folder)
     cells, left_out = {}, []
     for path in sorted(folder.glob("*/*.json")):
-        if path.name.startswith(skip):
+        if path.name.startswith(skip) or path.parent.name == BENCH:
             continue
         name = path.relative_to(folder.parent)
         try:

@@ -42,6 +42,10 @@ class RoutingCache:
         window = config.block_size if router.needs_history else 0
         self.ids = torch.zeros(batch_size, window, dtype=torch.int64, device=device)
 
+    def clear(self):
+        self.length = 0
+        self.use_BE.zero_()
+
     def extend(self, x_BTD, ids_BT):
         """-> (x (B, S, D), ids (B, S)) with what is new at the end; no more than x, ids where no history is needed."""
         past, self.length = self.length, self.length + x_BTD.size(1)

@@ -8,7 +8,7 @@
 The first --seed gives the first sample, the next seed the second, and so on: a sample depends on its own seed alone.
 A character's colour is the expert with its largest gate; where colours cannot be shown (no terminal, or NO_COLOR is
 set), expert numbers stand under the text. Past block_size, the model goes on from the last half window (see
-`GPT.generate`).
+`model.Decoder`).
 """
 
 import os
@@ -21,6 +21,7 @@ import torch
 
 import checkpoint
 import configurator
+import decoding
 import machine as machines
 from checkpoint import CheckpointError
 from configurator import ConfigError, option
@@ -190,29 +191,21 @@ def legend(trained, layer, in_colour):
     return f"block {trained.moe_layers[layer]}: " + "  ".join(entries)
 
 
-def write_sample(model, prompt, config, machine, writer, layer, seed):
+def write_sample(decoder, prompt, config, device, writer, layer, seed):
     """Prompt and continuation. A character's expert is known once the model has read it, so writing stays one
     character behind."""
-    generator = torch.Generator(machine.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     unwritten = prompt
-    with machine.autocast():
-        # One step more than there are characters to write: the last character must be read, too.
-        steps = model.generate(
-            torch.tensor([prompt], device=machine.device),
-            config.max_new_tokens + 1,
-            config.temperature,
-            config.top_k or None,
-            [generator],
-        )
-        for step in steps:
-            experts = step.experts[layer][0].tolist() if layer is not None else []
-            experts = [None if expert < 0 else expert for expert in experts]
-            # A long prompt is cut to the last block_size characters, and a cache is rebuilt from half of it: experts
-            # belong to the end.
-            known = [None] * (len(unwritten) - len(experts)) + experts[-len(unwritten) :]
-            for token, expert in zip(unwritten, known):
-                writer.write(token, expert)
-            unwritten = step.tokens.tolist()
+    # One step more than there are characters to write: the last character must be read, too.
+    for step in decoder.write(torch.tensor([prompt], device=device), config.max_new_tokens + 1, [generator]):
+        experts = step.experts(layer)[0].tolist() if layer is not None else []
+        experts = [None if expert < 0 else expert for expert in experts]
+        # A long prompt is cut to the last block_size characters, and a cache is rebuilt from half of it: experts belong
+        # to the end.
+        known = [None] * (len(unwritten) - len(experts)) + experts[-len(unwritten) :]
+        for token, expert in zip(unwritten, known):
+            writer.write(token, expert)
+        unwritten = step.tokens.tolist()
     writer.close()
 
 
@@ -224,13 +217,14 @@ def main(argv):
     model, vocabulary, trained = load_model(config, machine.device)
     layer = shown_layer(config, trained)
     prompt = vocabulary.encode(prompt_text(config.start, vocabulary)).tolist()
+    decoder = decoding.fastest(model, 1, machine, config.temperature, config.top_k or None)
     for i in range(config.num_samples):
         if i:
             print("-" * 40)
         writer = make_writer(vocabulary, layer, trained)
         if layer is not None:
             print(legend(trained, layer, isinstance(writer, ColourWriter)))
-        write_sample(model, prompt, config, machine, writer, layer, config.seed + i)
+        write_sample(decoder, prompt, config, machine.device, writer, layer, config.seed + i)
     return 0
 
 

@@ -3,9 +3,11 @@
     grid = grid_of(comparison, table.views[0])
     markdown(grid); latex(grid)
     csv_of(comparisons)                     # every measure of every view, a line each
+    speed_grids(bench); speed_csv(benches)  # the same of benches: records that speed.py reads
 
 A cell is mean ± sample SD (n) of the records that count: made on a committed tree, at one scale, on one kind of
-machine, and for times on hardware that others left alone.
+machine, and for times on hardware that others left alone. In the tables of a bench it is the median of its timings,
+with their 10th and 90th percentile.
 """
 
 import csv
@@ -13,6 +15,7 @@ import io
 import statistics
 
 import records
+import speed
 from experiments import MEASURES, SEEDS_FOR_A_VERDICT, Comparison, View
 from report import Grid
 from verdicts import effect_of
@@ -137,6 +140,160 @@ def note_of_times(comparison, entry):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Speed
+
+TASKS = {  # task -> (title, heading of its time)
+    "train": ("Training: one update", "ms an update"),
+    "prefill": ("Reading a prompt of half the context", "ms a batch"),
+    "decode": ("Decoding: a step gives each sequence a character", "ms a step"),
+}
+
+
+def speed_grids(bench: dict) -> list[Grid]:
+    """Of a bench: a table a task that it measured, and one of what ran."""
+    grids = [task_grid(bench, task) for task in TASKS if speed.batch_sizes(bench, task)]
+    grids += [papers_grid(bench)] if speed.batch_sizes(bench, "papers") else []
+    return [*grids, what_ran_grid(bench)]
+
+
+def task_grid(bench, task):
+    """A row a batch size and model: time, ratio to dense, speed, how near the floor."""
+    title, time = TASKS[task]
+    found, batches = speed.measured(bench), speed.batch_sizes(bench, task)
+    columns = ["time ÷ dense's", time]
+    columns += ["characters/s"] if batches == [1] or task == "train" else ["characters/s a sequence", "in total"]
+    columns.append("of the floor")
+    has_memory = any(one["peak_memory_bytes"] is not None for one in found.values())
+    columns += ["peak memory, MiB"] if has_memory else []
+    rows = []
+    for batch in batches:
+        for name, model in bench["models"].items():
+            if (name, task, batch) in found:
+                label = model["title"] + (f", batch {batch}" if len(batches) > 1 else "")
+                cells = speed_cells(found[name, task, batch])
+                rows.append([label, *(cells[column] for column in columns)])
+    counts = [one["seconds"]["n"] for one in found.values() if one["task"] == task]
+    notes = [f"n = {speed.from_to(counts)} timings each"]
+    notes += speed.note_of_references(bench) if task == "decode" else []
+    return Grid(f"Speed. {title}", ["model", *columns], rows, notes)
+
+
+def speed_cells(one):
+    """Heading -> cell, of one measurement."""
+    total, seconds, peak = one["tokens_per_second"], one["seconds"], one["peak_memory_bytes"]
+    return {
+        **{heading: speed.spread_text(seconds, 1000) for _, heading in TASKS.values()},
+        "time ÷ dense's": ratio_cell(one),
+        **dict.fromkeys(("characters/s", "in total"), f"{total:,.0f}"),
+        "characters/s a sequence": f"{total / one['batch_size']:,.0f}",
+        "of the floor": f"{one['floor']['seconds'] / seconds['median']:.1%}",
+        "peak memory, MiB": NOTHING if peak is None else f"{peak / 2**20:,.0f}",
+    }
+
+
+def papers_grid(bench):
+    """What the papers print, measured their way, beside theirs; last, their rows that the bench has no model for."""
+    found, table, size = speed.measured(bench), speed.PUBLISHED, "" if bench["size"] == "paper" else " (paper size)"
+    columns = ["characters/s", "speed ÷ dense's", "training time ÷ dense's"]
+    theirs = ("characters/s", "speed ÷ baseline's", "training time ÷ baseline's")
+    columns += [f"published: {column}{size}" for column in theirs]
+    row_of = {name: speed.published_row(model) for name, model in bench["models"].items()}
+    rows = [
+        [model["title"], *papers_cells(found, name), *published_cells(row_of[name])]
+        for name, model in bench["models"].items()
+    ]
+    there = [row.name for row in row_of.values() if row]
+    alone = [row for row in table.rows if row.name not in there]
+    rows += [[f"{row.label}, published", *[NOTHING] * 3, *published_cells(row)] for row in alone]
+    counts = [one["seconds"]["n"] for one in found.values() if one["task"] == "papers"]
+    lengths = [one["tokens"] for one in found.values() if one["task"] == "papers"]
+    notes = [f"n = {speed.from_to(counts)} texts of {speed.from_to(lengths)} characters; training time: of the updates"]
+    notes += [f"published: {table.source}, one machine, n not told"]
+    notes += [f"{bench['models'][name]['title']}: published as {row.label}" for name, row in row_of.items() if row]
+    title = "Speed. The papers' way to write: eagerly, without a cache, one text at a time"
+    return Grid(title, ["model", *columns], rows, notes)
+
+
+def papers_cells(found, name):
+    """Of one model: speed of inference their way, the same over dense's, training time over dense's."""
+    wrote = found.get((name, "papers", 1))
+    trained = next((one for key, one in found.items() if key[:2] == (name, "train")), None)
+    total = f"{wrote['tokens_per_second']:,.1f}" if wrote else NOTHING
+    return [total, ratio_cell(wrote, speed.inverse), ratio_cell(trained)]
+
+
+def ratio_cell(one, turned=dict):
+    """The ratio of a measurement to dense's, which is 1 of itself."""
+    if one is None:
+        return NOTHING
+    return speed.spread_text(turned(one["ratio"])) if one["ratio"] else "1"
+
+
+def published_cells(row):
+    """Speed of inference, the same over the baseline's, and training time over the baseline's."""
+    if row is None:
+        return [NOTHING] * 3
+    ratios = [published_ratio(speed.PUBLISHED, row, measure) for measure in ("inference_speed", "train_seconds")]
+    return [f"{row.published['inference_speed']:,.1f}", *ratios]
+
+
+def what_ran_grid(bench):
+    rows, checks = [], {}
+    for model in bench["models"].values():
+        counts, backend = model["parameters"], model["backend"]
+        seconds = [model["compile_seconds"][task] for task in ("train", "decode")]
+        compiling = " / ".join(NOTHING if value is None else f"{value:.1f}" for value in seconds)
+        cells = [f"{counts['total']:,}", f"{counts['active']:,}", backend["train"], backend["decode"], compiling]
+        rows.append([model["title"], *cells, str(len(model["checks"]))])
+        for check in model["checks"]:
+            checks.setdefault(check["what"], []).append(check)
+    notes = []
+    for what, of in checks.items():
+        worst = max(of, key=lambda check: check["error"] / check["limit"] if check["limit"] else 0)
+        notes.append(
+            f"checked, {what}: largest error {worst['error']:.1e}, allowed {worst['limit']:.0e} (n = {len(of)})"
+        )
+    columns = ["model", "parameters", "active per character", "training ran on", "decoding ran on"]
+    return Grid("Speed. What ran", [*columns, "compiling: training / decoding, s", "checks passed"], rows, notes)
+
+
+SPEED_COLUMNS = (
+    "size", "machine", "commit", "uncommitted_changes", "alone", "model", "title", "task", "batch_size", "characters",
+    "seconds", "seconds_p10", "seconds_p90", "n", "ratio", "ratio_p10", "ratio_p90", "ratio_n",
+    "characters_per_second", "floor_seconds", "peak_memory_bytes",
+)  # fmt: skip
+
+
+def speed_csv(benches: list[dict]) -> str:
+    """Every measurement, unrounded; what is not known is empty."""
+    lines = []
+    for bench in benches:
+        git, machine = bench["git"], records.machine_of(bench)
+        for one in bench["measurements"]:
+            ratio = one["ratio"] or dict.fromkeys(("median", "p10", "p90", "n"))
+            lines.append(
+                [
+                    bench["size"],
+                    machine,
+                    git["commit"],
+                    git["dirty"],
+                    speed.is_exclusive(bench),
+                    one["model"],
+                    bench["models"][one["model"]]["title"],
+                    one["task"],
+                    one["batch_size"],
+                    one["tokens"],
+                    *(one["seconds"][key] for key in ("median", "p10", "p90", "n")),
+                    *(ratio[key] for key in ("median", "p10", "p90", "n")),
+                    one["tokens_per_second"],
+                    one["floor"]["seconds"],
+                    one["peak_memory_bytes"],
+                ]
+            )
+    return written(SPEED_COLUMNS, lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # As text
 
 
@@ -185,9 +342,7 @@ CSV_COLUMNS = (
 
 def csv_of(comparisons: list[Comparison]) -> str:
     """Every measure of every row, unrounded; what is not known is empty."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    lines = []
     for comparison in comparisons:
         table = comparison.table
         measures = dict.fromkeys(measure for view in table.views for measure in view.measures)
@@ -196,7 +351,7 @@ def csv_of(comparisons: list[Comparison]) -> str:
             comparable = all(records.is_comparable(record) for record in found) if found else ""
             for measure in measures:
                 values = list(comparison.values(row.name, measure).values())
-                writer.writerow(
+                lines.append(
                     [
                         table.name,
                         comparison.scale,
@@ -212,4 +367,11 @@ def csv_of(comparisons: list[Comparison]) -> str:
                         comparable,
                     ]
                 )
+    return written(CSV_COLUMNS, lines)
+
+
+def written(columns, lines):
+    """The text of a CSV file."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([columns, *lines])
     return out.getvalue()

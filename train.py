@@ -36,6 +36,7 @@ from configurator import ConfigError
 from data.common import DataError, Dataset, find
 from model import GPT
 from settings import Config
+from update import Sums, Updater, compile_model, random_state, set_random_state, undone
 
 try:
     import fcntl
@@ -152,48 +153,6 @@ def difference(there, here):
     return "{} there, {} here".format(*sides)
 
 
-def make_optimizer(model, config):
-    """AdamW, with decay on matrices and embeddings only; expert biases are stacked to matrices, but stay biases."""
-    named = list(model.named_parameters())
-    decayed = [p for name, p in named if p.dim() >= 2 and not name.rpartition(".")[2].startswith("bias")]
-    taken = {id(p) for p in decayed}
-    rest = [p for _, p in named if id(p) not in taken]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-
-
-@contextlib.contextmanager
-def undone(model):
-    """What is computed inside leaves no gradient behind and no mark on the random streams."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        model.zero_grad(set_to_none=True)
-        set_random_state(state)
-
-
-def compile_model(model, x, y, machine):
-    """(the compiled model, seconds) after one step and one evaluation, both undone; the model itself if it does not
-    compile."""
-    started = time.perf_counter()
-    compiled = torch.compile(model, fullgraph=True)
-    with undone(model):
-        try:
-            with machine.autocast():
-                compiled.train()(x, y).objective.backward()
-                with torch.no_grad():
-                    compiled.eval()(x, y)
-        except torch.OutOfMemoryError:
-            raise  # would not fit without compiling either
-        except Exception as error:  # whatever a compiler raises, training can go on without it
-            reason = f"{type(error).__name__}: {checkpoint.first_line(error)}"
-            print(f"torch.compile failed, so this run is not compiled: {reason}")
-            compiled = model
-    machine.synchronize()
-    return compiled, time.perf_counter() - started
-
-
 def seconds_needed(model, dataset, config, machine, steps):
     """A rough forecast of `steps` updates and their evaluations, from two batches whose effect is undone (the first
     warms up)."""
@@ -209,104 +168,48 @@ def seconds_needed(model, dataset, config, machine, steps):
     return seconds * (steps * config.gradient_accumulation_steps + forwards / 3)
 
 
-def random_state():
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_random_state(state):
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # In the loop
 
 
-def learning_rate(step, config):
-    """Of update number `step`, counted from 0: linear warm-up, cosine to min_lr at lr_decay_iters, min_lr from there;
-    constant without decay_lr, as in nanoGPT."""
-    if not config.decay_lr:
-        return config.learning_rate
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    end = config.lr_decay_iters or config.max_iters
-    progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
-
-
-class Interval:
-    """What is summed between two log lines: on the device, read once, when the line is written. Its clock starts with
-    it."""
+class Interval(Sums):
+    """What is summed between two log lines, read once, when the line is written. Its clock starts with it."""
 
     def __init__(self):
-        self.steps, self.sums, self.stats = 0, {}, None
+        super().__init__()
         self.started = time.perf_counter()
 
     @classmethod
     def from_state(cls, state, device):
         interval = cls()
         interval.steps, interval.started = state["steps"], interval.started - state["seconds"]
-        interval.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        interval.stats = [moe.RoutingStats(*(value.to(device) for value in layer)) for layer in state["stats"]] or None
+        interval.terms = {name: value.to(device) for name, value in state["sums"].items()}
+        interval.stats = [moe.RoutingStats(*(value.to(device) for value in layer)) for layer in state["stats"]]
         return interval
 
     def state(self):
         return {
             "steps": self.steps,
             "seconds": time.perf_counter() - self.started,
-            "sums": self.sums,
-            "stats": [list(layer) for layer in self.stats or []],
+            "sums": self.terms,
+            "stats": [list(layer) for layer in self.stats],
         }
 
-    def add(self, out, share):
-        """out: a forward pass's Output; share: its part of one update."""
-        terms = {
-            "loss": out.loss,
-            "objective": out.objective,
-            **{f"aux_{name}": term.raw for name, term in out.aux.items()},
-        }
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float() * share
-        self.stats = moe.add_stats(self.stats, out.stats)
-
-    def line(self, step, rate, gradient_norm, tokens_per_step):
-        """The interval's line of metrics.jsonl: means over its steps, in train mode; rate and gradient_norm are those
-        of its last step, None where that was made by an earlier session."""
-        means = {name: value.item() / self.steps for name, value in self.sums.items()}
+    def line(self, step, made, tokens_per_step):
+        """The interval's line of metrics.jsonl: means over its steps, in train mode. made: the Update of its last step,
+        None where an earlier session made it."""
+        means = {name: value.item() / self.steps for name, value in self.terms.items()}
         seconds = time.perf_counter() - self.started  # the .item() above waited for the device
         return {
             "kind": "train",
             "step": step,
             **means,
-            "learning_rate": rate,
-            "gradient_norm": gradient_norm,
+            "learning_rate": made.learning_rate if made else None,
+            "gradient_norm": made.gradient_norm.item() if made else None,
             "step_ms": 1000 * seconds / self.steps,
             "tokens_per_second": tokens_per_step * self.steps / seconds,
-            "routing": [moe.summarize(layer) for layer in self.stats or []],
+            "routing": [moe.summarize(layer) for layer in self.stats],
         }
-
-
-class FiniteGuard:
-    """Refuses, on the device and without waiting for it, every update from the first whose loss or gradient is not
-    finite.
-
-    Fused optimisers skip their update where `found_inf` is 1; it is how torch.amp.GradScaler talks to them.
-    """
-
-    def __init__(self, optimizer, device):
-        self.optimizer = optimizer
-        self.bad_step = torch.full((), -1.0, device=device)
-
-    def check(self, step, loss, gradient_norm):
-        bad = ~(torch.isfinite(loss) & torch.isfinite(gradient_norm))
-        self.bad_step = torch.where((self.bad_step < 0) & bad, float(step), self.bad_step)
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()
-
-    def first_bad_step(self):
-        """The step that was refused, or None. Waits for the device."""
-        step = int(self.bad_step.item())
-        return step if step >= 0 else None
 
 
 class Screen:
@@ -480,6 +383,7 @@ def main(argv):
         Config, argv, usage="python train.py [config files] [--key=value …]", description=__doc__
     )
     machine = machines.choose(config.device, config.dtype, config.compile)
+    machines.keep_freed_memory()
     device = machine.device
     folder, saved = open_out_dir(config)
     print(machine.reason)
@@ -492,8 +396,7 @@ def main(argv):
 
     torch.manual_seed(config.seed)
     model = GPT(config, dataset.vocabulary.size, dataset.symbol_counts("train")).to(device)
-    optimizer = make_optimizer(model, config)
-    guard = FiniteGuard(optimizer, device)
+    updater = Updater(model, config, machine)
     progress = {
         "step": 0,
         "evaluations": [],
@@ -507,7 +410,7 @@ def main(argv):
     }
     if saved:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        updater.optimizer.load_state_dict(saved["optimizer"])
         git, before = progress["git"], saved["progress"]["git"]
         is_clean = before["dirty"] is False and git["dirty"] is False
         is_clean = is_clean and machines.same_code(before["commit"], git["commit"])
@@ -524,17 +427,19 @@ def main(argv):
 
     session_started = time.perf_counter() - seconds["total"]
     neighbours = machines.Neighbours(machine, progress["others"])
-    run_model = model
     if machine.compile:
-        run_model, compile_seconds = compile_model(
+        compiled = compile_model(
             model, *dataset.batch("train", config.seed, 0, config.batch_size, config.block_size), machine
         )
-        seconds["compile"] += compile_seconds
-        machine = machine._replace(compile=run_model is not model)
+        if compiled.failure:
+            print(f"torch.compile failed, so this run is not compiled: {compiled.failure}")
+        updater.run_model = compiled.model
+        seconds["compile"] += compiled.seconds
+        machine = machine._replace(compile=not compiled.failure)
     if config.eval_only:
         if not saved:
             print("untrained weights: --init_from=resume evaluates those of out_dir")
-        line = evaluation_line(run_model, dataset, config, machine, progress["step"])
+        line = evaluation_line(updater.run_model, dataset, config, machine, progress["step"])
         print(evaluation_text(line, config))
         print(f"the papers' way: {line['paper']['val']:.4f} nats on {config.eval_iters} random batches")
         return 0
@@ -581,7 +486,7 @@ def main(argv):
                 "dataset": dataset.describe(),
                 "vocabulary": dataset.vocabulary.to_dict(),
                 "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizer": updater.optimizer.state_dict(),
                 "progress": progress,
                 "interval": interval.state(),
                 "random": random_state(),
@@ -589,9 +494,9 @@ def main(argv):
         )
         seconds["save"] += time.perf_counter() - started
 
-    def log(rate, gradient_norm):
+    def log(made):
         nonlocal interval
-        line = interval.line(progress["step"], rate, gradient_norm, tokens_per_step)
+        line = interval.line(progress["step"], made, tokens_per_step)
         seconds["train"] += line["step_ms"] * interval.steps / 1000
         progress["step_ms"].append(line["step_ms"])
         progress["train_mode"].append([interval.steps, line["loss"], line["objective"]])
@@ -600,7 +505,7 @@ def main(argv):
         interval = Interval()
 
     def stopped():
-        bad_step = guard.first_bad_step()
+        bad_step = updater.guard.first_bad_step()
         if bad_step is not None:
             return stop_not_finite(f"the loss or a gradient of step {bad_step:,}", folder)
         save()
@@ -627,11 +532,11 @@ def main(argv):
                 and not signals.caught
             ):
                 if interval.steps:  # resumed between two log lines, to be evaluated sooner than planned then
-                    log(None, None)
+                    log(None)
                 screen.bar.set_postfix_str("evaluating")
                 started, line = time.perf_counter(), None
                 with signals.may_stop():
-                    line = evaluation_line(run_model, dataset, config, machine, step)
+                    line = evaluation_line(updater.run_model, dataset, config, machine, step)
                 if line is None:
                     return stopped()
                 seconds["eval"] += time.perf_counter() - started
@@ -656,35 +561,17 @@ def main(argv):
                 break
 
             # One update. Its rows depend on the seed and the step alone.
-            run_model.train()
-            rate = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             x, y = dataset.batch("train", config.seed, step, rows, config.block_size)
-            loss, stats = torch.zeros((), device=device), None
-            for x_part, y_part in zip(x.split(config.batch_size), y.split(config.batch_size)):
-                with machine.autocast():
-                    out = run_model(x_part, y_part)
-                objective = out.objective / config.gradient_accumulation_steps
-                objective.backward()
-                loss += objective.detach()
-                interval.add(out, 1 / config.gradient_accumulation_steps)
-                stats = moe.add_stats(stats, out.stats)
-            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            guard.check(step, loss, gradient_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            model.balance(stats)
-            interval.steps += 1
+            made = updater.update(step, x, y, interval)
             progress["step"] = step = step + 1
             screen.bar.update()
 
             # Once in a while: read what the device has summed up, and look whether it went well.
             if step % config.log_interval == 0 or step % config.eval_interval == 0 or step == config.max_iters:
-                bad_step = guard.first_bad_step()
+                bad_step = updater.guard.first_bad_step()
                 if bad_step is not None:
                     return stop_not_finite(f"the loss or a gradient of step {bad_step:,}", folder)
-                log(rate, gradient_norm.item())
+                log(made)
 
         test = None
         if "test" in dataset.sizes:

@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from benches import GPU, bench, find
 from matplotlib.collections import PolyCollection
 from matplotlib.text import Text
 
@@ -99,7 +100,31 @@ EFFECTS = [
     ("4 experts, dropout inside them", 0.01, None, None, 1),
     ("a label that is no row's, and that is so long that it needs two lines", 0.0, -0.01, 0.01, 5),
 ]
+MODELS = ("dense", "moe4", "moe4_linear")
+BENCHES = {  # case -> a bench
+    "three seeds": lambda: bench(),
+    "one seed, rows missing": lambda: some_of(bench(wide=0.5)),
+    "no baseline": lambda: only_dense(),
+    "paper size": lambda: bench("paper", GPU, n=10, wide=0.3),
+}
 RUNS = {"one": [{"evaluations": record(1)["evaluations"]}], "two": [record(1, 1.8), record(2, 1.7)]}
+
+
+def some_of(record):
+    """A bench of three models, without a batch size and without one model's updates."""
+    record["models"] = {name: record["models"][name] for name in MODELS}
+    record["measurements"] = [
+        one
+        for one in record["measurements"]
+        if one["model"] in MODELS and one["batch_size"] != 8 and (one["model"], one["task"]) != ("moe4", "train")
+    ]
+    return record
+
+
+def only_dense():
+    record = bench()
+    record["measurements"] = [one for one in record["measurements"] if one["model"] == "dense"]
+    return record
 
 
 @functools.cache
@@ -109,6 +134,7 @@ def drawings(case):
     for of, names in CASES[case]():
         found |= {f"{of.table.name} {name}": getattr(figures, name)(of) for name in names}
     found["forest"] = figures.difference_forest(of, EFFECTS)
+    found["bench"] = figures.relative_time(BENCHES[case]())
     return {name: (drawing, figures.svg(drawing.figure)) for name, drawing in found.items() if drawing}
 
 
@@ -147,13 +173,14 @@ def test_bytes_do_not_depend_on_what_was_done_before(tmp_path, monkeypatch):
 def test_whatever_is_missing_the_rest_is_drawn(case):
     found = drawings(case)
     relative = {"A relative_cost", "A aux_decomposition"}
-    assert len(found) == {"three seeds": 9, "one seed, rows missing": 8, "no baseline": 3, "paper size": 4}[case]
+    assert len(found) == {"three seeds": 10, "one seed, rows missing": 9, "no baseline": 3, "paper size": 5}[case]
     assert relative.isdisjoint(found) if case == "no baseline" else case == "paper size" or relative <= found.keys()
     for name, (drawing, text) in found.items():
         assert not re.search(r"\b(nan|inf)\b", re.sub("<!--.*?-->", "", text), re.IGNORECASE), name
         if name != "runs":
             size = "Paper size: 6 layers" if "paper" in case else "CPU size: 4 layers"
-            assert size in drawing.caption and MACHINE in drawing.caption and "n = " in drawing.caption, name
+            machine = "NVIDIA H200, torch" if name == "bench" and "paper" in case else MACHINE
+            assert size in drawing.caption and machine in drawing.caption and "n = " in drawing.caption, name
         assert drawing.alt.endswith(".") and "None" not in drawing.caption + drawing.alt, name
 
 
@@ -276,6 +303,47 @@ def test_relative_cost_is_a_ratio_with_its_spread_beside_the_published_one():
     speeds = [line[0][0] for line in lines_of(panel(drawing, "inference speed"))]
     assert pytest.approx(1 / mean) in speeds and pytest.approx(224.7 / 441.3) in speeds
     assert "Open: as published" in drawing.caption
+
+
+def test_time_over_the_dense_models_is_the_pairs_median_with_its_percentiles():
+    record = bench()
+    drawing = figures.relative_time(record)
+    axes = panel(drawing, "training")
+    marks = [line for line in axes.get_lines() if line.get_marker() not in ("None", "|")]  # a cap is a |
+    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in marks]
+    rows = [model for model in record["models"] if model != "dense"]
+    ratios = [find(record, model)["ratio"] for model in rows]
+    assert dots == [(pytest.approx(ratio["median"]), y) for y, ratio in enumerate(ratios)]
+    whiskers = [[point[0] for point in path.vertices] for bar in axes.collections for path in bar.get_paths()]
+    assert whiskers == [pytest.approx([ratio["p10"], ratio["p90"]]) for ratio in ratios]
+    assert [text.get_text() for text in axes.texts] == ["published: 1.51–1.61", *(f"{r['median']:.2f}" for r in ratios)]
+    assert [(1, 0), (1, 1)] in lines_of(axes)  # dense
+    assert "4 experts, top-1 1.22 (training), 1.11 (decoding, batch 1), 1.35 (decoding, batch 8)" in drawing.alt
+
+
+def test_what_is_far_slower_gets_an_arrow_and_leaves_the_others_room():
+    drawing = figures.relative_time(bench())
+    axes = panel(drawing, "decoding, batch 32")
+    assert axes.get_xlim()[1] < 3 and [line.get_marker() for line in axes.get_lines()].count(">") == 2
+    assert "36.0" in [text.get_text() for text in axes.texts] and "Arrow: beyond the axis." in drawing.caption
+    assert "Arrow" not in figures.relative_time(some_of(bench())).caption
+
+
+def test_published_ratios_stand_where_the_papers_batch_size_is():
+    drawing = figures.relative_time(bench())
+    published = {
+        axes.get_xlabel().partition(":")[0]: text.get_text()
+        for axes in drawing.figure.axes
+        for text in axes.texts
+        if text.get_text().startswith("published")
+    }
+    assert published == {"training": "published: 1.51–1.61", "decoding, batch 1": "published: 1.76–2.26"}
+
+
+def test_a_bench_that_was_disturbed_says_so_under_its_picture():
+    record = bench() | {"git": {"commit": "0" * 40, "dirty": True}}
+    assert "The code had uncommitted changes." in figures.relative_time(record).caption
+    assert figures.relative_time(only_dense()) is None
 
 
 def test_load_is_that_of_the_first_seed_and_even_is_drawn():

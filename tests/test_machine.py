@@ -271,3 +271,41 @@ def test_a_busy_process_on_our_core_is_a_neighbour():
     finally:
         os.sched_setaffinity(0, cores)
     assert 0.3 < seen < 2.5
+
+
+FAULTS = """
+import resource, sys, torch
+sys.path.insert(0, {root!r})
+import machine
+if {keep}:
+    assert machine.keep_freed_memory()
+def step():
+    return [torch.ones(500_000) for _ in range(8)]
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_is_kept_is_not_asked_for_again():
+    """16 MB a step are 3,906 pages of 4 kB."""
+    faults = {}
+    for keep in (False, True):
+        program = FAULTS.format(root=str(machine.ROOT), keep=keep)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        faults[keep] = int(done.stdout)
+    assert 5 * faults[True] < faults[False]
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+def test_free_memory_is_what_the_system_or_a_container_can_still_give(monkeypatch):
+    free = machine.free_memory(CPU)
+    assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(machine, "_container_bytes_free", lambda: 1000)
+    assert machine.free_memory(CPU) == 1000
+    monkeypatch.setattr(machine, "_system_bytes_free", lambda: None)
+    monkeypatch.setattr(machine, "_container_bytes_free", lambda: None)
+    assert machine.free_memory(CPU) is None

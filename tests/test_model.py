@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import configurator
 import moe
-from model import GPT, IGNORED, KVCache, dense_equal_active, dense_equal_total, sample
+from model import GPT, IGNORED, KVCache, dense_equal_active, dense_equal_total, sample, uniforms
 from settings import Config
 
 ROOT = Path(configurator.__file__).parent
@@ -258,6 +258,26 @@ def test_more_positions_than_block_size_are_refused():
         model(tokens(1, 1), cache=cache)
 
 
+def test_more_tokens_use_more_experts_until_they_use_all():
+    model = gpt(**KINDS["top1"])
+    counts = model.count_parameters()
+    used = [model.parameters_for(n) for n in (1, 2, 8, 10_000)]
+    assert used[0] == counts["active"] < used[1] < used[2] < used[3] == counts["total"]
+    inactive = counts["total"] - counts["active"]
+    assert counts["total"] - used[1] == pytest.approx(inactive * 3 / 4, abs=1), "a second token leaves 3 of 4 untouched"
+    dense = gpt()
+    assert dense.parameters_for(1) == dense.parameters_for(99) == dense.count_parameters()["total"]
+
+
+def test_the_bytes_of_a_step_by_hand():
+    """Dense, 2 blocks of width 16: a token caches 2 · 2 · 16 numbers."""
+    model = gpt()
+    total = model.count_parameters()["total"]
+    assert model.training_bytes(2) == total * (2 + 2 + 4 + 4 + 12 + 12)
+    assert model.decoding_bytes(3, 10, 4) == 4 * (total + 3 * 10 * 64)
+    assert model.prefill_bytes(3, 10, 2) == 2 * (total + 3 * 10 * 64)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
@@ -303,21 +323,35 @@ def test_a_sample_depends_on_its_own_generator_alone():
 
 def test_top_k_and_temperature_narrow_the_choice():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).expand(2000, -1)
-    assert set(sample(logits, 1.0, top_k=2).tolist()) == {1, 2}
-    assert (
-        (sample(logits, 1.0, top_k=1) == 1).all()
-        and (sample(logits, 0) == 1).all()
-        and (sample(logits, 1e-30) == 1).all()
-    )
-    share = (sample(logits, 2.0) == 1).float().mean().item()
+    uniform = torch.rand(2000)
+
+    def drawn(temperature, top_k=None):
+        return sample(logits, temperature, top_k, uniform)
+
+    assert set(drawn(1.0, top_k=2).tolist()) == {1, 2}
+    assert all((drawn(*how) == 1).all() for how in ((1.0, 1), (0,), (1e-30,)))
+    share = (drawn(2.0) == 1).float().mean().item()
     assert share == pytest.approx((logits[0] / 2).softmax(0)[1].item(), abs=0.05)
+
+
+def test_a_token_without_probability_is_never_drawn_and_every_other_one_is():
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
+    uniform = torch.tensor([0.0, 0.25, 0.4999, 0.5, 0.75, 1 - 2**-24])
+    assert sample(logits.expand(6, -1), 1.0, None, uniform).tolist() == [1, 1, 1, 3, 3, 3]
+
+
+def test_a_longer_text_begins_as_the_shorter_one():
+    model, seed = gpt(std=0.3), torch.Generator
+    short, long = (generated(model, tokens(1, 1) * 0, n, generators=[seed().manual_seed(3)]) for n in (5, 33))
+    assert torch.equal(short, long[:, :5])
+    assert torch.equal(uniforms(7, seed().manual_seed(3)), uniforms(1000, seed().manual_seed(3))[:7])
 
 
 def test_generation_tells_the_expert_of_every_token_that_it_read():
     model = gpt(std=0.5, **KINDS["top2_capacity"])
     x = tokens(2, 5)
     steps = list(model.generate(x, 4, temperature=0))
-    read = torch.cat([step.experts[1] for step in steps], dim=1)
+    read = torch.cat([step.experts(1) for step in steps], dim=1)
     text = torch.cat([x] + [step.tokens[:, None] for step in steps[:-1]], dim=1)
     routing = model(text).routing[1]
     expected = [
@@ -330,7 +364,7 @@ def test_generation_tells_the_expert_of_every_token_that_it_read():
 def test_soft_routing_shows_the_expert_with_the_largest_gate():
     model = gpt(std=0.5, **KINDS["soft_concat"])
     (step,) = model.generate(tokens(2, 12), 1, temperature=0)
-    assert len(step.experts[0].unique()) > 1
+    assert len(step.experts(0).unique()) > 1
 
 
 def test_generation_refuses_what_it_cannot_do():

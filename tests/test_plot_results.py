@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benches import GPU, bench
 from conftest import TINY
 
 import plot_results
@@ -84,6 +85,13 @@ def drawn(results):
 
 def of_cell(results, row="moe4", seed=1):
     return results / "T" / f"{row}-cpu-s{seed}.json"
+
+
+def benched(results, name, record):
+    path = results / "bench" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record))
+    return path
 
 
 def changed(path, **changes):
@@ -204,6 +212,87 @@ def test_another_machine_gets_tables_of_its_own(results):
     assert page.count("## A table (T, CPU size)") == 2 and "Machine: Another CPU, " in page
     assert page.count("(2)") == 3  # dense on the first machine: clean, the papers' way, time
     assert any("_2.svg" in name for name in drawn(results))
+
+
+def test_benches_are_drawn_beside_the_runs(results, capsys):
+    benched(results, "epyc-cpu", bench())
+    assert draw(results) == 0 and draw(results, "--check") == 0
+    assert capsys.readouterr().err == ""
+    files = drawn(results)
+    assert {name for name in files if "speed" in name} == {
+        "figures/speed_cpu.svg", "tables/speed_cpu.csv", "tables/speed_cpu.tex",
+    }  # fmt: skip
+    for name in ("summary.md", "report.html"):
+        page = files[name].decode()
+        assert "Speed (CPU size, AMD EPYC)" in page and "Speed. Decoding: a step gives each sequence" in page
+        assert "180 GFLOP/s and 12.5 GB/s" in page and "commit 0123456" in page and "uncommitted" not in page
+        assert "4 experts are better." in page  # what was there is still there
+    page = files["summary.md"].decode()
+    assert "](figures/speed_cpu.svg)" in page and "| 4 experts, top-1 | 1.22 [1.18, 1.26] | 54.9 [53.3, 56.5] |" in page
+
+
+def test_benches_alone_are_results(results, capsys):
+    shutil.rmtree(results / "T")
+    benched(results, "epyc-cpu", bench())
+    assert draw(results) == 0 and capsys.readouterr().err == ""
+    assert "## Speed (CPU size" in (results / "summary.md").read_text()
+
+
+def test_each_machine_and_size_gets_a_section_and_the_papers_size_is_first(results):
+    benched(results, "a", bench())
+    benched(results, "b", bench("paper", GPU))
+    benched(results, "c", bench(machine=GPU))
+    draw(results)
+    page = (results / "summary.md").read_text()
+    titles = [line for line in page.splitlines() if line.startswith("## Speed")]
+    assert titles == [f"## Speed ({of})" for of in ("paper size, NVIDIA H200", "CPU size, AMD EPYC",
+                                                    "CPU size, NVIDIA H200")]  # fmt: skip
+    pictures = {name for name in drawn(results) if name.startswith("figures/speed")}
+    assert pictures == {f"figures/speed_{name}.svg" for name in ("paper", "cpu", "cpu_2")}
+    rows = (results / "tables" / "speed_cpu.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * len(bench()["measurements"])
+
+
+def test_a_bench_that_is_weak_evidence_is_marked(results):
+    weak = bench() | {
+        "git": {"commit": "0" * 40, "dirty": True},
+        "others": {"core_seconds": 200.0, "device_bytes": None},
+    }
+    benched(results, "epyc-cpu", weak)
+    draw(results)
+    page = (results / "summary.md").read_text()
+    assert "**The code had uncommitted changes.** **Others took 25% of the cores' time: " in page
+    assert "<b>The code had uncommitted changes.</b>" in (results / "report.html").read_text()
+    assert page.count("Others took 25% of the cores' time") == 2  # above the tables, and under the picture
+
+
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (lambda path: changed(path, quick=True), "a quick bench, which is too short to be evidence"),
+        (lambda path: changed(path, seconds=1.0), "less than the measurements took"),
+        (lambda path: path.write_text("{"), "no record, or not all of one"),
+        (lambda path: shutil.copy(of_cell(path.parents[1]), path), "it is a record of train.py"),
+    ],
+    ids=["quick", "contradiction", "truncated", "of a run"],
+)
+def test_a_bench_that_does_not_count_is_named_in_a_line_and_the_rest_is_drawn(results, capsys, damage, why):
+    damage(benched(results, "epyc-cpu", bench()))
+    assert draw(results) == 0
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("left out: results/bench/epyc-cpu.json: ") and why in told
+    page = (results / "summary.md").read_text()
+    assert "## Speed" not in page and why in page and draw(results, "--check") == 1
+
+
+def test_what_a_bench_left_is_removed_with_it(results, capsys):
+    path = benched(results, "epyc-cpu", bench())
+    draw(results)
+    path.unlink()
+    assert draw(results, "--check") == 1
+    assert "figures/speed_cpu.svg is drawn from nothing any more" in capsys.readouterr().out
+    draw(results)
+    assert not [name for name in drawn(results) if "speed_" in name]
 
 
 @pytest.mark.parametrize("empty", [True, False], ids=["empty", "missing"])

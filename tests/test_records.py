@@ -206,6 +206,10 @@ FILES = {
         '{"format": "charmoe checkpoint 3"}',
         "'charmoe checkpoint 3', expected 'charmoe record 2': it is",
     ),
+    "a bench's": (
+        '{"format": "charmoe bench 1"}',
+        "expected 'charmoe record 2': it is a record of bench.py, and no record of train.py",
+    ),
     "no name": ('{"format": 2}', "its format is 2, expected 'charmoe record 2': it is no record of train.py"),
 }
 
@@ -590,6 +594,7 @@ def of_seed(record, seed):
 def test_records_come_sorted_by_path_and_others_are_passed_over(results, dense, moe):
     files = {"b/dense-s7.json": of_seed(dense, 7), "b/dense-s1337.json": dense, "a/moe-s1337.json": moe}
     others = {"a/times.json": "{}", "a/timing-1.json": "{}", "top.json": "{}", "a/deep/x.json": "{}", "a/x.txt": "no"}
+    others["bench/epyc-cpu.json"] = "{}"  # of speed.py
     kept, left_out = results({**files, **others}, skip=("times", "timing"))
     assert kept == ["a/moe-s1337.json", "b/dense-s1337.json", "b/dense-s7.json"] and left_out == []
 

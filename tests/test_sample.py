@@ -205,9 +205,9 @@ def test_the_numbers_stay_with_their_characters_beyond_block_size(run, moe_run):
     first, *later = model.generate(
         torch.tensor(vocabulary.encode("The"))[None], 61, temperature=1, generators=[generator]
     )
-    expected = digits(first.experts[1][0]) + "".join(digits(step.experts[1][0, -1:]) for step in later)
+    expected = digits(first.experts(1)[0]) + "".join(digits(step.experts(1)[0, -1:]) for step in later)
     assert "".join(numbers) == expected
-    assert any(step.experts[1].size(1) == 8 for step in later)
+    assert any(step.experts(1).size(1) == 8 for step in later)
 
 
 def test_a_prompt_beyond_block_size_can_be_shown_with_experts(run, moe_run):

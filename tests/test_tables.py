@@ -5,6 +5,7 @@ import io
 import math
 
 import pytest
+from benches import GPU, bench
 from test_experiments import record as skeleton
 
 import experiments
@@ -138,3 +139,71 @@ def test_csv_has_a_line_a_row_and_measure_with_what_is_not_known_left_empty():
     assert float(clean["sample_sd"]) == pytest.approx(0.1414213562)
     (missing,) = (line for line in lines if line["row"] == "shakespeare_moe4_frozen" and line["measure"] == "clean")
     assert missing["mean"] == missing["sample_sd"] == missing["comparable"] == "" and missing["n"] == "0"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
+
+
+def speed_grid(record, title):
+    """(columns, {label: cells}, notes) of the grid whose title goes on so."""
+    grid = next(grid for grid in tables.speed_grids(record) if grid.title.startswith(f"Speed. {title}"))
+    rows = {row[0]: row[1:] for row in grid.rows}
+    assert len(rows) == len(grid.rows) and {len(row) for row in grid.rows} == {len(grid.columns)}
+    return grid.columns, rows, grid.notes
+
+
+def test_training_is_a_ratio_a_time_a_speed_and_how_near_the_floor():
+    columns, rows, notes = speed_grid(bench(), "Training")
+    assert columns == ["model", "time ÷ dense's", "ms an update", "characters/s", "of the floor"]
+    assert rows["Dense"] == ["1", "45.0 [43.6, 46.4]", "17,067", "37.9%"]
+    assert rows["4 experts, top-1"] == ["1.22 [1.18, 1.26]", "54.9 [53.3, 56.5]", "13,989", "31.1%"]
+    assert notes == ["n = 40 timings each"]
+
+
+def test_decoding_has_the_speed_of_a_sequence_and_of_all_and_memory_where_it_is_known():
+    columns, rows, notes = speed_grid(bench("paper", GPU), "Decoding")
+    assert notes[1].endswith("the whole window again for each character: Dense, eager script; 4 experts, eager script.")
+    assert columns[3:] == ["characters/s a sequence", "in total", "of the floor", "peak memory, MiB"]
+    assert rows["Dense, batch 8"] == ["1", "1.10 [1.07, 1.13]", "909", "7,273", "23.3%", "768"]
+    assert len(rows) == 6 * 3 and len(speed_grid(bench(), "Reading a prompt")[1]) == 6 * 3
+
+
+def test_the_papers_protocol_stands_beside_what_they_printed():
+    columns, rows, notes = speed_grid(bench(), "The papers' way")
+    assert columns[1:4] == ["characters/s", "speed ÷ dense's", "training time ÷ dense's"]
+    assert columns[4] == "published: characters/s (paper size)"
+    assert rows["Dense"] == ["238.1", "1", "1", "441.3", "1", "1"]
+    assert rows["4 linear experts, top-2"][3:] == ["224.7", "0.509", "1.600"]
+    assert rows["4 experts, top-1"] == ["164.2", "0.690 [0.670, 0.711]", "1.22 [1.18, 1.26]", "–", "–", "–"]
+    assert rows["MoE Capacity 0.5 (top-2), published"] == ["–", "–", "–", "196.9", "0.446", "1.609"]
+    assert "n = 40 texts of 500 characters; training time: of the updates" in notes
+    assert speed_grid(bench("paper", GPU), "The papers' way")[0][4] == "published: characters/s"
+
+
+def test_what_ran_is_told_with_the_check_that_was_worst():
+    record = bench()
+    record["models"]["moe4"]["checks"][0]["error"] = 5e-6
+    _, rows, notes = speed_grid(record, "What ran")
+    assert rows["4 experts, top-1"] == ["2,379,008", "806,144", "sliced", "packed weights, eager", "– / 12.5", "1"]
+    what = "training: loss and gradients against the reference backend"
+    assert notes == [f"checked, {what}: largest error 5.0e-06, allowed 1e-05 (n = 6)"]
+
+
+def test_tables_of_tasks_that_were_not_measured_are_not_there():
+    record = bench()
+    record["measurements"] = [one for one in record["measurements"] if one["task"] == "decode"]
+    titles = [grid.title for grid in tables.speed_grids(record)]
+    assert titles == ["Speed. Decoding: a step gives each sequence a character", "Speed. What ran"]
+
+
+def test_csv_of_benches_has_a_line_a_measurement():
+    record = bench()
+    lines = list(csv.DictReader(io.StringIO(tables.speed_csv([record, bench("paper", GPU)]))))
+    assert len(lines) == 2 * len(record["measurements"])
+    line = next(line for line in lines if (line["model"], line["task"]) == ("moe4", "train"))
+    assert float(line["seconds"]) == pytest.approx(0.0549) and float(line["ratio"]) == pytest.approx(1.22)
+    assert (line["machine"], line["alone"], line["uncommitted_changes"]) == (
+        "AMD EPYC, 2 cores, 2 threads, torch 2.13.0+cpu, float32", "True", "False",
+    )  # fmt: skip
+    assert lines[1]["model"] == "dense" and lines[1]["ratio"] == "" and line["peak_memory_bytes"] == ""

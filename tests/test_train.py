@@ -21,6 +21,7 @@ import checkpoint
 import evaluate
 import machine
 import train
+import update
 from checkpoint import CheckpointError
 from configurator import ConfigError
 from data.common import DataError, Dataset
@@ -130,7 +131,7 @@ def at_step(monkeypatch):
     """A function that lets something happen at the beginning of given updates, once each."""
 
     def happen(action, *steps):
-        happened, original = set(), train.learning_rate
+        happened, original = set(), update.learning_rate
 
         def rate(step, config):
             if step in steps and step not in happened:
@@ -138,7 +139,7 @@ def at_step(monkeypatch):
                 action()
             return original(step, config)
 
-        monkeypatch.setattr(train, "learning_rate", rate)
+        monkeypatch.setattr(update, "learning_rate", rate)
 
     return happen
 
@@ -178,6 +179,13 @@ def test_exactly_max_iters_updates_are_made_and_the_last_is_evaluated(words, tmp
 def test_training_is_logged_every_log_interval_and_before_each_evaluation(words, tmp_path):
     assert train_tiny(words, tmp_path / "run", max_iters=13, log_interval=4, eval_interval=6) == 0
     assert steps_of(tmp_path / "run", "train") == [4, 6, 8, 12, 13]
+
+
+def test_the_logged_learning_rate_is_that_of_the_last_update(dense_run):
+    config = tiny()
+    assert [line["learning_rate"] for line in lines_of(dense_run, "train")] == [
+        update.learning_rate(s - 1, config) for s in (5, 10, 15, 20)
+    ]
 
 
 def test_a_log_line_is_the_mean_of_its_own_steps(words, tmp_path):
@@ -231,7 +239,7 @@ def test_flops_of_a_dense_model_by_hand(dense_run):
 
 def test_the_best_is_the_minimum_of_the_evaluations_and_test_is_read_from_it(words, tmp_path, monkeypatch):
     """The last 10 steps are so large that they spoil the model: the best is in the middle."""
-    monkeypatch.setattr(train, "learning_rate", lambda step, config: 0.01 if step < 20 else 0.5)
+    monkeypatch.setattr(update, "learning_rate", lambda step, config: 0.01 if step < 20 else 0.5)
     assert train_tiny(words, tmp_path / "run", max_iters=30) == 0
     record = record_of(tmp_path / "run")
     best = min(record["evaluations"], key=lambda line: line["clean"]["nats"])
@@ -783,94 +791,6 @@ def test_a_signal_right_after_a_bad_step_saves_no_bad_state(words, tmp_path, cap
     assert all(torch.isfinite(value) for value in saved["interval"]["sums"].values())
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_the_guard_refuses_every_update_from_the_first_bad_one(bad, where):
-    config = tiny(n_expert=2, bias=True)
-    model = GPT(config, 11)
-    optimizer = train.make_optimizer(model, config)
-    guard = train.FiniteGuard(optimizer, "cpu")
-
-    def update(step, bad_here=False):
-        """Whether any parameter or any state of the optimiser changed."""
-        before = essence([model.state_dict(), optimizer.state_dict()["state"]])
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        loss = torch.tensor(1.0)
-        if bad_here and where == "loss":
-            loss = torch.tensor(bad)
-        elif bad_here:
-            model.token_embedding.weight.grad[0, 0] = bad
-        guard.check(step, loss, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        optimizer.step()
-        return essence([model.state_dict(), optimizer.state_dict()["state"]]) != before
-
-    assert update(0) and update(1) and guard.first_bad_step() is None
-    assert not update(2, bad_here=True) and guard.first_bad_step() == 2
-    assert not update(3) and not update(4, bad_here=True) and guard.first_bad_step() == 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedule and optimiser
-
-
-def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
-    config = tiny(learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_decay_iters=109, max_iters=200)
-    rates = [train.learning_rate(step, config) for step in range(200)]
-    assert rates[0] == pytest.approx(0.1) and rates[8] == pytest.approx(0.9)
-    assert rates[9] == 1.0 == max(rates)
-    assert rates[59] == pytest.approx(0.55)
-    assert rates[109] == pytest.approx(0.1) and rates[150] == rates[199] == pytest.approx(0.1)
-    assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
-
-
-def test_the_cosine_ends_at_max_iters_by_default():
-    config = tiny(learning_rate=1.0, min_lr=0.1, warmup_iters=0, lr_decay_iters=0, max_iters=50)
-    assert train.learning_rate(0, config) == 1.0
-    assert train.learning_rate(25, config) == pytest.approx(0.55)
-    assert train.learning_rate(50, config) == pytest.approx(0.1)
-
-
-def test_without_decay_the_learning_rate_is_constant():
-    config = tiny(decay_lr=False, learning_rate=0.5, warmup_iters=100)
-    assert {train.learning_rate(step, config) for step in (0, 50, 100, 10_000)} == {0.5}
-
-
-def test_a_warm_up_beyond_the_end_is_no_error():
-    config = tiny(learning_rate=1.0, min_lr=0.1, warmup_iters=100, max_iters=20)
-    assert train.learning_rate(19, config) == pytest.approx(20 / 101)
-
-
-def test_the_logged_learning_rate_is_that_of_the_last_update(dense_run):
-    config = tiny()
-    assert [line["learning_rate"] for line in lines_of(dense_run, "train")] == [
-        train.learning_rate(s - 1, config) for s in (5, 10, 15, 20)
-    ]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(),
-        dict(n_expert=4),
-        dict(n_expert=4, expert_kind="linear_concat"),
-        dict(n_expert=4, expert_kind="linear_sum"),
-    ],
-    ids=["dense", "mlp", "concat", "sum"],
-)
-def test_weights_decay_and_biases_and_norms_do_not(changes):
-    """Stacked biases of experts are matrices by shape, and still biases."""
-    model = GPT(tiny(bias=True, **changes), 11)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = train.make_optimizer(model, tiny(weight_decay=0.3)).param_groups
-    grouped = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
-    assert sorted(sum(grouped, [])) == sorted(names.values())
-    decayed = {name for group, members in zip(groups, grouped) for name in members if group["weight_decay"] == 0.3}
-    rest = {name for group, members in zip(groups, grouped) for name in members if group["weight_decay"] == 0.0}
-    assert decayed | rest == set(names.values())
-    assert rest == {name for name in names.values() if "bias" in name or "norm" in name}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The data set
 
@@ -1056,7 +976,7 @@ def test_wandb_gets_every_line(words, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stops", [(), (13,)], ids=["whole", "resumed"])
 def test_the_step_that_compiles_leaves_no_trace(words, tmp_path, uninterrupted, monkeypatch, at_step, stops):
     """torch.compile without the compiler: its trial step must move no weight, no gradient and no random state."""
-    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     at_step(interrupt(), *stops)
     assert train_tiny(words, tmp_path / "run", compile=True, **HARD) == (130 if stops else 0)
     if stops:
@@ -1071,7 +991,7 @@ def test_a_model_that_does_not_compile_is_trained_without(words, tmp_path, unint
         def train(self):
             raise RuntimeError(message)
 
-    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: Broken())
+    monkeypatch.setattr(torch, "compile", lambda model, **options: Broken())
     assert train_tiny(words, tmp_path / "run", compile=True, **HARD) == 0
     out = capsys.readouterr().out
     assert "torch.compile failed" in out and "RuntimeError" in out and "a page more" not in out

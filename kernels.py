@@ -1,0 +1,369 @@
+"""The MoE layer for a few tokens at a time, as in decoding: three operations, each as a Triton kernel and in PyTorch.
+
+    logits, probs, experts, gates = route(x, router_weight, k, "softmax", renormalize, temperature)
+    hidden = up(x, w_in, bias_in, experts, gates, gate_first=False)
+    y = down(hidden, w_out, experts, gates, gate_last=True)
+
+`route`, `up` and `down` launch Triton on CUDA and run their `_twin` on any other device, or where Triton is not
+installed. Each is one custom operator: torch.compile and CUDA graphs do not look into it. No gradients.
+
+A batch of a few tokens is limited by the bytes of the experts' weights and by the launches, so a program loads one
+tile of weights, all at once, and keeps it. Where there are no more choices than experts, each choice has its own
+programs; otherwise each expert has, which go through its choices, so that no weight is read twice. Nothing is added
+up in an order that could change: the same input gives the same bits.
+
+Letters as in `moe.py`; M = N·K choices, of which number c is choice c % K of token c // K; P partial sums. A token's
+experts are distinct.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from routing import best
+
+try:
+    import triton
+    import triton.language as tl
+
+    AVAILABLE = True  # whether Triton is installed
+except ImportError:
+    AVAILABLE = False
+
+PROGRAMS = 128  # a launch should have at least as many, about the number of an H100's SMs
+TILE = 4096  # weights that a program loads, about: 32 per thread
+PARTIAL_SUMS = 7  # of `down`: more than that, torch.compile does not add up within the operation that follows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The router
+
+
+@torch.library.custom_op("charmoe::route", mutates_args=())
+def route(
+    x_ND: torch.Tensor, weight_ED: torch.Tensor, k: int, gate: str, renormalize: bool, temperature: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `moe.MoE.route` gives in evaluation for a linear router at level token, without capacity, top-p and
+    balancing bias: logits (N, E), probs (N, E), experts (N, K) int64, gates (N, K); float32 where nothing is said.
+
+    weight: (E, D); gate: "softmax" or "sigmoid"; renormalize: whether a token's gates sum to 1; temperature: 0-d, on
+    x's device. The K experts come best first, ties by index, or in expert order if K = E.
+    """
+    if not uses_triton(x_ND):
+        outputs = route_twin(x_ND, weight_ED, k, gate, renormalize, temperature)
+        return tuple(output.contiguous() for output in outputs)  # as torch.compile was told
+    (N, D), E = x_ND.shape, weight_ED.size(0)
+    logits, probs, experts, gates = route_outputs(x_ND, weight_ED, k)
+    block_E = power_of_2_from(E)
+    with torch.cuda.device_of(x_ND):
+        route_kernel[(N,)](
+            x_ND.contiguous(), weight_ED.contiguous(), temperature, logits, probs, experts, gates,
+            D=D, E=E, K=k, GATE=gate, RENORMALIZE=renormalize,
+            BLOCK_E=block_E, BLOCK_D=min(power_of_2_from(D), max(16, TILE // block_E)),
+        )  # fmt: skip
+    return logits, probs, experts, gates
+
+
+@route.register_fake
+def _(x_ND, weight_ED, k, gate, renormalize, temperature):
+    return route_outputs(x_ND, weight_ED, k)
+
+
+def route_outputs(x_ND, weight_ED, k):
+    N, E = x_ND.size(0), weight_ED.size(0)
+    scores = [x_ND.new_empty((N, E), dtype=torch.float32) for _ in range(2)]
+    experts_NK = x_ND.new_empty((N, k), dtype=torch.int64)
+    return *scores, experts_NK, x_ND.new_empty((N, k), dtype=torch.float32)
+
+
+def route_twin(x_ND, weight_ED, k, gate, renormalize, temperature):
+    with torch.autocast(x_ND.device.type, enabled=False):
+        logits_NE = F.linear(x_ND.float(), weight_ED.float())
+        cooled_NE = logits_NE / temperature
+        log_scores_NE = F.log_softmax(cooled_NE, dim=-1) if gate == "softmax" else F.logsigmoid(cooled_NE)
+        experts_NK = best(cooled_NE, k)
+        chosen_NK = log_scores_NE.gather(1, experts_NK)
+        gates_NK = F.softmax(chosen_NK, dim=-1) if renormalize else chosen_NK.exp()
+        return logits_NE, F.softmax(log_scores_NE, dim=-1), experts_NK, gates_NK
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experts' first layer
+
+
+@torch.library.custom_op("charmoe::up", mutates_args=())
+def up(
+    x_ND: torch.Tensor,
+    w_in: torch.Tensor,
+    bias_in: torch.Tensor | None,
+    experts_NK: torch.Tensor,
+    gates_NK: torch.Tensor,
+    gate_first: bool,
+) -> torch.Tensor:
+    """hidden (N, K, H), in x's dtype: GELU(x W_in[e]ᵀ + b_in[e]) of each choice, or with gate_first (linear_concat)
+    GELU(g · (x W_in[e]ᵀ + b_in[e])); 0 where the gate is 0.
+
+    w_in: (E, H, D); bias_in: (E, H). GELU by the error function.
+    """
+    if not uses_triton(x_ND):
+        return up_twin(x_ND, w_in, bias_in, experts_NK, gates_NK, gate_first)
+    (N, K), (E, H, D) = experts_NK.shape, w_in.shape
+    hidden = x_ND.new_empty((N, K, H))
+    block_D = power_of_2_from(D)
+    block_H = power_of_2_to(max(1, min(TILE // block_D, K * H // PROGRAMS)))
+    by_expert, groups = grouping(N * K, E)
+    with torch.cuda.device_of(x_ND):
+        up_kernel[(ceil_div(H, block_H), groups)](
+            x_ND.contiguous(), w_in.contiguous(), bias_in, experts_NK.contiguous(), gates_NK.contiguous(), hidden,
+            N * K, D=D, H=H, K=K, GATE_FIRST=gate_first, BY_EXPERT=by_expert,
+            BLOCK_M=power_of_2_from(N * K) if by_expert else 1, BLOCK_H=block_H, BLOCK_D=block_D,
+        )  # fmt: skip
+    return hidden
+
+
+@up.register_fake
+def _(x_ND, w_in, bias_in, experts_NK, gates_NK, gate_first):
+    return x_ND.new_empty((*experts_NK.shape, w_in.size(1)))
+
+
+def up_twin(x_ND, w_in, bias_in, experts_NK, gates_NK, gate_first):
+    K, H, dtype = experts_NK.size(1), w_in.size(1), w_in.dtype
+    hidden_MH = x_ND.new_zeros(experts_NK.numel(), H)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        for expert, choices in choices_by_expert(experts_NK, gates_NK).items():
+            x = x_ND[index([c // K for c in choices])].to(dtype)
+            y = F.linear(x, w_in[expert], None if bias_in is None else bias_in[expert].to(dtype))
+            if gate_first:
+                y = y * gates_NK.reshape(-1, 1)[index(choices)]
+            hidden_MH[index(choices)] = F.gelu(y).to(x_ND.dtype)
+    return hidden_MH.view(-1, K, H)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experts' second layer
+
+
+def down(hidden_NKH, w_out, experts_NK, gates_NK, gate_last):
+    """y (N, D), in the hidden's dtype: Σ_k g_k · (hidden_k W_out[e_k]) with gate_last (mlp), without it
+    Σ_k hidden_k W_out[e_k] (linear_concat); choices with a gate of 0 add nothing. w_out: (E, H, D).
+
+    The partial sums are added up here, and not in the operator, so that torch.compile can make that a part of the
+    operation that follows.
+    """
+    return partial_down(hidden_NKH, w_out, experts_NK, gates_NK, gate_last).sum(dim=0).to(hidden_NKH.dtype)
+
+
+@torch.library.custom_op("charmoe::down", mutates_args=())
+def partial_down(
+    hidden_NKH: torch.Tensor, w_out: torch.Tensor, experts_NK: torch.Tensor, gates_NK: torch.Tensor, gate_last: bool
+) -> torch.Tensor:
+    """(P, N, D) float32, whose sum over P is what `down` gives."""
+    if not uses_triton(hidden_NKH):
+        return down_twin(hidden_NKH, w_out, experts_NK, gates_NK, gate_last).float()[None]
+    (N, K), (E, H, D) = experts_NK.shape, w_out.shape
+    block_H, block_D = down_blocks(K, H, D)
+    splits = ceil_div(H, block_H)
+    partial = hidden_NKH.new_empty((K * splits, N, D), dtype=torch.float32)
+    by_expert, groups = grouping(N * K, E)
+    with torch.cuda.device_of(hidden_NKH):
+        down_kernel[(ceil_div(D, block_D), groups, splits)](
+            hidden_NKH.contiguous(), w_out.contiguous(), experts_NK.contiguous(), gates_NK.contiguous(), partial,
+            N * K, D=D, H=H, K=K, GATE_LAST=gate_last, BY_EXPERT=by_expert,
+            BLOCK_M=power_of_2_from(N * K) if by_expert else 1, BLOCK_H=block_H, BLOCK_D=block_D,
+        )  # fmt: skip
+    return partial
+
+
+@partial_down.register_fake
+def _(hidden_NKH, w_out, experts_NK, gates_NK, gate_last):
+    (N, K, H), D = hidden_NKH.shape, w_out.size(2)
+    sums = K * ceil_div(H, down_blocks(K, H, D)[0]) if uses_triton(hidden_NKH) else 1
+    return hidden_NKH.new_empty((sums, N, D), dtype=torch.float32)
+
+
+def down_blocks(K, H, D):
+    """(BLOCK_H, BLOCK_D): the tile of weights that a program of `down` loads. N plays no part, so that a token's sums
+    are the same in every batch."""
+    block_H = 16
+    while block_H < 512 and K * ceil_div(H, block_H) > PARTIAL_SUMS:
+        block_H *= 2
+    block_D = 64
+    while block_D > 16 and (block_H * block_D > TILE or K * ceil_div(H, block_H) * ceil_div(D, block_D) < PROGRAMS):
+        block_D //= 2  # not below 32 bytes of bf16, the least that is read at once
+    return block_H, block_D
+
+
+def down_twin(hidden_NKH, w_out, experts_NK, gates_NK, gate_last):
+    N, K, H = hidden_NKH.shape
+    y_ND = hidden_NKH.new_zeros(N, w_out.size(2), dtype=torch.float32)
+    with torch.autocast(hidden_NKH.device.type, enabled=False):
+        for expert, choices in choices_by_expert(experts_NK, gates_NK).items():
+            y = (hidden_NKH.reshape(-1, H)[index(choices)].to(w_out.dtype) @ w_out[expert]).float()
+            if gate_last:
+                y = y * gates_NK.reshape(-1, 1)[index(choices)]
+            y_ND[index([c // K for c in choices])] += y
+    return y_ND.to(hidden_NKH.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they share
+
+
+def uses_triton(x):
+    return AVAILABLE and (x.is_cuda or INTERPRETED)
+
+
+def grouping(M, E):
+    """(whether the programs go by expert, into how many groups): by expert as soon as choices would share one."""
+    return (True, E) if M > E else (False, M)
+
+
+def choices_by_expert(experts_NK, gates_NK):
+    """expert -> the numbers c of its choices, without those whose gate is 0. Waits for the device."""
+    choices = {}
+    for c, (expert, gate) in enumerate(zip(experts_NK.flatten().tolist(), gates_NK.flatten().tolist())):
+        if gate != 0:
+            choices.setdefault(expert, []).append(c)
+    return choices
+
+
+def index(rows):
+    """Of rows in a tensor: one alone is not copied, which is several times faster."""
+    return slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+def power_of_2_from(n):
+    """The smallest power of 2 that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def power_of_2_to(n):
+    """The largest power of 2 that is not above n."""
+    return 1 << (n.bit_length() - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels. Tensors are contiguous; what lies beyond a shape, or belongs to a gate of 0, is masked and not read.
+
+INTERPRETED = False  # whether Triton was imported with TRITON_INTERPRET=1, and so runs on a CPU too
+
+if AVAILABLE:
+
+    @triton.jit
+    def route_kernel(
+        x, weight, temperature, logits, probs, experts, gates,
+        D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, RENORMALIZE: tl.constexpr,
+        BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """A program per token."""
+        n = tl.program_id(0)
+        e = tl.arange(0, BLOCK_E)
+        divisor = tl.load(temperature).to(tl.float32)  # here, so that nothing waits for it later
+        products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            x_d = tl.load(x + n * D + d, mask=d < D, other=0.0).to(tl.float32)
+            is_weight = (e < E)[:, None] & (d < D)[None, :]
+            w_ed = tl.load(weight + e[:, None] * D + d[None, :], mask=is_weight, other=0.0).to(tl.float32)
+            products += w_ed * x_d[None, :]
+        logit = tl.sum(products, axis=1)
+        tl.store(logits + n * E + e, logit, mask=e < E)
+
+        cooled = tl.where(e < E, logit / divisor, float("-inf"))
+        if GATE == "softmax":
+            above = cooled - tl.max(cooled, axis=0)
+            log_score = above - tl.log(tl.sum(tl.exp(above), axis=0))
+        else:
+            tl.static_assert(GATE == "sigmoid")
+            log_score = tl.minimum(cooled, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(cooled)))
+        score = tl.exp(log_score - tl.max(log_score, axis=0))
+        tl.store(probs + n * E + e, score / tl.sum(score, axis=0), mask=e < E)
+
+        # A NaN comes last, so that there are K experts in any case: the next kernels read memory at their numbers.
+        if K == E:
+            rank = e
+        else:
+            value = tl.where(cooled == cooled, cooled, float("-inf"))
+            is_tie = (value[None, :] == value[:, None]) & (e[None, :] < e[:, None])
+            is_before = (value[None, :] > value[:, None]) | is_tie
+            rank = tl.sum(is_before.to(tl.int32), axis=1)
+        is_chosen = rank < K
+        if RENORMALIZE:
+            best_score = tl.max(tl.where(is_chosen, log_score, float("-inf")), axis=0)
+            share = tl.where(is_chosen, tl.exp(log_score - best_score), 0.0)
+            gate = share / tl.sum(share, axis=0)
+        else:
+            gate = tl.exp(log_score)
+        tl.store(experts + n * K + rank, e.to(tl.int64), mask=is_chosen)
+        tl.store(gates + n * K + rank, gate, mask=is_chosen)
+
+    @triton.jit
+    def group_of(group, experts, gates, M, H: tl.constexpr, BY_EXPERT: tl.constexpr, BLOCK_M: tl.constexpr):
+        """The expert of a group of choices; H, or 0 if none of them needs its weights."""
+        if BY_EXPERT:
+            c = tl.arange(0, BLOCK_M)
+            expert = group.to(tl.int64)
+            is_own = tl.load(experts + c, mask=c < M, other=-1) == expert
+            is_used = is_own & (tl.load(gates + c, mask=c < M, other=0.0) != 0)
+            rows = tl.max(is_used.to(tl.int32), axis=0) * H
+        else:
+            expert = tl.load(experts + group)
+            rows = tl.where(tl.load(gates + group) != 0, H, 0)
+        return expert, rows
+
+    @triton.jit(do_not_specialize=["M"])
+    def up_kernel(
+        x, w_in, bias_in, experts, gates, hidden, M,
+        D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, GATE_FIRST: tl.constexpr, BY_EXPERT: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """A program per BLOCK_H hidden units and group of choices."""
+        group = tl.program_id(1)
+        expert, rows = group_of(group, experts, gates, M, H, BY_EXPERT, BLOCK_M)
+        h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+        d = tl.arange(0, BLOCK_D)
+        is_weight = (h < rows)[:, None] & (d < D)[None, :]
+        w_hd = tl.load(w_in + (expert * H + h)[:, None] * D + d[None, :], mask=is_weight, other=0.0)
+        bias_h = tl.zeros((BLOCK_H,), tl.float32)
+        if bias_in is not None:
+            bias_h += tl.load(bias_in + expert * H + h, mask=h < rows, other=0.0).to(tl.float32)
+        for i in range(0, BLOCK_M):
+            c = i if BY_EXPERT else group
+            if tl.load(experts + c, mask=c < M, other=-1) == expert:
+                gate = tl.load(gates + c)
+                x_d = tl.load(x + c // K * D + d, mask=d < D, other=0.0).to(tl.float32)
+                y = tl.sum(w_hd.to(tl.float32) * x_d[None, :], axis=1) + bias_h
+                if GATE_FIRST:
+                    y = y * gate
+                y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
+                tl.store(hidden + c * H + h, tl.where(gate != 0, y, 0.0), mask=h < H)
+
+    @triton.jit(do_not_specialize=["M"])
+    def down_kernel(
+        hidden, w_out, experts, gates, partial, M,
+        D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, GATE_LAST: tl.constexpr, BY_EXPERT: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """A program per BLOCK_D columns, group of choices and BLOCK_H hidden units. partial: (K · splits, N, D)."""
+        group = tl.program_id(1)
+        expert, rows = group_of(group, experts, gates, M, H, BY_EXPERT, BLOCK_M)
+        split = tl.program_id(2)
+        d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+        h = split * BLOCK_H + tl.arange(0, BLOCK_H)
+        is_weight = (h < rows)[:, None] & (d < D)[None, :]
+        w_hd = tl.load(w_out + (expert * H + h)[:, None] * D + d[None, :], mask=is_weight, other=0.0)
+        for i in range(0, BLOCK_M):
+            c = i if BY_EXPERT else group
+            if tl.load(experts + c, mask=c < M, other=-1) == expert:
+                gate = tl.load(gates + c)
+                hidden_h = tl.load(hidden + c * H + h, mask=h < H, other=0.0).to(tl.float32)
+                y = tl.sum(w_hd.to(tl.float32) * hidden_h[:, None], axis=0)
+                if GATE_LAST:
+                    y = y * gate
+                row = (c % K * tl.num_programs(2) + split) * (M // K) + c // K
+                tl.store(partial + row * D + d, tl.where(gate != 0, y, 0.0), mask=d < D)
+
+    INTERPRETED = not isinstance(route_kernel, triton.JITFunction)

@@ -1,0 +1,335 @@
+"""bench.py: what it measures and tells, and what it refuses. Tiny models, a tiny text, in process."""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+from conftest import tiny
+
+import bench
+import decoding
+import machine
+import moe
+import speed
+from configurator import ConfigError, Message
+from data.common import DataError
+from model import GPT, Decoder
+from records import RecordError
+
+CPU = machine.choose("cpu", "float32", False)
+SHORT = bench.Effort(dict.fromkeys(speed.TASKS, 0.01), characters=20)
+TINY = {key: getattr(tiny(), key) for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}
+TASKS = [("train", 4)] + [(task, size) for size in (1, 8, 32) for task in ("prefill", "decode")] + [("papers", 1)]
+config_of = bench.config_of
+
+
+def make_small(patch, words):
+    """The models of a bench at a tiny size, on a tiny text, for a moment each."""
+    patch.setattr(bench, "config_of", lambda *about: dataclasses.replace(config_of(*about), **TINY))
+    patch.setattr(bench, "find", lambda name: words)
+    patch.setattr(bench, "FULL", SHORT)
+    patch.setattr(bench, "QUICK", SHORT)
+    patch.setattr(bench.trials, "PATIENCE", 1e9)  # always speed.FEWEST rounds
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, words):
+    make_small(monkeypatch, words)
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    """(what a bench of everything prints, the file of its record)"""
+    path, out = tmp_path_factory.mktemp("bench") / "deeper" / "record.json", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        make_small(patch, words)
+        assert bench.main(["--device=cpu", f"--json={path}"]) == 0
+    return out.getvalue(), path
+
+
+@pytest.fixture
+def run(capsys):
+    """A function that runs bench.py in process: -> (exit code, what it printed, what it printed as errors)"""
+
+    def call(*options):
+        capsys.readouterr()
+        code = bench.main(["--device=cpu", *options])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def refused(kind, *options):
+    """The message with which bench.py refuses."""
+    with pytest.raises(kind) as caught:
+        bench.main(["--device=cpu", *options])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A bench
+
+
+def test_everything_is_measured_and_the_record_is_one(whole):
+    _, path = whole
+    record = speed.read(path)
+    assert speed.problems(record) == [] and record["size"] == "cpu" and record["quick"] is False
+    assert list(record["models"]) == list(bench.MODELS)
+    found = [(row["task"], row["batch_size"], row["model"]) for row in record["measurements"]]
+    assert found == [(*task, name) for task in TASKS for name in bench.MODELS]
+    assert all(row["seconds"]["n"] >= speed.FEWEST for row in record["measurements"])
+    assert [row["model"] for row in record["measurements"] if row["ratio"] is None] == ["dense"] * len(TASKS)
+
+
+def test_what_is_fast_was_checked_at_every_batch_size(whole):
+    _, path = whole
+    for name, model in speed.read(path)["models"].items():
+        assert len(model["checks"]) == (0 if name.startswith("reference") else 4)
+
+
+def test_the_page_has_a_row_for_each_measurement_and_says_what_ran(whole):
+    page, path = whole
+    record = speed.read(path)
+    rows = [line for line in page.splitlines() if line.startswith("  ") and line.rstrip().endswith((" 10", " 100"))]
+    for model in record["models"].values():
+        assert model["title"] in page and model["backend"]["train"] in page and model["backend"]["decode"] in page
+    assert page.count("× dense") == page.count("of floor") == len(TASKS) and len(rows) <= len(TASKS) * 6
+    assert "4 × 16 characters" in page and "GFLOP/s" in page and "Others meanwhile" in page
+    assert max(map(len, page.splitlines())) < 200 and f"written to {path}" in page
+
+
+def test_columns_are_aligned(whole):
+    page, _ = whole
+    for block in page.split("\n\n")[1 : len(TASKS) + 1]:
+        head, *rows = block.splitlines()
+        assert len(rows[: len(bench.MODELS)]) == len(bench.MODELS)
+        assert {len(row) for row in rows[: len(bench.MODELS)]} == {len(head)}
+
+
+def test_dense_is_always_there_and_tasks_can_be_chosen(run, tmp_path):
+    code, _, _ = run("--models=moe4", "--tasks=decode", f"--json={tmp_path / 'r.json'}")
+    record = speed.read(tmp_path / "r.json")
+    assert code == 0 and list(record["models"]) == ["dense", "moe4"]
+    assert {row["task"] for row in record["measurements"]} == {"decode"}
+
+
+def test_a_quick_bench_says_so_and_writes_nothing_unasked(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, page, error = run("--quick", "--models=dense", "--tasks=train")
+    assert code == 0 and error == "" and "not to quote" in page and list(tmp_path.iterdir()) == []
+    assert "results/bench/" not in page
+    _, page, _ = run("--models=dense", "--tasks=train")
+    assert "--json=results/bench/" in page and "-cpu.json" in page
+
+
+def test_two_sizes_are_those_of_the_config_files():
+    paper, cpu = (config_of("moe4_linear", size, CPU, 7) for size in ("paper", "cpu"))
+    assert (paper.n_layer, paper.n_embd, paper.block_size, paper.batch_size, paper.dropout) == (6, 384, 256, 64, 0.2)
+    assert (cpu.n_layer, cpu.n_embd, cpu.block_size, cpu.batch_size, cpu.dropout) == (4, 128, 64, 12, 0.0)
+    assert paper.seed == cpu.seed == 7 and paper.device == cpu.device == "cpu"
+    kinds = {name: config_of(name, "cpu", CPU, 1) for name in bench.MODELS}
+    assert [config.n_expert for config in kinds.values()] == [0, 0, 4, 4, 4, 4]
+    assert kinds["moe4_top2"].expert_top_k == 2 and kinds["moe4_linear"].expert_kind == "linear_concat"
+    assert kinds["reference_moe4"].moe_backend == "reference" and kinds["reference"] == kinds["dense"]
+
+
+def test_a_profile_names_what_takes_time_and_leaves_traces(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, page, _ = run("--quick", "--models=reference", "--tasks=train", "--profile")
+    traces = sorted(path.name for path in (tmp_path / "out" / "bench-cpu").iterdir())
+    assert code == 0 and traces == ["dense-decode.json", "dense-train.json"]
+    for name in traces:
+        assert json.loads((tmp_path / "out" / "bench-cpu" / name).read_text())["traceEvents"]
+        assert f"trace: out/bench-cpu/{name}" in page
+    assert page.count("×  aten::") >= 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compared with an older record
+
+
+def faster(record, name, task, factor):
+    """The record as if a model had been faster at a task by a factor."""
+    record = copy.deepcopy(record)
+    for row in record["measurements"]:
+        if (row["model"], row["task"]) == (name, task):
+            for spread in (row["seconds"], row["ratio"]):
+                spread |= {key: spread[key] / factor for key in ("median", "p10", "p90")}
+            row["tokens_per_second"] *= factor
+    return record
+
+
+def test_what_became_slower_is_named_and_costs_no_exit_code(run, whole, tmp_path):
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(faster(json.loads(whole[1].read_text()), "moe4", "train", 1000)))
+    code, page, _ = run("--models=moe4,reference", "--tasks=train", f"--compare={old}")
+    told = page.partition(f"Slower than {old}:")[2]
+    assert code == 0 and "moe4, training, batch 4" in told.partition("Not compared")[0]
+    assert "not measured now" in told.partition("Not compared")[2]
+
+
+def test_where_nothing_became_slower_that_is_said(run, whole, tmp_path):
+    slow = faster(json.loads(whole[1].read_text()), "moe4", "train", 1e-3) | {"seconds": 1e6}
+    (tmp_path / "old.json").write_text(json.dumps(slow))
+    _, page, _ = run("--models=moe4", "--tasks=train", f"--compare={tmp_path / 'old.json'}")
+    assert f"Nothing became slower than in {tmp_path / 'old.json'}" in page
+
+
+@pytest.mark.parametrize("text", ['{"format": "charmoe record 2"}', "[]", "not JSON", None])
+def test_what_is_no_bench_is_not_compared_with(tmp_path, text):
+    path = tmp_path / "old.json"
+    if text is not None:
+        path.write_text(text)
+    assert str(path) in refused(RecordError, f"--compare={path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong is not timed
+
+
+def test_a_model_that_trains_wrongly_is_told_and_left_out(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(moe.BACKENDS, "sliced", lambda *about: moe.reference(*about) * 1.01)
+    code, page, error = run("--quick", "--models=moe4,reference_moe4", "--tasks=train", f"--json={tmp_path / 'r.json'}")
+    assert code == 3 and "4 experts, top-1 is wrong and was not timed: training" in error
+    assert "4 experts, top-1" not in page and "4 experts, eager script" in page
+    assert list(speed.read(tmp_path / "r.json")["models"]) == ["dense", "reference_moe4"]
+
+
+class Shifted(Decoder):
+    """Wrong by a little, of MoE models alone."""
+
+    def read(self, ids_BT):
+        logits, routing = super().read(ids_BT)
+        return logits * (1.01 if routing else 1.0), routing
+
+
+def test_a_model_that_writes_wrongly_keeps_what_was_measured_of_it_in_training(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "fastest", lambda model, batch, machine, *about: Shifted(model, batch, *about))
+    code, _, error = run("--models=moe4", "--tasks=train,decode", f"--json={tmp_path / 'r.json'}")
+    assert code == 3 and "4 experts, top-1 is wrong and was not timed: decoding at batch 1" in error
+    assert "batch 8" not in error  # it was left out by then
+    rows = speed.read(tmp_path / "r.json")["measurements"]
+    assert [row["task"] for row in rows if row["model"] == "moe4"] == ["train"]
+    assert sum(row["task"] == "decode" for row in rows) == 3
+
+
+def test_without_the_dense_model_there_is_nothing_to_compare(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        bench.trials, "check_training", lambda subject: {"what": "it", "error": float("nan"), "limit": 1}
+    )
+    code, page, error = run("--models=moe4", f"--json={tmp_path / 'r.json'}")
+    assert code == 3 and "Dense is wrong" in error and "nothing to compare with" in error
+    assert "× dense" not in page and not (tmp_path / "r.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, and what is said of a machine
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ("--size=pper", "expected paper, cpu or auto; nearest: paper"),
+        ("--size=large", "'large'; expected paper, cpu or auto"),
+        ("--size=out/x/ckpt.pt", "'out/x/ckpt.pt' is no size: bench.py measures sizes and not runs"),
+        ("--models=moe4,mo4_top2", "'mo4_top2' is none of reference, dense, moe4, moe4_top2, moe4_linear, "),
+        ("--models=mo4_top2", "nearest: moe4_top2"),
+        ("--tasks=decoding", "nearest: decode"),
+        ("--sise=cpu", "nearest key: size"),
+        ("--device=cpuu", "not a device"),
+        ("--json=.", ". is a folder"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(option, words):
+    assert words in refused(ConfigError, option)
+
+
+def test_a_run_is_no_size(dense_run):
+    assert "measures sizes and not runs" in refused(ConfigError, f"--size={dense_run}")
+
+
+def test_a_text_that_is_not_prepared_names_the_command(monkeypatch, tmp_path):
+    (tmp_path / "shakespeare_char").mkdir()
+    monkeypatch.setattr(bench, "find", lambda name: tmp_path / name)
+    assert "not prepared yet" in refused(DataError) and "prepare" in refused(DataError)
+
+
+def test_the_text_is_shakespeare(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "find", lambda name: asked.append(name) or exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--device=cpu"])
+    assert asked == ["shakespeare_char"]
+
+
+def test_a_size_that_does_not_fit_says_how_much_and_what_would(monkeypatch):
+    monkeypatch.setattr(bench, "config_of", config_of)
+    monkeypatch.setattr(machine, "free_memory", lambda machine: int(2e9))
+    message = refused(ConfigError, "--size=paper")
+    assert "size=paper needs about" in message and "cpu has 2 GB free" in message
+    assert "what fits: --size=cpu (0." in message
+    monkeypatch.setattr(machine, "free_memory", lambda machine: int(1e6))
+    assert "what fits: nothing of this bench" in refused(ConfigError, "--size=cpu")
+
+
+def test_what_is_needed_is_about_what_was_measured():
+    """Peak memory of one update at the paper size, in GB: on a CPU, beyond what was there before the model."""
+    for name, measured in {"dense": 5.77, "moe4": 6.29, "moe4_top2": 7.60, "moe4_linear": 5.52}.items():
+        needed = bench.bytes_needed([config_of(name, "paper", CPU, 1)], 65, CPU, ["train"])
+        assert measured < needed / 1e9 < 1.25 * measured, name
+
+
+def test_what_is_needed_depends_on_models_tasks_and_backends():
+    config = config_of("moe4", "paper", CPU, 1)
+    one, two = (bench.bytes_needed([config] * n, 65, CPU, ["train"]) for n in (1, 2))
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in GPT(config, 65).parameters())
+    assert two - one == 16 * count  # what works, works one after the other
+    assert bench.bytes_needed([config], 65, CPU, ["decode"]) < one / 4
+    masked = dataclasses.replace(config, moe_backend="masked")
+    assert bench.bytes_needed([masked], 65, CPU, ["train"]) > 1.4 * one
+
+
+@pytest.mark.parametrize(
+    "device, capability, has_triton, words",
+    [
+        ("cuda", (9, 0), True, []),
+        ("cuda", (8, 0), True, ["sm80", "below sm90"]),
+        ("cuda", (9, 0), False, ["Triton is not installed"]),
+        ("cuda", (7, 5), False, ["sm75", "Triton is not installed"]),
+        ("mps", None, True, ["On MPS nothing is compiled", "not measured"]),
+        ("cpu", None, False, []),
+    ],
+)
+def test_what_a_machine_lacks_is_said(monkeypatch, device, capability, has_triton, words):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(bench.kernels, "AVAILABLE", has_triton)
+    said = " ".join(bench.notes(CPU._replace(device=torch.device(device))))
+    assert all(word in said for word in words) and bool(said) == bool(words)
+
+
+def test_help_names_every_key_and_model():
+    with pytest.raises(Message) as caught:
+        bench.main(["--help"])
+    page = caught.value.text
+    assert all(f"--{field.name}=" in page for field in dataclasses.fields(bench.BenchConfig))
+    assert all(name in page for name in bench.MODELS)
+
+
+@pytest.mark.parametrize("option, code", [("--size=nothing", 2), ("--compare=nothing.json", 2), ("--help", 0)])
+def test_exit_codes(monkeypatch, capsys, tmp_path, option, code):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench.py", option])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(bench.__file__, run_name="__main__")
+        raise SystemExit(0)
+    out, error = capsys.readouterr()
+    assert caught.value.code == code
+    assert error.startswith("bench.py: ") and error.count("\n") == 1 if code else out.startswith("usage: ")

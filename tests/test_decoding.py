@@ -1,0 +1,193 @@
+"""Every way to write gives the text of `model.Decoder`; what the captured step does is run here without a capture."""
+
+import copy
+
+import pytest
+import torch
+from test_model import CAUSAL, KINDS, gpt, tokens
+
+import decoding
+import kernels
+import machine as machines
+from model import Decoder, KVCache
+
+CPU = machines.Machine(torch.device("cpu"), torch.float32, compile=False, reason="")
+STATIC = [kind for kind in CAUSAL if not decoding.needs_history(gpt(**KINDS[kind]))]
+
+
+class Uncaptured(decoding.CapturedDecoder):
+    """The decoder for CUDA with its step run again in place of a replay."""
+
+    def capture(self):
+        return self.step(), self.again
+
+    @torch.no_grad()
+    def again(self):
+        self.made = self.step()
+
+
+def float_gpt(kind, **changes):
+    return gpt(std=0.3, **KINDS[kind], **changes).float()
+
+
+def decoders(model, batch_size, **options):
+    yield decoding.fastest(model, batch_size, CPU, **options)
+    if not decoding.needs_history(model):
+        yield Uncaptured(model, batch_size, CPU, **options)
+
+
+def written(decoder, prompt, count, seeds):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [step for step in decoder.write(prompt, count, generators)]
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_logits_and_routing_are_those_of_the_plain_decoder(kind, batch_size):
+    model = float_gpt(kind)
+    ids = tokens(batch_size, 16)
+    for decoder in decoders(model, batch_size):
+        plain = Decoder(model, batch_size)
+        for part in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):
+            logits, routing = decoder.read(part)
+            expected, expected_routing = plain.read(part)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+            for ours, theirs in zip(routing, expected_routing, strict=True):
+                assert torch.equal(ours.experts[ours.kept], theirs.experts[theirs.kept])
+                torch.testing.assert_close(ours.gates, theirs.gates, rtol=1e-4, atol=1e-5)
+        assert decoder.length == plain.length == 16
+
+
+@pytest.mark.parametrize("kind", ["dense", "top1", "top2_capacity", "concat_capacity"])
+@pytest.mark.parametrize("prompt_length", [1, 6, 20])
+def test_a_seed_gives_one_text_whatever_the_decoder_beyond_block_size_too(kind, prompt_length):
+    model = float_gpt(kind)
+    prompt = tokens(2, prompt_length)
+    plain, *others = (
+        [torch.stack([step.tokens for step in written(decoder, prompt, 40, (3, 4))]) for _ in range(2)]
+        for decoder in (Decoder(model, 2, 0.8, 5), *decoders(model, 2, temperature=0.8, top_k=5))
+    )
+    assert len(others) == 2 and torch.equal(plain[0], plain[1])
+    for first, again in others:
+        assert torch.equal(first, plain[0]) and torch.equal(again, plain[0])
+
+
+@pytest.mark.parametrize("kind", STATIC)
+def test_a_step_at_a_position_on_the_device_is_a_step_at_that_length(kind):
+    model = gpt(std=0.5, **KINDS[kind])
+    sliced, static = KVCache(model, 2), KVCache(model, 2)
+    ids = tokens(2, 16)
+    for cache in (sliced, static):
+        model(ids[:, :4], cache=cache)
+    for t in range(4, 16):
+        expected = model(ids[:, t : t + 1], cache=sliced).logits
+        static.position = torch.tensor([t])
+        torch.testing.assert_close(model(ids[:, t : t + 1], cache=static).logits, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dense", "top1", "top2_capacity", "concat_capacity", "soft_concat"])
+@torch.no_grad()
+def test_the_step_compiles_into_one_graph(kind):
+    decoder = Uncaptured(float_gpt(kind), 2, CPU)
+    decoder.read(tokens(2, 3))
+    step = torch.compile(decoder.step, fullgraph=True, backend="aot_eager")
+    explained = [step()[0] for _ in range(3)]
+    assert decoder.position.item() == 6 and all(logits.isfinite().all() for logits in explained)
+
+
+def test_a_full_cache_is_refused_as_the_plain_decoder_refuses_it():
+    model = float_gpt("top1")
+    for decoder in (Decoder(model, 1), *decoders(model, 1)):
+        decoder.read(tokens(1, 16))
+        with pytest.raises(ValueError, match="17 positions"):
+            decoder.read(tokens(1, 1))
+
+
+def test_a_decoder_has_the_weights_as_they_were():
+    model = float_gpt("top2_capacity")
+    before = copy.deepcopy(model)
+    decoder = decoding.fastest(model, 1, CPU)
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    ids = tokens(1, 7)
+    torch.testing.assert_close(decoder.read(ids)[0], Decoder(before, 1).read(ids)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_in_training_is_neither_changed_nor_written_with_dropout():
+    model = float_gpt("top1", dropout=0.5).train()
+    ids = tokens(1, 7)
+    for decoder in decoders(model, 1):
+        assert torch.equal(decoder.read(ids)[0], (decoder.clear(), decoder.read(ids)[0])[1])
+    assert model.training and all(layer.dispatch is None for layer in model.moe_layers())
+
+
+def test_the_experts_that_no_token_chose_are_not_read():
+    model = float_gpt("top1")
+    decoder = decoding.fastest(model, 1, CPU)
+    read = set()
+    for layer in decoder.model.moe_layers():
+        for number, linear in enumerate(layer.dispatch.packed["w_in"]):
+            linear.register_forward_hook(lambda *_, number=number: read.add(number))
+    _, routing = decoder.read(tokens(1, 1))
+    assert read == {layer.experts.item() for layer in routing}
+
+
+@pytest.mark.parametrize("device, dtype, decoder", [
+    ("cpu", torch.float32, decoding.PackedDecoder),
+    ("cpu", torch.bfloat16, decoding.AutocastDecoder),
+])  # fmt: skip
+def test_which_decoder_is_the_fastest(device, dtype, decoder):
+    machine = machines.Machine(torch.device(device), dtype, compile=False, reason="")
+    made = decoding.fastest(float_gpt("top1"), 1, machine)
+    assert type(made) is decoder and made.how
+    logits, _ = made.read(tokens(1, 5))
+    assert logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_without_packed_weights_writing_works_as_well(missing, monkeypatch):
+    monkeypatch.setattr(decoding, "PACK", "no_such_operation" if missing else decoding.PACK)
+    assert (type(decoding.fastest(float_gpt("top1"), 1, CPU)) is decoding.AutocastDecoder) == missing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On CUDA
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", STATIC)
+def test_a_captured_step_gives_the_logits_of_the_plain_decoder(kind, compiled):
+    machine = machines.Machine(torch.device("cuda"), torch.float32, compiled, "")
+    model, ids = float_gpt(kind).cuda(), tokens(2, 16).cuda()
+    decoder, plain = decoding.CapturedDecoder(model, 2, machine), Decoder(model, 2)
+    for _ in range(2):
+        for part in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):
+            torch.testing.assert_close(decoder.read(part)[0], plain.read(part)[0], rtol=1e-3, atol=1e-3)
+        decoder.clear(), plain.clear()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["dense", "top1", "top2_capacity", "concat_capacity"])
+def test_a_captured_step_in_bfloat16_stays_near_float32(kind):
+    machine = machines.Machine(torch.device("cuda"), torch.bfloat16, False, "")
+    model, ids = float_gpt(kind).cuda(), tokens(2, 16).cuda()
+    decoder, plain = decoding.CapturedDecoder(model, 2, machine), Decoder(model, 2)
+    for part in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):
+        ours, theirs = decoder.read(part)[0], plain.read(part)[0]
+    assert ((ours - theirs).norm() / theirs.norm()).item() < 0.1
+
+
+@pytest.mark.cuda
+def test_writing_on_cuda_waits_for_the_device_only_where_the_reader_does():
+    machine = machines.Machine(torch.device("cuda"), torch.float32, False, "")
+    decoder = decoding.CapturedDecoder(float_gpt("top1").cuda(), 1, machine, 0.8, 5)
+    decoder.read(tokens(1, 4).cuda())
+    ids, uniform = tokens(1, 1).cuda(), torch.rand(1).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            ids = decoder.next(ids, uniform).tokens[:, None]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert kernels.AVAILABLE

@@ -1,0 +1,311 @@
+"""trials.py: what is timed is the real thing, in pairs, and only if it is right."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import tiny, train_tiny
+
+import checkpoint
+import decoding
+import machine
+import moe
+import trials
+from data.common import Dataset
+from model import GPT, Decoder, uniforms
+from settings import Config
+
+CPU = machine.choose("cpu", "float32", False)
+KINDS = {
+    "dense": dict(),
+    "moe4": dict(n_expert=4),
+    "moe4_top2": dict(n_expert=4, expert_top_k=2),
+    "moe4_linear": dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", gate_renormalize=True),
+    "reference": dict(),
+    "reference_moe4": dict(n_expert=4, moe_backend="reference"),
+}
+FAST = [name for name in KINDS if not name.startswith("reference")]
+
+
+@pytest.fixture(scope="module")
+def dataset(words):
+    return Dataset.open(words)
+
+
+def subject(dataset, name, **changes):
+    return trials.Subject(name, name, tiny(**{**KINDS[name], **changes}), dataset, CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is timed
+
+
+@pytest.mark.parametrize("name", ["dense", "moe4"])
+def test_a_subject_trains_as_train_py_does(words, dataset, tmp_path, name):
+    """Bit for bit: the same weights, the same batches, the same updates."""
+    assert train_tiny(words, tmp_path / "run", max_iters=5, dropout=0.2, **KINDS[name]) == 0
+    saved = checkpoint.load(tmp_path / "run" / "ckpt.pt")
+    one = trials.Subject(name, name, Config.from_dict(saved["config"]), dataset, CPU)
+    for _ in range(5):
+        one.train()
+    assert one.steps_made == 5
+    for key, weight in one.model.state_dict().items():
+        assert torch.equal(weight, saved["model"][key]), key
+
+
+@pytest.mark.parametrize("name", ["reference", "reference_moe4"])
+def test_a_reference_trains_too(dataset, name):
+    one = subject(dataset, name, learning_rate=1e-2)
+    x, y = one.batch(0)
+    before = one.model(x, y).loss.item()
+    for _ in range(20):
+        one.train()
+    assert one.model(x, y).loss.item() < before - 0.5
+
+
+def test_a_reference_writes_the_same_text_without_a_cache(dataset):
+    one = subject(dataset, "reference_moe4")
+    plain, cached = one.decoder(3), Decoder(one.model, 3, trials.TEMPERATURE, trials.TOP_K)
+    assert isinstance(plain, trials.Uncached)
+    tokens, other = one.text(3)[:, :5], one.text(3)[:, :5]
+    for number in uniforms(9):
+        tokens, other = (d.next(t, number.expand(3)).tokens[:, None] for d, t in ((plain, tokens), (cached, other)))
+        assert torch.equal(tokens, other)
+    assert plain.length == cached.length == 13
+    plain.clear()
+    assert plain.length == 0
+
+
+@pytest.mark.parametrize("name", ["dense", "reference"])
+def test_steps_of_decoding_have_half_a_block_before_them_on_average(dataset, name):
+    writing, lengths = trials.Writing(subject(dataset, name), 2), []
+    next_ = writing.decoder.next
+    unit = writing.decode()
+    for _ in range(12):
+        unit.prepare()
+        writing.decoder.next = lambda ids, uniform: lengths.append(writing.decoder.length) or next_(ids, uniform)
+        unit.run()
+        writing.decoder.next = next_
+    assert len(lengths) == 12 * unit.repeats
+    assert abs(sum(lengths) / len(lengths) - 16 // 2) <= 1
+    assert max(lengths) - min(lengths) < 16 // 4 if name == "dense" else set(lengths) == {8}
+
+
+def test_prefill_reads_half_a_block_into_an_empty_cache(dataset):
+    writing = trials.Writing(subject(dataset, "moe4"), 3)
+    for _ in range(2):
+        unit = writing.prefill()
+        unit.prepare()
+        assert writing.decoder.length == 0
+        unit.run()
+        assert writing.decoder.length == 8 and writing.tokens_B.shape == (3,)
+    writing.decode().run()  # goes on from there
+
+
+def test_a_subject_says_what_ran(dataset):
+    ways = subject(dataset, "moe4", moe_backend="sorted").backends()
+    assert ways == {"train": "sorted, eager", "decode": "not measured"}
+    one = subject(dataset, "dense")
+    one.ways_to_write |= {1: "a graph", 8: "a graph", 32: "eager"}
+    assert one.backends() == {"train": "eager", "decode": "batch 1, 8: a graph; batch 32: eager"}
+    assert "plain AdamW" in subject(dataset, "reference").backends()["train"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Is it right?
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_what_is_right_passes(dataset, name):
+    one = subject(dataset, name, dropout=0.2)
+    assert trials.is_right(trials.check_training(one))
+    for _ in range(3):
+        one.train()
+    for batch_size in (1, 3):
+        row = trials.check_decoding(one, trials.Writing(one, batch_size).decoder, batch_size)
+        assert trials.is_right(row) and f"batch {batch_size}" in row["what"]
+    assert trials.is_right(trials.check_training(one))
+
+
+@pytest.mark.parametrize("backend", sorted(set(moe.BACKENDS) - {"reference"}))
+@pytest.mark.parametrize("name", ["moe4", "moe4_linear"])
+def test_every_backend_passes(dataset, backend, name):
+    assert trials.is_right(trials.check_training(subject(dataset, name, moe_backend=backend)))
+
+
+def test_a_check_leaves_nothing_behind(dataset):
+    one, other = subject(dataset, "moe4", dropout=0.2), subject(dataset, "moe4", dropout=0.2)
+    torch.manual_seed(5)
+    trials.check_training(one)
+    one.train()
+    torch.manual_seed(5)
+    other.train()
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters()))
+
+
+def gates_without_gradient(x_ND, routing, experts):
+    """The right output, and a gradient that the router misses."""
+    return moe.reference(x_ND, routing._replace(gates=routing.gates.detach()), experts)
+
+
+def off_by_a_thousandth(x_ND, routing, experts):
+    return moe.reference(x_ND, routing, experts) * 1.001
+
+
+def not_a_number(x_ND, routing, experts):
+    return moe.reference(x_ND, routing, experts) * float("nan")
+
+
+@pytest.mark.parametrize("wrong", [gates_without_gradient, off_by_a_thousandth, not_a_number])
+def test_a_wrong_backend_is_found(dataset, monkeypatch, wrong):
+    monkeypatch.setitem(moe.BACKENDS, "sliced", wrong)
+    assert not trials.is_right(trials.check_training(subject(dataset, "moe4", moe_backend="sliced")))
+
+
+class Forgetful(Decoder):
+    """Sees only half of what it should have kept."""
+
+    def read(self, ids_BT):
+        for layer in self.cache.layers:
+            layer.keys[:, :, :4] = 0
+        return super().read(ids_BT)
+
+
+def test_a_wrong_decoder_is_found(dataset):
+    one = subject(dataset, "dense")
+    for parameter in one.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    one.model.eval()
+    assert trials.is_right(trials.check_decoding(one, Decoder(one.model, 2), 2))
+    assert not trials.is_right(trials.check_decoding(one, Forgetful(one.model, 2), 2))
+
+
+def test_errors_are_relative_and_the_worst_tensor_counts():
+    exact = [torch.tensor([3.0, 4.0]), torch.tensor([100.0])]
+    found = [torch.tensor([3.0, 4.2]), torch.tensor([101.0])]
+    plain = [torch.tensor([3.0, 4.1]), torch.tensor([100.0])]
+    row = trials.check("it", found, plain, exact, torch.float32)
+    assert row == {"what": "it", "error": pytest.approx(0.01), "limit": pytest.approx(1e-5)}  # the second
+    assert not trials.is_right(row) and trials.is_right(trials.check("it", plain, plain, exact, torch.float32))
+
+
+def test_many_models_can_be_compiled_in_one_process(dataset, monkeypatch):
+    """They share their code, of which torch would compile only 8 forms; each has 3: to train, evaluate, check."""
+    torch._dynamo.reset()
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="eager", **options))
+    for _ in range(4):
+        one = subject(dataset, "dense", n_layer=1, dropout=0.1)
+        assert one.compile() is None and one.is_compiled and one.backends()["train"] == "compiled"
+        assert trials.is_right(trials.check_training(one))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            one.train()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timing
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only `clock(seconds)` moves."""
+    now = [0.0]
+    monkeypatch.setattr(trials.time, "perf_counter", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_units_are_timed_in_turn_and_each_round_starts_with_another(clock):
+    ran = []
+
+    def unit(name, seconds):
+        return trials.Unit(lambda: (ran.append(name), clock(seconds)), lambda: clock(100.0), repeats=4)
+
+    units = {"a": unit("a", 4.0), "b": unit("b", 8.0), "c": unit("c", 12.0)}
+    times = trials.timings(units, CPU, seconds=1e6, at_most=3)
+    assert times == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [3.0] * 3}  # of one repeat, without what prepares it
+    assert "".join(ran[-9:]) == "abc" + "bca" + "cab" and len(ran) == 9 + 6  # after two rounds to warm up
+
+
+@pytest.mark.parametrize(
+    "seconds, rounds, warm",
+    [(100, 101, 2), (7.5, 10, 2), (3, 10, 1), (0.1, 3, 1)],
+    ids=["as long as asked", "at least 10", "one to warm up", "rounds that take too long"],
+)
+def test_how_many_rounds(clock, seconds, rounds, warm):
+    ran = []
+    unit = trials.Unit(lambda: (ran.append(1), clock(1.0)))
+    times = trials.timings({"a": unit}, CPU, seconds, at_least=10, at_most=1000)
+    assert len(times["a"]) == rounds and len(ran) == rounds + warm
+
+
+def test_spread_is_the_median_between_deciles():
+    assert trials.spread(list(range(1, 12))) == {"median": 6, "p10": 2, "p90": 10, "n": 11}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The floor
+
+
+@pytest.fixture
+def accounted(monkeypatch):
+    """A model whose accounting is easy."""
+    for name, count in {
+        "flops_per_token": lambda self: 30,
+        "forward_flops_per_token": lambda self, context: 10 + context,
+        "training_bytes": lambda self, width: 1000 * width,
+        "prefill_bytes": lambda self, batch, tokens, width: width * (batch + tokens),
+        "decoding_bytes": lambda self, batch, context, width: width * (batch + context),
+    }.items():
+        monkeypatch.setattr(GPT, name, count)
+
+
+@pytest.mark.parametrize(
+    "task, batch_size, tokens, flops, moved",
+    [
+        ("train", 4, 64, 64 * 30, 4000),
+        ("prefill", 2, 16, 16 * (10 + 7), 4 * (2 + 8)),
+        ("decode", 3, 3, 3 * (10 + 8), 4 * (3 + 8)),
+        ("papers", 1, 18, 18 * 10 + sum(range(16)) + 2 * 15, 4 * (18 + sum(range(16)) + 2 * 15)),
+    ],
+)
+def test_the_floor_is_the_accounting_over_the_ceilings(dataset, accounted, task, batch_size, tokens, flops, moved):
+    """A block has 16 positions: prefill reads 8, decoding has 8 before it, a text of 18 meets a full window twice."""
+    one = subject(dataset, "dense")
+    found = trials.floor_of(one, task, batch_size, tokens, {"flops_per_second": 10.0, "bytes_per_second": 1e9})
+    assert found == {"flops": flops, "bytes": moved, "seconds": flops / 10}
+    found = trials.floor_of(one, task, batch_size, tokens, {"flops_per_second": 1e9, "bytes_per_second": 10.0})
+    assert found["seconds"] == moved / 10
+
+
+def test_ceilings_are_numbers_of_this_machine(dataset, monkeypatch):
+    monkeypatch.setattr(trials, "best_rate", lambda call, amount, machine: (call(), amount)[1])
+    model = subject(dataset, "dense").model
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert trials.ceilings(CPU, model) == {"flops_per_second": 2 * 1024**3, "bytes_per_second": 2 * 4 * count}
+
+
+def test_the_best_rate_is_that_of_the_fastest_try(clock):
+    durations = iter([9.0, 2.0, 1.0, 4.0, 4.0, 4.0])
+    assert trials.best_rate(lambda: clock(next(durations)), 12, CPU, seconds=10) == 12.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On CUDA
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", FAST)
+def test_what_is_fast_on_cuda_is_right_and_its_memory_is_counted(words, name, is_compiled):
+    gpu = machine.choose("cuda", compile=is_compiled)
+    config = Config(**{**KINDS[name], "n_layer": 2, "n_embd": 64, "n_head": 2, "block_size": 64, "batch_size": 4})
+    one = trials.Subject(name, name, dataclasses.replace(config, dropout=0.1), Dataset.open(words, "cuda"), gpu)
+    if is_compiled:
+        assert one.compile() is None
+    assert trials.is_right(trials.check_training(one))
+    one.train()
+    assert trials.peak_bytes(gpu, trials.Unit(one.train), one.bytes_held(True)) > one.bytes_held(True)
+    for batch_size in (1, 8):
+        writing = trials.Writing(one, batch_size)
+        assert trials.is_right(trials.check_decoding(one, writing.decoder, batch_size))
+        assert isinstance(writing.decoder, decoding.CapturedDecoder)

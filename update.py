@@ -1,0 +1,185 @@
+"""One update of the weights: the step that train.py makes some thousand times and bench.py times.
+
+    updater = Updater(model, config, machine)
+    sums = Sums()
+    model.set_step(step)
+    made = updater.update(step, x, y, sums)     # nothing in here waits for the device
+
+Forward and backward over the micro-batches, clipping, AdamW, balancing; and what belongs to a step: the learning rate,
+the guard against numbers that are not finite, compilation, and undoing what a trial step did.
+"""
+
+import contextlib
+import math
+import time
+from typing import NamedTuple
+
+import torch
+
+import checkpoint
+import machine as machines
+import moe
+
+
+class Update(NamedTuple):
+    """What one update was made with."""
+
+    learning_rate: float
+    gradient_norm: torch.Tensor  # () before clipping, on the device
+
+
+class Compiled(NamedTuple):
+    model: torch.nn.Module  # the compiled form, or the model itself where that failed
+    seconds: float
+    failure: str | None  # why it is not compiled, in one line
+
+
+class Sums:
+    """What training watches, summed over forward passes: on the device, in the same tensors all along, to be read now
+    and then."""
+
+    def __init__(self):
+        self.steps = 0  # updates
+        self.terms: dict[str, torch.Tensor] = {}  # loss, objective, aux_NAME (raw): 0-d float32, nats; sums over steps
+        self.stats: list[moe.RoutingStats] = []  # a layer each
+
+    def add(self, out, share):
+        """out: a forward pass's Output; share: its part of one update."""
+        terms = {
+            "loss": out.loss,
+            "objective": out.objective,
+            **{f"aux_{name}": term.raw for name, term in out.aux.items()},
+        }
+        terms = {name: value.detach().float() * share for name, value in terms.items()}
+        if not self.terms:
+            self.terms = terms
+            self.stats = [moe.RoutingStats(*(value.clone() for value in layer)) for layer in out.stats]
+            return
+        # One call for all of them: tensors of a few numbers each cost what their launches cost.
+        torch._foreach_add_(
+            [*self.terms.values(), *(value for layer in self.stats for value in layer)],
+            [*(terms[name] for name in self.terms), *(value for layer in out.stats for value in layer)],
+        )
+
+
+class Updater:
+    """Makes the updates of `model` (a GPT) as `config` says; `run_model` is what runs: the model, or its compiled
+    form."""
+
+    def __init__(self, model, config, machine):
+        self.model, self.run_model, self.config, self.machine = model, model, config, machine
+        self.optimizer = make_optimizer(model, config)
+        self.guard = FiniteGuard(self.optimizer, machine.device)
+
+    def update(self, step, x, y, sums) -> Update:
+        """Update number `step`, counted from 0, from all its rows x, y (batch_size · gradient_accumulation_steps, T);
+        what is seen on the way is added to `sums` (a Sums). model.set_step(step) comes before it."""
+        config, model = self.config, self.model
+        rate = learning_rate(step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if not model.training:
+            self.run_model.train()
+        objective, stats = 0.0, None
+        for x_part, y_part in zip(x.split(config.batch_size), y.split(config.batch_size)):
+            with self.machine.autocast():
+                out = self.run_model(x_part, y_part)
+            part = out.objective / config.gradient_accumulation_steps
+            part.backward()
+            objective = objective + part.detach()
+            sums.add(out, 1 / config.gradient_accumulation_steps)
+            stats = moe.add_stats(stats, out.stats)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        self.guard.check(step, objective, gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        model.balance(stats)
+        sums.steps += 1
+        return Update(rate, gradient_norm)
+
+
+def learning_rate(step, config):
+    """Of update number `step`, counted from 0: linear warm-up, cosine to min_lr at lr_decay_iters, min_lr from there;
+    constant without decay_lr, as in nanoGPT."""
+    if not config.decay_lr:
+        return config.learning_rate
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    end = config.lr_decay_iters or config.max_iters
+    progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+def make_optimizer(model, config, fused=True):
+    """AdamW, with decay on matrices and embeddings only; expert biases are stacked to matrices, but stay biases."""
+    named = list(model.named_parameters())
+    decayed = [p for name, p in named if p.dim() >= 2 and not name.rpartition(".")[2].startswith("bias")]
+    taken = {id(p) for p in decayed}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+
+
+class FiniteGuard:
+    """Refuses, on the device and without waiting for it, every update from the first whose loss or gradient is not
+    finite.
+
+    Fused optimisers skip their update where `found_inf` is 1; it is how torch.amp.GradScaler talks to them.
+    """
+
+    def __init__(self, optimizer, device):
+        self.optimizer = optimizer
+        self.bad_step = torch.full((), -1.0, device=device)
+
+    def check(self, step, loss, gradient_norm):
+        bad = ~(torch.isfinite(loss) & torch.isfinite(gradient_norm))
+        self.bad_step = torch.where((self.bad_step < 0) & bad, float(step), self.bad_step)
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()
+
+    def first_bad_step(self):
+        """The step that was refused, or None. Waits for the device."""
+        step = int(self.bad_step.item())
+        return step if step >= 0 else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trial steps
+
+
+def compile_model(model, x, y, machine) -> Compiled:
+    """The compiled form of the model after one step and one evaluation on x, y (B, T), both undone."""
+    started = time.perf_counter()
+    compiled, failure = machines.compiled(model), None
+    with undone(model):
+        try:
+            with machine.autocast():
+                compiled.train()(x, y).objective.backward()
+                with torch.no_grad():
+                    compiled.eval()(x, y)
+        except torch.OutOfMemoryError:
+            raise  # would not fit without compiling either
+        except Exception as error:  # whatever a compiler raises, training can go on without it
+            compiled, failure = model, f"{type(error).__name__}: {checkpoint.first_line(error)}"
+    machine.synchronize()
+    return Compiled(compiled, time.perf_counter() - started, failure)
+
+
+@contextlib.contextmanager
+def undone(model):
+    """What is computed inside leaves no gradient behind and no mark on the random streams."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        set_random_state(state)
+
+
+def random_state():
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
