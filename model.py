@@ -207,7 +207,7 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORED)
         n_symbols = self.token_embedding.num_embeddings
         weight_N = (targets.reshape(-1) != IGNORED).to(loss.dtype)
-        stats = [moe.routing_stats(routing, idx, self.config, n_symbols, weight_N) for routing in routings]
+        stats = moe.stats_of_layers(routings, idx, self.config, n_symbols, weight_N)
         return Output(logits, loss, moe.aux_losses(routings, self.config, self.aux_loss_coef), stats, routings)
 
     def set_step(self, step):

@@ -284,7 +284,7 @@ def main_expert(routing):
 
 def gates_per_expert(routing):
     """(N, E): each token's gate for every expert, 0 for those that it does not use."""
-    return torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.gates)
+    return torch.zeros_like(routing.logits).scatter(-1, routing.experts, routing.gates)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -610,27 +610,28 @@ INITS: dict[str, Callable] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Auxiliary losses: routing -> 0-d float32, before the coefficient, for one layer
+# Auxiliary losses: routing -> float32 before the coefficient, 0-d for one layer, (L,) for the Routing of L layers
 
 
 def switch_loss(routing):
     """E · Σ_i f_i P_i (Fedus et al. 2022, eq. 4): f the share of the choices that went to expert i (before capacity), P
     its mean probability. 1 under uniform routing, at most E."""
     n_expert = routing.probs.size(-1)
-    load_E = choices_per_expert(routing).mean(dim=0)
-    return n_expert * (load_E / load_E.sum() * routing.probs.mean(dim=0)).sum()
+    load_E = choices_per_expert(routing).mean(dim=-2)
+    share_E = load_E / load_E.sum(dim=-1, keepdim=True)
+    return n_expert * (share_E * routing.probs.mean(dim=-2)).sum(dim=-1)
 
 
 def cv2_loss(routing):
     """Var / mean² over experts of their importance, the sum of their gates (Shazeer et al. 2017, eq. 7). Their second
     term, of the load, has a gradient only through noise in the gates, which nothing here adds: it is a statistic."""
-    importance_E = gates_per_expert(routing).sum(dim=0)
-    return importance_E.var(correction=0) / importance_E.mean().square().clamp_min(1e-10)
+    importance_E = gates_per_expert(routing).sum(dim=-2)
+    return importance_E.var(dim=-1, correction=0) / importance_E.mean(dim=-1).square().clamp_min(1e-10)
 
 
 def z_loss(routing):
     """mean over tokens of logsumexp(logits)² (Zoph et al. 2022, eq. 5): keeps router logits small."""
-    return torch.logsumexp(routing.logits.t(), dim=0).square().mean()
+    return torch.logsumexp(routing.logits.movedim(-1, 0), dim=0).square().mean(dim=-1)
 
 
 AUX_LOSSES: dict[str, Callable | None] = {
@@ -649,9 +650,9 @@ def aux_losses(routings, config, coefficient):
     losses = {"z": (z_loss, config.z_loss_coef)}
     if AUX_LOSSES[config.aux_loss] is not None:
         losses[config.aux_loss] = (AUX_LOSSES[config.aux_loss], coefficient if config.balances else 0)
-    combined = {}
+    combined, groups = {}, stacked(routings)
     for name, (function, weight) in losses.items():
-        per_layer = torch.stack([function(routing) for routing in routings])
+        per_layer = torch.cat([function(layers) for _, layers in groups])
         raw = per_layer.sum() if config.aux_loss_reduction == "sum" else per_layer.mean()
         is_weighted = isinstance(weight, torch.Tensor) or weight > 0
         combined[name] = AuxLoss(raw, weight * raw if is_weighted else torch.zeros_like(raw))
@@ -664,30 +665,55 @@ def aux_losses(routings, config, coefficient):
 
 def choices_per_expert(routing):
     """(N, E): 1 where a token chose an expert, before capacity; else 0."""
-    return torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.chosen.to(routing.logits.dtype))
+    return torch.zeros_like(routing.logits).scatter(-1, routing.experts, routing.chosen.to(routing.logits.dtype))
+
+
+def stacked(routings):
+    """[(numbers of L layers, their Routing with a first dimension L)]: layers of one shape together, for many small
+    operations cost more than what they compute."""
+    by_shape = {}
+    for number, routing in enumerate(routings):
+        by_shape.setdefault((routing.logits.shape, routing.experts.shape, routing.room), []).append(number)
+    groups = []
+    for (*_, room), numbers in by_shape.items():
+        *fields, _ = zip(*(routings[number] for number in numbers))
+        groups.append((numbers, Routing(*(torch.stack(field) for field in fields), room)))
+    return groups
+
+
+@torch.no_grad()
+def stats_of_layers(routings, *arguments):
+    """`routing_stats` of each layer."""
+    stats = [None] * len(routings)
+    for numbers, layers in stacked(routings):
+        for number, fields in zip(numbers, zip(*routing_stats(layers, *arguments))):
+            stats[number] = RoutingStats(*fields)
+    return stats
 
 
 @torch.no_grad()
 def routing_stats(routing, ids_BT, config, n_symbols, weight_N=None):
-    """One layer's RoutingStats, without a synchronisation. weight_N: 1 for a token that is counted (default: all), else
-    0."""
-    weight_N = torch.ones_like(routing.logits[:, 0]) if weight_N is None else weight_N
-    zero = weight_N.new_zeros(())
-    dropped, unserved, by_position, by_symbol = zero, zero, zero.new_empty(2, 0), zero.new_empty(2, 0)
+    """RoutingStats of one layer, or of all in a stacked Routing, without a synchronisation. weight_N: 1 for a token
+    that is counted (default: all), else 0."""
+    weight_N = torch.ones_like(routing.logits[..., 0]) if weight_N is None else weight_N
+    layers = routing.logits.shape[:-2]
+    dropped = unserved = weight_N.new_zeros(layers)
+    by_position = by_symbol = weight_N.new_empty(*layers, 2, 0)
     if config.capacity_factor:
-        made_N = routing.chosen.sum(dim=1) * weight_N
-        dropped_N = (routing.chosen & ~routing.kept).sum(dim=1) * weight_N
-        dropped, unserved = dropped_N.sum(), (~routing.kept.any(dim=1) * weight_N).sum()
-        counts_2N = torch.stack((dropped_N, made_N))
-        by_position = F.pad(counts_2N.view(2, *ids_BT.shape).sum(dim=1), (0, config.block_size - ids_BT.size(1)))
-        by_symbol = weight_N.new_zeros(2, n_symbols).index_add(1, ids_BT.reshape(-1), counts_2N)
+        made_N = routing.chosen.sum(dim=-1) * weight_N
+        dropped_N = (routing.chosen & ~routing.kept).sum(dim=-1) * weight_N
+        dropped, unserved = dropped_N.sum(dim=-1), (~routing.kept.any(dim=-1) * weight_N).sum(dim=-1)
+        counts_2N = torch.stack((dropped_N, made_N), dim=-2)
+        by_position = counts_2N.unflatten(-1, ids_BT.shape).sum(dim=-2)
+        by_position = F.pad(by_position, (0, config.block_size - ids_BT.size(1)))
+        by_symbol = weight_N.new_zeros(*layers, 2, n_symbols).index_add(-1, ids_BT.reshape(-1), counts_2N)
     return RoutingStats(
-        load=(weight_N[:, None] * choices_per_expert(routing)).sum(dim=0),
-        importance=(weight_N[:, None] * gates_per_expert(routing)).sum(dim=0),
+        load=(weight_N[..., None] * choices_per_expert(routing)).sum(dim=-2),
+        importance=(weight_N[..., None] * gates_per_expert(routing)).sum(dim=-2),
         dropped=dropped,
         unserved=unserved,
-        tokens=weight_N.sum(),
-        entropy=(weight_N * torch.special.entr(routing.probs).sum(dim=-1)).sum(),
+        tokens=weight_N.sum(dim=-1).expand(layers),
+        entropy=(weight_N * torch.special.entr(routing.probs).sum(dim=-1)).sum(dim=-1),
         dropped_by_position=by_position,
         dropped_by_symbol=by_symbol,
     )

@@ -89,7 +89,7 @@ class Updater:
             objective = objective + part.detach()
             sums.add(out, 1 / config.gradient_accumulation_steps)
             stats = moe.add_stats(stats, out.stats)
-        gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        gradient_norm = clip_gradients(list(model.parameters()), config.grad_clip or math.inf)
         self.guard.check(step, objective, gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -108,6 +108,15 @@ def learning_rate(step, config):
     end = config.lr_decay_iters or config.max_iters
     progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+def clip_gradients(parameters, max_norm):
+    """torch.nn.utils.clip_grad_norm_, but a CPU, which may look at the norm, leaves gradients alone that are short
+    enough: to multiply them by 1 took 4% of a step with 4 experts. -> the norm before, ()"""
+    gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not gradient_norm.is_cpu or not gradient_norm <= max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, gradient_norm)
+    return gradient_norm
 
 
 def make_optimizer(model, config, fused=True):
