@@ -20,6 +20,7 @@ import functools
 import os
 import re
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +135,10 @@ def notes(machine):
             name = "sm{}{}".format(*capability)
             yield f"This GPU is {name}: below sm90 there is no fast grouped product, and experts train by another way."
         if not kernels.AVAILABLE:
-            yield "Triton is not installed: nothing is compiled, and decoding takes the path without it (named below)."
+            yield "Triton is not installed: nothing is compiled, and experts are not decoded by kernels (see the end)."
     if device.type == "mps":
-        yield "On MPS nothing is compiled, decoding has no path of its own, and peak memory is not measured."
+        compiled = "" if machine.compile else "nothing is compiled, "
+        yield f"On MPS {compiled}decoding has no path of its own, and peak memory is not measured."
 
 
 def bytes_needed(configs, symbols, machine, tasks):
@@ -325,19 +327,14 @@ def table(rows):
     )
     for row in rows:
         seconds, ratio, total = row["seconds"], row["ratio"], row["tokens_per_second"]
-        median, *ends = (significant(scale * seconds[key]) for key in ("median", "p10", "p90"))
+        median, *ends = (speed.significant(scale * seconds[key]) for key in ("median", "p10", "p90"))
         speeds, reached = (total / row["batch_size"], total), row["floor"]["seconds"] / seconds["median"]
         ratio, *ratio_ends = (f"{ratio[key]:.2f}" for key in ("median", "p10", "p90")) if ratio else ("1", "")
         yield (
             f"  {MODELS[row['model']][0]:<34}{median:>8} {'–'.join(ends):>15}  {ratio:>7} {'–'.join(ratio_ends):>11}"
-            f"  {significant(speeds[0]):>9} {significant(speeds[1]):>9}  {reached:>8.1%}"
+            f"  {speed.significant(speeds[0]):>9} {speed.significant(speeds[1]):>9}  {reached:>8.1%}"
             f"  {seconds['n']:>3}" + (f" {gb(row['peak_memory_bytes']):>7}" if memory else "")
         )
-
-
-def significant(value):
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def legend(record):
@@ -382,7 +379,7 @@ def profiled(subject, task, unit, folder):
     spent = {row: getattr(row, own) / 1000 / unit.repeats for row in profiler.key_averages()}  # ms
     total = sum(spent.values()) or 1
     where = "kernels" if on_device else "operations"
-    yield f"{subject.title}, {task}: {significant(total)} ms in {where}; trace: {path}"
+    yield f"{subject.title}, {task}: {speed.significant(total)} ms in {where}; trace: {path}"
     for row in sorted(spent, key=spent.get, reverse=True)[:10]:
         calls = f"{row.count / unit.repeats:,.0f}"
         yield f"  {spent[row] / total:>6.1%} {spent[row]:>9.3f} ms {calls:>6} ×  {row.key[:70]}"
@@ -424,6 +421,7 @@ def main(argv):
     if config.json:  # before minutes are spent on what could not be written
         with checkpoint.writing(config.json):
             Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=Path(config.json).parent).close()
 
     neighbours = machines.Neighbours(machine)
     configs = {name: config_of(name, size, machine, config.seed) for name in names}

@@ -32,18 +32,44 @@ PACKED_FOR = 256  # rows: the layout that oneDNN makes for so many was the faste
 def fastest(model, batch_size, machine, temperature=1.0, top_k=None) -> Decoder:
     """The fastest Decoder of `model` (a GPT) for this many sequences on this machine. It has a copy of the weights as
     they are now."""
-    if machine.device.type == "cuda" and not needs_history(model):
-        return CapturedDecoder(model, batch_size, machine, temperature, top_k)
+    how = batch_size, machine, temperature, top_k
     if machine.device.type == "cpu" and can_pack(machine.dtype):
-        return PackedDecoder(model, batch_size, machine, temperature, top_k)
-    return AutocastDecoder(model, batch_size, machine, temperature, top_k)
+        return PackedDecoder(model, *how)
+    reason = None
+    if machine.device.type == "cuda":
+        reason = obstacle(model)
+        if not reason:
+            try:
+                return CapturedDecoder(model, *how)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a compiler or a driver raises, writing can go on without it
+                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return AutocastDecoder(copy.deepcopy(model).eval(), *how, reason)
+
+
+def obstacle(model):
+    """Why a step of this model cannot be one CUDA graph, or None."""
+    if looks_back(model):
+        return "its routers look back, so that shapes change"
+    if model.moe_layers() and not kernels.AVAILABLE:
+        return "Triton is not installed"
+    return None
+
+
+def looks_back(model):
+    """Whether some router goes by more than the token at hand."""
+    layers = model.moe_layers()
+    return any(layer.router.needs_history or LEVELS[layer.config.router_level].needs_history for layer in layers)
 
 
 class AutocastDecoder(Decoder):
-    """In the machine's precision."""
+    """In the machine's precision. reason: why nothing faster was taken."""
 
-    def __init__(self, model, batch_size, machine, temperature=1.0, top_k=None):
+    def __init__(self, model, batch_size, machine, temperature=1.0, top_k=None, reason=None):
         self.machine = machine
+        if reason:
+            self.how = f"{self.how} (not captured: {reason})"
         with machine.autocast():
             super().__init__(model, batch_size, temperature, top_k)
 
@@ -57,8 +83,8 @@ class AutocastDecoder(Decoder):
 
 
 class PackedDecoder(AutocastDecoder):
-    """Of a float32 model on a CPU: every weight matrix in the layout that oneDNN reads fastest, and of the experts only
-    those that a token chose."""
+    """Of a float32 model on a CPU: the weights of every linear map and expert in the layout that oneDNN reads fastest,
+    and of the experts only those that a token chose."""
 
     how = "eager, cached, packed weights"
 
@@ -135,19 +161,15 @@ class PackedExperts:
 # CUDA
 
 
-def needs_history(model):
-    """Whether some router looks back at more than the token: then its step has not always the same shapes."""
-    layers = model.moe_layers()
-    return any(layer.router.needs_history or LEVELS[layer.config.router_level].needs_history for layer in layers)
-
-
 class CapturedDecoder(AutocastDecoder):
     """On CUDA: weights cast once, the experts of few tokens by `kernels.py`, and a step of one token a sequence is the
-    replay of a CUDA graph. machine.compile: torch.compile first, which fuses what lies between the matrix products."""
+    replay of a CUDA graph. machine.compile: torch.compile first, which fuses what lies between the matrix products.
+
+    What a step says of its routing holds until the next step."""
 
     def __init__(self, model, batch_size, machine, temperature=1.0, top_k=None):
         super().__init__(cast(model, machine.dtype), batch_size, machine, temperature, top_k)
-        if machine.compile:
+        if machine.compile and kernels.AVAILABLE:
             self.step = machines.compiled(self.step)
         self.position = torch.zeros(1, dtype=torch.int64, device=machine.device)
         self.ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=machine.device)
@@ -158,8 +180,9 @@ class CapturedDecoder(AutocastDecoder):
 
     @property
     def how(self):
-        experts = "" if not self.model.moe_layers() else ", experts in Triton" if kernels.AVAILABLE else ", no Triton"
-        return f"{'compiled, ' if self.machine.compile else ''}CUDA graph{experts}"
+        in_triton = any(layer.experts.w_out is not None for layer in self.model.moe_layers())
+        compiled = "compiled, " if self.machine.compile and kernels.AVAILABLE else ""
+        return f"{compiled}CUDA graph{', experts in Triton' if in_triton else ''}"
 
     def step(self):
         """Read self.ids, draw by self.uniform. -> (logits (B, V), tokens (B,), routing); moves self.position."""
@@ -172,15 +195,18 @@ class CapturedDecoder(AutocastDecoder):
 
     def capture(self):
         """-> (what step returns, in memory that stays; a function that runs the step again)"""
-        stream = torch.cuda.Stream(self.machine.device)
-        stream.wait_stream(torch.cuda.current_stream(self.machine.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compiled and set up is at the first calls, which may not happen within a graph
-                self.step()
-        torch.cuda.current_stream(self.machine.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            made = self.step()
+        with torch.cuda.device(self.machine.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # the first calls compile and set up, which may not happen within a graph
+                    self.position.zero_()
+                    self.step()
+                self.position.zero_()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                made = self.step()
         return made, graph.replay
 
     def clear(self):
@@ -213,22 +239,21 @@ class CapturedDecoder(AutocastDecoder):
 
 def cast(model, dtype):
     """A copy of the model for CUDA: matrices in `dtype`, which are else cast at every use; experts by `kernels.py`."""
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).eval().requires_grad_(False)  # else autocast keeps casts that a graph must make anew
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.to(dtype)
     for layer in model.moe_layers():
-        if layer.experts.w_out is not None:
-            layer.experts.to(dtype)
-            layer.dispatch = by_kernels
+        layer.experts.to(dtype)
+        layer.dispatch = by_kernels
         if is_plain(layer):
             layer.route = KernelRoute(layer)
     return model
 
 
 def by_kernels(x_ND, routing, experts):
-    """A backend (see `moe.py`) for few tokens; many are left to those that training has."""
-    if x_ND.size(0) > FEW_TOKENS:
+    """A backend (see `moe.py`) for few tokens; many, and linear_sum, are left to those that training has."""
+    if x_ND.size(0) > FEW_TOKENS or experts.w_out is None:
         name = moe.choose_backend(experts, routing.experts.size(1), x_ND.device, experts.w_in.dtype)
         return moe.BACKENDS[name](x_ND, routing, experts)
     x_ND = x_ND.to(experts.w_in.dtype)
@@ -265,7 +290,7 @@ def is_plain(layer):
 
 
 class PlainRoute:
-    """`MoE.route` of a plain layer, in as few operations as it takes."""
+    """`MoE.route` of a plain layer, in as few operations as it takes; its logits are those after the temperature."""
 
     def __init__(self, layer):
         self.weight = layer.router.weight.detach() / layer.temperature

@@ -40,6 +40,8 @@ class Machine(NamedTuple):
 def choose(device="auto", dtype="auto", compile="auto") -> Machine:
     """Resolve the keys device, dtype and compile. Raises ConfigError where what was asked for is not there."""
     device, why_device = _device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # for what asks for the current one: graphs, streams, waiting
     dtype, why_dtype = _dtype(dtype, device)
     compiled = device.type == "cuda" if compile == "auto" else compile
     why_compiled = "asked for" if compile != "auto" else "pays on CUDA" if compiled else "auto compiles on CUDA only"

@@ -285,13 +285,18 @@ class GPT(nn.Module):
     def prefill_bytes(self, batch_size, length, element_size):
         """The least that reading `length` tokens of each sequence moves: the weights, and what is cached."""
         tokens = batch_size * length
-        return (self.parameters_for(tokens) + tokens * self.cached_per_token()) * element_size
+        return (self.weights_read(tokens, length) + tokens * self.cached_per_token()) * element_size
 
     def decoding_bytes(self, batch_size, context, element_size):
         """The least that one more token of each sequence moves: the weights of its experts, and the cache of `context`
         tokens."""
         cached = batch_size * context * self.cached_per_token()
-        return (self.parameters_for(batch_size) + cached) * element_size
+        return (self.weights_read(batch_size, 1) + cached) * element_size
+
+    def weights_read(self, n_tokens, n_positions):
+        """Numbers, to read n_tokens at n_positions."""
+        unread = (self.config.block_size - n_positions) * self.config.n_embd
+        return self.parameters_for(n_tokens) - unread
 
     def cached_per_token(self):
         """Numbers: a key and a value per block."""

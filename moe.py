@@ -248,8 +248,8 @@ BACKENDS: dict[str, Callable] = {
 
 
 def choose_backend(experts, k, device, dtype, has_capacity=False, is_compiled=False):
-    """What `moe_backend=auto` means: the name of the fastest backend that runs here. k: experts per token; device,
-    dtype: of matrix products.
+    """What `moe_backend=auto` means: the name of the fastest backend that runs here, as measured on a CPU and as known
+    of CUDA (where this rule is not measured yet). k: experts per token; device, dtype: of matrix products.
 
     `masked` computes all E·H hidden units, so it wins on a GPU while they are not much more than a dense MLP's 4·D.
     Otherwise `sliced` on a CPU that need not know sizes in advance; `padded` where capacity bounds them; and `sorted`

@@ -74,7 +74,8 @@ class Subject:
 
     def batch(self, step):
         config = self.config
-        return self.dataset.batch("train", config.seed, step, config.batch_size, config.block_size)
+        rows = config.batch_size * config.gradient_accumulation_steps
+        return self.dataset.batch("train", config.seed, step, rows, config.block_size)
 
     def train(self):
         """One update on a real batch."""

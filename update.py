@@ -119,14 +119,14 @@ def clip_gradients(parameters, max_norm):
     return gradient_norm
 
 
-def make_optimizer(model, config, fused=True):
+def make_optimizer(model, config):
     """AdamW, with decay on matrices and embeddings only; expert biases are stacked to matrices, but stay biases."""
     named = list(model.named_parameters())
     decayed = [p for name, p in named if p.dim() >= 2 and not name.rpartition(".")[2].startswith("bias")]
     taken = {id(p) for p in decayed}
     rest = [p for _, p in named if id(p) not in taken]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 class FiniteGuard:

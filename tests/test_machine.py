@@ -280,7 +280,7 @@ import machine
 if {keep}:
     assert machine.keep_freed_memory()
 def step():
-    return [torch.ones(500_000) for _ in range(8)]
+    return [torch.ones(6_000_000) for _ in range(8)]
 step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
@@ -291,7 +291,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_that_is_kept_is_not_asked_for_again():
-    """16 MB a step are 3,906 pages of 4 kB."""
+    """192 MB a step are 46,875 pages of 4 kB."""
     faults = {}
     for keep in (False, True):
         program = FAULTS.format(root=str(machine.ROOT), keep=keep)

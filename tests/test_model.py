@@ -274,8 +274,8 @@ def test_the_bytes_of_a_step_by_hand():
     model = gpt()
     total = model.count_parameters()["total"]
     assert model.training_bytes(2) == total * (2 + 2 + 4 + 4 + 12 + 12)
-    assert model.decoding_bytes(3, 10, 4) == 4 * (total + 3 * 10 * 64)
-    assert model.prefill_bytes(3, 10, 2) == 2 * (total + 3 * 10 * 64)
+    assert model.decoding_bytes(3, 10, 4) == 4 * (total - 15 * 16 + 3 * 10 * 64), "one position's vector of 16"
+    assert model.prefill_bytes(3, 10, 2) == 2 * (total - 6 * 16 + 3 * 10 * 64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,6 +405,23 @@ def test_a_shipped_config_traces_as_one_graph(path):
     out = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens(2, 64), tokens(2, 64))
     out.objective.backward()
     assert torch.isfinite(out.loss)
+
+
+@pytest.mark.parametrize("backend", ["masked", "sorted", "padded"])
+@pytest.mark.parametrize("keys", [dict(expert_top_k=1), dict(expert_top_k=2, capacity_factor=1.0)])
+def test_what_auto_chooses_on_cuda_traces_as_one_graph(backend, keys):
+    torch._dynamo.reset()
+    model = GPT(tiny(n_expert=4, moe_backend=backend, **keys), VOCABULARY)
+    x, y = tokens(2, 16), tokens(2, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = torch.compile(model, backend="aot_eager", fullgraph=True)(x, y)
+        out.objective.backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x, y).objective.backward()
+    for ours, parameter in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=0.05, atol=0.05 * parameter.grad.abs().max().item())
 
 
 @pytest.mark.cuda
