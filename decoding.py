@@ -26,7 +26,7 @@ from routing import GATES, LEVELS, Routing, best
 
 PACK = "_reorder_linear_weight"  # of torch.ops.mkldnn: how torch.compile, too, lays out weights for oneDNN
 FEW_TOKENS = 64  # for which kernels.py is made
-PACKED_FOR = 256  # rows: the layout that oneDNN makes for so many was the fastest one at batch 1, 8 and 32 as well
+PACKED_FOR = 256  # rows: at batch 1, 8 and 32 the layouts for 8 to 256 rows were alike, that for 1 the slowest
 
 
 def fastest(model, batch_size, machine, temperature=1.0, top_k=None) -> Decoder:

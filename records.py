@@ -562,6 +562,16 @@ def refuse_twins(pairs):
     return dict(pairs)
 
 
+def read_each(paths, parent, read, left_out) -> Iterator[tuple[Path, Path, dict]]:
+    """(path, its name from `parent`, record) of each file that `read` takes; why it refuses one goes to left_out."""
+    for path in paths:
+        name = path.relative_to(parent)
+        try:
+            yield path, name, read(path, name)
+        except RecordError as error:
+            left_out.append(str(error))
+
+
 def read_all(folder, skip=()) -> tuple[list[tuple[Path, dict]], list[str]]:
     """(path, record) of the records in folder/*/*.json, sorted by path; and what is left out of them, a line each, with
     paths from the folder's parent. skip: how the names of files begin that are no records (a string, or a tuple).
@@ -573,15 +583,8 @@ def read_all(folder, skip=()) -> tuple[list[tuple[Path, dict]], list[str]]:
     """
     folder = Path(folder)
     cells, left_out = {}, []
-    for path in sorted(folder.glob("*/*.json")):
-        if path.name.startswith(skip) or path.parent.name == BENCH:
-            continue
-        name = path.relative_to(folder.parent)
-        try:
-            record = read(path, name)
-        except RecordError as error:
-            left_out.append(str(error))
-            continue
+    paths = [path for path in folder.glob("*/*.json") if path.parent.name != BENCH and not path.name.startswith(skip)]
+    for path, name, record in read_each(sorted(paths), folder.parent, read, left_out):
         ending = f"-s{Config.from_dict(record['config']).seed}.json"
         if path.name.endswith(ending):
             cell = record["run_id"], machine_of(record), is_clean(record)

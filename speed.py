@@ -18,7 +18,7 @@ from pathlib import Path
 import records
 from configurator import EXPERIMENT, nearest, options_of, shown
 from experiments import SCALES, TABLES, Row
-from records import COMMIT, COUNT, FLAG, LINE, NAME, NUMBER, OBJECT, TEXT, RecordError, machine_of
+from records import COMMIT, COUNT, FLAG, LINE, NAME, NUMBER, OBJECT, TEXT, machine_of
 from settings import Config
 
 FORMAT = "charmoe bench 1"
@@ -342,13 +342,8 @@ def read_all(folder) -> tuple[list[tuple[Path, dict]], list[str]]:
     with paths from the folder's parent. Left out are files that `read` refuses, quick benches, and copies."""
     folder = Path(folder)
     pairs, left_out = [], []
-    for path in sorted((folder / records.BENCH).glob("*.json")):
-        name = path.relative_to(folder.parent)
-        try:
-            record = read(path, name)
-        except RecordError as error:
-            left_out.append(str(error))
-            continue
+    paths = sorted((folder / records.BENCH).glob("*.json"))
+    for path, name, record in records.read_each(paths, folder.parent, read, left_out):
         twins = [other for other, found in pairs if found == record]
         if record["quick"]:
             left_out.append(f"{name}: a quick bench, which is too short to be evidence; make it without --quick")

@@ -111,8 +111,8 @@ def learning_rate(step, config):
 
 
 def clip_gradients(parameters, max_norm):
-    """torch.nn.utils.clip_grad_norm_, but a CPU, which may look at the norm, leaves gradients alone that are short
-    enough: to multiply them by 1 took 4% of a step with 4 experts. -> the norm before, ()"""
+    """torch.nn.utils.clip_grad_norm_, but a CPU, which may look at the norm, does not multiply gradients that are short
+    enough by 1. -> the norm before, ()"""
     gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not gradient_norm.is_cpu or not gradient_norm <= max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, gradient_norm)
