@@ -44,7 +44,7 @@ PRETENDER = """
         file.write(json.dumps([folder.name, os.getpid(), sys.argv[1:]]) + "\\n")
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    print("trained a little")
+    print("trained a little", flush=True)
     if "exit" in orders:
         print("the reason")
         sys.exit(orders["exit"])
