@@ -42,6 +42,13 @@ def seeded():
     torch.manual_seed(0)
 
 
+def thorough(short, soak):
+    """Decorates a test of `n` cases, mutations or kills: `short` of them each time, `soak` of them with pytest -m soak,
+    which has no time limit."""
+    long = pytest.param(soak, marks=pytest.mark.soak, id="soak")
+    return pytest.mark.parametrize("n", [pytest.param(short, id="short"), long])
+
+
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
