@@ -31,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import checkpoint
 import configurator
+import console
 import kernels
 import machine as machines
 import speed
@@ -457,19 +458,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except configurator.Message as message:
-        print(message)
-    except (ConfigError, DataError, CheckpointError, RecordError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        said = checkpoint.first_line(error)
-        print(f"bench.py: out of memory ({said}); --size=cpu, or fewer --models, takes less", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"bench.py: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    mistakes = (ConfigError, DataError, CheckpointError, RecordError)
+    console.run(main, mistakes, "--size=cpu, or fewer --models, takes less")

@@ -1,21 +1,29 @@
 """Files that a run must not lose: written whole or not at all, and checked before they are believed.
 
-A checkpoint is what `torch.save` writes (a zip archive with a CRC per tensor), of tensors, numbers, strings, lists
-and dicts only; it is read with weights_only=True, so that reading a stranger's file runs none of its code.
+    save("out/run/ckpt.pt", state, previous="out/run/ckpt.previous.pt")
+    state = load("out/run/ckpt.pt")        # or CheckpointError: missing, cut short, damaged, foreign
+
+A checkpoint is the zip archive that `torch.save` writes, of tensors, numbers, strings, lists and dicts only, sealed
+with its SHA-256 in the archive's comment, where `torch.load` passes over it. The seal is looked at before anything in
+the file is, and what is sealed is read with weights_only=True: a stranger's file runs none of its code.
 """
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
-import zipfile
+import re
+import shutil
 from pathlib import Path
 
 import torch
 
-FORMAT = "charmoe checkpoint 3"
-RUN_FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json")  # of a run's folder
+FORMAT = "charmoe checkpoint 4"
+SEAL = re.compile(rb"(charmoe checkpoint [0-9]{1,9}) sha256 ([0-9a-f]{64})\Z")
+RUN_FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "ckpt.previous.pt", "best.pt", "summary.json")  # of a run
+DISK_FAULTS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 
 
 def first_line(error):
@@ -27,6 +35,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read or used: which, why, and the way out."""
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
 @contextlib.contextmanager
 def writing(path, size=None):
     """Writing to `path` (size: bytes) inside: a full or read-only disk becomes one CheckpointError that names it."""
@@ -34,27 +46,52 @@ def writing(path, size=None):
         yield
     except OSError as error:
         needed = f" ({size:,} bytes were needed)" if size else ""
-        reason = f"the disk is full{needed}" if error.errno == errno.ENOSPC else error.strerror
+        reason = DISK_FAULTS.get(error.errno, error.strerror) + (needed if error.errno in DISK_FAULTS else "")
         raise CheckpointError(f"{path} could not be written: {reason}; what was saved before is untouched") from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by content in one step: a reader, or a machine that loses power, finds the old file or the new
-    one."""
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Replace `path` by content in one step, once content lies on the disk as it should: a reader, or a machine that
+    loses power, finds the old file or the new one. previous: where the old file is kept."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with writing(path, len(content)):
+        if shutil.disk_usage(path.parent).free < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
             with open(partial, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            if not _holds(partial, content):
+                raise OSError(errno.EIO, "the disk gives back something else than what was written")
+            if previous and path.exists():
+                _keep(path, Path(previous))
             os.replace(partial, path)
             _sync_folder(path.parent)
         except OSError:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
+
+
+def _holds(path, content):
+    """Whether the file has this content: read from the disk, where the system can be asked to forget its copy."""
+    with open(path, "rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").digest() == hashlib.sha256(content).digest()
+
+
+def _keep(path, previous):
+    """Give the file at `path` the name `previous` as well: it is at no time without a name."""
+    link = previous.with_name(previous.name + ".partial")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, previous)
+    except OSError:  # no hard links on this file system
+        os.replace(path, previous)
 
 
 def _sync_folder(folder):
@@ -71,11 +108,13 @@ def write_json(path: Path, value) -> None:
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def save(path: Path, state: dict) -> None:
-    """state: nested dicts and lists of tensors, numbers, strings, None."""
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
-    write_atomically(path, buffer.getbuffer())
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save(path: Path, state: dict, previous: Path | None = None) -> None:
+    """state: nested dicts and lists of tensors, numbers, strings, None. previous: where what `path` held is kept."""
+    write_atomically(path, sealed(packed({"format": FORMAT, **state})), previous)
 
 
 def load(path: Path) -> dict:
@@ -84,25 +123,43 @@ def load(path: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(f"{path} is damaged ({damaged} fails its checksum)")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except zipfile.BadZipFile:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    seal = SEAL.search(content, len(content) - 128)
+    if not seal:
         raise CheckpointError(
-            f"{path} is not a whole checkpoint: it was cut short, or something else wrote it "
-            f"({path.stat().st_size:,} bytes)"
-        ) from None
-    except Exception as error:  # torch.load raises many kinds for files that are not its own
+            f"{path} is not a whole checkpoint: it was cut short, or something else wrote it ({len(content):,} bytes)"
+            if not content.startswith(b"PK") or b"PK\5\6" not in content[-22:]
+            else f"{path} has no checksum of this program: another one, or an older version, wrote it"
+        )
+    found = seal[1].decode()
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: its format is {found!r}, expected {FORMAT!r}")
+    if hashlib.sha256(memoryview(content)[: seal.start()]).hexdigest().encode() != seal[2]:
+        raise CheckpointError(f"{path} is damaged: its content does not have its checksum")
+    try:
+        return unpacked(content)
+    except Exception as error:  # torch.load raises many kinds for what it does not allow
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: {type(error).__name__}: {first_line(error)}"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this program: its format is {found!r}, expected {FORMAT!r}"
-        )
-    return state
+
+
+def packed(state) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def unpacked(content: bytes):
+    """What was packed, on the CPU; whatever the bytes are, nothing in them is run."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def sealed(archive: bytes) -> bytes:
+    """A zip archive without a comment -> with the format and its SHA-256 for one (its length stands in front of it, in
+    the archive's last two bytes)."""
+    length = len(FORMAT) + len(" sha256 ") + 64
+    body = archive[:-2] + length.to_bytes(2, "little")
+    return body + f"{FORMAT} sha256 {hashlib.sha256(body).hexdigest()}".encode()

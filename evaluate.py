@@ -15,6 +15,7 @@ import torch
 import moe
 from data.common import character_class
 from model import IGNORED, sample
+from ranks import ALONE
 
 # The random batches of an evaluation come from another stream than those of training with the same seed.
 EVALUATION_STREAM = 2**32
@@ -52,35 +53,45 @@ def drop_rate_by_class(stats: moe.RoutingStats, vocabulary) -> dict:
 
 
 @torch.no_grad()
-def clean(model, dataset, split, config, machine) -> Clean:
-    """model: a GPT or its compiled form; it is put in eval mode."""
+def clean(model, dataset, split, config, machine, ranks=ALONE) -> Clean:
+    """model: a GPT or its compiled form; it is put in eval mode. ranks: the processes that share the windows."""
     model.eval()
     losses, counts, stats = [], [], None
-    for x, y in dataset.windows(split, config.block_size, config.batch_size):
+    for i, (x, y) in enumerate(dataset.windows(split, config.block_size, config.batch_size)):
+        count = (y != IGNORED).sum()
+        counts.append(count)
+        losses.append(torch.zeros((), device=x.device))
+        if not ranks.takes(i) and i > 0:  # all read the first, which shows the shapes of the statistics
+            continue
         with machine.autocast():
             out = model(x, y)
-        count = (y != IGNORED).sum()
-        losses.append(out.loss.float() * count)
-        counts.append(count)
-        stats = moe.add_stats(stats, out.stats)
+        if ranks.takes(i):
+            losses[-1] = out.loss.float() * count
+            stats = moe.add_stats(stats, out.stats)
+        else:
+            stats = [moe.RoutingStats(*(torch.zeros_like(value) for value in layer)) for layer in out.stats]
+    total, *sums = ranks.total([torch.stack(losses), *(value for layer in stats for value in layer)])
+    width = len(moe.RoutingStats._fields)
+    stats = [moe.RoutingStats(*sums[i : i + width]) for i in range(0, len(sums), width)]
     tokens = int(torch.stack(counts).sum())
-    return Clean(torch.stack(losses).cpu().double().sum().item() / tokens, tokens, stats)
+    return Clean(total.cpu().double().sum().item() / tokens, tokens, stats)
 
 
 @torch.no_grad()
-def paper(model, dataset, split, config, machine, step) -> Paper:
-    """Mean over config.eval_iters random batches, which depend on the seed and the step alone."""
+def paper(model, dataset, split, config, machine, step, ranks=ALONE) -> Paper:
+    """Mean over config.eval_iters random batches, which depend on the seed and the step alone. ranks: the processes
+    that share them."""
     model.eval()
-    losses, objectives = [], []
-    for i in range(config.eval_iters):
+    losses, objectives = torch.zeros(2, config.eval_iters, device=machine.device)
+    for i in filter(ranks.takes, range(config.eval_iters)):
         x, y = dataset.batch(
             split, config.seed + EVALUATION_STREAM, step * config.eval_iters + i, config.batch_size, config.block_size
         )
         with machine.autocast():
             out = model(x, y)
-        losses.append(out.loss.float())
-        objectives.append(out.objective.float())
-    return Paper(torch.stack(losses).cpu().double().mean().item(), torch.stack(objectives).cpu().double().mean().item())
+        losses[i], objectives[i] = out.loss, out.objective
+    losses, objectives = ranks.total([losses, objectives])
+    return Paper(losses.cpu().double().mean().item(), objectives.cpu().double().mean().item())
 
 
 @torch.no_grad()

@@ -37,9 +37,14 @@ class Machine(NamedTuple):
             getattr(torch, self.device.type).synchronize()
 
 
-def choose(device="auto", dtype="auto", compile="auto") -> Machine:
-    """Resolve the keys device, dtype and compile. Raises ConfigError where what was asked for is not there."""
+def choose(device="auto", dtype="auto", compile="auto", number=None) -> Machine:
+    """Resolve the keys device, dtype and compile. Raises ConfigError where what was asked for is not there.
+
+    number: of this process among several on this machine, each of which takes a GPU of its own.
+    """
     device, why_device = _device(device)
+    if device.type == "cuda" and number is not None:
+        device, _ = _device(f"cuda:{number}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # for what asks for the current one: graphs, streams, waiting
     dtype, why_dtype = _dtype(dtype, device)

@@ -151,6 +151,7 @@ class GPT(nn.Module):
         super().__init__()
         counts = torch.ones(vocab_size, device="cpu") if symbol_counts is None else torch.as_tensor(symbol_counts)
         self.config = config
+        self.whole = moe.these_alone  # in training; ranks.py has another, for processes that share a batch
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -208,7 +209,8 @@ class GPT(nn.Module):
         n_symbols = self.token_embedding.num_embeddings
         weight_N = (targets.reshape(-1) != IGNORED).to(loss.dtype)
         stats = moe.stats_of_layers(routings, idx, self.config, n_symbols, weight_N)
-        return Output(logits, loss, moe.aux_losses(routings, self.config, self.aux_loss_coef), stats, routings)
+        whole = self.whole if self.training else moe.these_alone
+        return Output(logits, loss, moe.aux_losses(routings, self.config, self.aux_loss_coef, whole), stats, routings)
 
     def set_step(self, step):
         """Put everything that is scheduled, or drawn anew each step, where it belongs before update number `step`."""
@@ -216,11 +218,12 @@ class GPT(nn.Module):
             layer.set_step(step)
         moe.move(self.aux_loss_coef, self.config, "aux_loss_coef", step)
 
-    def balance(self, stats):
-        """After an update: auxiliary-loss-free balancing by the RoutingStats of its forward passes."""
+    def balance(self, loads):
+        """After an update: auxiliary-loss-free balancing by each MoE layer's load (E,) in it; without router_bias_rate
+        nothing is to be done."""
         if self.config.router_bias_rate:
-            for layer, layer_stats in zip(self.moe_layers(), stats, strict=True):
-                layer.balance(layer_stats.load)
+            for layer, load_E in zip(self.moe_layers(), loads, strict=True):
+                layer.balance(load_E)
 
     def moe_layers(self):
         return [block.mlp for block in self.blocks if isinstance(block.mlp, moe.MoE)]

@@ -610,26 +610,31 @@ INITS: dict[str, Callable] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Auxiliary losses: routing -> float32 before the coefficient, 0-d for one layer, (L,) for the Routing of L layers
+# Auxiliary losses: routing -> float32 before the coefficient, 0-d for one layer, (L,) for the Routing of L layers.
+# whole(value): of a mean over these tokens, that over the whole batch, where processes share one (see ranks.py).
 
 
-def switch_loss(routing):
+def these_alone(value):
+    return value
+
+
+def switch_loss(routing, whole=these_alone):
     """E · Σ_i f_i P_i (Fedus et al. 2022, eq. 4): f the share of the choices that went to expert i (before capacity), P
     its mean probability. 1 under uniform routing, at most E."""
     n_expert = routing.probs.size(-1)
-    load_E = choices_per_expert(routing).mean(dim=-2)
+    load_E = whole(choices_per_expert(routing).mean(dim=-2))
     share_E = load_E / load_E.sum(dim=-1, keepdim=True)
-    return n_expert * (share_E * routing.probs.mean(dim=-2)).sum(dim=-1)
+    return n_expert * (share_E * whole(routing.probs.mean(dim=-2))).sum(dim=-1)
 
 
-def cv2_loss(routing):
+def cv2_loss(routing, whole=these_alone):
     """Var / mean² over experts of their importance, the sum of their gates (Shazeer et al. 2017, eq. 7). Their second
     term, of the load, has a gradient only through noise in the gates, which nothing here adds: it is a statistic."""
-    importance_E = gates_per_expert(routing).sum(dim=-2)
+    importance_E = whole(gates_per_expert(routing).sum(dim=-2))
     return importance_E.var(dim=-1, correction=0) / importance_E.mean(dim=-1).square().clamp_min(1e-10)
 
 
-def z_loss(routing):
+def z_loss(routing, whole=these_alone):
     """mean over tokens of logsumexp(logits)² (Zoph et al. 2022, eq. 5): keeps router logits small."""
     return torch.logsumexp(routing.logits.movedim(-1, 0), dim=0).square().mean(dim=-1)
 
@@ -641,7 +646,7 @@ AUX_LOSSES: dict[str, Callable | None] = {
 }
 
 
-def aux_losses(routings, config, coefficient):
+def aux_losses(routings, config, coefficient, whole=these_alone):
     """{name: AuxLoss} over the layers of one forward pass; a loss whose coefficient is 0 is still measured.
 
     coefficient: of the balancing loss at this point of its schedule, a 0-d tensor."""
@@ -652,7 +657,7 @@ def aux_losses(routings, config, coefficient):
         losses[config.aux_loss] = (AUX_LOSSES[config.aux_loss], coefficient if config.balances else 0)
     combined, groups = {}, stacked(routings)
     for name, (function, weight) in losses.items():
-        per_layer = torch.cat([function(layers) for _, layers in groups])
+        per_layer = torch.cat([function(layers, whole) for _, layers in groups])
         raw = per_layer.sum() if config.aux_loss_reduction == "sum" else per_layer.mean()
         is_weighted = isinstance(weight, torch.Tensor) or weight > 0
         combined[name] = AuxLoss(raw, weight * raw if is_weighted else torch.zeros_like(raw))

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import console
 import experiments
 import figures
 import records
@@ -514,11 +515,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except RecordError as error:
-        print(f"plot_results.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"plot_results.py: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+    console.run(main, (RecordError,))

@@ -120,6 +120,7 @@ SCHEMA = {
         "python": TEXT,
         "dtype": DTYPE,
         "compile": FLAG,
+        "processes?": COUNT,  # that trained together; a record that lacks it is of one
     },
     "others": {"cpu_share": (NUMBER, None), "device_bytes": (COUNT, None)},
     "exclusive": FLAG,
@@ -246,6 +247,8 @@ def machine_of(record) -> str:
         parts += [f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items()]
     parts += [f"torch {machine['torch']}", machine["dtype"]]
     parts += ["compiled"] if machine["compile"] else []
+    processes = machine.get("processes", 1)
+    parts += [f"{processes} processes"] if processes > 1 else []
     backend = config.get("moe_backend", "auto") if config.get("n_expert") else "auto"
     return ", ".join(parts if backend == "auto" else [*parts, f"{backend} backend"])
 
@@ -483,8 +486,8 @@ def machine_rules(record, config):
 def hardware_rules(machine, others):
     """What must hold of a machine, whatever ran on it."""
     device = machine["device_type"]
-    for name in ("cores", "threads"):
-        yield machine[name] > 0, f"machine.{name} is 0"
+    for name in ("cores", "threads", "processes"):
+        yield machine.get(name, 1) > 0, f"machine.{name} is 0"
     for name, value in (("machine.cuda", machine["cuda"]), ("others.device_bytes", others["device_bytes"])):
         yield device == "cuda" or value is None, f"{name} is {shown(value)}, but machine.device_type is {device!r}"
 

@@ -21,6 +21,7 @@ import torch
 
 import checkpoint
 import configurator
+import console
 import decoding
 import machine as machines
 from checkpoint import CheckpointError
@@ -229,18 +230,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except configurator.Message as message:
-        print(message)
-    except (ConfigError, DataError, CheckpointError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read the text has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        print(f"sample.py: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    console.run(main, (ConfigError, DataError, CheckpointError))

@@ -52,9 +52,14 @@ class Config:
     seed: int = run_key(
         1337, "seed of weights, batches, dropout and routing noise", scope=EXPERIMENT, at_least=0, at_most=2**32 - 1
     )
-    init_from: Literal["scratch", "resume"] = run_key("scratch", "start anew, or go on from the ckpt.pt in out_dir")
+    init_from: Literal["scratch", "resume", "auto"] = run_key(
+        "scratch", "start anew; go on from the ckpt.pt in out_dir; auto: go on where there is one"
+    )
     overwrite: bool = run_key(False, "replace the run that out_dir holds")
     eval_only: bool = run_key(False, "evaluate once, and do not train")
+    save_minutes: float = run_key(
+        10.0, "save after so many minutes without an evaluation, each of which saves; 0 = no", at_least=0
+    )
     always_save_checkpoint: bool = run_key(
         True,
         "accepted for nanoGPT's configs, without effect: ckpt.pt is saved at every evaluation in any case, "

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import checkpoint
 import configurator
+import console
 import machine as machines
 import model
 import records
@@ -687,13 +688,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except configurator.Message as message:
-        print(message)
-    except (ConfigError, CheckpointError, RecordError, OSError) as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("sweep.py: stopped before the first run", file=sys.stderr)
-        sys.exit(130)
+    console.run(main, (ConfigError, CheckpointError, RecordError))

@@ -3,15 +3,18 @@
     python train.py config/shakespeare_moe4.py                       the papers' run, on a GPU
     python train.py config/shakespeare_moe4.py config/cpu.py         the same at CPU size
     python train.py config/shakespeare_dense.py --n_layer=4 --seed=2
+    torchrun --nproc_per_node=4 train.py config/shakespeare_moe4.py  the same run by four processes, a GPU each
     python train.py --help                                           every key
 
 A run lives in its out_dir: config.json, metrics.jsonl (a line a log or evaluation), ckpt.pt (the last state), best.pt
-(the best on the clean measure), and summary.json once it is complete. Ctrl-C saves; the same command with
---init_from=resume goes on. Exit codes: 0 done, 2 a mistake in what was asked, 3 loss or gradient not finite, 130 /
-143 stopped by SIGINT / SIGTERM.
+(the best weights on the clean measure), and summary.json once it is complete. Ctrl-C saves; the same command with
+--init_from=resume goes on (--init_from=auto: where there is something to go on with). Exit codes: 0 done, 2 a mistake
+in what was asked, 3 loss or gradient not finite, 4 another process of the run ended, 128 + n stopped by signal n (130
+SIGINT, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP).
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -20,13 +23,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import checkpoint
 import configurator
+import console
 import evaluate
 import machine as machines
 import moe
@@ -35,13 +38,11 @@ from checkpoint import CheckpointError
 from configurator import ConfigError
 from data.common import DataError, Dataset, find
 from model import GPT
+from ranks import Ranks, is_loss_of_another
+from routing import mix
+from runs import RunFolder, check_resumable, difference
 from settings import Config
 from update import Sums, Updater, compile_model, random_state, set_random_state, undone
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there nothing keeps two runs apart
-    fcntl = None
 
 SLOW_SECONDS = 900  # a run that would take longer than this on a CPU is told so, and of config/cpu.py
 SECONDS_BETWEEN_LINES = 30  # of progress, where the output is not a terminal
@@ -51,64 +52,25 @@ SECONDS_BETWEEN_LINES = 30  # of progress, where the output is not a terminal
 # Before the loop
 
 
-def open_out_dir(config):
-    """The run's folder, and the checkpoint to resume from or None. Refuses whatever would destroy or mix up a run."""
-    folder = Path(config.out_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError([f"out_dir={config.out_dir} is a file; expected a folder, or a name for a new one"])
-    held = [name for name in checkpoint.RUN_FILES if (folder / name).exists()]
-    if config.init_from == "resume":
-        if config.overwrite:
-            raise ConfigError(["--init_from=resume goes on with a run and --overwrite=True throws it away: choose one"])
-        if "ckpt.pt" not in held:
-            raise CheckpointError(
-                f"{folder} holds no ckpt.pt to resume from; start the run with --init_from=scratch"
-                + (" --overwrite=True" if held else "")
-            )
-        try:
-            return folder, checkpoint.load(folder / "ckpt.pt")
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error}; the run can be made again with --init_from=scratch --overwrite=True"
-            ) from error
-    if held and not config.overwrite and not config.eval_only:
-        raise ConfigError(
-            [
-                f"{folder} holds {_what_it_holds(folder)}; nothing was changed. Choose one of:",
-                *(["--init_from=resume goes on with it;"] if "ckpt.pt" in held else []),
-                "--out_dir=… or another --seed=… makes this run elsewhere;",
-                "--overwrite=True throws it away and starts again",
-            ]
-        )
-    return folder, None
-
-
-def _what_it_holds(folder):
-    try:
-        title = json.loads((folder / "config.json").read_text()).get("title") or "a run"
-    except (OSError, ValueError, AttributeError):
-        title = "a run"
-    if (folder / "summary.json").exists():
-        return f"a complete run ({title})"
-    return f"an unfinished run ({title})"
-
-
-def open_dataset(config, device):
-    """The data set, prepared first when its bins are missing and config.prepare allows it."""
+def prepare(config):
+    """Make the data set's bins where they are missing and config.prepare allows it."""
     folder = find(config.dataset)
     script = folder / "prepare.py"
     # Only a script of ours is run unasked; bins that are there without a meta.json are somebody's, and are told about.
     is_ours = folder.parent == machines.ROOT / "data" and script.exists()
-    if is_ours and not all((folder / name).exists() for name in ("train.bin", "val.bin")):
-        shown = os.path.relpath(script)
-        if not config.prepare:
-            raise DataError(
-                f"{config.dataset} is not prepared, and --prepare=False forbids to do it now: python {shown}"
-            )
-        print(f"{config.dataset} is not prepared yet: running python {shown}", flush=True)
-        if subprocess.run([sys.executable, str(script)]).returncode != 0:
-            raise DataError(f"{config.dataset} could not be prepared (the reason is above)")
-    dataset = Dataset.open(folder, device).train_on_first(config.train_characters)
+    if not is_ours or all((folder / name).exists() for name in ("train.bin", "val.bin")):
+        return
+    shown = os.path.relpath(script)
+    if not config.prepare:
+        raise DataError(f"{config.dataset} is not prepared, and --prepare=False forbids to do it now: python {shown}")
+    print(f"{config.dataset} is not prepared yet: running python {shown}", flush=True)
+    if subprocess.run([sys.executable, str(script)]).returncode != 0:
+        raise DataError(f"{config.dataset} could not be prepared (the reason is above)")
+
+
+def open_dataset(config, device):
+    """The prepared data set, long enough for a block."""
+    dataset = Dataset.open(find(config.dataset), device).train_on_first(config.train_characters)
     for split in ("train", "val"):
         if dataset.sizes.get(split, 0) <= config.block_size:
             raise DataError(
@@ -118,45 +80,10 @@ def open_dataset(config, device):
     return dataset
 
 
-def check_resumable(saved, config, dataset):
-    """A checkpoint goes on only as the experiment that it is, on the text that it knows. -> what may differ and does"""
-    theirs = Config.from_dict(saved["config"])
-    # The text is compared by its hash below, for the same data set can be named in several ways.
-    differing = [row for row in config.differences(theirs, ("experiment",)) if row[0] != "dataset"]
-    if differing:
-        raise CheckpointError(
-            f"{config.out_dir} holds another experiment:\n"
-            + "\n".join(f"  {key}={theirs!r} there, {ours!r} here" for key, ours, theirs in differing)
-            + "\nResume with the same settings, or choose another --out_dir."
-        )
-    if saved["dataset"] != dataset.describe():
-        there, here = (
-            f"{data['name']} ({data['vocab_size']} symbols, splits {data['splits']}, SHA-256 {data['sha256'][:8]}…)"
-            for data in (saved["dataset"], dataset.describe())
-        )
-        raise CheckpointError(f"{config.out_dir} was trained on another text: {there} there, {here} here")
-    if saved["progress"]["step"] > config.max_iters:
-        made = f"{saved['progress']['step']:,}"
-        raise CheckpointError(
-            f"{config.out_dir} has already made {made} updates, more than max_iters={config.max_iters}"
-        )
-    return config.differences(theirs, ("schedule",))
-
-
-def difference(there, here):
-    """Of two descriptions of machines: "cores 2, threads 2 there, cores 1, threads 1 here". there: None in a checkpoint
-    that is older than its description."""
-    if there is None:
-        return f"which one is not known, {here['device']} here"
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    sides = (", ".join(f"{name} {machine.get(name)}" for name in names) for machine in (there, here))
-    return "{} there, {} here".format(*sides)
-
-
-def seconds_needed(model, dataset, config, machine, steps):
-    """A rough forecast of `steps` updates and their evaluations, from two batches whose effect is undone (the first
-    warms up)."""
-    x, y = dataset.batch("train", config.seed, 0, config.batch_size, config.block_size)
+def seconds_needed(model, batches, dataset, config, machine, ranks, steps):
+    """A rough forecast of `steps` updates and their evaluations, from the first of this process's micro-batches of an
+    update, each (x, y), made twice and undone (the first time warms up)."""
+    x, y = batches[0]
     with undone(model):
         for _ in range(2):
             started = time.perf_counter()
@@ -164,8 +91,8 @@ def seconds_needed(model, dataset, config, machine, steps):
                 model.train()(x, y).objective.backward()
             seconds = time.perf_counter() - started
     windows = dataset.sizes["val"] / (config.batch_size * config.block_size)
-    forwards = (2 * config.eval_iters + windows) * (steps // config.eval_interval + 1)
-    return seconds * (steps * config.gradient_accumulation_steps + forwards / 3)
+    forwards = (2 * config.eval_iters + windows) * (steps // config.eval_interval + 1) / ranks.count
+    return seconds * (steps * len(batches) + forwards / 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,6 +114,13 @@ class Interval(Sums):
         interval.stats = [moe.RoutingStats(*(value.to(device) for value in layer)) for layer in state["stats"]]
         return interval
 
+    def add_states(self, others):
+        """others: those of processes that are no more."""
+        for state in others:
+            theirs = Interval.from_state(state, "cpu").tensors()
+            for value, other in zip(self.tensors(), theirs, strict=True):
+                value += other.to(value.device)
+
     def state(self):
         return {
             "steps": self.steps,
@@ -195,10 +129,15 @@ class Interval(Sums):
             "stats": [list(layer) for layer in self.stats],
         }
 
-    def line(self, step, made, tokens_per_step):
-        """The interval's line of metrics.jsonl: means over its steps, in train mode. made: the Update of its last step,
-        None where an earlier session made it."""
-        means = {name: value.item() / self.steps for name, value in self.terms.items()}
+    def pause(self, seconds):
+        """What took so long just now was no training."""
+        self.started += seconds
+
+    def line(self, step, made, tokens_per_step, ranks):
+        """The interval's line of metrics.jsonl: means over its steps and over the processes, in train mode. made: the
+        Update of its last step, None where an earlier session made it."""
+        terms, stats = self.totals(ranks)
+        means = {name: value.item() / self.steps for name, value in terms.items()}
         seconds = time.perf_counter() - self.started  # the .item() above waited for the device
         return {
             "kind": "train",
@@ -208,17 +147,23 @@ class Interval(Sums):
             "gradient_norm": made.gradient_norm.item() if made else None,
             "step_ms": 1000 * seconds / self.steps,
             "tokens_per_second": tokens_per_step * self.steps / seconds,
-            "routing": [moe.summarize(layer) for layer in self.stats],
+            "routing": [moe.summarize(layer) for layer in stats],
         }
 
 
 class Screen:
-    """A bar on a terminal; elsewhere a line now and then."""
+    """A bar on a terminal; elsewhere a line now and then; nothing at all of a process that is_silent."""
 
-    def __init__(self, config, start):
+    def __init__(self, config, start, is_silent):
         self.bar = tqdm(
-            total=config.max_iters, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+            total=config.max_iters,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=is_silent or not sys.stderr.isatty(),
+            file=console.Lasting(sys.stderr),
         )
+        self.is_silent = is_silent
         self.last_line = time.monotonic()
 
     def log(self, step, line):
@@ -231,10 +176,9 @@ class Screen:
 
     def say(self, text):
         self.last_line = time.monotonic()
-        if self.bar.disable:
-            print(text, flush=True)
-        else:
-            self.bar.write(text)
+        if not self.is_silent:
+            self.bar.clear()
+            print(text, file=console.Lasting(sys.stdout), flush=True)
 
 
 def evaluation_text(line, config, is_best=False):
@@ -243,9 +187,9 @@ def evaluation_text(line, config, is_best=False):
     return f"step {line['step']:,} of {config.max_iters:,}: validation {nats:.4f} nats, {bpc:.4f} bpc{best}"
 
 
-def evaluation_line(model, dataset, config, machine, step):
-    clean = evaluate.clean(model, dataset, "val", config, machine)
-    train, val = (evaluate.paper(model, dataset, split, config, machine, step) for split in ("train", "val"))
+def evaluation_line(model, dataset, config, machine, ranks, step):
+    clean = evaluate.clean(model, dataset, "val", config, machine, ranks)
+    train, val = (evaluate.paper(model, dataset, split, config, machine, step, ranks) for split in ("train", "val"))
     return {
         "kind": "eval",
         "step": step,
@@ -298,81 +242,315 @@ def flat(line):
     return numbers
 
 
-class Metrics:
-    """metrics.jsonl: one line a log or evaluation, appended. While it is open, no other run can have its folder."""
+class Training:
+    """A run from its first update, or from the one that it goes on with, to its record.
 
-    def __init__(self, path):
-        with checkpoint.writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "ab")
-        self.mirror = None
-        if fcntl:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(f"{path.parent} is in use by another run that has not ended") from None
+    saved: the checkpoint that it goes on from, or None. The processes of a run do all of this alike, each with its own
+    part of the batches; `folder` and `screen` are the first one's.
+    """
 
-    def __enter__(self):
-        return self
+    def __init__(self, config, ranks, machine, dataset, saved):
+        self.config, self.ranks, self.machine, self.dataset = config, ranks, machine, dataset
+        torch.manual_seed(config.seed)
+        self.model = GPT(config, dataset.vocabulary.size, dataset.symbol_counts("train")).to(machine.device)
+        self.updater = Updater(self.model, config, machine, ranks)
+        self.interval, self.best = Interval(), None
+        self.progress = {
+            "step": 0,
+            "evaluations": [],
+            "step_ms": [],
+            "train_mode": [],  # steps, loss and objective of the log lines since the last evaluation
+            "others": None,
+            "git": machines.git_state(),
+            "resumed": 0,
+            "metrics_bytes": 0,
+            "seconds": {"train": 0.0, "eval": 0.0, "save": 0.0, "compile": 0.0, "total": 0.0},
+        }
+        if not ranks.is_first:  # the same weights, but dropout and noise of its own
+            torch.manual_seed(mix(config.seed, ranks.number))
+        self.random = None
+        if saved:
+            self.restore(saved)
+        self.rows = config.batch_size * config.gradient_accumulation_steps
+        self.tokens_per_step = self.rows * config.block_size
+        self.started = time.perf_counter() - self.progress["seconds"]["total"]
+        self.neighbours = machines.Neighbours(machine, self.progress["others"])
+        self.last_save = time.monotonic()
 
-    def __exit__(self, *_):
-        self.file.close()
+    # -----------------------------------------------------------------------------------------------------------------
+    # State
 
-    def cut(self, length):
-        """Keep the first `length` bytes: what came after a checkpoint did not happen."""
-        if self.file.tell() < length:
+    def restore(self, saved):
+        """Be where the checkpoint was."""
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.updater.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{self.file.name} is shorter than when its checkpoint was written: something else changed it; "
-                "start again with --init_from=scratch --overwrite=True"
-            )
-        self.file.truncate(length)
+                f"the checkpoint does not fit its own config: {checkpoint.first_line(error)}"
+            ) from error
+        git, before = self.progress["git"], saved["progress"]["git"]
+        is_clean = before["dirty"] is False and git["dirty"] is False
+        is_clean = is_clean and machines.same_code(before["commit"], git["commit"])
+        self.progress = {**saved["progress"], "resumed": saved["progress"]["resumed"] + 1}
+        self.progress["git"] = {
+            "commit": git["commit"],
+            "dirty": not is_clean,
+        }  # else no commit says what made this run
+        self.best = saved["best"]
+        processes, number = saved["processes"], self.ranks.number
+        if len(processes) == self.ranks.count:
+            self.interval = Interval.from_state(processes[number]["interval"], self.machine.device)
+            self.random = processes[number]["random"]
+            return
+        # Other processes than before: the first has all that they had summed up, the rest begin with nothing.
+        self.interval = Interval.from_state(processes[0]["interval"], self.machine.device)
+        if self.ranks.is_first:
+            self.interval.add_states(process["interval"] for process in processes[1:])
+            self.random = processes[0]["random"]
+        else:
+            torch._foreach_zero_(self.interval.tensors())
+            torch.manual_seed(mix(self.config.seed, number, self.progress["step"]))
+
+    def state(self):
+        """What a checkpoint holds. All processes ask for it together."""
+        return {
+            "config": self.config.to_dict(),
+            "dataset": self.dataset.describe(),
+            "vocabulary": self.dataset.vocabulary.to_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.updater.optimizer.state_dict(),
+            "best": self.best,  # {"step", "model"}: the weights that were best on the clean measure
+            "progress": self.progress,
+            "processes": self.ranks.gathered({"interval": self.interval.state(), "random": random_state()}),
+        }
+
+    def save(self, is_best=False):
+        started = time.perf_counter()
+        seconds = self.progress["seconds"]
+        seconds["total"] = started - self.started
+        self.progress["others"] = self.neighbours.so_far()
+        state = self.state()
+        if self.ranks.is_first:
+            self.progress["metrics_bytes"] = self.metrics.sync()
+            self.folder.save(state, is_best)
+        self.last_save, spent = time.monotonic(), time.perf_counter() - started
+        seconds["save"] += spent
+        self.interval.pause(spent)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Before the loop
+
+    def batches(self, step):
+        """This process's micro-batches of update number `step`: each x, y (B, T). They depend on the seed and the step
+        alone."""
+        x, y = self.dataset.batch("train", self.config.seed, step, self.rows, self.config.block_size)
+        return list(zip(self.ranks.own(x, self.config), self.ranks.own(y, self.config)))
+
+    def compile(self):
+        if not self.machine.compile:
+            return
+        compiled = compile_model(self.model, *self.batches(0)[0], self.machine)
+        if compiled.failure:
+            print(f"torch.compile failed, so this run is not compiled: {compiled.failure}")
+        self.updater.run_model = compiled.model
+        self.progress["seconds"]["compile"] += compiled.seconds
+        self.machine = self.machine._replace(compile=not compiled.failure)
+
+    def note_machine(self):
+        """Keep in mind where the run is made; times of a run that was made in two places do not count."""
+        here = {**machines.describe(self.machine), "processes": self.ranks.count}
+        there = self.progress.get("machine", here if not self.progress["resumed"] else None)
+        if there != here:
+            self.neighbours.before = machines.UNKNOWN
+            print(f"resumed on another machine ({difference(there, here)}): its times will not count")
+        self.progress["machine"] = here
+
+    def forecast(self, argv):
+        """On a CPU, say how long a long run will take, and what would be shorter."""
+        config, step = self.config, self.progress["step"]
+        if self.machine.device.type != "cpu":
+            return
+        steps = config.max_iters - step
+        seconds = seconds_needed(self.model, self.batches(0), self.dataset, config, self.machine, self.ranks, steps)
+        if seconds <= SLOW_SECONDS:
+            return
+        print(f"At the speed of its first steps, this run needs about {records.duration(seconds)} on this machine.")
+        overlay = os.path.relpath(machines.ROOT / "config" / "cpu.py")
+        if overlay not in argv:
+            words = [word for word in argv if not word.startswith("--out_dir")]
+            print(f"The size made for a CPU: {shlex.join(['python', os.path.relpath(__file__), *words, overlay])}")
+
+    def evaluation_line(self):
+        """The line of metrics.jsonl that evaluates the model as it stands."""
+        model, step = self.updater.run_model, self.progress["step"]
+        return evaluation_line(model, self.dataset, self.config, self.machine, self.ranks, step)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The loop
+
+    def run(self, folder, metrics, argv):
+        """-> the exit code. folder, metrics: a RunFolder and its Metrics; None but in the first process."""
+        self.folder, self.metrics = folder, metrics
+        config, progress, updater = self.config, self.progress, self.updater
+        self.screen = Screen(config, progress["step"], is_silent=not self.ranks.is_first)
+        if self.random:
+            set_random_state(self.random)
+        with console.StopSignals() as signals, self.screen.bar:
+            while True:
+                step = progress["step"]  # updates made so far
+                self.model.set_step(step)
+                wish = self.ranks.largest(self.wish(signals))
+                evaluated = progress["evaluations"][-1]["step"] if progress["evaluations"] else -1
+                is_due = step % config.eval_interval == 0 or step >= config.max_iters
+                if is_due and evaluated < step and wish <= SAVE:
+                    code = self.evaluate(signals)
+                    if code is not None:
+                        return code
+                    continue
+                if wish > SAVE:
+                    return self.stop(wish - SAVE, argv)
+                if wish == SAVE:
+                    self.save()
+                if step >= config.max_iters:
+                    break
+
+                made = updater.update(
+                    step,
+                    *self.dataset.batch("train", config.seed, step, self.rows, config.block_size),
+                    self.interval,
+                )
+                progress["step"] = step = step + 1
+                self.screen.bar.update()
+
+                # Once in a while: read what the device has summed up, and look whether it went well.
+                if step % config.log_interval == 0 or step % config.eval_interval == 0 or step == config.max_iters:
+                    bad_step = updater.guard.first_bad_step()
+                    if bad_step is not None:
+                        return self.stop_not_finite(f"the loss or a gradient of step {bad_step:,}")
+                    self.log(made)
+            return self.finish(signals, argv)
+
+    def wish(self, signals):
+        """What this process would do before the next update: 0 nothing, SAVE, or SAVE + the signal to stop for."""
+        if signals.caught:
+            return SAVE + signals.caught[0]
+        minutes = (time.monotonic() - self.last_save) / 60
+        return SAVE if self.ranks.is_first and 0 < self.config.save_minutes < minutes else 0
+
+    def log(self, made):
+        line = self.interval.line(self.progress["step"], made, self.tokens_per_step, self.ranks)
+        steps = self.interval.steps
+        self.progress["seconds"]["train"] += line["step_ms"] * steps / 1000
+        self.progress["step_ms"].append(line["step_ms"])
+        self.progress["train_mode"].append([steps, line["loss"], line["objective"]])
+        self.write(line)
+        self.screen.log(self.progress["step"], line)
+        self.interval = Interval()
 
     def write(self, line):
-        with checkpoint.writing(self.file.name):
-            self.file.write((json.dumps(line, allow_nan=False) + "\n").encode())
-            self.file.flush()
-        if self.mirror:
-            self.mirror(line)
+        if self.metrics:
+            self.metrics.write(line)
 
-    def sync(self):
-        """Make it durable. -> its length in bytes"""
-        with checkpoint.writing(self.file.name):
-            os.fsync(self.file.fileno())
-        return self.file.seek(0, os.SEEK_END)
+    def evaluate(self, signals):
+        """Evaluate, write and save. -> an exit code where that ends the run, None otherwise"""
+        progress, step = self.progress, self.progress["step"]
+        if self.interval.steps:  # resumed between two log lines, to be evaluated sooner than planned then
+            self.log(None)
+        self.screen.bar.set_postfix_str("evaluating")
+        started, line = time.perf_counter(), None
+        with signals.may_stop(self.ranks.count == 1):
+            line = self.evaluation_line()
+        if line is None:
+            return None  # made again when the run goes on
+        progress["seconds"]["eval"] += time.perf_counter() - started
+        line |= {"train_mode": train_mode(progress["train_mode"]), "train_seconds": progress["seconds"]["train"]}
+        progress["train_mode"] = []
+        if not math.isfinite(line["clean"]["nats"]):
+            return self.stop_not_finite(f"the validation loss at step {step:,}")
+        is_best = all(line["clean"]["nats"] < past["clean"]["nats"] for past in progress["evaluations"])
+        if is_best:
+            weights = self.model.state_dict()
+            self.best = {"step": step, "model": {name: value.to("cpu", copy=True) for name, value in weights.items()}}
+        for past in progress["evaluations"]:
+            past.pop("routing", None)  # metrics.jsonl has it
+        progress["evaluations"].append(line)
+        self.write(line)
+        self.interval = Interval()
+        self.save(is_best)
+        self.interval = Interval()  # saving is not training time
+        self.screen.say(evaluation_text(line, self.config, is_best))
+        return None
+
+    def stop(self, number, argv):
+        """Save, and say how to go on."""
+        bad_step = self.updater.guard.first_bad_step()
+        if bad_step is not None:
+            return self.stop_not_finite(f"the loss or a gradient of step {bad_step:,}")
+        self.save()
+        name = signal.Signals(number).name
+        self.screen.say(f"\nstopped by {name} after step {self.progress['step']:,}; saved. To go on:")
+        self.screen.say(f"  {resume_command(argv, self.ranks)}")
+        return 128 + number
+
+    def stop_not_finite(self, what):
+        if self.ranks.is_first:
+            kept = self.folder / "ckpt.pt"
+            print(
+                f"{what} is not finite: stopped before that update. "
+                + (f"The last good checkpoint is {kept}." if kept.exists() else "There is no checkpoint yet.")
+                + " A lower learning_rate, a longer warmup_iters or a z_loss_coef of 1e-3 may help.",
+                file=sys.stderr,
+            )
+        return console.NOT_FINITE
+
+    def finish(self, signals, argv):
+        """The test split, the speed of writing, the record."""
+        config, progress, test = self.config, self.progress, None
+        if "test" in self.dataset.sizes:
+            self.screen.bar.set_postfix_str("reading the test split")
+            with signals.may_stop(self.ranks.count == 1):
+                test = self.test_of_best()
+        progress["seconds"]["total"] = time.perf_counter() - self.started
+        progress["others"] = self.neighbours.so_far()
+        writing, beside, started = None, machines.Neighbours(self.machine), time.perf_counter()
+        if self.ranks.is_first and not signals.caught:
+            self.screen.bar.set_postfix_str("measuring the speed of writing")
+            with signals.may_stop():
+                speeds = evaluate.inference_speed(self.model, config, self.machine)
+                seconds = time.perf_counter() - started
+                writing = {"speeds": speeds, "seconds": seconds, "others": beside.so_far()}
+        wish = self.ranks.largest(self.wish(signals))
+        if wish > SAVE:
+            return self.stop(wish - SAVE, argv)
+        if self.ranks.is_first:
+            peak_memory = machines.peak_memory(self.machine)
+            description = progress["machine"]
+            record = records.record_of(
+                config, self.dataset, self.model, description, progress, test, writing, peak_memory
+            )
+            self.folder.complete(record)
+            self.screen.bar.close()
+            self.screen.say(records.report(record))
+        return 0
+
+    def test_of_best(self):
+        """The clean measure on the test split, of the best weights and not of those at hand, which are left as they
+        are."""
+        state = random_state()
+        best = GPT(self.config, self.dataset.vocabulary.size).to(self.machine.device)
+        set_random_state(state)  # the initial weights, drawn and thrown away
+        best.load_state_dict(self.best["model"])
+        return evaluate.clean(best, self.dataset, "test", self.config, self.machine, self.ranks)
 
 
-class Stopped(Exception):
-    """A signal came while nothing was half done."""
+SAVE = 1  # see Training.wish
 
 
-class StopSignals:
-    """Inside it, SIGINT and SIGTERM do not stop the program: `caught` lists them for the loop to look at. Within
-    `may_stop`, one is raised as Stopped at once. A second signal stops the program on the spot."""
-
-    def __enter__(self):
-        self.caught, self.raising = [], False
-        self.before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number, frame):
-        self.caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        if self.raising:
-            raise Stopped
-
-    @contextlib.contextmanager
-    def may_stop(self):
-        self.raising = True
-        try:
-            yield
-        except Stopped:
-            pass
-        finally:
-            self.raising = False
+def resume_command(argv, ranks):
+    kept = [word for word in argv if not word.startswith(("--overwrite", "--init_from"))]
+    starter = ["python"] if ranks.count == 1 else ["torchrun", f"--nproc_per_node={ranks.on_machine}"]
+    return shlex.join([*starter, os.path.relpath(__file__), *kept, "--init_from=resume"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,276 +560,78 @@ def main(argv):
     config = configurator.parse(
         Config, argv, usage="python train.py [config files] [--key=value …]", description=__doc__
     )
-    machine = machines.choose(config.device, config.dtype, config.compile)
-    machines.keep_freed_memory()
-    device = machine.device
-    folder, saved = open_out_dir(config)
+    ranks = Ranks.of_environment()
+    ranks.check(config)
+    with contextlib.ExitStack() as stack:
+        if not ranks.is_first:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        machine = machines.choose(config.device, config.dtype, config.compile, ranks.local if ranks.count > 1 else None)
+        machines.keep_freed_memory()
+        ranks.join(machine.device)
+        try:
+            code = train(config, ranks, machine, argv)
+            ranks.leave()
+            return code
+        except RuntimeError as error:
+            if ranks.count == 1 or not is_loss_of_another(error):
+                raise
+            raise console.Failure(
+                f"another of the {ranks.count} processes of this run ended ({checkpoint.first_line(error)[:200]}); "
+                f"what was saved is in {config.out_dir}. To go on: {resume_command(argv, ranks)}",
+                console.LEFT_ALONE,
+            ) from error
+
+
+def train(config, ranks, machine, argv):
+    folder = RunFolder(config)
+    saved = folder.open()
+    config = dataclasses.replace(config, init_from="resume" if saved else "scratch")
     print(machine.reason)
-    dataset = open_dataset(config, device)
+    if folder.note:
+        print(folder.note)
+    if ranks.is_first:
+        prepare(config)
+    ranks.wait()
+    dataset = open_dataset(config, machine.device)
     changed = check_resumable(saved, config, dataset) if saved else []
     if saved and not changed and (folder / "summary.json").exists() and not config.eval_only:
         print(f"{folder} is complete: there is nothing to resume (a larger max_iters would go on).")
         print(records.report(json.loads((folder / "summary.json").read_text())))
         return 0
-
-    torch.manual_seed(config.seed)
-    model = GPT(config, dataset.vocabulary.size, dataset.symbol_counts("train")).to(device)
-    updater = Updater(model, config, machine)
-    progress = {
-        "step": 0,
-        "evaluations": [],
-        "step_ms": [],
-        "train_mode": [],  # steps, loss and objective of the log lines since the last evaluation
-        "others": None,
-        "git": machines.git_state(),
-        "resumed": 0,
-        "metrics_bytes": 0,
-        "seconds": {"train": 0.0, "eval": 0.0, "save": 0.0, "compile": 0.0, "total": 0.0},
-    }
-    if saved:
-        model.load_state_dict(saved["model"])
-        updater.optimizer.load_state_dict(saved["optimizer"])
-        git, before = progress["git"], saved["progress"]["git"]
-        is_clean = before["dirty"] is False and git["dirty"] is False
-        is_clean = is_clean and machines.same_code(before["commit"], git["commit"])
-        progress = {**saved["progress"], "resumed": saved["progress"]["resumed"] + 1}
-        progress["git"] = {"commit": git["commit"], "dirty": not is_clean}  # else no commit says what made this run
-    seconds = progress["seconds"]
-    rows = config.batch_size * config.gradient_accumulation_steps
-    tokens_per_step = rows * config.block_size
-    counts = model.count_parameters()
+    training = Training(config, ranks, machine, dataset, saved)
+    step = training.progress["step"]
+    ranks.agree({"step": step, "symbols": dataset.vocabulary.size, "characters": dataset.sizes["train"]})
+    counts = training.model.count_parameters()
     print(
         f"{dataset.name}: {dataset.sizes['train']:,} {dataset.unit}s to train on, {dataset.vocabulary.size} symbols; "
         f"{counts['total']:,} parameters, {counts['active']:,} active per {dataset.unit}"
     )
-
-    session_started = time.perf_counter() - seconds["total"]
-    neighbours = machines.Neighbours(machine, progress["others"])
-    if machine.compile:
-        compiled = compile_model(
-            model, *dataset.batch("train", config.seed, 0, config.batch_size, config.block_size), machine
-        )
-        if compiled.failure:
-            print(f"torch.compile failed, so this run is not compiled: {compiled.failure}")
-        updater.run_model = compiled.model
-        seconds["compile"] += compiled.seconds
-        machine = machine._replace(compile=not compiled.failure)
+    training.compile()
     if config.eval_only:
         if not saved:
             print("untrained weights: --init_from=resume evaluates those of out_dir")
-        line = evaluation_line(updater.run_model, dataset, config, machine, progress["step"])
+        line = training.evaluation_line()
         print(evaluation_text(line, config))
         print(f"the papers' way: {line['paper']['val']:.4f} nats on {config.eval_iters} random batches")
         return 0
-    here, there = machines.describe(machine), progress.get("machine")
-    if saved and there != here:
-        neighbours.before = machines.UNKNOWN
-        print(f"resumed on another machine ({difference(there, here)}): its times will not count")
-    progress["machine"] = here
-    if device.type == "cpu":
-        forecast = seconds_needed(model, dataset, config, machine, config.max_iters - progress["step"])
-        if forecast > SLOW_SECONDS:
-            print(
-                f"At the speed of its first steps, this run needs about {records.duration(forecast)} on this machine."
-            )
-            overlay = os.path.relpath(machines.ROOT / "config" / "cpu.py")
-            if overlay not in argv:
-                words = [word for word in argv if not word.startswith("--out_dir")]
-                print(f"The size made for a CPU: {shlex.join(['python', os.path.relpath(__file__), *words, overlay])}")
-
-    if not saved:
-        open_out_dir(config)  # again, for another run may have come while this one got ready
-    metrics = Metrics(folder / "metrics.jsonl")
-    for name in ("summary.json",) if saved else [name for name in checkpoint.RUN_FILES if name != "metrics.jsonl"]:
-        (folder / name).unlink(missing_ok=True)
-    metrics.cut(progress["metrics_bytes"])
-    checkpoint.write_json(folder / "config.json", config.to_dict())
-    metrics.mirror = start_wandb(config)
-    print(
-        f"writing to {folder}"
-        if not saved
-        else f"resuming {folder} at step {progress['step']:,}"
-        + "".join(f"; {key} is now {ours} (was {theirs})" for key, ours, theirs in changed)
-    )
-
-    def save(name="ckpt.pt"):
-        started = time.perf_counter()
-        seconds["total"] = time.perf_counter() - session_started
-        progress["others"] = neighbours.so_far()
-        progress["metrics_bytes"] = metrics.sync()
-        checkpoint.save(
-            folder / name,
-            {
-                "config": config.to_dict(),
-                "dataset": dataset.describe(),
-                "vocabulary": dataset.vocabulary.to_dict(),
-                "model": model.state_dict(),
-                "optimizer": updater.optimizer.state_dict(),
-                "progress": progress,
-                "interval": interval.state(),
-                "random": random_state(),
-            },
+    training.note_machine()
+    training.forecast(argv)
+    if not ranks.is_first:
+        return training.run(None, None, argv)
+    with folder.writable(config, saved) as metrics:
+        metrics.mirror = start_wandb(config)
+        print(
+            f"writing to {folder}"
+            if not saved
+            else f"resuming {folder} at step {step:,}"
+            + "".join(f"; {key} is now {ours} (was {theirs})" for key, ours, theirs in changed)
         )
-        seconds["save"] += time.perf_counter() - started
-
-    def log(made):
-        nonlocal interval
-        line = interval.line(progress["step"], made, tokens_per_step)
-        seconds["train"] += line["step_ms"] * interval.steps / 1000
-        progress["step_ms"].append(line["step_ms"])
-        progress["train_mode"].append([interval.steps, line["loss"], line["objective"]])
-        metrics.write(line)
-        screen.log(progress["step"], line)
-        interval = Interval()
-
-    def stopped():
-        bad_step = updater.guard.first_bad_step()
-        if bad_step is not None:
-            return stop_not_finite(f"the loss or a gradient of step {bad_step:,}", folder)
-        save()
-        number = signals.caught[0]
-        screen.say(f"\nstopped by {signal.Signals(number).name} after step {progress['step']:,}; saved. To go on:")
-        screen.say(f"  {resume_command(argv)}")
-        return 128 + number
-
-    screen = Screen(config, progress["step"])
-    interval = Interval.from_state(saved["interval"], device) if saved else Interval()
-    if saved:
-        set_random_state(saved["random"])
-        if progress["evaluations"] and best_of(progress["evaluations"])["step"] == progress["step"]:
-            save("best.pt")  # in case the power failed just before
-
-    with metrics, StopSignals() as signals, screen.bar:
-        while True:
-            step = progress["step"]  # updates made so far
-            model.set_step(step)
-            evaluated = progress["evaluations"][-1]["step"] if progress["evaluations"] else -1
-            if (
-                evaluated < step
-                and (step % config.eval_interval == 0 or step >= config.max_iters)
-                and not signals.caught
-            ):
-                if interval.steps:  # resumed between two log lines, to be evaluated sooner than planned then
-                    log(None)
-                screen.bar.set_postfix_str("evaluating")
-                started, line = time.perf_counter(), None
-                with signals.may_stop():
-                    line = evaluation_line(updater.run_model, dataset, config, machine, step)
-                if line is None:
-                    return stopped()
-                seconds["eval"] += time.perf_counter() - started
-                line |= {"train_mode": train_mode(progress["train_mode"]), "train_seconds": seconds["train"]}
-                progress["train_mode"] = []
-                if not math.isfinite(line["clean"]["nats"]):
-                    return stop_not_finite(f"the validation loss at step {step:,}", folder)
-                is_best = all(line["clean"]["nats"] < past["clean"]["nats"] for past in progress["evaluations"])
-                for past in progress["evaluations"]:
-                    past.pop("routing", None)  # metrics.jsonl has it
-                progress["evaluations"].append(line)
-                metrics.write(line)
-                interval = Interval()
-                save()
-                if is_best:
-                    save("best.pt")
-                interval = Interval()  # saving is not training time
-                screen.say(evaluation_text(line, config, is_best))
-            if signals.caught:
-                return stopped()
-            if step >= config.max_iters:
-                break
-
-            # One update. Its rows depend on the seed and the step alone.
-            x, y = dataset.batch("train", config.seed, step, rows, config.block_size)
-            made = updater.update(step, x, y, interval)
-            progress["step"] = step = step + 1
-            screen.bar.update()
-
-            # Once in a while: read what the device has summed up, and look whether it went well.
-            if step % config.log_interval == 0 or step % config.eval_interval == 0 or step == config.max_iters:
-                bad_step = updater.guard.first_bad_step()
-                if bad_step is not None:
-                    return stop_not_finite(f"the loss or a gradient of step {bad_step:,}", folder)
-                log(made)
-
-        test = None
-        if "test" in dataset.sizes:
-            screen.bar.set_postfix_str("reading the test split")
-            with signals.may_stop():
-                test = test_of_best(dataset, config, machine, folder, progress)
-            if test is None:
-                return stopped()
-        seconds["total"] = time.perf_counter() - session_started
-        progress["others"] = neighbours.so_far()
-        screen.bar.set_postfix_str("measuring the speed of writing")
-        speeds, started, beside = None, time.perf_counter(), machines.Neighbours(machine)
-        with signals.may_stop():
-            speeds = evaluate.inference_speed(model, config, machine)
-        if speeds is None:
-            return stopped()
-        writing = {"speeds": speeds, "seconds": time.perf_counter() - started, "others": beside.so_far()}
-
-    description, peak_memory = machines.describe(machine), machines.peak_memory(machine)
-    record = records.record_of(config, dataset, model, description, progress, test, writing, peak_memory)
-    checkpoint.write_json(folder / "summary.json", record)
-    print(records.report(record))
-    return 0
-
-
-def stop_not_finite(what, folder):
-    kept = folder / "ckpt.pt"
-    print(
-        f"{what} is not finite: stopped before that update. "
-        + (f"The last good checkpoint is {kept}." if kept.exists() else "There is no checkpoint yet.")
-        + " A lower learning_rate, a longer warmup_iters or a z_loss_coef of 1e-3 may help.",
-        file=sys.stderr,
-    )
-    return 3
-
-
-def resume_command(argv):
-    kept = [word for word in argv if not word.startswith(("--overwrite", "--init_from"))]
-    return shlex.join(["python", os.path.relpath(__file__), *kept, "--init_from=resume"])
-
-
-def best_of(evaluations):
-    return min(evaluations, key=lambda line: line["clean"]["nats"])
-
-
-def test_of_best(dataset, config, machine, folder, progress):
-    """The clean measure on the test split, of best.pt and not of the weights at hand, which are left as they are."""
-    saved = checkpoint.load(folder / "best.pt")
-    best_step = best_of(progress["evaluations"])["step"]
-    if saved["progress"]["step"] != best_step:
-        raise CheckpointError(
-            f"{folder / 'best.pt'} is of step {saved['progress']['step']}, but this run was best at {best_step}: "
-            "something else wrote it; make the run again with --init_from=scratch --overwrite=True"
-        )
-    state = random_state()
-    best = GPT(config, dataset.vocabulary.size).to(machine.device)
-    set_random_state(state)  # the initial weights, drawn and thrown away
-    best.load_state_dict(saved["model"])
-    return evaluate.clean(best, dataset, "test", config, machine)
+        return training.run(folder, metrics, argv)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except configurator.Message as message:
-        print(message)
-    except (ConfigError, DataError, CheckpointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(
-            f"train.py: out of memory ({checkpoint.first_line(error)}); a smaller batch_size with ",
-            file=sys.stderr,
-            end="",
-        )
-        print("gradient_accumulation_steps gives the same updates", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"train.py: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("train.py: stopped before the first step", file=sys.stderr)
-        sys.exit(130)
+    console.run(
+        main,
+        (ConfigError, DataError, CheckpointError),
+        "a smaller batch_size with gradient_accumulation_steps gives the same updates",
+    )

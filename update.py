@@ -19,6 +19,7 @@ import torch
 import checkpoint
 import machine as machines
 import moe
+from ranks import ALONE
 
 
 class Update(NamedTuple):
@@ -43,6 +44,15 @@ class Sums:
         self.terms: dict[str, torch.Tensor] = {}  # loss, objective, aux_NAME (raw): 0-d float32, nats; sums over steps
         self.stats: list[moe.RoutingStats] = []  # a layer each
 
+    def tensors(self):
+        return [*self.terms.values(), *(value for layer in self.stats for value in layer)]
+
+    def totals(self, ranks):
+        """(terms, stats), each summed over the processes."""
+        tensors = iter(ranks.total(self.tensors()))
+        terms = {name: next(tensors) for name in self.terms}
+        return terms, [moe.RoutingStats(*(next(tensors) for _ in layer)) for layer in self.stats]
+
     def add(self, out, share):
         """out: a forward pass's Output; share: its part of one update."""
         terms = {
@@ -57,45 +67,64 @@ class Sums:
             return
         # One call for all of them: tensors of a few numbers each cost what their launches cost.
         torch._foreach_add_(
-            [*self.terms.values(), *(value for layer in self.stats for value in layer)],
+            self.tensors(),
             [*(terms[name] for name in self.terms), *(value for layer in out.stats for value in layer)],
         )
 
 
 class Updater:
     """Makes the updates of `model` (a GPT) as `config` says; `run_model` is what runs: the model, or its compiled
-    form."""
+    form. ranks: the processes that make them together."""
 
-    def __init__(self, model, config, machine):
-        self.model, self.run_model, self.config, self.machine = model, model, config, machine
+    def __init__(self, model, config, machine, ranks=ALONE):
+        self.model, self.run_model, self.config, self.machine, self.ranks = model, model, config, machine, ranks
+        self.parallel = None  # run_model as several processes train it
+        if ranks.splits_batches(config):
+            model.whole = ranks.mean_of_batch
         self.optimizer = make_optimizer(model, config)
         self.guard = FiniteGuard(self.optimizer, machine.device)
 
     def update(self, step, x, y, sums) -> Update:
         """Update number `step`, counted from 0, from all its rows x, y (batch_size · gradient_accumulation_steps, T);
-        what is seen on the way is added to `sums` (a Sums). model.set_step(step) comes before it."""
+        what is seen of this process's part is added to `sums` (a Sums). model.set_step(step) comes before it."""
         config, model = self.config, self.model
         rate = learning_rate(step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if not model.training:
             self.run_model.train()
+        batches = list(zip(self.ranks.own(x, config), self.ranks.own(y, config)))
         objective, stats = 0.0, None
-        for x_part, y_part in zip(x.split(config.batch_size), y.split(config.batch_size)):
-            with self.machine.autocast():
-                out = self.run_model(x_part, y_part)
-            part = out.objective / config.gradient_accumulation_steps
-            part.backward()
+        for i, (x_part, y_part) in enumerate(batches):
+            with self.exchange(is_last=i == len(batches) - 1) as run_model:
+                with self.machine.autocast():
+                    out = run_model(x_part, y_part)
+                part = out.objective / len(batches)
+                part.backward()
             objective = objective + part.detach()
-            sums.add(out, 1 / config.gradient_accumulation_steps)
+            sums.add(out, 1 / (len(batches) * self.ranks.count))
             stats = moe.add_stats(stats, out.stats)
+        loads = [layer.load for layer in stats] if config.router_bias_rate else []
+        objective, *loads = self.ranks.total([objective, *loads])  # a sum that is finite where that of each process is
         gradient_norm = clip_gradients(list(model.parameters()), config.grad_clip or math.inf)
         self.guard.check(step, objective, gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        model.balance(stats)
+        model.balance(loads)
         sums.steps += 1
         return Update(rate, gradient_norm)
+
+    @contextlib.contextmanager
+    def exchange(self, is_last):
+        """Inside it, what it gives runs a micro-batch; after the last one's backward pass gradients are averaged over
+        the processes."""
+        if self.ranks.count == 1:
+            yield self.run_model
+            return
+        if self.parallel is None:
+            self.parallel = self.ranks.parallel(self.run_model, self.machine.device)
+        with contextlib.nullcontext() if is_last else self.parallel.no_sync():
+            yield self.parallel
 
 
 def learning_rate(step, config):

@@ -3,10 +3,13 @@
 import errno
 import os
 import pickle
+import shutil
 import zipfile
 
+import numpy as np
 import pytest
 import torch
+from conftest import thorough
 
 import checkpoint
 from checkpoint import CheckpointError
@@ -52,11 +55,12 @@ def test_a_second_save_replaces_the_first(saved):
     assert checkpoint.load(saved)["progress"] == {"step": 8}
 
 
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_previous_checkpoint(saved, monkeypatch, failing):
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     before = saved.read_bytes()
     with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
         patch.setattr(os, failing, full)
@@ -122,12 +126,24 @@ def test_one_byte_short_is_refused(saved):
     refused(saved, "cut short")
 
 
-@pytest.mark.parametrize("bit", [0, 7])
-def test_one_flipped_bit_in_a_weight_is_found(saved, bit):
+@thorough(400, 20_000)
+def test_one_flipped_bit_anywhere_is_found(saved, n):
+    """In a weight, in the archive's own fields, in the seal."""
+    content = saved.read_bytes()
+    bits = np.random.default_rng(0).choice(8 * len(content), min(n, 8 * len(content)), replace=False)
+    last = 8 * (len(content) - np.arange(1, 120)) + 3  # the seal, and the end of the archive
+    for bit in [*bits, *last]:
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        saved.write_bytes(damaged)
+        refused(saved)
+
+
+def test_a_flipped_bit_in_a_weight_is_told_as_what_it_is(saved):
     content = bytearray(saved.read_bytes())
     position = content.find(STATE["model"]["weight"][1000:1100].numpy().tobytes())
     assert position > 0
-    content[position] ^= 1 << bit
+    content[position] ^= 1
     saved.write_bytes(content)
     refused(saved, "damaged", "checksum")
 
@@ -142,7 +158,7 @@ def test_a_foreign_zip_is_refused(tmp_path):
     path = tmp_path / "ckpt.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", "hello")
-    refused(path, "cannot be read as a checkpoint")
+    refused(path, "has no checksum of this program")
 
 
 class Malicious:
@@ -167,10 +183,15 @@ def save_raw(value, path):
     path.write_bytes(pickle.dumps(value))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("is_sealed", [False, True])
 @pytest.mark.parametrize("write", [save_in_zip, save_in_old_format, save_raw])
-def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, write):
+def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, write, is_sealed):
+    """Neither a stranger's, which has no seal, nor that of somebody who knows how to make one."""
     trace, path = tmp_path / "the-code-ran", tmp_path / "ckpt.pt"
     write({"format": checkpoint.FORMAT, "model": Malicious(trace)}, path)
+    if is_sealed:
+        path.write_bytes(checkpoint.sealed(path.read_bytes()))
     assert not trace.exists()
     refused(path)
     assert not trace.exists()
@@ -182,15 +203,79 @@ def test_the_malicious_pickle_of_these_tests_is_malicious(tmp_path):
     assert (tmp_path / "the-code-ran").exists()
 
 
-@pytest.mark.parametrize(
-    "content, found",
-    [
-        ({"format": "charmoe checkpoint 0"}, "charmoe checkpoint 0"),
-        ({"model": {}, "iter_num": 5}, "None"),
-        ([1, 2], "list"),
-    ],
-)
-def test_another_format_is_refused_by_name(tmp_path, content, found):
+def test_what_another_program_saved_is_refused_unopened(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
-    torch.save(content, path)
-    refused(path, found, checkpoint.FORMAT)
+    torch.save({"model": {}, "iter_num": 5}, path)
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("it was opened"))
+    refused(path, "no checksum of this program")
+
+
+def test_another_format_is_refused_by_name(saved):
+    other = saved.read_bytes().replace(checkpoint.FORMAT.encode() + b" sha256", b"charmoe checkpoint 0 sha256")
+    saved.write_bytes(other)
+    refused(saved, "charmoe checkpoint 0", checkpoint.FORMAT)
+
+
+def test_torch_reads_a_sealed_file_too(saved):
+    """A user may look into a checkpoint without this program."""
+    assert torch.equal(torch.load(saved, weights_only=True)["model"]["weight"], STATE["model"]["weight"])
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(saved, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
+    monkeypatch.setattr("builtins.open", lambda *arguments: pytest.fail("something was opened"))
+    with pytest.raises(CheckpointError, match="the disk is full .* bytes were needed"):
+        checkpoint.save(saved, {"progress": {"step": 8}})
+
+
+def test_what_the_disk_does_not_give_back_as_it_was_does_not_replace_the_last_one(saved, monkeypatch):
+    """A write that is said to have gone well, and did not."""
+    fsync = os.fsync
+
+    def damage(descriptor):
+        fsync(descriptor)
+        os.pwrite(descriptor, b"x", 1000)
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="something else than what was written"):
+        patch.setattr(os, "fsync", damage)
+        checkpoint.save(saved, {**STATE, "progress": {"step": 8}})
+    assert checkpoint.load(saved)["progress"]["step"] == 7 and os.listdir(saved.parent) == ["ckpt.pt"]
+
+
+def test_a_rename_comes_after_the_content_and_before_that_of_the_folder(saved, monkeypatch):
+    """So that no order in which a disk may work leaves a name on an empty file."""
+    events, originals = [], {name: getattr(os, name) for name in ("fsync", "link", "replace")}
+
+    def noted(name):
+        def call(*arguments):
+            path = os.readlink(f"/proc/self/fd/{arguments[0]}") if name == "fsync" else arguments[0]
+            events.append((name, os.path.basename(path)))
+            return originals[name](*arguments)
+
+        return call
+
+    for name in originals:
+        monkeypatch.setattr(os, name, noted(name))
+    checkpoint.save(saved, {"progress": {"step": 8}}, previous=saved.with_name("ckpt.previous.pt"))
+    assert events == [
+        ("fsync", "ckpt.pt.partial"),
+        ("link", "ckpt.pt"),
+        ("replace", "ckpt.previous.pt.partial"),
+        ("replace", "ckpt.pt.partial"),
+        ("fsync", saved.parent.name),
+    ]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_the_one_before_is_kept(saved, monkeypatch, has_links):
+    def no_links(*arguments):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:  # as on some network and memory card file systems
+        monkeypatch.setattr(os, "link", no_links)
+    previous = saved.with_name("ckpt.previous.pt")
+    for step in (8, 9):
+        checkpoint.save(saved, {"progress": {"step": step}}, previous)
+        assert checkpoint.load(saved)["progress"]["step"] == step
+        assert checkpoint.load(previous)["progress"]["step"] == step - 1
+        assert sorted(os.listdir(saved.parent)) == ["ckpt.previous.pt", "ckpt.pt"]

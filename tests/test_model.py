@@ -151,7 +151,7 @@ def test_a_checkpoint_keeps_what_training_has_moved():
     model, again = gpt(**keys), gpt(**keys)
     model.set_step(10)
     x = tokens(2, 16)
-    model.balance(model(x, x).stats)
+    model.balance([layer.load for layer in model(x, x).stats])
     again.load_state_dict(model.state_dict())
     x = tokens(2, 16)
     ours, theirs = model(x, x), again(x, x)
@@ -440,7 +440,7 @@ def test_a_shipped_config_compiles_on_cuda_without_a_break_or_a_synchronisation(
             out.objective.backward()
             with torch.no_grad():
                 compiled.eval()(x, y)
-        model.balance(out.stats)
+        model.balance([layer.load for layer in out.stats])
         return out
 
     step(0)

@@ -482,7 +482,10 @@ UNCHECKED = {
     *(f"routing.*.{name}" for name in ("importance_cv2", "drop_rate", "unserved", "entropy", "gate_mass")),
     *(f"routing.*.drop_rate_by_{name}.*" for name in ("position", "symbol")),
     *(f"routing.*.drop_rate_by_class.{name}" for name in records.CLASSES),
-    *(f"config.{name}" for name in ("out_dir", "overwrite", "always_save_checkpoint", "prepare", "log_interval")),
+    *(
+        f"config.{name}"
+        for name in ("out_dir", "overwrite", "always_save_checkpoint", "prepare", "log_interval", "save_minutes")
+    ),
     *(f"config.{name}" for name in ("wandb_log", "wandb_project", "wandb_run_name", "device")),
 }
 

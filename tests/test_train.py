@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alike import HARD, STATEFUL, assert_same_run, essence, lines_of, record_of, steps_of, weights_of
 from conftest import TINY, english, prepare_text, tiny, train_tiny
 
 import checkpoint
@@ -30,79 +31,6 @@ from settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json"}
-# Everything random, and everything that is summed up between two log lines, at once.
-HARD = dict(
-    n_expert=4, expert_top_k=2, capacity_factor=0.5, dropout=0.2, router_jitter=0.1, gradient_accumulation_steps=2
-)
-# Routers and schedules that have a state of their own.
-STATEFUL = {
-    "random": dict(
-        router="random", aux_loss="none", expert_dropout=0.2, expert_dropout_end=0.1, expert_dropout_schedule="cosine"
-    ),
-    "bias": dict(router_bias_rate=0.01, gate="sigmoid", aux_loss="none", gradient_accumulation_steps=2),
-    "annealed": dict(
-        router_temperature=3.0, router_temperature_schedule="linear", aux_loss="cv2", aux_loss_coef_end=0.5,
-        aux_loss_coef_schedule="linear", router_level="segment", segment_size=5,
-    ),
-    "hash": dict(router="hash", aux_loss="none", n_shared_expert=1),
-    "by block": dict(n_expert_by_block="4,2", share_experts=False, expert_inner_dropout=0.1),
-    "one set": dict(share_experts=True, router="two_level", capacity_factor=0.75),
-}  # fmt: skip
-# What may differ between a run and the same run again: clocks, and where and how it was made.
-INCIDENTAL = {
-    "train_seconds",
-    "others",
-    "exclusive",
-    "step_ms",
-    "tokens_per_second",
-    "seconds",
-    "median_step_ms",
-    "peak_memory_bytes",
-    "git",
-    "resumed",
-    "metrics_bytes",
-    "out_dir",
-    "init_from",
-    "overwrite",
-}
-
-
-def record_of(out_dir):
-    return json.loads((out_dir / "summary.json").read_text())
-
-
-def lines_of(out_dir, kind=None):
-    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if kind in (None, line["kind"])]
-
-
-def steps_of(out_dir, kind):
-    return [line["step"] for line in lines_of(out_dir, kind)]
-
-
-def weights_of(out_dir, name="ckpt.pt"):
-    return checkpoint.load(out_dir / name)["model"]
-
-
-def essence(value):
-    """value without what is incidental; tensors as bytes, so that == compares every bit."""
-    if isinstance(value, dict):
-        return {key: essence(inner) for key, inner in value.items() if key not in INCIDENTAL}
-    if isinstance(value, (list, tuple)):
-        return [essence(inner) for inner in value]
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.shape, value.numpy().tobytes()
-    return value
-
-
-def assert_same_run(one, other):
-    """Bit for bit: weights, optimiser, random state, metrics, record, best checkpoint."""
-    for name in ("ckpt.pt", "best.pt"):
-        a, b = checkpoint.load(one / name), checkpoint.load(other / name)
-        for key in ("model", "optimizer", "random", "progress"):
-            assert essence(a[key]) == essence(b[key]), (name, key)
-    assert essence(lines_of(one)) == essence(lines_of(other))
-    assert essence(record_of(one)) == essence(record_of(other))
 
 
 def contents(folder):
@@ -246,7 +174,7 @@ def test_the_best_is_the_minimum_of_the_evaluations_and_test_is_read_from_it(wor
     assert best["step"] == 20
     assert record["clean"]["best"] == {**best["clean"], "step": best["step"]}
     assert record["clean"]["final"]["nats"] == record["evaluations"][-1]["clean"]["nats"]
-    assert checkpoint.load(tmp_path / "run" / "best.pt")["progress"]["step"] == best["step"] == record["test"]["step"]
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["step"] == best["step"] == record["test"]["step"]
     assert record["paper"]["best_val"] == min(line["paper"]["val"] for line in record["evaluations"])
 
     config, dataset = Config.from_dict(record["config"]), Dataset.open(words)
@@ -600,7 +528,7 @@ def test_times_of_a_run_that_changed_machines_do_not_count(words, tmp_path, at_s
     at_step(interrupt(), 2)
     assert train_tiny(words, tmp_path / "run", max_iters=4) == 130
     state = checkpoint.load(tmp_path / "run" / "ckpt.pt")
-    here = machine.describe(machine.choose("cpu"))
+    here = {**machine.describe(machine.choose("cpu")), "processes": 1}
     assert state["progress"]["machine"] == here
     if where == "another":
         state["progress"]["machine"] |= {"cores": 999, "python": "2.7"}
@@ -676,7 +604,8 @@ def test_an_overwritten_run_that_is_stopped_is_not_complete(words, moe_run, tmp_
     shutil.copytree(moe_run, tmp_path / "run")
     at_step(interrupt(), 3)
     assert train_tiny(words, tmp_path / "run", overwrite=True) == 130
-    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES - {"summary.json"}
+    unfinished = FILES - {"summary.json"} | {"ckpt.previous.pt"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == unfinished
 
 
 def test_overwrite_leaves_files_that_are_not_the_runs(words, dense_run, tmp_path):
@@ -788,7 +717,7 @@ def test_a_signal_right_after_a_bad_step_saves_no_bad_state(words, tmp_path, cap
     assert_stopped_not_finite(tmp_path / "run", capsys)
     saved = checkpoint.load(tmp_path / "run" / "ckpt.pt")
     assert saved["progress"]["step"] <= 12
-    assert all(torch.isfinite(value) for value in saved["interval"]["sums"].values())
+    assert all(torch.isfinite(value) for value in saved["processes"][0]["interval"]["sums"].values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -851,25 +780,25 @@ def test_a_folder_in_use_is_refused(words, tmp_path, at_step):
     assert record_of(tmp_path / "run")["iterations"] == 20
 
 
-def test_a_best_checkpoint_that_a_power_cut_prevented_is_made_on_resuming(
+def test_best_weights_that_a_power_cut_prevented_are_written_on_resuming(
     words, tmp_path, monkeypatch, at_step, uninterrupted
 ):
-    """ckpt.pt is written first, and at the best step it holds the same state."""
+    """ckpt.pt is written first, and has them."""
     original = checkpoint.save
 
-    def save(path, state):
-        if path.name == "best.pt" and state["progress"]["step"] == 10:
+    def save(path, state, previous=None):
+        if path.name == "best.pt" and state["step"] == 10:
             raise KeyboardInterrupt
-        original(path, state)
+        original(path, state, previous)
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(words, tmp_path / "run", **HARD)
-    assert checkpoint.load(tmp_path / "run" / "best.pt")["progress"]["step"] == 0
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["step"] == 0
     monkeypatch.undo()
     at_step(interrupt(), 11)
     assert train_tiny(words, tmp_path / "run", init_from="resume", **HARD) == 130
-    assert checkpoint.load(tmp_path / "run" / "best.pt")["progress"]["step"] == 10
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["step"] == 10
     assert train_tiny(words, tmp_path / "run", init_from="resume", **HARD) == 0
     assert_same_run(uninterrupted, tmp_path / "run")
 
@@ -939,8 +868,8 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(words, tmp_path, at_
     with pytest.raises(CheckpointError, match="disk is full") as caught:
         train_tiny(words, tmp_path / "run")
     assert "saved before is untouched" in str(caught.value) and ".pt" in str(caught.value)
-    for name in ("ckpt.pt", "best.pt"):
-        assert checkpoint.load(tmp_path / "run" / name)["progress"]["step"] == 0
+    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] == 0
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["step"] == 0
     monkeypatch.undo()
     assert train_tiny(words, tmp_path / "run", init_from="resume") == 0
 
@@ -1071,15 +1000,8 @@ def test_a_script_interrupted_for_real_exits_130_and_can_be_resumed(words, tmp_p
     assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] >= 10
 
 
-def test_a_best_checkpoint_of_another_step_is_not_tested_on(words, tmp_path, monkeypatch):
-    """The test split is read from the best checkpoint, or not at all."""
-    original = checkpoint.save
-
-    def save(path, state):
-        if path.name != "best.pt" or state["progress"]["step"] == 0:
-            original(path, state)
-
-    monkeypatch.setattr(checkpoint, "save", save)
-    with pytest.raises(CheckpointError, match="is of step 0, but this run was best at 20"):
-        train_tiny(words, tmp_path / "run")
-    assert not (tmp_path / "run" / "summary.json").exists()
+def test_whatever_becomes_of_best_pt_the_test_split_is_read_from_the_best_weights(words, tmp_path, at_step, dense_run):
+    best = tmp_path / "run" / "best.pt"
+    at_step(lambda: best.write_bytes(b"gone"), 12)
+    assert train_tiny(words, tmp_path / "run") == 0
+    assert record_of(tmp_path / "run")["test"] == record_of(dense_run)["test"]

@@ -1,0 +1,126 @@
+"""The edges of a script: what it was asked to print, one message for a mistake, its exit code; and the signals that
+wait until nothing is half done."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from configurator import Message
+
+MISTAKE = 2  # exit codes; stopped by signal number n: 128 + n
+NOT_FINITE = 3
+LEFT_ALONE = 4  # another process of the run ended
+STOPPING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+]  # USR1 is what Slurm sends before the time is over, HUP a terminal that closes
+MEMORY_WORDS = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+
+
+class Failure(Exception):
+    """Why a script ends early, for which the user is not to blame, and its exit code."""
+
+    def __init__(self, text, code):
+        super().__init__(text)
+        self.code = code
+
+
+def run(main, mistakes=(), out_of_memory="take something smaller"):
+    """Calls main(argv) -> exit code, and ends the program. mistakes: the exceptions that are the user's to mend, told
+    in one message; out_of_memory: what takes less."""
+    name = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for is no error
+    try:
+        code = main(sys.argv[1:])
+    except Message as message:
+        code = tell(message, sys.stdout, 0)
+    except Failure as failure:
+        code = tell(f"{name}: {failure}", sys.stderr, failure.code)
+    except tuple(mistakes) as error:
+        code = tell(f"{name}: {error}", sys.stderr, MISTAKE)
+    except BrokenPipeError:  # whoever read what was printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        code = tell(f"{name}: {error.filename or 'a file'}: {error.strerror}", sys.stderr, MISTAKE)
+    except KeyboardInterrupt:
+        code = tell(f"{name}: stopped", sys.stderr, 128 + signal.SIGINT)
+    except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+        is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not is_memory and not any(words in str(error) for words in MEMORY_WORDS):
+            raise
+        said = (str(error).strip().splitlines() or ["no more is to be had"])[0]
+        code = tell(f"{name}: out of memory ({said}); {out_of_memory}", sys.stderr, MISTAKE)
+    sys.exit(code)
+
+
+def tell(text, stream, code):
+    """Print the last words of a script. One process of several leaves them to the first, as long as that has any: the
+    launcher ends the others when one has ended."""
+    number = os.environ.get("RANK", "0")
+    if number != "0":
+        time.sleep(3)
+        text = f"process {number}: {text}"
+    with contextlib.suppress(OSError):  # nobody is there any more to read it
+        print(text, file=stream, flush=True)
+    return code
+
+
+class Lasting:
+    """A stream to write to whose reader may go (a closed terminal, a pipe to head): what it then does not take is lost,
+    and nothing else is."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+class Stopped(Exception):
+    """A signal came while nothing was half done."""
+
+
+class StopSignals:
+    """Inside it, the STOPPING signals do not stop the program: `caught` lists them for the loop to look at. Within
+    `may_stop`, one is raised as Stopped at once. A second one of the same kind stops the program on the spot; one that
+    the system was told to ignore (nohup) stays ignored."""
+
+    def __enter__(self):
+        self.caught, self.raising = [], False
+        kinds = [n for n in STOPPING if n != getattr(signal, "SIGHUP", None) or signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._catch) for number in kinds}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number, frame):
+        self.caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        if self.raising:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def may_stop(self, really=True):
+        """really=False: no, all of what is inside it is done first."""
+        self.raising = really
+        try:
+            yield
+        except Stopped:
+            pass
+        finally:
+            self.raising = False

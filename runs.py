@@ -1,0 +1,236 @@
+"""The folder of a run: what it holds, who may write to it, and what is read back when the run goes on.
+
+    folder = RunFolder(config)
+    saved = folder.open()                        # what the run goes on from, or None; until here nothing is written
+    with folder.writable(config, saved) as metrics:
+        metrics.write(line)
+        folder.save(state, is_best=True)         # ckpt.pt, best.pt
+        folder.complete(record)                  # summary.json
+
+config.json       every key
+metrics.jsonl     a line a log or evaluation, appended; a checkpoint knows how long it was
+ckpt.pt           the whole state after some step, the best weights so far among it
+ckpt.previous.pt  the one before, in case the disk damages it; gone when the run is complete
+best.pt           the best weights so far, for sample.py; the run itself goes by those in ckpt.pt
+summary.json      the record, of a complete run only
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import checkpoint
+from checkpoint import CheckpointError
+from configurator import ConfigError
+from settings import Config
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nothing keeps two runs apart
+    fcntl = None
+
+AGAIN = "--init_from=scratch --overwrite=True makes the run again"
+STATE = ("config", "dataset", "vocabulary", "model", "optimizer", "best", "progress", "processes")  # of a checkpoint
+
+
+class RunFolder:
+    """config: as asked for."""
+
+    def __init__(self, config):
+        self.config, self.path = config, Path(config.out_dir)
+        self.read = "ckpt.pt"  # which checkpoint the run goes on from
+        self.note = None  # why it is not ckpt.pt
+
+    def __str__(self):
+        return str(self.path)
+
+    def __truediv__(self, name):
+        return self.path / name
+
+    def held(self):
+        """Files of a run that are there; an empty metrics.jsonl holds nothing."""
+        files = [name for name in checkpoint.RUN_FILES if (self / name).exists()]
+        return [name for name in files if name != "metrics.jsonl" or (self / name).stat().st_size]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Before the run
+
+    def open(self):
+        """The checkpoint to go on from, or None for a new run. ConfigError or CheckpointError where that would destroy
+        something, or cannot be."""
+        config, held = self.config, self.held()
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError([f"out_dir={config.out_dir} is a file; expected a folder, or a name for a new one"])
+        has_checkpoint = "ckpt.pt" in held or "ckpt.previous.pt" in held
+        if config.init_from != "scratch" and config.overwrite:
+            raise ConfigError(
+                [f"--init_from={config.init_from} goes on with a run and --overwrite=True throws it away: choose one"]
+            )
+        if has_checkpoint and config.init_from != "scratch":
+            return self.newest_good()
+        if config.init_from == "resume":
+            raise CheckpointError(
+                f"{self} holds no ckpt.pt to resume from; start the run with --init_from=scratch"
+                + (" --overwrite=True" if held else "")
+            )
+        if config.init_from == "auto" and set(held) <= {"config.json", "metrics.jsonl"}:
+            return None  # nothing, or a run that was stopped before its first checkpoint
+        if held and not config.overwrite and not config.eval_only:
+            raise ConfigError(
+                [
+                    f"{self} holds {self.what_it_holds()}; nothing was changed. Choose one of:",
+                    *(["--init_from=resume goes on with it;"] if has_checkpoint else []),
+                    "--out_dir=… or another --seed=… makes this run elsewhere;",
+                    "--overwrite=True throws it away and starts again",
+                ]
+            )
+        return None
+
+    def newest_good(self):
+        """What ckpt.pt holds, or where it is of no use the one before it, as `note` tells then."""
+        problems = []
+        for self.read in ("ckpt.pt", "ckpt.previous.pt"):
+            if problems and not (self / self.read).exists():
+                break
+            try:
+                saved = checkpoint.load(self / self.read)
+                self.check(saved)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                step = f"step {saved['progress']['step']:,}"
+                self.note = f"{problems[0]}. Going on from the checkpoint before it: {self / self.read}, of {step}."
+            return saved
+        raise CheckpointError(f"{'; and '.join(problems)}; {AGAIN}")
+
+    def check(self, saved):
+        """CheckpointError where a checkpoint is not all of one, or metrics.jsonl has lost lines that it knows of."""
+        missing = [name for name in STATE if name not in saved]
+        if missing:
+            raise CheckpointError(f"{self / self.read} is no checkpoint of a run: it lacks {', '.join(missing)}")
+        metrics, known = self / "metrics.jsonl", saved["progress"]["metrics_bytes"]
+        length = metrics.stat().st_size if metrics.exists() else 0
+        if length < known:
+            raise CheckpointError(
+                f"{metrics} is shorter than when {self.read} was written ({length:,} bytes, {known:,} then): "
+                "something else changed it"
+            )
+
+    def what_it_holds(self):
+        try:
+            title = json.loads((self / "config.json").read_text()).get("title") or "a run"
+        except (OSError, ValueError, AttributeError):
+            title = "a run"
+        if (self / "summary.json").exists():
+            return f"a complete run ({title})"
+        return f"an unfinished run ({title})"
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # During the run
+
+    @contextlib.contextmanager
+    def writable(self, config, saved):
+        """Inside it, the run of this config that goes on from `saved` (None: a new one) writes here, and no other one
+        can. -> its Metrics"""
+        with checkpoint.writing(self / "metrics.jsonl"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self / "metrics.jsonl", "ab")
+        with file:
+            lock(file, self)
+            if not saved and self.open():  # another run has come and gone while this one got ready
+                raise CheckpointError(f"{self} holds another run by now; nothing was changed")
+            with checkpoint.writing(self.path):
+                if saved and self.read != "ckpt.pt":
+                    os.replace(self / self.read, self / "ckpt.pt")
+                gone = ["summary.json"] if saved else [name for name in checkpoint.RUN_FILES if name != "metrics.jsonl"]
+                for name in [*gone, *(f"{name}.partial" for name in checkpoint.RUN_FILES)]:
+                    (self / name).unlink(missing_ok=True)
+                file.truncate(saved["progress"]["metrics_bytes"] if saved else 0)  # what came later did not happen
+            checkpoint.write_json(self / "config.json", config.to_dict())
+            if saved and saved["best"]:
+                self.save_best(saved)  # the power may have failed before it was
+            yield Metrics(file)
+
+    def save(self, state, is_best):
+        """Replace ckpt.pt, which is kept as the previous one; is_best: and best.pt, which it describes."""
+        checkpoint.save(self / "ckpt.pt", state, previous=self / "ckpt.previous.pt")
+        if is_best:
+            self.save_best(state)
+
+    def save_best(self, state):
+        about = {name: state[name] for name in ("config", "dataset", "vocabulary")}
+        checkpoint.save(self / "best.pt", {**about, **state["best"]})
+
+    def complete(self, record):
+        checkpoint.write_json(self / "summary.json", record)
+        (self / "ckpt.previous.pt").unlink(missing_ok=True)
+
+
+def lock(file, folder):
+    """Until the file is closed, no other run has this lock; CheckpointError where one has it."""
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{folder} is in use by another run that has not ended") from None
+
+
+class Metrics:
+    """metrics.jsonl: one line a log or evaluation, appended. file: open for appending, in bytes."""
+
+    def __init__(self, file):
+        self.file, self.mirror = file, None
+
+    def write(self, line):
+        with checkpoint.writing(self.file.name):
+            self.file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+            self.file.flush()
+        if self.mirror:
+            self.mirror(line)
+
+    def sync(self):
+        """Make it durable. -> its length in bytes"""
+        with checkpoint.writing(self.file.name):
+            os.fsync(self.file.fileno())
+        return self.file.seek(0, os.SEEK_END)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether a checkpoint is of this run
+
+
+def check_resumable(saved, config, dataset):
+    """A checkpoint goes on only as the experiment that it is, on the text that it knows. -> what may differ and does"""
+    theirs = Config.from_dict(saved["config"])
+    # The text is compared by its hash below, for the same data set can be named in several ways.
+    differing = [row for row in config.differences(theirs, ("experiment",)) if row[0] != "dataset"]
+    if differing:
+        raise CheckpointError(
+            f"{config.out_dir} holds another experiment:\n"
+            + "\n".join(f"  {key}={theirs!r} there, {ours!r} here" for key, ours, theirs in differing)
+            + "\nResume with the same settings, or choose another --out_dir."
+        )
+    if saved["dataset"] != dataset.describe():
+        there, here = (
+            f"{data['name']} ({data['vocab_size']} symbols, splits {data['splits']}, SHA-256 {data['sha256'][:8]}…)"
+            for data in (saved["dataset"], dataset.describe())
+        )
+        raise CheckpointError(f"{config.out_dir} was trained on another text: {there} there, {here} here")
+    if saved["progress"]["step"] > config.max_iters:
+        made = f"{saved['progress']['step']:,}"
+        raise CheckpointError(
+            f"{config.out_dir} has already made {made} updates, more than max_iters={config.max_iters}"
+        )
+    return config.differences(theirs, ("schedule",))
+
+
+def difference(there, here):
+    """Of two descriptions of machines: "cores 2, threads 2 there, cores 1, threads 1 here". there: None in a checkpoint
+    that is older than its description."""
+    if there is None:
+        return f"which one is not known, {here['device']} here"
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    sides = (", ".join(f"{name} {machine.get(name)}" for name in names) for machine in (there, here))
+    return "{} there, {} here".format(*sides)
