@@ -478,7 +478,7 @@ UNCHECKED = {
     *("dataset.splits.val", "dataset.splits.test"),
     *(f"evaluations.*.{name}" for name in ("train_seconds", "train_mode.loss", "train_mode.objective")),
     *(f"evaluations.*.paper.{name}" for name in ("train", "val", "train_with_aux", "val_with_aux")),
-    *("parameters.active", "training_flops_per_token"),
+    *("parameters.active", "training_flops_per_token", "machine.processes"),
     *(f"routing.*.{name}" for name in ("importance_cv2", "drop_rate", "unserved", "entropy", "gate_mass")),
     *(f"routing.*.drop_rate_by_{name}.*" for name in ("position", "symbol")),
     *(f"routing.*.drop_rate_by_class.{name}" for name in records.CLASSES),
