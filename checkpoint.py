@@ -90,6 +90,7 @@ def _keep(path, previous):
         link.unlink(missing_ok=True)
         os.link(path, link)
         os.replace(link, previous)
+        link.unlink(missing_ok=True)  # where both were names of one file, that renamed nothing
     except OSError:  # no hard links on this file system
         os.replace(path, previous)
 

@@ -13,9 +13,6 @@ from configurator import Message
 MISTAKE = 2  # exit codes; stopped by signal number n: 128 + n
 NOT_FINITE = 3
 LEFT_ALONE = 4  # another process of the run ended
-STOPPING = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
-]  # USR1 is what Slurm sends before the time is over, HUP a terminal that closes
 MEMORY_WORDS = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 
 
@@ -89,19 +86,24 @@ class Lasting:
         return getattr(self.stream, name)
 
 
+def stopping_signals():
+    """Those that ask a program to end: Ctrl-C, kill, Slurm's USR1 before the time is over, a terminal that closes; but
+    not the last where somebody told the system to ignore it (nohup)."""
+    kinds = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+    return [n for n in kinds if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
+
+
 class Stopped(Exception):
     """A signal came while nothing was half done."""
 
 
 class StopSignals:
-    """Inside it, the STOPPING signals do not stop the program: `caught` lists them for the loop to look at. Within
-    `may_stop`, one is raised as Stopped at once. A second one of the same kind stops the program on the spot; one that
-    the system was told to ignore (nohup) stays ignored."""
+    """Inside it, the stopping_signals do not stop the program: `caught` lists them for the loop to look at. Within
+    `may_stop`, one is raised as Stopped at once. A second one of the same kind stops the program on the spot."""
 
     def __enter__(self):
         self.caught, self.raising = [], False
-        kinds = [n for n in STOPPING if n != getattr(signal, "SIGHUP", None) or signal.getsignal(n) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self._catch) for number in kinds}
+        self.before = {number: signal.signal(number, self._catch) for number in stopping_signals()}
         return self
 
     def __exit__(self, *_):

@@ -14,7 +14,7 @@ saves and ends, and the same command goes on. Any number of sweeps can share the
 what another one is running.
 
 Exit codes: 0 done, or the budget is over; 1 a run failed or cannot be made; 2 a mistake in what was
-asked; 130 / 143 stopped by SIGINT / SIGTERM.
+asked; 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP).
 """
 
 import contextlib
@@ -295,12 +295,12 @@ def look_at_folder(cell):
             return State("to be copied", step=cell.config.max_iters)
         is_ours = run_id == cell.config.run_id
         return holds(f"a run of another machine ({machine})" if is_ours else f"another experiment ({run_id})")
-    if not held & {"ckpt.pt", "best.pt"}:  # cut before its first checkpoint: nothing is lost
+    if not held & {"ckpt.pt", "ckpt.previous.pt", "best.pt"}:  # cut before its first checkpoint: nothing is lost
         return State("missing", words=("--overwrite=True",) if held else ())
     run_id = run_id_of(cell.folder / "config.json")
     if run_id != cell.config.run_id:
         return holds(f"another experiment ({run_id or 'its config.json cannot be read'})")
-    if "ckpt.pt" not in held:
+    if not held & {"ckpt.pt", "ckpt.previous.pt"}:
         return holds("a best.pt, but no ckpt.pt to go on from")
     step, _ = last_of(cell.folder / "metrics.jsonl")
     return State("cut", f"step {step:,} of {cell.config.max_iters:,}", step, ("--init_from=resume",))
@@ -561,10 +561,10 @@ class Screen:
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that SIGINT and SIGTERM are added to inside, and do nothing else."""
+    """A list that console.stopping_signals are added to inside, and do nothing else."""
     signals = []
     with contextlib.ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in console.stopping_signals():
             before = signal.signal(number, lambda number, frame: signals.append(number))
             stack.callback(signal.signal, number, before)
         yield signals

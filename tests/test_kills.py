@@ -1,0 +1,238 @@
+"""A run that is killed, at any moment and however often, and gone on with is the run that never was: bit for bit the
+weights, optimiser state, random state, metrics and record. Real processes, SIGKILL, everything random switched on."""
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from alike import HARD, STATEFUL, assert_same_run, record_of
+from conftest import TINY, thorough
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = {
+    "hard": dict(save_minutes=1e-9, log_interval=3) | HARD,  # saves before every update
+    **{
+        name: dict(n_expert=4, dropout=0.1, max_iters=12, eval_interval=6, log_interval=4) | STATEFUL[name]
+        for name in STATEFUL
+    },
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the process that is killed
+
+
+class Reaper:
+    """Kills its own process at the n-th of the moments that are announced to it (never for None), and counts them."""
+
+    def __init__(self, n, is_power_cut):
+        self.n, self.is_power_cut, self.count, self.files = n, is_power_cut, 0, []
+
+    def moment(self):
+        self.count += 1
+        if self.count != self.n:
+            return
+        if self.is_power_cut:  # what was not made durable is lost with it
+            for file in self.files:
+                if not file.closed:
+                    os.truncate(file.fileno(), file.durable)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, function):
+        def call(*arguments, **options):
+            self.moment()
+            result = function(*arguments, **options)
+            self.moment()
+            return result
+
+        return call
+
+    def watch(self):
+        """Announce what touches the run's files: before, after, and when half of a write is done; and every batch."""
+        import checkpoint
+        import runs
+        from data.common import Dataset
+
+        reaper, fsync = self, os.fsync
+
+        class Torn(io.BufferedWriter):
+            def write(self, content):
+                half = len(content) // 2
+                super().write(content[:half])
+                self.flush()
+                reaper.moment()
+                return half + super().write(content[half:])
+
+        def opened(path, mode):
+            if mode == "rb":
+                return open(path, mode)
+            file = Torn(io.FileIO(path, mode.removesuffix("b")))
+            file.durable = os.path.getsize(path)
+            reaper.files.append(file)
+            return file
+
+        def synced(descriptor):
+            fsync(descriptor)
+            for file in reaper.files:
+                if not file.closed and file.fileno() == descriptor:
+                    file.durable = os.fstat(descriptor).st_size
+
+        checkpoint.open = runs.open = opened
+        os.fsync = self.around(synced)
+        for name in ("replace", "link", "unlink"):
+            setattr(os, name, self.around(getattr(os, name)))
+        Dataset.batch = self.around(Dataset.batch)
+
+
+def child(options, n, is_power_cut, log):
+    """train.py with these options, killed at its n-th moment. Writes how many there were to `log`, where it lives."""
+    import torch
+
+    import train
+
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(log, "a")
+    reaper = Reaper(n, is_power_cut)
+    reaper.watch()
+    code = train.main([f"--{key}={value}" for key, value in options.items()])
+    print(json.dumps(reaper.count), flush=True)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the test
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """A context whose processes have torch imported when they begin."""
+    context = multiprocessing.get_context("forkserver")
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    context.set_forkserver_preload(["train", "torch._dynamo"])  # the optimiser imports the second, which takes long
+    context.Process(target=int).start()
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return context
+
+
+@pytest.fixture(scope="module")
+def runner(processes, words, tmp_path_factory):
+    """A function that runs a KIND in a process: to its end, or until it is killed. -> (exit code, moments, seconds)"""
+    log = tmp_path_factory.mktemp("logs") / "log"
+
+    def run(kind, out_dir, n=None, after=None, is_power_cut=False, **changes):
+        options = {
+            **TINY,
+            "dataset": words,
+            "out_dir": out_dir,
+            "init_from": "auto",
+            **KINDS[kind],
+            **changes,
+        }
+        log.write_text("")
+        started = time.monotonic()
+        process = processes.Process(target=child, args=(options, n, is_power_cut, log))
+        process.start()
+        process.join(after)
+        if after is not None and process.exitcode is None:
+            process.kill()
+        process.join(60)
+        seconds = time.monotonic() - started
+        if process.exitcode not in (0, -signal.SIGKILL):
+            pytest.fail(f"exit code {process.exitcode}: {log.read_text()[-2000:]}")
+        lines = log.read_text().split()
+        return process.exitcode, int(lines[-1]) if process.exitcode == 0 else None, seconds
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runner, tmp_path_factory):
+    """A function: kind -> (out_dir of the complete run, its moments, its seconds)."""
+    known = {}
+
+    def of(kind):
+        if kind not in known:
+            out_dir = tmp_path_factory.mktemp("whole") / "run"
+            code, moments, seconds = runner(kind, out_dir)
+            assert code == 0
+            known[kind] = out_dir, moments, seconds
+        return known[kind]
+
+    return of
+
+
+def kinds(n):
+    names = list(KINDS)
+    return [names[i % len(names)] for i in range(n)]
+
+
+def complete(runner, kind, out_dir, whole):
+    """Go on to the end, and compare."""
+    code, *_ = runner(kind, out_dir)
+    assert code == 0
+    assert_same_run(whole, out_dir)
+    assert not [path for path in out_dir.iterdir() if "partial" in path.name or "previous" in path.name]
+    shutil.rmtree(out_dir)
+
+
+def generator(n):
+    """The same kills in each short form; others in each long one."""
+    seed = 0 if n < 100 else random.SystemRandom().randrange(2**32)
+    print("seed", seed)
+    return random.Random(seed)
+
+
+@thorough(14, 200)
+def test_a_run_killed_at_any_time_and_gone_on_with_is_the_run_that_was_not(runner, uninterrupted, tmp_path, n):
+    times = generator(n)
+    for kind in kinds(n):
+        whole, _, seconds = uninterrupted(kind)
+        runner(kind, tmp_path / "run", after=times.uniform(0, seconds))
+        complete(runner, kind, tmp_path / "run", whole)
+
+
+@thorough(28, 400)
+def test_a_run_killed_within_any_file_operation_loses_nothing(runner, uninterrupted, tmp_path, n):
+    """Half of them lose what was written and not yet made durable, as a power cut does."""
+    moments = generator(n)
+    for i, kind in enumerate(kinds(n)):
+        whole, count, _ = uninterrupted(kind)
+        code, *_ = runner(kind, tmp_path / "run", n=moments.randint(1, count), is_power_cut=i % 2 == 0)
+        assert code == -signal.SIGKILL
+        complete(runner, kind, tmp_path / "run", whole)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("is_power_cut", [False, True], ids=["killed", "power cut"])
+def test_every_moment_of_a_run(runner, uninterrupted, tmp_path, is_power_cut):
+    whole, count, _ = uninterrupted("hard")
+    for n in range(1, count + 1):
+        code, *_ = runner("hard", tmp_path / "run", n=n, is_power_cut=is_power_cut)
+        assert code == -signal.SIGKILL
+        complete(runner, "hard", tmp_path / "run", whole)
+
+
+@thorough(2, 40)
+def test_many_kills_of_one_run(runner, uninterrupted, tmp_path, n):
+    moments = generator(n)
+    for kind in ["hard", *kinds(n)][:n]:
+        whole, count, _ = uninterrupted(kind)
+        kills = 0
+        while kills < 8:
+            code, *_ = runner(kind, tmp_path / "run", n=moments.randint(1, count // 2))
+            if code == 0:
+                break
+            kills += 1
+        assert kills >= 2
+        code, *_ = runner(kind, tmp_path / "run")
+        assert code == 0 and record_of(tmp_path / "run")["resumed"] > 0
+        complete(runner, kind, tmp_path / "run", whole)
