@@ -549,8 +549,10 @@ SAVE = 1  # see Training.wish
 
 def resume_command(argv, ranks):
     kept = [word for word in argv if not word.startswith(("--overwrite", "--init_from"))]
-    starter = ["python"] if ranks.count == 1 else ["torchrun", f"--nproc_per_node={ranks.on_machine}"]
-    return shlex.join([*starter, os.path.relpath(__file__), *kept, "--init_from=resume"])
+    ours = shlex.join([os.path.relpath(__file__), *kept, "--init_from=resume"])
+    if ranks.count == 1:
+        return f"python {ours}"
+    return f"torchrun --nproc_per_node={ranks.on_machine} {'' if ranks.count == ranks.on_machine else '… '}{ours}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -576,8 +578,8 @@ def main(argv):
             if ranks.count == 1 or not is_loss_of_another(error):
                 raise
             raise console.Failure(
-                f"another of the {ranks.count} processes of this run ended ({checkpoint.first_line(error)[:200]}); "
-                f"what was saved is in {config.out_dir}. To go on: {resume_command(argv, ranks)}",
+                f"another of the {ranks.count} processes of this run has ended: torchrun says below which, and why. "
+                f"What was saved is in {config.out_dir}; to go on: {resume_command(argv, ranks)}",
                 console.LEFT_ALONE,
             ) from error
 

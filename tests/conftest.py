@@ -1,6 +1,9 @@
 """What several test files share: a tiny config, a tiny text, a prepared data set."""
 
 import dataclasses
+import multiprocessing
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from data.build import TRAIN_VAL_TEST, TextSpec, prepare
 from settings import Config
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(
     n_layer=2,
     n_head=2,
@@ -94,6 +98,18 @@ def train_tiny(dataset, out_dir, *arguments, **changes):
 
     options = {**TINY, "dataset": dataset, "out_dir": out_dir, **changes}
     return train.main([*arguments, *(f"--{key}={value}" for key, value in options.items())])
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A context whose processes have torch imported when they begin."""
+    context = multiprocessing.get_context("forkserver")
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    context.set_forkserver_preload(["train", "torch._dynamo"])  # the optimiser imports the second, which takes long
+    context.Process(target=int).start()
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -3,20 +3,17 @@ weights, optimiser state, random state, metrics and record. Real processes, SIGK
 
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from alike import HARD, STATEFUL, assert_same_run, record_of
 from conftest import TINY, thorough
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
     "hard": dict(save_minutes=1e-9, log_interval=3) | HARD,  # saves before every update
     **{
@@ -109,18 +106,6 @@ def child(options, n, is_power_cut, log):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In the test
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """A context whose processes have torch imported when they begin."""
-    context = multiprocessing.get_context("forkserver")
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    context.set_forkserver_preload(["train", "torch._dynamo"])  # the optimiser imports the second, which takes long
-    context.Process(target=int).start()
-    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
-    return context
 
 
 @pytest.fixture(scope="module")

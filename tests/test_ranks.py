@@ -1,0 +1,231 @@
+"""Several processes train what one would: the same sequences, the same curve within rounding, one that writes; they
+stop together, and go on exactly. Two processes with gloo, on the CPU."""
+
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from alike import HARD, assert_same_run, lines_of, record_of, weights_of
+from conftest import ROOT, TINY, tiny, train_tiny
+
+import checkpoint
+from configurator import ConfigError
+from ranks import Ranks
+
+# One process or two: what is random within a step (dropout, noise) would differ.
+SHARED = dict(dropout=0.0, batch_size=4, max_iters=20, n_embd=24)
+MODELS = {
+    "dense": dict(),
+    "switch loss": dict(n_expert=4, aux_loss_coef=0.5),
+    "cv2 loss": dict(n_expert=4, expert_top_k=2, aux_loss="cv2", aux_loss_coef=0.5),
+    "balanced by a bias": dict(n_expert=4, expert_top_k=2, aux_loss="none", router_bias_rate=0.01, gate="sigmoid"),
+    "capacity, z-loss": dict(n_expert=4, expert_top_k=2, capacity_factor=0.5, z_loss_coef=0.1),
+    "random router": dict(n_expert=4, router="random", aux_loss="none"),
+}
+SHARES = {"whole micro-batches": 2, "parts of them": 1}  # gradient_accumulation_steps for two processes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who does what
+
+
+@pytest.mark.parametrize("count, batch_size, accumulated", [(1, 3, 5), (2, 4, 1), (2, 3, 2), (3, 6, 2), (4, 2, 8)])
+def test_each_sequence_is_one_process_s(count, batch_size, accumulated):
+    config = tiny(batch_size=batch_size, gradient_accumulation_steps=accumulated)
+    rows = torch.arange(batch_size * accumulated)
+    shares = [Ranks(number, count).own(rows, config) for number in range(count)]
+    assert sorted(torch.cat([part for share in shares for part in share]).tolist()) == rows.tolist()
+    assert len({tuple(map(len, share)) for share in shares}) == 1  # all do as much
+    if accumulated % count == 0:  # and micro-batches stay whole
+        assert all(len(part) == batch_size for share in shares for part in share)
+
+
+@pytest.mark.parametrize(
+    "count, changes, words",
+    [
+        (3, dict(), ["3 processes", "gradient_accumulation_steps = 1", "batch_size = 4", "multiple"]),
+        (2, dict(device="cuda:1"), ["cuda:1", "one device for 2 processes"]),
+        (2, dict(eval_only=True), ["eval_only", "one process"]),
+        (2, dict(n_expert=2, capacity_factor=1.0, capacity_group="batch"), ["capacity_group=batch"]),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(count, changes, words):
+    with pytest.raises(ConfigError) as caught:
+        Ranks(0, count).check(tiny(**changes))
+    assert len(caught.value.problems) == 1 and all(word in str(caught.value) for word in words)
+    Ranks().check(tiny(**changes))  # alone it is no problem
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real processes
+
+
+def child(number, count, port, options, log, dies_at, number_to_raise):
+    """Process `number` of train.py's `count`. dies_at, number_to_raise: an update before which it gets this signal."""
+    import train
+    import update
+
+    about = {"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": count}
+    os.environ.update(
+        {name: str(value) for name, value in about.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(log, "a")
+    learning_rate = update.learning_rate
+
+    def rate(step, config):
+        if step == dies_at:
+            os.kill(os.getpid(), number_to_raise)
+        return learning_rate(step, config)
+
+    update.learning_rate = rate
+    torch.compile = functools.partial(torch.compile, backend="eager")  # graphs are made, code is not
+    sys.argv = ["train.py", *(f"--{key}={value}" for key, value in options.items())]
+    train.console.run(train.main, (ConfigError, train.DataError, checkpoint.CheckpointError))
+
+
+@pytest.fixture
+def together(processes, words, tmp_path):
+    """A function that runs train.py in `count` processes. -> [(exit code, what it printed) of each]"""
+
+    def run(out_dir, count=2, dies=None, at=None, by=signal.SIGTERM, **changes):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = {**TINY, "dataset": words, "out_dir": out_dir, **changes}
+        logs = [tmp_path / f"log{number}" for number in range(count)]
+        family = []
+        for number, log in enumerate(logs):
+            log.write_text("")
+            arguments = (number, count, port, options, log, at if number == dies else None, by)
+            family.append(processes.Process(target=child, args=arguments))
+            family[-1].start()
+        for process in family:
+            process.join(60)
+            assert process.exitcode is not None, [log.read_text() for log in logs]
+        return [(process.exitcode, log.read_text()) for process, log in zip(family, logs)]
+
+    return run
+
+
+def assert_alike(one, other, tolerance=2e-4):
+    """The curves and the weights of two runs, within the rounding of 20 updates."""
+    for a, b in zip(lines_of(one), lines_of(other), strict=True):
+        assert a["step"] == b["step"]
+        numbers = {("clean", "nats"), ("paper", "train"), ("paper", "val"), ("paper", "val_with_aux")}
+        keys = [(key,) for key in ("loss", "objective", "gradient_norm", "aux_switch", "aux_cv2", "aux_z")]
+        for path in (*numbers, *keys):
+            x, y = a, b
+            for key in path:
+                x, y = (value.get(key) if isinstance(value, dict) else None for value in (x, y))
+            assert (x is None and y is None) or y == pytest.approx(x, rel=tolerance, abs=1e-5), (a["step"], path)
+        for x, y in zip(a["routing"], b["routing"], strict=True):
+            assert x["tokens"] == y["tokens"] and y["load"] == pytest.approx(x["load"], abs=0.02)
+    for name, value in weights_of(one).items():
+        torch.testing.assert_close(weights_of(other)[name], value, rtol=1e-2, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("accumulated", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_train_what_one_does(words, tmp_path, together, model, accumulated):
+    options = SHARED | MODELS[model] | dict(gradient_accumulation_steps=accumulated)
+    assert train_tiny(words, tmp_path / "one", **options) == 0
+    (code, said), (silent_code, silence) = together(tmp_path / "two", **options)
+    assert code == silent_code == 0, said + silence
+    assert silence == "" and "best validation" in said
+    assert_alike(tmp_path / "one", tmp_path / "two")
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+    record = record_of(tmp_path / "two")
+    assert record["machine"]["processes"] == 2 and record["tokens"] == record_of(tmp_path / "one")["tokens"]
+
+
+def test_the_first_evaluation_is_that_of_one_process_to_the_bit(words, tmp_path, together):
+    """Same weights, same batches, added up in the same order."""
+    options = dict(max_iters=1, eval_iters=3, n_expert=4)
+    train_tiny(words, tmp_path / "one", **options)
+    together(tmp_path / "two", **options)
+    one, two = (lines_of(tmp_path / name, "eval")[0] for name in ("one", "two"))
+    assert (one["clean"], one["paper"]) == (two["clean"], two["paper"])
+
+
+@pytest.mark.parametrize("accumulated", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("stopped", [0, 1], ids=["the first", "the second"])
+def test_a_signal_to_one_stops_all_and_they_go_on_exactly(tmp_path, together, stopped, accumulated):
+    """With dropout and jitter, each of its own; stopped between two log lines."""
+    options = HARD | dict(gradient_accumulation_steps=accumulated)
+    assert [code for code, _ in together(tmp_path / "whole", **options)] == [0, 0]
+    (code, said), (other_code, _) = together(tmp_path / "cut", dies=stopped, at=12, by=signal.SIGUSR1, **options)
+    assert code == other_code == 128 + signal.SIGUSR1
+    assert "stopped by SIGUSR1 after step" in said and "torchrun --nproc_per_node=2" in said
+    assert [code for code, _ in together(tmp_path / "cut", init_from="resume", **options)] == [0, 0]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("dead", [0, 1], ids=["the first", "the second"])
+def test_a_process_that_dies_ends_the_others_and_costs_nothing(tmp_path, together, dead):
+    assert [code for code, _ in together(tmp_path / "whole", **HARD)] == [0, 0]
+    started = time.monotonic()
+    ends = together(tmp_path / "cut", dies=dead, at=13, by=signal.SIGKILL, **HARD)
+    assert time.monotonic() - started < 45
+    code, said = ends[1 - dead]
+    assert ends[dead][0] == -signal.SIGKILL and code == 4
+    assert said.count("has ended") == 1 and "--init_from=resume" in said and "Traceback" not in said
+    assert checkpoint.load(tmp_path / "cut" / "ckpt.pt")["progress"]["step"] == 10
+    assert [code for code, _ in together(tmp_path / "cut", init_from="resume", **HARD)] == [0, 0]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("counts", [(1, 2), (2, 1)], ids=["one, then two", "two, then one"])
+def test_a_run_can_go_on_with_other_processes(tmp_path, together, counts):
+    """The same sequences; only rounding (and noise, where there is any) is another."""
+    options = SHARED | MODELS["switch loss"]
+    together(tmp_path / "whole", count=1, **options)
+    first, second = counts
+    ends = together(tmp_path / "cut", count=first, dies=0, at=12, **options)
+    assert [code for code, _ in ends] == [143] * first
+    (code, said), *_ = together(tmp_path / "cut", count=second, init_from="resume", **options)
+    assert code == 0 and f"processes {first} there, processes {second} here" in said
+    assert_alike(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_mistake_is_told_once(tmp_path, together):
+    """As under torchrun, which ends the others when one has ended."""
+    (code, said), (other_code, other) = together(tmp_path / "run", init_from="resume")
+    assert code == other_code == 2
+    assert said.count("no ckpt.pt to resume from") == 1 and other.startswith("process 1: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_guard_that_sees_a_bad_step_in_one_process_stops_all(tmp_path, together):
+    ends = together(tmp_path / "run", learning_rate="1e30", grad_clip=0, warmup_iters=0)
+    assert [code for code, _ in ends] == [3, 3]
+    assert "not finite" in ends[0][1] and ends[1][1] == ""
+
+
+def test_as_torchrun_starts_it(words, tmp_path):
+    """The launcher itself, once."""
+    options = {**TINY, "dataset": words, "out_dir": tmp_path / "run", "max_iters": 4, "n_expert": 4}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    done = subprocess.run(
+        [*command, *(f"--{key}={value}" for key, value in options.items())],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("final validation") == 1
+    assert record_of(tmp_path / "run")["machine"]["processes"] == 2
+
+
+def test_what_is_shared_compiles_without_a_graph_break(tmp_path, together):
+    """The exchange within a forward pass, of batches that are shared."""
+    (code, said), _ = together(tmp_path / "run", compile=True, max_iters=2, n_expert=4)
+    assert code == 0 and "failed" not in said, said
+    assert record_of(tmp_path / "run")["machine"]["compile"] is True
