@@ -164,8 +164,9 @@ class RunFolder:
         checkpoint.save(self / "best.pt", {**about, **state["best"]})
 
     def complete(self, record):
-        checkpoint.write_json(self / "summary.json", record)
+        """The run is done: write its record, after which nothing more is."""
         (self / "ckpt.previous.pt").unlink(missing_ok=True)
+        checkpoint.write_json(self / "summary.json", record)
 
 
 def lock(file, folder):
