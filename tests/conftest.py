@@ -3,12 +3,17 @@
 import dataclasses
 import multiprocessing
 import os
+import runpy
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from alike import HARD
 
+import update
 from data.build import TRAIN_VAL_TEST, TextSpec, prepare
 from settings import Config
 
@@ -139,6 +144,49 @@ def moe_run(words, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("runs") / "moe"
     assert train_tiny(words, out_dir, n_expert=4, expert_top_k=2, capacity_factor=0.5) == 0
     return out_dir
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(words, tmp_path_factory):
+    """The out_dir of a complete HARD run."""
+    out_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert train_tiny(words, out_dir, **HARD) == 0
+    return out_dir
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """A function that lets something happen at the beginning of given updates, once each."""
+
+    def happen(action, *steps):
+        happened, original = set(), update.learning_rate
+
+        def rate(step, config):
+            if step in steps and step not in happened:
+                happened.add(step)
+                action()
+            return original(step, config)
+
+        monkeypatch.setattr(update, "learning_rate", rate)
+
+    return happen
+
+
+def interrupt(number=signal.SIGINT):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def as_script(monkeypatch, *arguments, script="train.py"):
+    """train.py (or another) as __main__, in this process. -> its exit code"""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:  # the second one would end all of pytest
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert caught.type is SystemExit, "a traceback instead of an exit code"
+    return caught.value.code
 
 
 # Tiny models gain nothing from a second thread, and on busy cores the threads only wait for each other: a hundredfold

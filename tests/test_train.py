@@ -5,7 +5,6 @@ import errno
 import json
 import math
 import os
-import runpy
 import shlex
 import shutil
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from alike import HARD, STATEFUL, assert_same_run, essence, lines_of, record_of, steps_of, weights_of
-from conftest import TINY, english, prepare_text, tiny, train_tiny
+from conftest import TINY, as_script, contents, english, interrupt, prepare_text, tiny, train_tiny
 
 import checkpoint
 import evaluate
@@ -33,10 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = {"config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json"}
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def numbers_in(value, where=""):
     """(where, number) for every leaf of a record that is no text, truth value or null."""
     if isinstance(value, dict):
@@ -44,36 +39,6 @@ def numbers_in(value, where=""):
     if isinstance(value, list):
         return [leaf for i, inner in enumerate(value) for leaf in numbers_in(inner, f"{where}/{i}")]
     return [(where, value)]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(words, tmp_path_factory):
-    """The out_dir of a complete HARD run."""
-    out_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    assert train_tiny(words, out_dir, **HARD) == 0
-    return out_dir
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """A function that lets something happen at the beginning of given updates, once each."""
-
-    def happen(action, *steps):
-        happened, original = set(), update.learning_rate
-
-        def rate(step, config):
-            if step in steps and step not in happened:
-                happened.add(step)
-                action()
-            return original(step, config)
-
-        monkeypatch.setattr(update, "learning_rate", rate)
-
-    return happen
-
-
-def interrupt(number=signal.SIGINT):
-    return lambda: os.kill(os.getpid(), number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -950,15 +915,6 @@ def test_help_exits_0_and_lists_every_key():
     done = script("--help")
     assert done.returncode == 0 and done.stderr == ""
     assert all(f"--{key}=" in done.stdout for key in Config().to_dict())
-
-
-def as_script(monkeypatch, *arguments):
-    """train.py as __main__, in this process. -> its exit code"""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:  # the second one would end all of pytest
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    assert caught.type is SystemExit, "a traceback instead of an exit code"
-    return caught.value.code
 
 
 @pytest.mark.parametrize("below", ["", "deeper"])
