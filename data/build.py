@@ -20,6 +20,7 @@ import codecs
 import gzip
 import hashlib
 import json
+import re
 import time
 import zipfile
 import zlib
@@ -28,7 +29,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -188,7 +188,7 @@ def _way_out(spec: TextSpec, home: Path) -> str:
 
 def _sources(spec: TextSpec, home: Path, folder: Path, source: str | None, say: Say) -> list[Source]:
     if source is not None:
-        if urlsplit(source).scheme in ("http", "https"):
+        if source.lower().startswith(("http://", "https://")):
             return [Source(source, partial(_read_address, spec, Remote(source), folder, say))]
         return [Source(source, partial(_read_path, spec, Path(source).expanduser()))]
     local = [path for place in dict.fromkeys((folder, home)) for path in _raw_files(spec, place)]
@@ -229,7 +229,7 @@ def _only_file(folder: Path) -> list[Path]:
 
 def _read_address(spec: TextSpec, remote: Remote, folder: Path, say: Say) -> Text:
     """Download, check, and keep under the raw file's name, for the next prepare, unless it is another text."""
-    ending = Path(urlsplit(remote.url).path).suffix
+    ending = Path(re.split("[?#]", remote.url)[0]).suffix
     target = folder / (spec.filenames[0] + (ending if ending in ARCHIVES else ""))
     part = target.with_name(target.name + ".part")
     say(f"downloading {remote.url}")

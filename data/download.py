@@ -2,8 +2,11 @@
 
 - Retries what may pass (time-outs, 5xx, 429, cut connections) with growing pauses; gives up quickly on what will not
   (no network, connection refused, 404), so that a machine without network moves on to the next source in seconds.
-- Resumes after a cut, also that of an earlier process when a SHA-256 is known; copes with servers that ignore ranges.
-- Verifies Content-Length and SHA-256; recognises a web page that came in place of the file.
+- Ends, whatever the server does: tries that bring next to nothing are counted, a trickle among them. Only a server that
+  sends its headers a byte at a time, each within the time-out, can hold it.
+- Resumes after a cut where something can tell that the pieces belong together: a SHA-256 (then also what an earlier
+  process left), or the server's mark of the file's version. Copes with servers that ignore ranges or send other ones.
+- Verifies length and SHA-256; recognises a web page that came in place of the file.
 
     download(url, Path("enwik8.zip.part"), sha256="547994d9…")    # the caller moves it to its final name
 """
@@ -28,24 +31,33 @@ from data.common import DataError
 
 Say = Callable[[str], None]
 
-TRIES = 5  # without any progress between them
+TRIES = 5  # without progress between them
+PROGRESS = 1 << 16  # bytes further than ever before, without which a try brought nothing worth another five
 TRIES_UNREACHABLE = 2
 TIMEOUTS = (5.0, 30.0)  # seconds to connect, seconds without a byte
+SLOWEST = 1000.0  # bytes a second, over as many seconds as may pass without a byte
 LONGEST_PAUSE = 30.0  # seconds, also for a server that asks for more
-BLOCK = 1 << 18  # bytes read at a time
+BLOCK = 1 << 18  # bytes read at a time, at most
 PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 HOPELESS = (
     requests.exceptions.InvalidURL,
     requests.exceptions.InvalidSchema,
     requests.exceptions.TooManyRedirects,
+    urllib3.exceptions.LocationValueError,
 )
+READ_ANYWAY = {"", "identity", "gzip", "x-gzip"}  # what Content-Encoding may say; .gz files are often marked so
 DISK_FAULTS = {
-    errno.ENOSPC: "the disk is full; free some space",
-    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "larger than a file may become there",
     errno.EACCES: "no permission to write there",
     errno.EPERM: "no permission to write there",
     errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "the path is too long",
+    errno.EEXIST: "a file is in its place",
+    errno.ENOTDIR: "a file is in the place of a folder",
 }
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def silent(line: str) -> None:
@@ -61,19 +73,32 @@ def download(
     """
     if sha256 is None:  # nothing would tell whether old leftovers belong to this file
         remove(part)
-    leftovers = _size(part) > 0
-    _Transfer(url, part, say, pause).run()
+    for start_again in (True, False):
+        pieced = _transfer(url, part, sha256, say, pause)
+        if sha256 is None or (found := sha256_of_file(part)) == sha256:
+            return
+        size = _size(part)
+        remove(part)
+        if not (pieced and start_again):
+            raise DataError(
+                f"{url}: the file is not the expected one: {size:,} bytes, SHA-256 {found}, expected {sha256}"
+            )
+        say("the pieces of the download did not fit together; starting again")
+
+
+def _transfer(url: str, part: Path, sha256: str | None, say: Say, pause: Callable[[float], None]) -> bool:
+    """Leave at `part` a file of the right length that is no web page; whether it came in pieces."""
+    transfer = _Transfer(url, part, sha256 is not None, say, pause)
+    try:
+        transfer.run()
+    except DataError:
+        if sha256 is None:  # nothing could go on from there
+            remove(part)
+        raise
     if looks_like_html(_head(part)):
         remove(part)
         raise DataError(f"{url}: sent a web page in place of the file (a login or error page, or a proxy's)")
-    if sha256 is None or (found := sha256_of_file(part)) == sha256:
-        return
-    size = _size(part)
-    remove(part)
-    if not leftovers:
-        raise DataError(f"{url}: the file is not the expected one: {size:,} bytes, SHA-256 {found}, expected {sha256}")
-    say("the interrupted download did not fit; starting again")
-    download(url, part, sha256, say, pause)
+    return transfer.pieced
 
 
 class _Fault(Exception):
@@ -85,20 +110,22 @@ class _Fault(Exception):
 
 
 class _Transfer:
-    """The tries at one download."""
+    """The tries at one download. `verified`: a SHA-256 will tell whether pieces of several tries belong together."""
 
-    def __init__(self, url: str, part: Path, say: Say, pause: Callable[[float], None]) -> None:
-        self.url, self.part, self.say, self.pause = url, part, say, pause
+    def __init__(self, url: str, part: Path, verified: bool, say: Say, pause: Callable[[float], None]) -> None:
+        self.url, self.part, self.verified, self.say, self.pause = url, part, verified, say, pause
         self.version: str | None = None  # the server's mark of the file that `part` is the beginning of
+        self.pieced = _size(part) > 0
 
     def run(self) -> None:
-        failed = 0
+        furthest = failed = 0
         while True:
-            before = _size(self.part)
             try:
                 return self._attempt()
             except _Fault as fault:
-                failed = 1 if _size(self.part) > before else failed + 1
+                if (size := _size(self.part)) >= furthest + PROGRESS:
+                    furthest, failed = size, 0
+                failed += 1
                 if failed >= fault.tries:
                     raise DataError(f"{self.url}: {fault} ({failed} {'try' if failed == 1 else 'tries'})") from fault
                 self.say(f"{fault}; trying again")
@@ -107,15 +134,24 @@ class _Transfer:
 
     def _attempt(self) -> None:
         try:
-            with requests.get(self.url, headers=self._headers(), stream=True, timeout=TIMEOUTS) as response:
+            with self._request() as response:
                 if not self._already_complete(response):
                     self._receive(response)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise _fault_of(error) from error
 
+    def _request(self) -> requests.Response:
+        try:
+            return requests.get(self.url, headers=self._headers(), stream=True, timeout=TIMEOUTS)
+        except (requests.RequestException, urllib3.exceptions.HTTPError):
+            raise
+        except (OSError, ValueError) as error:  # a redirection to nonsense, certificates that are not there
+            raise DataError(f"{self.url}: cannot be asked for ({error})") from error
+
     def _headers(self) -> dict[str, str]:
         headers = {"Accept-Encoding": "identity"}  # else Content-Length counts something other than the file's bytes
-        if have := _size(self.part):
+        have = _size(self.part)
+        if have and (self.verified or self.version):
             headers["Range"] = f"bytes={have}-"
             if self.version:
                 headers["If-Range"] = self.version
@@ -126,43 +162,62 @@ class _Transfer:
         if response.status_code != 416:
             return False
         _, total = _content_range(response)
-        if total is not None and total == _size(self.part):
+        if total and total == _size(self.part):
             return True
         remove(self.part)
         raise _Fault("the server has no such range")
 
     def _receive(self, response: requests.Response) -> None:
-        start = self._start_of(response)
-        length = response.headers.get("Content-Length", "")
-        total = start + int(length) if length.isdecimal() else None
-        self.version = _version_of(response)
-        with disk_faults(self.part):
-            file = open(self.part, "ab" if start else "wb")
-        with file, _bar(self.part.name, start, total) as bar:
-            for block in response.raw.stream(BLOCK, decode_content=False):
-                with disk_faults(self.part):
+        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        start, total = self._extent(response)
+        if encoding not in READ_ANYWAY:
+            raise DataError(f"{self.url}: sent as {encoding[:40]!r}, which was not asked for and is not read here")
+        self.version = _version_of(response) or (self.version if start else None)
+        response.raw.enforce_content_length = False  # we do, and tell how far it came
+        with disk_faults(self.part), open(self.part, "ab" if start else "wb") as file:
+            with _bar(self.part.name, start, total) as bar:
+                for block in _blocks(response):
                     file.write(block)
-                bar.update(len(block))
-            with disk_faults(self.part):
-                sync(file)
+                    bar.update(len(block))
+            sync(file)
         if total is not None and _size(self.part) != total:
             raise _Fault(f"the connection ended after {_size(self.part):,} of {total:,} bytes")
 
-    def _start_of(self, response: requests.Response) -> int:
-        """Where in the file the body starts: 0 also when the server ignored the range and sends everything."""
+    def _extent(self, response: requests.Response) -> tuple[int, int | None]:
+        """Where in the file the body starts, and the file's length if it is told.
+
+        The body starts at 0 also when the server ignored the range and sends everything."""
+        length = response.raw.length_remaining  # Content-Length, where it is a length
         if response.status_code == 200:
-            return 0
+            return 0, length
         if response.status_code == 206:
-            start, _ = _content_range(response)
-            if start == _size(self.part):
-                return start
-            remove(self.part)
-            raise _Fault("the server sent another range than the one asked for")
+            start, total = _content_range(response)
+            changed = start and self.version and _version_of(response) not in (None, self.version)
+            if start != _size(self.part) or changed:
+                remove(self.part)
+                raise _Fault(
+                    "the file changed meanwhile" if changed else "the server sent another range than asked for"
+                )
+            self.pieced = True
+            return start, start + length if total is None and length is not None else total
         reason = f"HTTP {response.status_code} {response.reason}".rstrip()
         if response.status_code in PASSING_STATUS:
             wait = response.headers.get("Retry-After", "")
             raise _Fault(reason, wait=float(wait) if wait.isdecimal() else 0.0)
         raise DataError(f"{self.url}: {reason}")
+
+
+def _blocks(response: requests.Response) -> Iterator[bytes]:
+    """The body as it comes. Raises _Fault where it comes so slowly that it would hardly ever end."""
+    since, received = time.monotonic(), 0
+    while block := response.raw.read1(BLOCK, decode_content=False):
+        yield block
+        received += len(block)
+        seconds = time.monotonic() - since
+        if seconds >= TIMEOUTS[1]:
+            if received < SLOWEST * seconds:
+                raise _Fault(f"only {received:,} bytes came in {seconds:.0f} s")
+            since, received = time.monotonic(), 0
 
 
 def _fault_of(error: Exception) -> _Fault:
@@ -173,21 +228,25 @@ def _fault_of(error: Exception) -> _Fault:
         return _Fault("the server's certificate was not accepted", tries=1)
     if isinstance(error, HOPELESS):
         return _Fault(f"not a usable address ({error})", tries=1)
+    if isinstance(error, (requests.exceptions.InvalidHeader, urllib3.exceptions.InvalidHeader)):
+        return _Fault(f"the server's answer makes no sense ({error})")
     if isinstance(error, requests.exceptions.ConnectTimeout):
-        return _Fault(f"no connection within {TIMEOUTS[0]:.0f} s", TRIES_UNREACHABLE)
+        return _Fault(f"no connection within {TIMEOUTS[0]:g} s", TRIES_UNREACHABLE)
     cause = getattr(error.args[0], "reason", None) if error.args else None
     if isinstance(cause, urllib3.exceptions.NameResolutionError):
         return _Fault("the host's name cannot be resolved (no network?)", TRIES_UNREACHABLE)
     if isinstance(cause, urllib3.exceptions.NewConnectionError):
         return _Fault("the connection was refused or there is no route", TRIES_UNREACHABLE)
     if isinstance(error, (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError)):
-        return _Fault(f"no data for {TIMEOUTS[1]:.0f} s")
+        return _Fault(f"no data for {TIMEOUTS[1]:g} s")
     return _Fault(f"the connection was cut ({type(error).__name__})")
 
 
 def _content_range(response: requests.Response) -> tuple[int | None, int | None]:
     """(start, total) of `Content-Range: bytes 5-9/10` or `bytes */10`; None for what is not told."""
-    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+    match = re.fullmatch(
+        r"bytes (?:([0-9]{1,18})-[0-9]{1,18}|\*)/([0-9]{1,18}|\*)", response.headers.get("Content-Range", "").strip()
+    )
     if match is None:
         return None, None
     start, total = match.groups()
@@ -217,14 +276,20 @@ def _bar(name: str, start: int, total: int | None) -> tqdm:
 # Files
 
 
+class DiskError(DataError):
+    """The result cannot be written, wherever the text comes from."""
+
+
 @contextmanager
 def disk_faults(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write `path` into a DataError. Not for network calls: theirs are OSErrors too."""
+    """Turn the system's refusal to write `path` into a DiskError. Not for requests' calls: their errors are OSErrors
+    too (those of urllib3, on whose response a body is read, are not)."""
     try:
         yield
     except OSError as error:
         reason = DISK_FAULTS.get(error.errno, error.strerror or error)
-        raise DataError(f"{path}: cannot be written: {reason}, or choose another --out") from error
+        again = "free some space and run the same command again, or " if error.errno in FULL else ""
+        raise DiskError(f"{path}: cannot be written: {reason}; {again}choose another --out") from error
 
 
 def sync(file) -> None:
@@ -247,10 +312,14 @@ def move(part: Path, target: Path) -> None:
 def write_whole(target: Path, content: bytes) -> None:
     """Write a file that exists under its name either whole or not at all."""
     part = target.with_name(target.name + ".part")
-    with disk_faults(part), open(part, "wb") as file:
-        file.write(content)
-        sync(file)
-    move(part, target)
+    try:
+        with disk_faults(part), open(part, "wb") as file:
+            file.write(content)
+            sync(file)
+        move(part, target)
+    except DiskError:
+        remove(part)
+        raise
 
 
 def sha256_of_file(path: Path) -> str:
@@ -269,4 +338,7 @@ def _head(path: Path) -> bytes:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except OSError:  # none yet; whatever else is the matter, opening it will tell
+        return 0

@@ -1,7 +1,6 @@
 """data/: what prepare.py writes is exactly the text, nothing wrong passes for right, and batches are pure functions.
 
-No test needs a network (the HTTP server is on the loopback) or the published texts;
-what uses real text skips without it.
+No test needs a network or the published texts; what uses real text skips without it.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ import json
 import random
 import subprocess
 import sys
-import threading
 import zipfile
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -393,146 +390,6 @@ def test_after_bad_sources_the_rebuild_is_used_and_if_all_fail_all_are_told(tmp_
 def test_published_sources_must_be_canonical_even_where_a_part_is_allowed(tmp_path):
     with pytest.raises(DataError, match="rebuild: not the published toy"):
         prepare(replace(TOY, rebuild=lambda folder, say: CONTENT[:70_000]), tmp_path, tmp_path, allow_partial=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Downloads, from a server on the loopback
-
-
-class Server:
-    """Serves `body`; `script` holds what the next requests get instead: a status, "cut", "no-range", "html", …"""
-
-    def __init__(self) -> None:
-        self.body, self.script, self.ranges = CONTENT, [], []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.answer(self)
-
-            def log_message(self, *arguments) -> None:
-                pass
-
-        self.http = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        self.ranges.append(request.headers.get("Range"))
-        act = self.script.pop(0) if self.script else "whole"
-        if act == "redirect":
-            return self.send(request, 302, b"", {"Location": "/moved"})
-        if isinstance(act, int):
-            return self.send(request, act, b"no")
-        if act == "html":
-            return self.send(request, 200, b"\n<!DOCTYPE html><title>Sign in</title>")
-        start = int(self.ranges[-1][6:-1]) if self.ranges[-1] and act != "no-range" else 0
-        if start >= len(self.body):
-            return self.send(request, 416, b"", {"Content-Range": f"bytes */{len(self.body)}"})
-        extra = {"Content-Range": f"bytes {start}-{len(self.body) - 1}/{len(self.body)}"} if start else {}
-        self.send(request, 206 if start else 200, self.body[start:], extra, cut=act == "cut")
-
-    def send(
-        self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict | None = None, cut: bool = False
-    ) -> None:
-        request.send_response(status)
-        for name, value in {"Content-Length": len(body), "ETag": '"1"', **(headers or {})}.items():
-            request.send_header(name, str(value))
-        request.end_headers()
-        request.wfile.write(body[: len(body) // 3] if cut else body)
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-
-
-@pytest.fixture
-def server():
-    running = Server()
-    yield running
-    running.close()
-
-
-def fetch(server: Server, part: Path, sha256: str | None = TOY.sha256) -> list[float]:
-    pauses = []
-    download.download(server.url + "/toy", part, sha256, pause=pauses.append)
-    assert part.read_bytes() == server.body
-    return pauses
-
-
-@pytest.mark.parametrize("sha256", [TOY.sha256, None])
-def test_a_cut_download_goes_on_where_it_was_cut(server, tmp_path, sha256):
-    server.script = ["cut", "cut"]
-    fetch(server, tmp_path / "part", sha256)
-    third = len(CONTENT) // 3
-    assert server.ranges == [None, f"bytes={third}-", f"bytes={third + (len(CONTENT) - third) // 3}-"]
-
-
-def test_a_download_starts_again_when_the_server_ignores_ranges(server, tmp_path):
-    server.script = ["cut", "no-range"]
-    fetch(server, tmp_path / "part")
-    assert len(server.ranges) == 2
-
-
-def test_faults_that_pass_are_retried_with_growing_pauses(server, tmp_path):
-    server.script = [503, 429, 500, "redirect"]
-    assert fetch(server, tmp_path / "part") == [1.0, 2.0, 4.0]
-
-
-def test_faults_that_do_not_pass_end_the_download(server, tmp_path):
-    server.script = [503] * 9
-    with pytest.raises(DataError, match=r"HTTP 503 .*\(5 tries\)"):
-        fetch(server, tmp_path / "part")
-    server.script, server.ranges = [404], []
-    with pytest.raises(DataError, match="HTTP 404"):
-        fetch(server, tmp_path / "part")
-    assert len(server.ranges) == 1
-    with pytest.raises(DataError, match=r"refused.*\(2 tries\)"):
-        download.download("http://127.0.0.1:9/toy", tmp_path / "part", pause=lambda seconds: None)
-
-
-@pytest.mark.parametrize("leftover", [CONTENT[:500], CONTENT, b"of another file", CONTENT + b"more"])
-def test_what_an_earlier_download_left_is_used_only_if_it_fits(server, tmp_path, leftover):
-    (tmp_path / "part").write_bytes(leftover)
-    fetch(server, tmp_path / "part")
-    assert server.ranges[0] == f"bytes={len(leftover)}-"
-
-
-def test_leftovers_are_not_used_when_nothing_could_tell_that_they_fit(server, tmp_path):
-    (tmp_path / "part").write_bytes(b"of another file")
-    fetch(server, tmp_path / "part", sha256=None)
-    assert server.ranges == [None]
-
-
-@pytest.mark.parametrize(
-    "act, sha256, problem",
-    [("html", None, "web page"), ("html", TOY.sha256, "web page"), ("whole", "0" * 64, "not the expected one")],
-)
-def test_the_wrong_file_is_refused_and_removed(server, tmp_path, act, sha256, problem):
-    server.script = [act]
-    with pytest.raises(DataError, match=problem):
-        fetch(server, tmp_path / "part", sha256)
-    assert not list(tmp_path.iterdir())
-
-
-def test_prepare_downloads_checks_and_keeps_the_archive(server, tmp_path):
-    archive(tmp_path / "packed.zip", {"toy.txt": CONTENT})
-    server.body = (tmp_path / "packed.zip").read_bytes()
-    home = tmp_path / "home"
-    spec = replace(TOY, remotes=(Remote(server.url + "/toy.zip"),))
-    assert prepare(spec, home, home)["canonical"] and prepare(spec, home, home)["canonical"]
-    assert len(server.ranges) == 1 and (home / "toy.txt.zip").read_bytes() == server.body
-
-
-def test_a_downloaded_part_is_refused_or_named_and_never_kept_as_the_text(server, tmp_path):
-    server.body, url = gzip.compress(CONTENT[:70_000]), server.url + "/toy.gz"
-    with pytest.raises(DataError, match="not the published toy"):
-        prepare(TOY, tmp_path, tmp_path, source=url)
-    with pytest.raises(DataError, match="not the published toy"):
-        prepare(replace(TOY, remotes=(Remote(url),)), tmp_path, tmp_path, allow_partial=True)
-    assert not list(tmp_path.iterdir())
-    assert prepare(TOY, tmp_path, tmp_path, source=url, allow_partial=True)["name"] == "toy-head-70K"
-    assert not list(tmp_path.glob("toy*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
