@@ -10,7 +10,9 @@
   --allow-partial prepared under a name that says so (enwik8-head-4.15M, enwik8-altered-99M). A spec without a SHA-256
   (your own text) keeps its name and is `canonical: false`: nothing published vouches for it, and its own SHA-256, which
   every record carries, tells its versions apart. Put that SHA-256 and the size into the spec to make it canonical.
-- meta.json is removed first and written last, so an interrupted prepare is never taken for a finished one.
+- Nothing is touched before everything that is to be written lies on the disk; then meta.json goes first and comes
+  last, so that an interrupted prepare is never taken for a finished one.
+- Two at once in a folder take turns.
 """
 
 from __future__ import annotations
@@ -19,13 +21,17 @@ import argparse
 import codecs
 import gzip
 import hashlib
+import io
 import json
+import os
 import re
+import shlex
+import sys
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,13 +39,32 @@ from pathlib import Path
 import numpy as np
 
 from data.common import BYTE, CHARACTER, FORMAT_VERSION, SPLITS, TOKEN, DataError, Vocabulary
-from data.download import Say, disk_faults, download, looks_like_html, move, remove, silent, sync, write_whole
+from data.download import (
+    DiskError,
+    Say,
+    disk_faults,
+    download,
+    looks_like_html,
+    move,
+    read_faults,
+    remove,
+    silent,
+    sync,
+    write,
+    write_whole,
+)
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nothing keeps two of us apart
+    fcntl = None
 
 TRAIN_VAL = {"train": 90, "val": 10}  # percent; nanoGPT's split of Shakespeare
 TRAIN_VAL_TEST = {"train": 90, "val": 5, "test": 5}  # percent; of 100 MB: the published 90M/5M/5M
 HEAD = 65_536  # bytes that tell the beginning of a published text from another text
 PIECE = 1 << 22  # bytes of text encoded at a time
 ARCHIVES = (".gz", ".zip")
+FILES = (*(f"{split}.bin" for split in SPLITS), "meta.json")  # of a prepared folder
 
 
 @dataclass(frozen=True)
@@ -104,9 +129,11 @@ def run(spec: TextSpec, home: Path, arguments: list[str], say: Say) -> None:
     """Prepare as the command line asks. `home` is the folder of prepare.py. DataError: one message, exit status 2."""
     parser = _parser(spec)
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may hold what a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     started = time.perf_counter()
     try:
-        folder = Path(options.out).expanduser() if options.out else home
+        folder = Path(os.path.expanduser(options.out)) if options.out else home
         meta = prepare(spec, home, folder, options.source, options.allow_partial, say)
     except DataError as error:
         parser.exit(2, f"{error}\n")
@@ -154,9 +181,26 @@ def prepare(
     """Write the data set to `folder` and return its meta.json. After a DataError nothing half-made counts as done."""
     with disk_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    text = obtain(spec, home, folder, source, allow_partial, say)
-    say(f"read {text.origin}")
-    return encode(spec, text, folder)
+    with _alone_in(folder, say):
+        text = obtain(spec, home, folder, source, allow_partial, say)
+        say(f"read {text.origin}")
+        return encode(spec, text, folder)
+
+
+@contextmanager
+def _alone_in(folder: Path, say: Say) -> Iterator[None]:
+    """One prepare at a time in a folder, by a lock that ends with the process, however that ends."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that cannot be opened, a file system without locks: the checksums have to do
+            if fcntl:
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    say(f"another prepare.py is at work in {folder}; waiting until it has ended")
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,6 +215,8 @@ def obtain(spec: TextSpec, home: Path, folder: Path, source: str | None, allow_p
             text = candidate.read()
             identify(spec, text, allow_partial and not candidate.published)
             return text
+        except DiskError:  # no other source would help
+            raise
         except DataError as error:
             failures.append(f"{candidate.label}: {str(error).removeprefix(f'{candidate.label}: ')}")
             if source is None:
@@ -180,7 +226,7 @@ def obtain(spec: TextSpec, home: Path, folder: Path, source: str | None, allow_p
 
 
 def _way_out(spec: TextSpec, home: Path) -> str:
-    way = f"Give the text yourself: python {home / 'prepare.py'} --source PATH_OR_URL"
+    way = f"Give the text yourself: python {shlex.quote(str(home / 'prepare.py'))} --source PATH_OR_URL"
     way += f", or put {spec.filenames[0]} into {home}."
     addresses = " or ".join(remote.url for remote in spec.remotes)
     return way + (f" Without a network here, fetch {addresses} on another machine." if addresses else "")
@@ -190,7 +236,7 @@ def _sources(spec: TextSpec, home: Path, folder: Path, source: str | None, say: 
     if source is not None:
         if source.lower().startswith(("http://", "https://")):
             return [Source(source, partial(_read_address, spec, Remote(source), folder, say))]
-        return [Source(source, partial(_read_path, spec, Path(source).expanduser()))]
+        return [Source(source, partial(_read_path, spec, Path(os.path.expanduser(source))))]
     local = [path for place in dict.fromkeys((folder, home)) for path in _raw_files(spec, place)]
     sources = [Source(str(path), partial(read_text, spec, path)) for path in local]
     sources += [Source(remote.url, partial(_read_address, spec, remote, folder, say), True) for remote in spec.remotes]
@@ -201,15 +247,16 @@ def _sources(spec: TextSpec, home: Path, folder: Path, source: str | None, say: 
 
 def _raw_files(spec: TextSpec, folder: Path) -> list[Path]:
     names = [name + ending for name in spec.filenames for ending in ("", *ARCHIVES)]
-    return [folder / name for name in names if (folder / name).is_file()]
+    return [folder / name for name in names if os.path.isfile(folder / name)]  # also of paths too long
 
 
 def _read_path(spec: TextSpec, path: Path) -> Text:
-    if path.is_file():
-        return read_text(spec, path)
-    if not path.is_dir():
-        raise DataError(f"{path}: there is no such file or folder")
-    found = _raw_files(spec, path) or _only_file(path)
+    with read_faults(path):
+        if path.is_file():
+            return read_text(spec, path)
+        if not path.is_dir():
+            raise DataError(f"{path}: there is no such file or folder")
+        found = _raw_files(spec, path) or _only_file(path)
     if not found:
         looked_for = ", ".join(spec.filenames)
         raise DataError(
@@ -256,12 +303,11 @@ def _read_rebuild(spec: TextSpec, folder: Path, say: Say) -> Text:
 
 def read_text(spec: TextSpec, path: Path) -> Text:
     """A text file, or the text in a gzip or zip archive (known by its first bytes, whatever its name)."""
-    try:
-        content = _unpack(spec, path)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{path}: a damaged, cut or unreadable archive ({error}); fetch it again") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    with read_faults(path):
+        try:
+            content = _unpack(spec, path)
+        except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            raise DataError(f"{path}: a damaged, cut or unreadable archive ({error}); fetch it again") from error
     if not content:
         raise DataError(f"{path}: empty")
     return Text(content, str(path))
@@ -337,9 +383,8 @@ def encode(spec: TextSpec, text: Text, folder: Path) -> dict:
         raise DataError(
             f"{text.origin}: {count:,} {spec.unit}s are too few: {', '.join(short)} would have fewer than 2"
         )
-    parts = {split: folder / f"{split}.bin.part" for split in sizes}
     try:
-        digests = _write_parts(text.content, vocabulary, sizes, parts)
+        digests = _write_parts(text.content, vocabulary, sizes, folder)
         meta = {
             "format_version": FORMAT_VERSION,
             "name": name,
@@ -348,22 +393,23 @@ def encode(spec: TextSpec, text: Text, folder: Path) -> dict:
             "source": {"bytes": len(text.content), "sha256": text.sha256},
             "splits": {split: {"tokens": sizes[split], "sha256": digests[split]} for split in sizes},
         }
-        _publish(folder, parts, meta)
+        write(folder / "meta.json.part", json.dumps(meta, indent=1).encode() + b"\n")
+        _publish(folder, sizes)
     finally:
-        for part in parts.values():
-            remove(part)
+        for name in FILES:  # all of them, for an earlier prepare may have been killed
+            remove(folder / f"{name}.part")
     return meta
 
 
-def _publish(folder: Path, parts: dict[str, Path], meta: dict) -> None:
+def _publish(folder: Path, sizes: dict[str, int]) -> None:
     """Move everything into place. Without meta.json a folder counts as unprepared, so it goes first and comes last."""
     remove(folder / "meta.json")
     for split in SPLITS:
-        if split in parts:
-            move(parts[split], folder / f"{split}.bin")
+        if split in sizes:
+            move(folder / f"{split}.bin.part", folder / f"{split}.bin")
         else:
             remove(folder / f"{split}.bin")  # of the data set that was here before
-    write_whole(folder / "meta.json", json.dumps(meta, indent=1).encode() + b"\n")
+    move(folder / "meta.json.part", folder / "meta.json")
 
 
 def vocabulary_of(content: bytes, unit: str) -> tuple[Vocabulary, int]:
@@ -386,14 +432,13 @@ def split_sizes(splits: Mapping[str, int], count: int) -> dict[str, int]:
     return sizes
 
 
-def _write_parts(
-    content: bytes, vocabulary: Vocabulary, sizes: dict[str, int], parts: dict[str, Path]
-) -> dict[str, str]:
+def _write_parts(content: bytes, vocabulary: Vocabulary, sizes: dict[str, int], folder: Path) -> dict[str, str]:
     """Encode the text into one file a split; the SHA-256 of each."""
+    parts = {split: folder / f"{split}.bin.part" for split in sizes}
     digests = {split: hashlib.sha256() for split in sizes}
     ends = dict(zip(sizes, np.cumsum(list(sizes.values())).tolist()))
     position = 0
-    with ExitStack() as stack:
+    with disk_faults(folder), ExitStack() as stack:  # closing a file may fail, too
         files = {}
         for split, part in parts.items():
             with disk_faults(part):

@@ -20,6 +20,7 @@ import difflib
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -357,11 +358,11 @@ def _to_device(tokens: np.ndarray, dtype: torch.dtype, device: torch.device) -> 
 
 def _read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
-    if not path.is_file():
-        raise DataError(f"{_why_no_meta(folder)}; run {prepare_command(folder)}")
     try:
         meta = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{_why_no_meta(folder)}; run {prepare_command(folder)}") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); make it again with {prepare_command(folder)}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
@@ -479,8 +480,8 @@ def find(dataset: str, root: str | Path = ROOT) -> Path:
     Raises DataError with the nearest names for one that does not exist. The folder may still be unprepared.
     """
     if os.sep in dataset or "/" in dataset:
-        folder = Path(dataset).expanduser()
-        if not folder.is_dir():
+        folder = Path(os.path.expanduser(dataset))
+        if not os.path.isdir(folder):
             raise DataError(f"dataset {dataset!r}: there is no such folder; prepare one with {prepare_command(folder)}")
         return folder
     known = known_datasets(root)
@@ -494,14 +495,15 @@ def find(dataset: str, root: str | Path = ROOT) -> Path:
 def known_datasets(root: str | Path = ROOT) -> list[str]:
     """Folders under `root`/data that can be prepared, or are."""
     folders = sorted(path for path in (Path(root) / "data").glob("*") if path.is_dir())
-    return [path.name for path in folders if (path / "prepare.py").exists() or (path / "train.bin").exists()]
+    return [path.name for path in folders if any(os.path.exists(path / name) for name in ("prepare.py", "train.bin"))]
 
 
 def prepare_command(folder: Path) -> str:
-    """The command that makes `folder`, as far as its name tells."""
-    folder = folder.resolve()
-    if (folder / "prepare.py").is_file():
-        script = folder / "prepare.py"
-        return f"python {script.relative_to(ROOT) if script.is_relative_to(ROOT) else script}"
+    """The command that makes `folder`, as far as its name tells, to be pasted into a shell."""
+    folder = Path(os.path.realpath(folder))
+    script = folder / "prepare.py"
+    if os.path.isfile(script):
+        return shlex.join(["python", str(script.relative_to(ROOT) if script.is_relative_to(ROOT) else script)])
     known = [name for name in known_datasets() if folder.name.startswith(name)]
-    return f"python data/{max(known, key=len) if known else 'NAME'}/prepare.py --out {folder}"
+    name = max(known, key=len) if known else "NAME"
+    return shlex.join(["python", f"data/{name}/prepare.py", "--out", str(folder)])

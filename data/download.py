@@ -292,6 +292,14 @@ def disk_faults(path: Path) -> Iterator[None]:
         raise DiskError(f"{path}: cannot be written: {reason}; {again}choose another --out") from error
 
 
+@contextmanager
+def read_faults(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
 def sync(file) -> None:
     """Put an open file's bytes on the disk, so that a crash cannot leave its name on an empty file."""
     file.flush()
@@ -309,13 +317,17 @@ def move(part: Path, target: Path) -> None:
         os.replace(part, target)
 
 
+def write(path: Path, content: bytes) -> None:
+    with disk_faults(path), open(path, "wb") as file:
+        file.write(content)
+        sync(file)
+
+
 def write_whole(target: Path, content: bytes) -> None:
     """Write a file that exists under its name either whole or not at all."""
     part = target.with_name(target.name + ".part")
     try:
-        with disk_faults(part), open(part, "wb") as file:
-            file.write(content)
-            sync(file)
+        write(part, content)
         move(part, target)
     except DiskError:
         remove(part)
@@ -323,7 +335,7 @@ def write_whole(target: Path, content: bytes) -> None:
 
 
 def sha256_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
+    with read_faults(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

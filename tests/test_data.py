@@ -9,21 +9,35 @@ import errno
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
+import multiprocessing
+import os
 import random
+import re
+import resource
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import thorough
 
 from data import build, download
 from data.build import TRAIN_VAL, TRAIN_VAL_TEST, Remote, TextSpec, prepare
-from data.common import DataError, Dataset, Vocabulary, find, window_starts
+from data.common import DataError, Dataset, Vocabulary, find, prepare_command, window_starts
 from data.shakespeare_char import rebuild
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,16 +317,6 @@ def test_preparing_another_data_set_leaves_no_split_of_the_old_one(toy):
     assert not (toy / "test.bin").exists() and list(Dataset.open(toy).sizes) == ["train", "val"]
 
 
-def test_a_full_disk_is_one_sentence_and_the_old_data_stay(toy, monkeypatch):
-    def full(file):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(build, "sync", full)
-    with pytest.raises(DataError, match="cannot be written: the disk is full"):
-        prepare(TOY, toy, toy)
-    assert Dataset.open(toy).canonical and not list(toy.glob("*.part"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources
 
@@ -390,6 +394,431 @@ def test_after_bad_sources_the_rebuild_is_used_and_if_all_fail_all_are_told(tmp_
 def test_published_sources_must_be_canonical_even_where_a_part_is_allowed(tmp_path):
     with pytest.raises(DataError, match="rebuild: not the published toy"):
         prepare(replace(TOY, rebuild=lambda folder, say: CONTENT[:70_000]), tmp_path, tmp_path, allow_partial=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full and read-only disks
+
+OTHER = CONTENT[::-1]
+OTHER_TOY = replace(TOY, sha256=hashlib.sha256(OTHER).hexdigest())
+
+
+@contextmanager
+def tmpfs(folder: Path, options: str) -> Iterator[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def told(spec: TextSpec, home: Path, *arguments: object) -> str:
+    """The message with which prepare.py ends."""
+    with pytest.raises(SystemExit) as caught, redirect_stderr(io.StringIO()) as stderr:
+        build.run(spec, home, [str(argument) for argument in arguments], say=download.silent)
+    assert caught.value.code == 2
+    return stderr.getvalue()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def from_a_file(place: Path) -> tuple[TextSpec, tuple[object, ...]]:
+    (place / "elsewhere").mkdir()
+    (place / "elsewhere" / "toy.txt").write_bytes(CONTENT)
+    return TOY, ("--source", place / "elsewhere")
+
+
+def from_the_rebuild(place: Path) -> tuple[TextSpec, tuple[object, ...]]:
+    return replace(TOY, rebuild=lambda folder, say: CONTENT), ()
+
+
+@thorough(short=6, soak=100)
+@pytest.mark.parametrize("old", [True, False], ids=["old data", "new folder"])
+@pytest.mark.parametrize("source, needed", [(from_a_file, 200_000), (from_the_rebuild, 300_000)])
+def test_a_disk_that_fills_up_is_one_message_and_what_was_there_stays(tmp_path, n, source, needed, old):
+    """And with room again the same command goes on."""
+    spec, arguments = source(tmp_path)
+    with tmpfs(tmp_path / "disk", "size=1m") as disk:
+        for room in np.linspace(0, needed, n).astype(int):
+            folder = disk / str(room)
+            prepared(folder, OTHER, OTHER_TOY) if old else folder.mkdir()
+            (folder / "toy.txt").unlink(missing_ok=True)
+            before = files(folder)
+            (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - room // 4096 * 4096))
+            message = told(spec, folder, *arguments)
+            assert re.fullmatch(
+                f"{folder}/.*: cannot be written: the disk is full; "
+                "free some space and run the same command again, or choose another --out\n",
+                message,
+            )
+            after = files(folder)
+            assert after.pop("toy.txt", CONTENT) == CONTENT and after == before
+            (disk / "filler").unlink()
+            build.run(spec, folder, [str(argument) for argument in arguments], say=download.silent)
+            assert Dataset.open(folder).source_sha256 == TOY.sha256 and not list(folder.glob("*.part"))
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "number, reason", [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk quota is used")]
+)
+@pytest.mark.parametrize("at", range(4))
+def test_a_disk_that_turns_out_full_when_synced_is_the_same(toy, monkeypatch, number, reason, at):
+    """The stand-in for disks that cannot be mounted here."""
+    before, real, calls = files(toy), os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == at + 1:
+            raise OSError(number, "no")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=f"cannot be written: {reason}.*; free some space and run the same command"):
+        prepare(OTHER_TOY, toy, toy, source=str(toy / "toy.txt"), allow_partial=True)
+    assert files(toy) == before
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 500, 5_000, 9_999, 50_000, 179_999])
+@pytest.mark.parametrize("source", [from_a_file, from_the_rebuild])
+def test_files_that_may_not_grow_are_one_message_and_what_was_there_stays(tmp_path, limit, source):
+    """As on a full disk, where a write comes through in part. It needs no disk of its own."""
+    spec, arguments = source(tmp_path)
+    folder = prepared(tmp_path / "toy", OTHER, OTHER_TOY)
+    (folder / "toy.txt").unlink()
+    before = files(folder)
+    source_path = arguments and str(arguments[1]) or None
+    with file_size_limit(limit), pytest.raises(DataError, match="larger than a file may become there; choose another"):
+        prepare(spec, folder, folder, source_path)
+    after = files(folder)
+    assert after.pop("toy.txt", CONTENT) == CONTENT and after == before
+    assert prepare(spec, folder, folder, source_path)["canonical"] and not list(folder.glob("*.part"))
+
+
+def test_a_read_only_disk_is_one_message(tmp_path):
+    with tmpfs(tmp_path / "disk", "size=1m") as disk:
+        home = prepared(disk / "toy")
+        (home / "train.bin.part").write_bytes(b"of a killed prepare")
+        before = files(home)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for spec in (TOY, replace(OTHER_TOY, rebuild=lambda folder, say: OTHER)):
+            message = told(spec, home)
+            assert message.endswith("cannot be written: the file system is read-only; choose another --out\n")
+            assert message.count("\n") == 1 and str(home) in message and files(home) == before
+        message = told(TOY, home, "--out", disk / "new")
+        assert message == f"{disk}/new: cannot be written: the file system is read-only; choose another --out\n"
+        build.run(TOY, home, ["--out", str(tmp_path / "out")], say=download.silent)
+    assert Dataset.open(tmp_path / "out").canonical
+
+
+def in_child(function: Callable[[], object]) -> multiprocessing.Process:
+    """A process of its own that is already at work; without torch's second of starting up."""
+    child = multiprocessing.get_context("fork").Process(target=function)
+    child.start()
+    return child
+
+
+def result_of(function: Callable[[], object]) -> object:
+    """What the function returns when a child calls it."""
+    here, there = multiprocessing.Pipe()
+    child = in_child(lambda: there.send(function()))
+    there.close()
+    result = here.recv()
+    child.join()
+    return result
+
+
+def test_a_folder_without_permissions_is_one_message():
+    def message_of(action: Callable[[], object]) -> str:
+        try:
+            action()
+        except DataError as error:
+            return str(error)
+        return "no error"
+
+    def as_somebody_else() -> list[str]:
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setuid(65_534)
+        return [
+            message_of(lambda: prepare(TOY, closed, closed / "out")),
+            message_of(lambda: prepare(TOY, unwritable, unwritable)),
+            message_of(lambda: prepare(replace(TOY, rebuild=lambda *_: CONTENT), closed, unwritable)),
+            message_of(lambda: prepare(TOY, unwritable, unwritable / "out")),
+            message_of(lambda: prepare(TOY, unwritable, place / "own", source=str(closed))),
+            message_of(lambda: prepare(TOY, unwritable, place / "own", source=str(closed / "toy.txt"))),
+            message_of(lambda: Dataset.open(closed)),
+            message_of(lambda: find(f"{closed}/toy")),
+        ]
+
+    with tempfile.TemporaryDirectory() as name:  # pytest's folders are closed to others themselves
+        place = Path(name)
+        place.chmod(0o777)
+        unwritable, closed = place / "unwritable", place / "closed"
+        prepared(unwritable).chmod(0o555)
+        prepared(closed).chmod(0o000)
+        messages = result_of(as_somebody_else)
+        unwritable.chmod(0o755)
+        closed.chmod(0o755)
+    refused = "cannot be written: no permission to write there; choose another --out"
+    assert messages == [
+        f"{closed}/out: {refused}",
+        f"{unwritable}/train.bin.part: {refused}",
+        f"{unwritable}/train.bin.part: {refused}",
+        f"{unwritable}/out: {refused}",
+        f"toy: no usable text\n  {closed}: cannot be read (Permission denied)\n{build._way_out(TOY, unwritable)}",
+        f"toy: no usable text\n  {closed}/toy.txt: cannot be read (Permission denied)\n"
+        f"{build._way_out(TOY, unwritable)}",
+        f"{closed}/meta.json: cannot be read (Permission denied); check its permissions",
+        f"dataset '{closed}/toy': there is no such folder; prepare one with {prepare_command(closed / 'toy')}",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any path
+
+NAMES_OF_FOLDERS = (
+    *("a b", "it's", '"', "$HOME `id` \\", "-x", "~", "#", "%s {x}", "new\nline", "tab\t", "*[a]?"),
+    *("füür", "数据", "🙂", "e\u0301", "\u202e", os.fsdecode(b"\xff\xfe"), "é" * 127 + "a", "a" * 255),
+)
+
+
+@pytest.mark.parametrize("name", NAMES_OF_FOLDERS)
+def test_any_folder_will_do_and_commands_with_it_can_be_pasted(tmp_path, name):
+    home = prepared(tmp_path / "home" / name)
+    build.run(TOY, home, ["--out", f"{tmp_path}/out/{name}", "--source", str(home)], say=download.silent)
+    folder = tmp_path / "out" / name
+    assert Dataset.open(folder).canonical
+    change(folder / "val.bin")
+    (home / "prepare.py").touch()
+    (home / "meta.json").unlink()
+    for broken, words in ((folder, ["data/NAME/prepare.py", "--out"]), (home, [])):
+        with pytest.raises(DataError) as caught:
+            Dataset.open(broken)
+        command = re.search("(?:again with|; run) (.*)", str(caught.value), re.DOTALL)[1]
+        end = broken.resolve() / "prepare.py" if broken is home else broken.resolve()
+        assert shlex.split(command) == ["python", *words, str(end)]
+    message = told(OTHER_TOY, home, "--out", folder)
+    pasted = shlex.split(re.search("yourself: (.*) PATH_OR_URL", message, re.DOTALL)[1])
+    assert [os.fsencode(word) for word in pasted] == [b"python", os.fsencode(home / "prepare.py"), b"--source"]
+
+
+@pytest.mark.parametrize("name", ["a" * 256, "é" * 128, "/".join(["a" * 200] * 30)])
+def test_a_path_that_is_too_long_is_one_message(tmp_path, toy, name):
+    long = tmp_path / name
+    assert told(TOY, toy, "--out", long).endswith(": the path is too long; choose another --out\n")
+    assert f"{long}: cannot be read (File name too long)" in told(TOY, toy, "--source", long)
+    for action in (Dataset.open, lambda path: find(str(path))):
+        with pytest.raises(DataError, match="File name too long|there is no such folder"):
+            action(long)
+    assert Dataset.open(toy).canonical
+
+
+@pytest.mark.parametrize("length", [4000, *range(4070, 4100, 3)])
+def test_a_path_about_as_long_as_can_be_is_used_or_refused(tmp_path, toy, capsys, length):
+    """Of some folders not all files can be named."""
+    folder = str(tmp_path)
+    while len(folder) < length - 1:
+        folder += "/" + "a" * min(200, length - len(folder) - 1)
+    try:
+        build.run(TOY, toy, ["--out", folder], say=download.silent)
+        assert Dataset.open(folder).canonical
+    except SystemExit:
+        assert capsys.readouterr().err.endswith(": the path is too long; choose another --out\n")
+        assert not os.path.isdir(folder) or not os.listdir(folder)
+        with pytest.raises(DataError):
+            Dataset.open(folder)
+
+
+def test_the_home_of_nobody_is_a_folder_like_any_other(tmp_path, toy, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build.run(TOY, toy, ["--out", "~nobody-here/toy"], say=download.silent)
+    assert Dataset.open(find("~nobody-here/toy")).canonical
+    assert "no such file or folder" in told(TOY, toy, "--source", "~nobody-there/toy.txt")
+
+
+def test_what_a_terminal_cannot_show_does_not_stop_prepare(tmp_path):
+    """The real script, and the command from its message pasted into a shell."""
+    folder, text = tmp_path / os.fsdecode(b"text8 it's $HOME \n\xff\xf0\x9f\x99\x82"), tmp_path / "text"
+    text.write_bytes(CONTENT)
+    script, environment = ROOT / "data" / "text8" / "prepare.py", {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, script, "--allow-partial", "--source", text, "--out", folder]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0 and b"in " + bytes(tmp_path) in done.stdout and not done.stderr
+    with pytest.raises(DataError) as caught:
+        Dataset.open(folder / "nothing")
+    nested = f"{prepare_command(folder)}/nested --allow-partial --source {text}"
+    shell = ["bash", "-c", os.fsencode(nested.replace("python", sys.executable, 1))]
+    assert (
+        "no such folder" in str(caught.value) and subprocess.run(shell, cwd=ROOT, capture_output=True).returncode == 0
+    )
+    assert Dataset.open(folder / "nested").name == Dataset.open(folder).name == "text8-altered-100K"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two at once, and killed
+
+LONG = "".join(map(chr, range(200, 900))).encode() * 300
+TEXTS = {  # two that differ in everything, each made anew by a rebuild
+    spec.name: (
+        replace(spec, size=len(text), sha256=hashlib.sha256(text).hexdigest(), rebuild=lambda *_, t=text: t),
+        text,
+    )
+    for spec, text in ((replace(TOY, vocab_size=None), CONTENT * 5), (OWN, LONG))
+}
+
+
+def check(folder: Path, *names: str) -> str:
+    """Which of these data sets the folder holds: wholly, and nothing else."""
+    data = Dataset.open(folder)
+    spec, text = TEXTS[data.name]
+    assert data.name in names and data.canonical and list(data.sizes) == list(spec.splits)
+    ids = np.concatenate([np.fromfile(folder / f"{split}.bin", "<u2") for split in data.sizes])
+    assert np.array_equal(ids, data.vocabulary.encode(text.decode()))
+    return data.name
+
+
+def check_raw_files(folder: Path) -> None:
+    for spec, text in TEXTS.values():
+        raw = folder / spec.filenames[0]
+        assert not raw.exists() or raw.read_bytes() == text
+
+
+def make(name: str, folder: Path) -> None:
+    spec = TEXTS[name][0]
+    (folder / spec.filenames[0]).unlink(missing_ok=True)
+    build.run(spec, folder, [], say=download.silent)
+
+
+@thorough(short=5, soak=200)
+def test_several_at_once_in_one_folder_all_end_well_and_mix_nothing(tmp_path, n):
+    for _ in range(n):
+        children = [in_child(partial(make, name, tmp_path)) for name in ("toy", "own", "toy", "own")]
+        for child in children:
+            child.join()
+        assert [child.exitcode for child in children] == [0] * 4
+        check(tmp_path, "toy", "own")
+        check_raw_files(tmp_path)
+        assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_second_says_that_it_waits(toy):
+    here, there = multiprocessing.Pipe()
+
+    def hold() -> None:
+        with build._alone_in(toy, download.silent):
+            there.send("held")
+            there.recv()
+
+    first = in_child(hold)
+    assert here.recv() == "held"
+    second_here, second_there = multiprocessing.Pipe()
+    second = in_child(lambda: prepare(TOY, toy, toy, say=second_there.send))
+    assert second_here.recv() == f"another prepare.py is at work in {toy}; waiting until it has ended"
+    assert not second_here.poll(0.05) and second.is_alive()
+    here.send("go")
+    assert second_here.recv().startswith("read ")
+    for child in (first, second):
+        child.join()
+        assert child.exitcode == 0
+
+
+def test_where_there_are_no_locks_prepare_works_alone(toy, monkeypatch):
+    def unknown(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(build.fcntl, "flock", unknown)
+    assert prepare(TOY, toy, toy)["canonical"]
+    monkeypatch.setattr(build, "fcntl", None)
+    assert prepare(TOY, toy, toy)["canonical"]
+
+
+def mend(folder: Path, old: str | None, new: str) -> None:
+    """After a kill while `new` was to take the place of `old`: the folder holds one of them or says that it does not,
+    and the same command makes it so."""
+    try:
+        check(folder, new, *filter(None, [old]))
+    except DataError as error:
+        assert "prepare.py" in str(error)
+    check_raw_files(folder)
+    make(new, folder)
+    assert check(folder, new) and not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("old, new", [(None, "toy"), ("toy", "own"), ("own", "toy")])
+def test_a_kill_at_any_use_of_the_file_system_is_mended(tmp_path, old, new):
+    """Before each file that is opened, renamed or removed, in turn, until prepare comes to its end."""
+
+    def killed_at(at: int) -> None:
+        left, uses = iter(range(at)), {"open", "os.mkdir", "os.rename", "os.remove", "fcntl.flock"}
+        sys.addaudithook(lambda event, _: event in uses and next(left, None) is None and os.kill(os.getpid(), 9))
+        make(new, tmp_path)
+
+    for at in range(1000):
+        if old:
+            make(old, tmp_path)
+        child = in_child(partial(killed_at, at))
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        mend(tmp_path, old, new)
+        if not old:
+            shutil.rmtree(tmp_path)
+            tmp_path.mkdir()
+    assert at >= 18
+
+
+@thorough(short=20, soak=200)
+def test_a_kill_at_any_time_is_mended(tmp_path, n):
+    make("own", tmp_path)
+    started = time.monotonic()
+    in_child(partial(make, "toy", tmp_path)).join()
+    seconds, killed = time.monotonic() - started, 0
+    old, new = "toy", "own"
+    for case in range(n):
+        child = in_child(partial(make, new, tmp_path))
+        child.join(random.Random(case).random() * seconds)
+        child.kill()
+        child.join()
+        killed += child.exitcode == -signal.SIGKILL
+        mend(tmp_path, old, new)
+        old, new = new, old
+    assert killed > n / 3
+
+
+@thorough(short=1, soak=40)
+def test_a_kill_of_the_real_script_is_mended(tmp_path, n):
+    (tmp_path / "text").write_bytes(CONTENT)
+    folder, environment = tmp_path / "out", {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(ROOT / "data" / "text8" / "prepare.py"), "--allow-partial", "--out", str(folder)]
+    command += ["--source", str(tmp_path / "text")]
+    for case in range(n):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as running:
+            assert running.stdout.readline().startswith(b"read ")
+            time.sleep(random.Random(case).uniform(0, 0.02))
+            running.kill()
+        try:
+            assert Dataset.open(folder).name == "text8-altered-100K"
+        except DataError:
+            assert subprocess.run(command, capture_output=True).returncode == 0
+            assert Dataset.open(folder).name == "text8-altered-100K"
+        shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

