@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import random
+import shutil
 import socket
 import threading
 import time
@@ -18,14 +19,15 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tqdm
 from conftest import thorough
-from test_data import CONTENT, OTHER, OWN, TOY, archive
+from test_data import CONTENT, OTHER, OWN, TOY, archive, file_size_limit, in_child, tmpfs, told
 
-from data import download
-from data.build import Remote, prepare
-from data.common import DataError
+from data import build, download
+from data.build import Remote, TextSpec, prepare
+from data.common import DataError, Dataset
 
 THIRD = len(CONTENT) // 3
 HASHES = pytest.mark.parametrize("sha256", [TOY.sha256, None], ids=["verified", "unverified"])
@@ -96,8 +98,12 @@ def whole(request: Request, sent: float = 1.0) -> None:
     if start >= len(body):
         return request.reply(status=416, Content_Range=f"bytes */{len(body)}")
     rest = body[start:]
-    of_range = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
-    request.reply(rest[: int(sent * len(rest))], 206 if start else 200, Content_Length=len(rest), **of_range)
+    sent_body = rest[: int(sent * len(rest))]
+    request.reply(sent_body, 206 if start else 200, Content_Length=len(rest), Content_Range=range_from(start, body))
+
+
+def range_from(start: int, body: bytes) -> str | None:
+    return f"bytes {start}-{len(body) - 1}/{len(body)}" if start else None
 
 
 def cut(request: Request) -> None:
@@ -536,3 +542,89 @@ def test_a_source_that_is_no_usable_address_is_named(tmp_path, url):
     with pytest.raises(DataError, match=r"no usable text\n  .*: (not a usable address|the connection was refused)"):
         prepare(OWN, tmp_path, tmp_path, source=url)
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full disks, kills, two at once
+
+
+def spec_at(server: Server) -> TextSpec:
+    return replace(TOY, remotes=(Remote(server.url + "/toy.txt", TOY.sha256),))
+
+
+@thorough(short=5, soak=75)
+def test_a_disk_that_fills_up_is_one_message_and_with_room_the_download_goes_on(server, tmp_path, n):
+    with tmpfs(tmp_path / "disk", "size=1m") as disk:
+        for room in np.linspace(0, 300_000, n).astype(int):
+            folder = disk / str(room)
+            folder.mkdir()
+            (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - room // 4096 * 4096))
+            message = told(spec_at(server), folder)
+            assert message.count("\n") == 1 and message.startswith(str(folder))
+            assert ": cannot be written: the disk is full; free some space and run the same command again" in message
+            fetched = sum(path.stat().st_size for path in folder.glob("toy.txt*"))
+            assert fetched >= min(room // 4096 * 4096, len(CONTENT)) - 4096 and not list(folder.glob("*.bin*"))
+            (disk / "filler").unlink()
+            server.ranges.clear()
+            to_ask_for = [] if (folder / "toy.txt").exists() else [f"bytes={fetched}-" if fetched else None]
+            assert prepare(spec_at(server), folder, folder)["canonical"] and server.ranges == to_ask_for
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 40_000, 99_999])
+@HASHES
+def test_a_file_that_may_not_grow_is_one_message(server, tmp_path, limit, sha256):
+    part = tmp_path / "part"
+    with file_size_limit(limit), pytest.raises(DataError, match="part: cannot be written: larger than a file may"):
+        fetch(server, part, sha256)
+    assert part.exists() == (sha256 is not None)
+    server.ranges.clear()
+    fetch(server, part, sha256)
+    assert server.ranges == [f"bytes={limit}-" if sha256 and limit else None]
+
+
+def test_a_part_that_cannot_be_written_ends_the_search_for_sources(server, tmp_path):
+    """As the next source would have the same disk."""
+    folder = tmp_path / "toy"
+    (folder / "toy.txt.part").mkdir(parents=True)
+    message = told(replace(spec_at(server), rebuild=lambda *_: CONTENT), folder)
+    assert message == f"{folder}/toy.txt.part: cannot be written: Is a directory; choose another --out\n"
+
+
+def slowly(request: Request) -> None:
+    """As a good server, but so that a kill meets the download at work."""
+    body, start = request.server.body, request.start()
+    request.reply(b"", 206 if start else 200, Content_Length=len(body) - start, Content_Range=range_from(start, body))
+    for at in range(start, len(body), 4000):
+        request.wfile.write(body[at : at + 4000])
+        time.sleep(0.001)
+
+
+def test_several_that_download_into_one_folder_take_turns(server, tmp_path):
+    server.always = slowly
+    children = [in_child(lambda: prepare(spec_at(server), tmp_path, tmp_path)) for _ in range(3)]
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 3
+    assert Dataset.open(tmp_path).canonical and (tmp_path / "toy.txt").read_bytes() == CONTENT
+    assert len(server.ranges) == 1 and not list(tmp_path.glob("*.part"))
+
+
+@thorough(short=10, soak=200)
+def test_a_killed_download_goes_on_where_it_was(server, tmp_path, n):
+    server.always = slowly
+    resumed = 0
+    for case in range(n):
+        folder, chance = tmp_path / str(case), random.Random(case)
+        while True:
+            child = in_child(lambda: build.run(spec_at(server), folder, [], say=download.silent))  # noqa: B023
+            child.join(chance.uniform(0, 0.06))
+            child.kill()
+            child.join()
+            assert not (folder / "toy.txt").exists() or (folder / "toy.txt").read_bytes() == CONTENT
+            if child.exitcode == 0:
+                break
+        resumed += any(server.ranges)
+        assert Dataset.open(folder).canonical and not list(folder.glob("*.part"))
+        server.ranges.clear()
+    assert resumed > n / 2
