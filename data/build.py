@@ -222,12 +222,12 @@ def obtain(spec: TextSpec, home: Path, folder: Path, source: str | None, allow_p
             if source is None:
                 say(f"no: {failures[-1]}")
     listed = "\n  ".join(failures or ["no raw file in the folder, and the spec names no address"])
-    raise DataError(f"{spec.name}: no usable text\n  {listed}\n{_way_out(spec, home)}")
+    raise DataError(f"{spec.name}: no usable text\n  {listed}\n{_way_out(spec, home, folder)}")
 
 
-def _way_out(spec: TextSpec, home: Path) -> str:
-    way = f"Give the text yourself: python {shlex.quote(str(home / 'prepare.py'))} --source PATH_OR_URL"
-    way += f", or put {spec.filenames[0]} into {home}."
+def _way_out(spec: TextSpec, home: Path, folder: Path) -> str:
+    command = ["python", str(home / "prepare.py"), *([] if folder == home else ["--out", str(folder)]), "--source"]
+    way = f"Give the text yourself: {shlex.join(command)} PATH_OR_URL, or put {spec.filenames[0]} into {home}."
     addresses = " or ".join(remote.url for remote in spec.remotes)
     return way + (f" Without a network here, fetch {addresses} on another machine." if addresses else "")
 

@@ -581,9 +581,10 @@ def test_a_folder_without_permissions_is_one_message():
         f"{unwritable}/train.bin.part: {refused}",
         f"{unwritable}/train.bin.part: {refused}",
         f"{unwritable}/out: {refused}",
-        f"toy: no usable text\n  {closed}: cannot be read (Permission denied)\n{build._way_out(TOY, unwritable)}",
+        f"toy: no usable text\n  {closed}: cannot be read (Permission denied)\n"
+        f"{build._way_out(TOY, unwritable, place / 'own')}",
         f"toy: no usable text\n  {closed}/toy.txt: cannot be read (Permission denied)\n"
-        f"{build._way_out(TOY, unwritable)}",
+        f"{build._way_out(TOY, unwritable, place / 'own')}",
         f"{closed}/meta.json: cannot be read (Permission denied); check its permissions",
         f"dataset '{closed}/toy': there is no such folder; prepare one with {prepare_command(closed / 'toy')}",
     ]
@@ -615,7 +616,7 @@ def test_any_folder_will_do_and_commands_with_it_can_be_pasted(tmp_path, name):
         assert shlex.split(command) == ["python", *words, str(end)]
     message = told(OTHER_TOY, home, "--out", folder)
     pasted = shlex.split(re.search("yourself: (.*) PATH_OR_URL", message, re.DOTALL)[1])
-    assert [os.fsencode(word) for word in pasted] == [b"python", os.fsencode(home / "prepare.py"), b"--source"]
+    assert pasted == ["python", str(home / "prepare.py"), "--out", str(folder), "--source"]
 
 
 @pytest.mark.parametrize("name", ["a" * 256, "é" * 128, "/".join(["a" * 200] * 30)])
