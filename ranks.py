@@ -31,8 +31,15 @@ class Ranks:
 
     @classmethod
     def of_environment(cls):
-        """As torchrun tells it. Nothing is connected yet: see `join`."""
-        return cls(*(int(os.environ.get(name, default)) for name, default in TOLD.items()))
+        """As torchrun tells it. Nothing is connected yet: see `join`. ConfigError where that cannot be."""
+        told = {name: os.environ.get(name, str(default)) for name, default in TOLD.items()}
+        ranks = cls(*(int(text) if text.isdecimal() else -1 for text in told.values()))
+        if not (0 <= ranks.number < ranks.count and 0 <= ranks.local < ranks.on_machine <= ranks.count):
+            found = ", ".join(f"{name}={text}" for name, text in told.items())
+            raise ConfigError(
+                [f"{found} in the environment: not as torchrun sets them, which starts several processes"]
+            )
+        return ranks
 
     @property
     def is_first(self):
@@ -69,9 +76,14 @@ class Ranks:
         """Meet the others."""
         if self.count == 1:
             return
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
-        self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        except (ValueError, RuntimeError) as error:
+            said = checkpoint.first_line(error)
+            raise ConfigError(
+                [f"the {self.count} processes cannot meet ({said}); is this started by torchrun?"]
+            ) from error
 
     def leave(self):
         if self.control is not None:

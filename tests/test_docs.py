@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import moe
-from configurator import choices_of, options_of
+from configurator import EXPERIMENT, choices_of, options_of
 from experiments import TABLES
 from settings import Config
 
@@ -44,3 +44,12 @@ def test_every_config_that_the_readme_names_exists():
     assert named and [name for name in sorted(named) if not (ROOT / "config" / f"{name}.py").exists()] == []
     for short in set(re.findall(r"`…_(\w+)`", README)) - {"end", "schedule"}:
         assert list((ROOT / "config").glob(f"*_{short}.py")), short
+
+
+def test_what_may_change_when_a_run_goes_on_is_listed():
+    listed = README.partition("**May be changed**")[2].partition("Everything else")[0]
+    named = set(re.findall(r"`(\w+)[`…]", listed)) | {"wandb_log", "wandb_project", "wandb_run_name"}
+    # Not settings of a run, but what to do with it.
+    aside = {"init_from", "overwrite", "eval_only", "always_save_checkpoint"}
+    may_change = {name for name, option in options_of(Config).items() if option.scope != EXPERIMENT}
+    assert named - {"wandb_"} == may_change - aside

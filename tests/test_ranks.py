@@ -62,6 +62,25 @@ def test_what_cannot_be_shared_out_is_refused(count, changes, words):
     Ranks().check(tiny(**changes))  # alone it is no problem
 
 
+@pytest.mark.parametrize(
+    "told, expected",
+    [
+        (dict(WORLD_SIZE="2", RANK="2"), "RANK=2, WORLD_SIZE=2"),
+        (dict(WORLD_SIZE="two"), "WORLD_SIZE=two"),
+        (dict(WORLD_SIZE="2", LOCAL_RANK="1"), "LOCAL_RANK=1"),
+        (dict(WORLD_SIZE="2"), "cannot meet"),  # nobody says where
+    ],
+)
+def test_an_environment_that_torchrun_did_not_make_is_one_message(tmp_path, monkeypatch, told, expected):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        train_tiny(tmp_path, tmp_path / "run")
+    assert len(caught.value.problems) == 1 and expected in str(caught.value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Real processes
 
