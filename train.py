@@ -46,6 +46,7 @@ from update import Sums, Updater, compile_model, random_state, set_random_state,
 
 SLOW_SECONDS = 900  # a run that would take longer than this on a CPU is told so, and of config/cpu.py
 SECONDS_BETWEEN_LINES = 30  # of progress, where the output is not a terminal
+SAVE = 1  # see Training.wish
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,10 +294,7 @@ class Training:
         is_clean = before["dirty"] is False and git["dirty"] is False
         is_clean = is_clean and machines.same_code(before["commit"], git["commit"])
         self.progress = {**saved["progress"], "resumed": saved["progress"]["resumed"] + 1}
-        self.progress["git"] = {
-            "commit": git["commit"],
-            "dirty": not is_clean,
-        }  # else no commit says what made this run
+        self.progress["git"] = {"commit": git["commit"], "dirty": not is_clean}  # no one commit may have made it all
         self.best = saved["best"]
         processes, number = saved["processes"], self.ranks.number
         if len(processes) == self.ranks.count:
@@ -408,6 +406,8 @@ class Training:
                     if code is not None:
                         return code
                     continue
+                if wish and self.went_bad():
+                    return console.NOT_FINITE
                 if wish > SAVE:
                     return self.stop(wish - SAVE, argv)
                 if wish == SAVE:
@@ -425,9 +425,8 @@ class Training:
 
                 # Once in a while: read what the device has summed up, and look whether it went well.
                 if step % config.log_interval == 0 or step % config.eval_interval == 0 or step == config.max_iters:
-                    bad_step = updater.guard.first_bad_step()
-                    if bad_step is not None:
-                        return self.stop_not_finite(f"the loss or a gradient of step {bad_step:,}")
+                    if self.went_bad():
+                        return console.NOT_FINITE
                     self.log(made)
             return self.finish(signals, argv)
 
@@ -483,15 +482,19 @@ class Training:
         return None
 
     def stop(self, number, argv):
-        """Save, and say how to go on."""
-        bad_step = self.updater.guard.first_bad_step()
-        if bad_step is not None:
-            return self.stop_not_finite(f"the loss or a gradient of step {bad_step:,}")
+        """Save, and say how to go on. -> the exit code"""
         self.save()
         name = signal.Signals(number).name
         self.screen.say(f"\nstopped by {name} after step {self.progress['step']:,}; saved. To go on:")
         self.screen.say(f"  {resume_command(argv, self.ranks)}")
         return 128 + number
+
+    def went_bad(self):
+        """Whether the guard has refused an update since it was last asked; says so. Waits for the device."""
+        bad_step = self.updater.guard.first_bad_step()
+        if bad_step is not None:
+            self.stop_not_finite(f"the loss or a gradient of step {bad_step:,}")
+        return bad_step is not None
 
     def stop_not_finite(self, what):
         if self.ranks.is_first:
@@ -542,9 +545,6 @@ class Training:
         set_random_state(state)  # the initial weights, drawn and thrown away
         best.load_state_dict(self.best["model"])
         return evaluate.clean(best, self.dataset, "test", self.config, self.machine, self.ranks)
-
-
-SAVE = 1  # see Training.wish
 
 
 def resume_command(argv, ranks):

@@ -685,6 +685,13 @@ def test_a_signal_right_after_a_bad_step_saves_no_bad_state(words, tmp_path, cap
     assert all(torch.isfinite(value) for value in saved["processes"][0]["interval"]["sums"].values())
 
 
+def test_a_save_between_log_points_saves_no_bad_state(words, tmp_path, capsys, poisoned):
+    poisoned(12)
+    assert train_tiny(words, tmp_path / "run", save_minutes=1e-9) == 3
+    assert "step 12" in assert_stopped_not_finite(tmp_path / "run", capsys)
+    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] == 12
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The data set
 
