@@ -18,9 +18,11 @@ import ast
 import builtins
 import dataclasses
 import difflib
+import errno
 import functools
-import math
+import json
 import os
+import stat
 import textwrap
 import types
 import typing
@@ -31,6 +33,11 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent
 PAGE_WIDTH = 100  # columns of --help
+LONGEST_LINE = 1000  # characters of a problem, whatever it quotes
+# What tensors can hold: of int64, of float32.
+LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127
+# Bytes of what a person writes, as a config file or a prompt, and of what a program does, as a record.
+LARGEST_TEXT, LARGEST_JSON = 1 << 20, 1 << 26
 
 # Each key has a scope, which says what a different value means:
 EXPERIMENT = "experiment"  # another result: in the hash, must match when a run is resumed
@@ -43,7 +50,7 @@ class ConfigError(ValueError):
     """What is wrong with a configuration: `problems` holds all of it, one line each."""
 
     def __init__(self, problems: Iterable[str]):
-        self.problems = [" ".join(problem.split()) for problem in problems]
+        self.problems = [one_line(problem) for problem in problems]
         super().__init__("\n".join(self.problems))
 
 
@@ -130,13 +137,26 @@ def accept_value(kind: Any, value: Any) -> Any:
         if type(value) is str and value in typing.get_args(kind):
             return value
     elif kind is float and type(value) in (int, float):
-        if math.isfinite(value):
+        if -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
             return float(value)
-    elif kind is int and type(value) is float and value.is_integer():
-        return int(value)  # max_iters = 1e5
+    elif kind is int and (type(value) is int or (type(value) is float and value.is_integer())):  # max_iters = 1e5
+        if -LARGEST_INT <= value <= LARGEST_INT:
+            return int(value)
+    elif kind is str and type(value) is str:
+        if "\0" not in value:  # which no name of a file can have
+            return value
     elif type(value) is kind:
         return value
     raise ValueError
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can encode it: what comes of other bytes on a command line is half of a character each."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def accept_text(kind: Any, text: str) -> Any:
@@ -197,7 +217,7 @@ def expectation(option: Option) -> str:
         for preposition, limit in (("from", option.at_least), ("up to", option.at_most), ("below", option.below))
         if limit is not None
     )
-    names = {bool: "True or False", int: f"an integer {limits}", float: f"a number {limits}", str: "text"}
+    names = {bool: "True or False", int: f"an integer {limits}", float: f"a number {limits}", str: "text without NUL"}
     words = [names[kind].strip() for kind in option.kinds if kind in names]
     words += [repr(choice) for choice in choices_of(option)]
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
@@ -205,8 +225,62 @@ def expectation(option: Option) -> str:
 
 def shown(value: Any) -> str:
     """A value as a problem quotes it: on one line, and not for pages."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an integer of thousands of digits, a list in a list a thousand times, an object of the user's
+        return f"<{type(value).__name__} that cannot be shown>"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_line(text: str) -> str:
+    """`text` as every terminal can show it: on one line, with what cannot be printed as \\x1b or \\udcff, and without
+    the middle of what goes on for pages."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that others wrote
+
+
+def read_whole(path: str | Path, largest: int = LARGEST_TEXT) -> bytes:
+    """What the file at `path` holds. OSError, too, for pipes and devices, which may never end, and for what is larger
+    than such a file can be."""
+    try:
+        status = os.stat(path)
+    except ValueError:  # NUL or half a character is in it
+        raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
+    problem = None
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        problem = "it is a pipe or a device, not a file"
+    elif status.st_size > largest:
+        problem = f"it has {status.st_size:,} bytes; at most {largest:,} are read"
+    if problem:
+        raise OSError(errno.EINVAL, problem, str(path))
+    return Path(path).read_bytes()  # IsADirectoryError for a folder
+
+
+def read_json(path: str | Path) -> Any:
+    """What the JSON file at `path` says. OSError where it cannot be read; ValueError where it is no JSON, or has twice
+    the same name in one object, or numbers that are none."""
+    try:
+        text = read_whole(path, LARGEST_JSON).decode()
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_twins)
+    except RecursionError:
+        raise ValueError("its objects and lists are nested too deep") from None
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is in it, which is no number")
+
+
+def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        twin = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"the field {shown(twin)} is in one object twice")
+    return names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,7 +329,7 @@ def compiled(path: Path) -> tuple[ast.Module, types.CodeType]:
     """The file as a syntax tree (for line numbers) and as code; ConfigError when it is not readable Python."""
     name = shown_path(path)
     try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
+        tree = ast.parse(read_whole(path), filename=str(path))
         # Without dont_inherit the file would get this module's `from __future__ import annotations`.
         return tree, compile(tree, str(path), "exec", dont_inherit=True)
     except FileNotFoundError:
@@ -268,6 +342,10 @@ def compiled(path: Path) -> tuple[ast.Module, types.CodeType]:
         line = f":{error.lineno}" if error.lineno else ""
         text = f": {error.text.strip()}" if error.text else ""
         problem = f"{name}{line}: syntax error, {error.msg}{text}; expected Python"
+    except ValueError as error:  # not UTF-8, or NUL in it
+        problem = f"{name}: syntax error, {error}; expected Python"
+    except (RecursionError, MemoryError):
+        problem = f"{name}: syntax error, its expressions are nested too deep; expected plain assignments"
     raise ConfigError([problem])
 
 
@@ -528,6 +606,6 @@ def config_page(instance: Any, options: dict[str, Option], origins: dict[str, st
     for group, members in by_group(options):
         lines += ["", f"# {group}"]
         for option in members:
-            origin = " ".join(origins.get(option.name, "default").split())
+            origin = one_line(origins.get(option.name, "default"))
             lines.append(f"{settings[option.name].ljust(width)}  # {origin}")
     return "\n".join(lines[1:])

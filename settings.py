@@ -24,6 +24,7 @@ from configurator import (
     ConfigFile,
     Reading,
     accept_value,
+    is_utf8,
     nearest,
     option,
     options_of,
@@ -38,6 +39,7 @@ optimiser_key = functools.partial(option, group="Optimiser", scope=EXPERIMENT)
 evaluation_key = functools.partial(option, group="Evaluation", scope=SCHEDULE)
 machine_key = functools.partial(option, group="Machine")
 
+MOST_EXPERTS = 2**15 - 1  # choices are sorted as int16
 Problem = tuple[tuple[str, ...], str]  # the keys that do not go together, and why
 
 
@@ -85,14 +87,14 @@ class Config:
         1, "batches whose gradients make one step", scope=EXPERIMENT, at_least=1
     )
 
-    n_layer: int = model_key(6, "blocks", at_least=1)
+    n_layer: int = model_key(6, "blocks", at_least=1, at_most=1000)
     n_head: int = model_key(6, "attention heads a block; must divide n_embd", at_least=1)
     n_embd: int = model_key(384, "width of the residual stream; a dense MLP's hidden width is 4 times it", at_least=1)
     dropout: float = model_key(0.2, "share of activations that training drops; 0 = none", at_least=0, below=1)
     bias: bool = model_key(False, "biases in linear layers and layer norms")
     mlp_hidden: int = model_key(0, "hidden width of a dense MLP; 0 = 4 n_embd", at_least=0)
 
-    n_expert: int = moe_key(0, "experts an MoE block; 0 = a dense MLP in every block", at_least=0)
+    n_expert: int = moe_key(0, "experts an MoE block; 0 = a dense MLP in every block", at_least=0, at_most=MOST_EXPERTS)
     expert_top_k: int = moe_key(1, "experts a character goes to; 0 = all of them (soft routing)", at_least=0)
     expert_hidden: int = moe_key(
         0,
@@ -154,7 +156,10 @@ class Config:
     expert_dropout_end: float = moe_key(0.0, "its value after the last step", at_least=0, below=1)
     expert_dropout_schedule: Literal["constant", "linear", "cosine"] = moe_key("constant", "the way there")
     capacity_factor: float = moe_key(
-        0.0, "an expert takes at most this times its even share of characters; 0 = no limit, none dropped", at_least=0
+        0.0,
+        "an expert takes at most this times its even share of characters; 0 = no limit, none dropped",
+        at_least=0,
+        at_most=10**6,
     )
     capacity_group: Literal["sequence", "batch"] = moe_key(
         "sequence", "what shares a capacity: one sequence, or the whole batch (which is then not causal)"
@@ -207,6 +212,9 @@ class Config:
 
     def problems(self) -> Iterator[Problem]:
         """Each combination of keys that cannot be, with the way out."""
+        for key, value in self.to_dict().items():
+            if isinstance(value, str) and not is_utf8(value):  # records could not hold it
+                yield (key,), f"{key} is {shown(value)}; expected text that UTF-8 can encode"
         if self.n_embd % self.n_head:
             yield ("n_embd", "n_head"), f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}"
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -217,7 +225,7 @@ class Config:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             guess = nearest(self.device, ("auto", "cpu", "cuda", "mps"))
             hint = f"; nearest: {guess}" if guess else ""
-            yield ("device",), f"device is {self.device!r}; expected auto, cpu, cuda, cuda:N or mps{hint}"
+            yield ("device",), f"device is {shown(self.device)}; expected auto, cpu, cuda, cuda:N or mps{hint}"
         if self.n_expert:
             yield from self.moe_problems()
         elif self.n_expert_by_block.strip():
@@ -314,6 +322,9 @@ class Config:
             if self.expert_dropout_is_used:
                 message = f"a character has no other expert to go to under {router}"
                 yield ("router", "expert_dropout", "expert_dropout_end"), f"{message}; set expert_dropout=0"
+        if router == "ngram_hash" and self.router_ngram > self.block_size:
+            message = f"router_ngram = {self.router_ngram} is more characters than block_size = {self.block_size} has"
+            yield ("router", "router_ngram", "block_size"), f"{message}; set router_ngram lower"
         if router in ("hash", "ngram_hash", "two_level") and self.gate != "softmax":
             yield ("router", "gate"), f"{router} gives log-probabilities; set gate='softmax'"
         if router == "two_level":
@@ -364,9 +375,12 @@ class Config:
         if not self.n_expert_by_block.strip():
             return [self.n_expert if (i + 1) % self.moe_every == 0 else 0 for i in range(self.n_layer)]
         words = [word.strip() for word in self.n_expert_by_block.split(",")]
-        if len(words) != self.n_layer or not all(word.isdecimal() for word in words):
-            found = f"n_expert_by_block is {self.n_expert_by_block!r}"
-            return f"{found}; expected n_layer = {self.n_layer} numbers from 0, as {','.join(['4'] * self.n_layer)}"
+        fit = [re.fullmatch("[0-9]{1,5}", word) and int(word) <= MOST_EXPERTS for word in words]
+        if len(words) != self.n_layer or not all(fit):
+            found, example = shown(self.n_expert_by_block), ",".join(["4"] * min(self.n_layer, 8))
+            example += ",..." if self.n_layer > 8 else ""
+            limits = f"numbers from 0, up to {MOST_EXPERTS}"
+            return f"n_expert_by_block is {found}; expected n_layer = {self.n_layer} {limits}, as {example}"
         return [int(word) for word in words]
 
     @property
@@ -425,7 +439,7 @@ class Config:
             raise ConfigError([f"{origin}: the config is {shown(values)}; expected a mapping of keys to values"])
         reading = Reading(options_of(cls))
         for name, value in values.items():
-            reading.assign(str(name), value, origin, accept_value)
+            reading.assign(name if isinstance(name, str) else shown(name), value, origin, accept_value)
         return reading.finish(cls)
 
     def hash(self) -> str:

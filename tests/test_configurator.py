@@ -187,19 +187,19 @@ def test_command_line_values_take_their_keys_type(argument, expected):
 @pytest.mark.parametrize(
     "argument, expected",
     [
-        ("--n_layer=six", "an integer from 1"),
-        ("--n_layer=6.5", "an integer from 1"),
-        ("--n_layer=0", "an integer from 1"),
-        ("--n_layer=-1", "an integer from 1"),
-        ("--n_layer=", "an integer from 1"),
-        ("--n_layer=1e999", "an integer from 1"),
+        ("--n_layer=six", "an integer from 1, up to 1000"),
+        ("--n_layer=6.5", "an integer from 1, up to 1000"),
+        ("--n_layer=0", "an integer from 1, up to 1000"),
+        ("--n_layer=-1", "an integer from 1, up to 1000"),
+        ("--n_layer=", "an integer from 1, up to 1000"),
+        ("--n_layer=1e999", "an integer from 1, up to 1000"),
         ("--seed=True", "an integer from 0, up to 4294967295"),
         ("--learning_rate=nan", "a number from 0"),
         ("--learning_rate=inf", "a number from 0"),
         ("--learning_rate=fast", "a number from 0"),
         ("--dropout=1", "a number from 0, below 1"),
         ("--beta1=1.0", "a number from 0, below 1"),
-        ("--capacity_factor=-1", "a number from 0"),
+        ("--capacity_factor=-1", "a number from 0, up to 1000000"),
         ("--bias=maybe", "True or False"),
         ("--compile=2", "True or False or 'auto'"),
         ("--compile=atuo", "True or False or 'auto'; nearest: 'auto'"),
@@ -265,7 +265,7 @@ def test_the_last_word_counts_between_files_and_options(write):
         (["--n_layer", "5"], "--n_layer 5: expected --n_layer=5"),
         (["--seed", "-1"], "--seed -1: expected --seed=-1"),
         (["--compile", "False"], "--compile False: expected --compile=False"),
-        (["--n_layer"], "--n_layer: has no value; expected --n_layer=VALUE, an integer from 1"),
+        (["--n_layer"], "--n_layer: has no value; expected --n_layer=VALUE, an integer from 1, up to 1000"),
         (["n_layer=5"], "n_layer=5: expected --n_layer=5"),
         (["-n_layer=5"], "-n_layer=5: expected --n_layer=5"),
         (["-v"], "-v: expected --key=value"),
@@ -509,7 +509,7 @@ def test_a_damaged_record_is_refused_with_all_that_is_wrong():
     with pytest.raises(ConfigError) as caught:
         Config.from_dict(values, origin="out/config.json")
     assert caught.value.problems == [
-        "out/config.json: n_layer is '6'; expected an integer from 1",
+        "out/config.json: n_layer is '6'; expected an integer from 1, up to 1000",
         "out/config.json: bias is 0; expected True or False",
         "out/config.json: unknown key 'n_exprt'; nearest key: n_expert",
     ]
