@@ -10,7 +10,6 @@ contradicts itself and what is not there is named, and the rest is drawn. The sa
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -25,9 +24,9 @@ import report
 import speed
 import tables
 import verdicts
-from configurator import EXPERIMENT, SCHEDULE
+from configurator import EXPERIMENT, LARGEST_JSON, SCHEDULE, one_line, read_json, read_whole
 from experiments import CLAIMS, SCALES, TABLES, Comparison
-from records import RecordError
+from records import COUNT, FITS, NUMBER, RecordError
 from settings import Config
 
 ROOT = Path(__file__).resolve().parent
@@ -360,7 +359,7 @@ def collect(folder):
             f"{path.relative_to(folder.parent)}: not in a table's folder, {folder.name}/TABLE/ROW-sSEED.json"
         )
     left_out = left_out or ([] if found or benches else [f"{folder} holds no records yet"])
-    return found, [record for _, record in benches], left_out
+    return found, [record for _, record in benches], list(map(one_line, left_out))
 
 
 def outputs_of(folder):
@@ -424,10 +423,11 @@ def write(folder, outputs):
 def read_json_lines(path):
     """The whole lines of a file that may be growing."""
     lines = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    text = read_whole(path, LARGEST_JSON).decode(errors="replace")
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             print(f"{path}:{number}: not a whole line of JSON, left out", file=sys.stderr)
     return lines
 
@@ -438,10 +438,12 @@ def read_run(folder):
     if not config.is_file() or not metrics.is_file():
         raise RecordError(f"{folder}: holds no run (no config.json with a metrics.jsonl)")
     try:
-        values = Config.from_dict(json.loads(config.read_text()), origin=str(config)).to_dict()
+        values = Config.from_dict(read_json(config), origin=str(config)).to_dict()
+        evaluations = [line for line in read_json_lines(metrics) if is_evaluation(line)]
+    except OSError as error:
+        raise RecordError(f"{error.filename}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise RecordError(f"{config}: not the config of a run ({error})") from None
-    evaluations = [line for line in read_json_lines(metrics) if is_evaluation(line)]
     if not evaluations:
         raise RecordError(f"{folder}: has no evaluation yet")
     return {"title": values["title"] or folder.name, "config": values, "evaluations": evaluations}
@@ -450,9 +452,9 @@ def read_run(folder):
 def is_evaluation(line):
     """Whether a line of metrics.jsonl has what the curves need."""
     try:
-        losses = (line["step"], line["clean"]["nats"], line["paper"]["train"])
-        return line["kind"] == "eval" and all(type(loss) in (int, float) and math.isfinite(loss) for loss in losses)
-    except (KeyError, TypeError):
+        numbers = line["clean"]["nats"], line["paper"]["train"], line.get("train_seconds", 0.0)
+        return line["kind"] == "eval" and FITS[COUNT](line["step"]) and all(map(FITS[NUMBER], numbers))
+    except (AttributeError, KeyError, TypeError):
         return False
 
 

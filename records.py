@@ -9,7 +9,6 @@ Every number is a number; what is not known is null. Losses are nats and bits pe
 Nothing here needs torch: tables are made where it is not installed.
 """
 
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from configurator import ROOT, ConfigError, nearest, shown
+from configurator import ROOT, ConfigError, is_utf8, nearest, one_line, read_json, shown
 from settings import Config
 
 FORMAT = "charmoe record 2"
@@ -36,6 +35,9 @@ WAY_OUT = "copy the run's summary.json again, or make the run again"
 class RecordError(ValueError):
     """What is no record of a complete run, or contradicts itself: which, why, and the way out, in one line."""
 
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a record holds
@@ -48,7 +50,7 @@ LOSS_NUMBER = "a loss from 0 and below 10,000"  # one that tables have room for
 UNIT, DEVICE, DTYPE = "'character' or 'byte'", "'cpu', 'cuda' or 'mps'", "'float32' or 'bfloat16'"
 SHA256, COMMIT = "64 hexadecimal digits", "40 to 64 hexadecimal digits"
 FITS = {
-    TEXT: lambda value: type(value) is str and not re.search("[\ud800-\udfff]", value),  # no half of a character
+    TEXT: lambda value: type(value) is str and is_utf8(value),
     LINE: lambda value: type(value) is str and value.isprintable() and value.strip(),
     NAME: lambda value: type(value) is str and re.fullmatch("[a-z0-9][a-z0-9_-]{0,39}", value),
     FLAG: lambda value: type(value) is bool,
@@ -289,13 +291,6 @@ def format_problem(found, expected=FORMAT) -> str:
 
 def config_in(values, origin) -> tuple[Config | None, list[str]]:
     """The Config that an object of a record makes; and where there is none, why. origin: the object's place."""
-    wrong = [
-        f"{origin}.{name} is {shown(value)}; expected {TEXT}"
-        for name, value in values.items()
-        if type(value) is str and not FITS[TEXT](value)
-    ]
-    if wrong:
-        return None, wrong
     try:
         return Config.from_dict(values, origin), []
     except ConfigError as error:
@@ -540,29 +535,18 @@ def read(path, name=None, problems_of=problems, way_out=WAY_OUT) -> dict:
     (of what `problems_of` finds), how many more, and the way out."""
     name = name or path
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        record = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_twins)
+        record = read_json(path)
     except OSError as error:
         raise RecordError(f"{name}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, cut short, too deep, or refused below
+    except ValueError as error:
         raise RecordError(f"{name}: no record, or not all of one: {error}; {way_out}") from None
     wrong = problems_of(record)
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise RecordError(f"{name}: {wrong[0]}{more}; {way_out}")
+    if "config" in record:  # with the keys that are younger than it, and integers that are integers
+        record["config"] = Config.from_dict(record["config"]).to_dict()
     return record
-
-
-def refuse_constant(name):
-    raise ValueError(f"{name} is in it, which is no number")
-
-
-def refuse_twins(pairs):
-    names = [name for name, _ in pairs]
-    for name in names if len(set(names)) < len(names) else ():
-        if names.count(name) > 1:
-            raise ValueError(f"the field {shown(name)} is in one object twice")
-    return dict(pairs)
 
 
 def read_each(paths, parent, read, left_out) -> Iterator[tuple[Path, Path, dict]]:

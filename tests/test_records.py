@@ -191,7 +191,7 @@ FILES = {
     "Infinity": ('{"a": [Infinity]}', "Infinity is in it"),
     "-Infinity": ('{"a": -Infinity}', "-Infinity is in it"),
     "twice": ('{"a": {"b": 1, "c": 2, "b": 1}}', "the field 'b' is in one object twice"),
-    "deep": ("[" * 100_000, "recursion"),
+    "deep": ("[" * 100_000, "nested too deep"),
     "many digits": ("9" * 10_000, "digits"),
     "no format": ("{}", "has no format 'charmoe record 2': it is no record of train.py"),
     "format 1": (
@@ -275,7 +275,7 @@ KINDS = [
     ("dense", {"title": 5}, "title is 5; expected text"),
     ("dense", {"title": "\ud800"}, r"title is '\ud800'; expected text that UTF-8 can encode"),
     ("dense", {"machine.device": "a \udfff"}, r"machine.device is 'a \udfff'; expected text that UTF-8 can encode"),
-    ("dense", {"config.out_dir": "\udcff"}, r"config.out_dir is '\udcff'; expected text that UTF-8 can encode"),
+    ("dense", {"config.out_dir": "\udcff"}, r"config: out_dir is '\udcff'; expected text that UTF-8 can encode"),
     ("dense", {"leaky": 0}, "leaky is 0; expected true or false"),
     ("dense", {"git.dirty": "no"}, "git.dirty is 'no'; expected true or false"),
     ("dense", {"git.commit": "main"}, "git.commit is 'main'; expected 40 to 64 hexadecimal digits"),
