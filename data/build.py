@@ -38,6 +38,7 @@ from pathlib import Path
 
 import numpy as np
 
+from configurator import read_whole
 from data.common import BYTE, CHARACTER, FORMAT_VERSION, SPLITS, TOKEN, DataError, Vocabulary
 from data.download import (
     DiskError,
@@ -63,6 +64,7 @@ TRAIN_VAL = {"train": 90, "val": 10}  # percent; nanoGPT's split of Shakespeare
 TRAIN_VAL_TEST = {"train": 90, "val": 5, "test": 5}  # percent; of 100 MB: the published 90M/5M/5M
 HEAD = 65_536  # bytes that tell the beginning of a published text from another text
 PIECE = 1 << 22  # bytes of text encoded at a time
+LARGEST = 1 << 34  # bytes of a text, which is held in memory
 ARCHIVES = (".gz", ".zip")
 FILES = (*(f"{split}.bin" for split in SPLITS), "meta.json")  # of a prepared folder
 
@@ -221,8 +223,9 @@ def obtain(spec: TextSpec, home: Path, folder: Path, source: str | None, allow_p
             failures.append(f"{candidate.label}: {str(error).removeprefix(f'{candidate.label}: ')}")
             if source is None:
                 say(f"no: {failures[-1]}")
-    listed = "\n  ".join(failures or ["no raw file in the folder, and the spec names no address"])
-    raise DataError(f"{spec.name}: no usable text\n  {listed}\n{_way_out(spec, home, folder)}")
+    failures = failures or ["no raw file in the folder, and the spec names no address"]
+    listed = [f"- {failure}" for failure in failures]
+    raise DataError(f"{spec.name}: no usable text", *listed, _way_out(spec, home, folder))
 
 
 def _way_out(spec: TextSpec, home: Path, folder: Path) -> str:
@@ -320,7 +323,7 @@ def _unpack(spec: TextSpec, path: Path) -> bytes:
         with gzip.open(path) as packed:
             return packed.read()
     if magic != b"PK\x03\x04":
-        return path.read_bytes()
+        return read_whole(path, LARGEST)
     with zipfile.ZipFile(path) as archive:
         return archive.read(_member(spec, path, archive))
 
@@ -375,7 +378,10 @@ def short_size(count: int) -> str:
 def encode(spec: TextSpec, text: Text, folder: Path) -> dict:
     """Write the bins and meta.json of an identified text and return the meta."""
     name, canonical = identify(spec, text, allow_partial=True)
-    vocabulary, count = vocabulary_of(text.content, spec.unit)
+    try:
+        vocabulary, count = vocabulary_of(text.content, spec.unit)
+    except DataError as error:
+        raise DataError(f"{text.origin}: {error}") from None
     assert not canonical or spec.vocab_size in (None, vocabulary.size), f"{vocabulary.size} symbols in {spec.name}"
     sizes = split_sizes(spec.splits, count)
     short = [split for split, size in sizes.items() if size < 2]

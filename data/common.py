@@ -18,7 +18,6 @@ import codecs
 import dataclasses
 import difflib
 import hashlib
-import json
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from configurator import is_utf8, one_line, read_json, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT_VERSION = 1
@@ -49,7 +50,10 @@ META_TYPES = {
 
 
 class DataError(ValueError):
-    """The user's data cannot be used: what is wrong, where, and the way out."""
+    """The user's data cannot be used: what is wrong, where, and the way out, in a line or several."""
+
+    def __init__(self, *lines: str):
+        super().__init__("\n".join(map(one_line, lines)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,12 +72,12 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if self.unit not in (CHARACTER, BYTE):
-            raise DataError(f"vocabulary: unit is {self.unit!r}, expected {CHARACTER!r} or {BYTE!r}")
+            raise DataError(f"vocabulary: unit is {shown(self.unit)}, expected {CHARACTER!r} or {BYTE!r}")
         if not 0 < len(self.symbols) <= 1 << 16:
             raise DataError(f"vocabulary: {len(self.symbols):,} symbols, expected 1 to 65,536 (ids are 16 bits wide)")
         for symbol in self.symbols:
             if not _is_symbol(symbol, self.unit):
-                raise DataError(f"vocabulary: {symbol!r} is not a single {self.unit}")
+                raise DataError(f"vocabulary: {shown(symbol)} is not a single {self.unit}")
         if any(a >= b for a, b in zip(self.symbols, self.symbols[1:])):
             raise DataError("vocabulary: symbols are not sorted and distinct")
 
@@ -88,16 +92,17 @@ class Vocabulary:
     @classmethod
     def from_dict(cls, values: Mapping) -> Vocabulary:
         """Inverse of `to_dict`; takes a whole meta.json too. Raises DataError for what is not a vocabulary."""
+        if not isinstance(values, Mapping):
+            raise DataError(f"vocabulary: expected a mapping, found {shown(values)}")
         missing = [key for key in ("unit", "vocabulary", "vocab_size") if key not in values]
         if missing:
             raise DataError(f"vocabulary: {', '.join(missing)} missing")
         if not isinstance(values["vocabulary"], (list, tuple)):
             raise DataError(f"vocabulary: expected a list of symbols, found {type(values['vocabulary']).__name__}")
         vocabulary = cls(values["unit"], tuple(values["vocabulary"]))
-        if values["vocab_size"] != vocabulary.size:
-            raise DataError(
-                f"vocabulary: vocab_size is {values['vocab_size']!r}, but there are {vocabulary.size} symbols"
-            )
+        if type(values["vocab_size"]) is not int or values["vocab_size"] != vocabulary.size:
+            found = shown(values["vocab_size"])
+            raise DataError(f"vocabulary: vocab_size is {found}, but there are {vocabulary.size} symbols")
         return vocabulary
 
     def encode(self, text: str) -> np.ndarray:
@@ -134,7 +139,10 @@ class Vocabulary:
         return self._codes[self._checked(ids)].astype(np.uint8).tobytes()
 
     def _checked(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
-        array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+        try:
+            array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+        except ValueError:
+            raise DataError("decode: ids are lists of different lengths, expected integers") from None
         if array.size == 0:
             return np.zeros(0, dtype=np.int64)
         if array.dtype.kind not in "iu":
@@ -176,8 +184,8 @@ def character_class(symbol: str | int) -> str:
 
 
 def _is_symbol(symbol: object, unit: str) -> bool:
-    if unit == CHARACTER:
-        return isinstance(symbol, str) and len(symbol) == 1
+    if unit == CHARACTER:  # and no half of one, which no text has
+        return isinstance(symbol, str) and len(symbol) == 1 and is_utf8(symbol)
     return type(symbol) is int and 0 <= symbol <= 255  # type(), because True is an int as well
 
 
@@ -228,6 +236,7 @@ class Dataset:
         meta = _read_meta(folder)
         vocabulary = Vocabulary.from_dict(meta)
         tokens = {split: _read_bin(folder, split, entry, vocabulary.size) for split, entry in meta["splits"].items()}
+        _check_text(folder, meta["source"], vocabulary, [tokens[split] for split in SPLITS if split in tokens])
         sizes = {split: len(array) for split, array in tokens.items()}
         dtype = torch.uint8 if vocabulary.size <= 256 else torch.int32
         if resident is None:
@@ -358,14 +367,14 @@ def _to_device(tokens: np.ndarray, dtype: torch.dtype, device: torch.device) -> 
 
 def _read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
+    if not os.path.isfile(path):
+        raise DataError(f"{_why_no_meta(folder)}; run {prepare_command(folder)}")
     try:
-        meta = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{_why_no_meta(folder)}; run {prepare_command(folder)}") from error
-    except (ValueError, RecursionError) as error:
+        meta = read_json(path)
+    except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); make it again with {prepare_command(folder)}") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     problem = _meta_problem(meta)
     if problem:
         raise DataError(f"{path}: {problem}; make it again with {prepare_command(folder)}")
@@ -373,7 +382,7 @@ def _read_meta(folder: Path) -> dict:
 
 
 def _why_no_meta(folder: Path) -> str:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f"{folder}: there is no such folder"
     if (folder / "meta.pkl").exists():
         return f"{folder}: has nanoGPT's meta.pkl but no meta.json (pickles are never opened here)"
@@ -386,14 +395,16 @@ def _meta_problem(meta: object) -> str | None:
     if not isinstance(meta, dict):
         return f"expected a JSON object, found {type(meta).__name__}"
     if type(meta.get("format_version")) is not int or meta["format_version"] != FORMAT_VERSION:
-        return f"format_version is {meta.get('format_version')!r}, expected {FORMAT_VERSION}"
+        return f"format_version is {shown(meta.get('format_version'))}, expected {FORMAT_VERSION}"
     for key, kind in META_TYPES.items():
         if type(meta.get(key)) is not kind:  # exact, because a bool passes for an int
-            return f"{key} is {meta.get(key)!r}, expected {kind.__name__}"
+            return f"{key} is {shown(meta.get(key))}, expected {kind.__name__}"
     if not meta["name"].strip():
         return "name is empty"
+    if not is_utf8(meta["name"]):
+        return f"name is {shown(meta['name'])}, expected text that UTF-8 can encode"
     if not {"train", "val"} <= meta["splits"].keys() <= set(SPLITS):
-        return f"splits are {sorted(meta['splits'])}, expected train, val and perhaps test"
+        return f"splits are {shown(sorted(meta['splits']))}, expected train, val and perhaps test"
     entries = [("source", "bytes", meta["source"])]
     entries += [(f"splits.{split}", "tokens", entry) for split, entry in meta["splits"].items()]
     problem = next(filter(None, (_entry_problem(*entry) for entry in entries)), None)
@@ -402,12 +413,12 @@ def _meta_problem(meta: object) -> str | None:
 
 def _entry_problem(where: str, count_key: str, entry: object) -> str | None:
     if not isinstance(entry, dict):
-        return f"{where} is {entry!r}, expected an object"
+        return f"{where} is {shown(entry)}, expected an object"
     count, digest = entry.get(count_key), entry.get("sha256")
     if type(count) is not int or count < 1:
-        return f"{where}.{count_key} is {count!r}, expected a positive integer"
+        return f"{where}.{count_key} is {shown(count)}, expected a positive integer"
     if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        return f"{where}.sha256 is {digest!r}, expected 64 hexadecimal digits"
+        return f"{where}.sha256 is {shown(digest)}, expected 64 hexadecimal digits"
     return None
 
 
@@ -454,6 +465,24 @@ def _read_bin(folder: Path, split: str, entry: dict, vocab_size: int) -> np.ndar
     return tokens
 
 
+def _check_text(folder: Path, source: dict, vocabulary: Vocabulary, splits: list[np.ndarray]) -> None:
+    """Bins may be whole and the vocabulary another: one after the other, the splits spell the text that was encoded."""
+    digest, size = hashlib.sha256(), 0
+    for tokens in splits:
+        for start in range(0, len(tokens), CHUNK):
+            codes = vocabulary._codes[tokens[start : start + CHUNK]]
+            is_bytes = vocabulary.unit == BYTE
+            piece = codes.astype(np.uint8) if is_bytes else codes.astype("<u4").tobytes().decode("utf-32-le").encode()
+            digest.update(piece)
+            size += len(piece)
+    if (size, digest.hexdigest()) != (source["bytes"], source["sha256"]):
+        raise DataError(
+            f"{folder / 'meta.json'}: its vocabulary and the bins make a text of {size:,} bytes with SHA-256 "
+            f"{digest.hexdigest()}, but its source has {source['bytes']:,} bytes, {source['sha256']}: one of them was "
+            f"changed; make them again with {prepare_command(folder)}"
+        )
+
+
 def _map(path: Path) -> np.ndarray:
     try:
         return np.memmap(path, dtype=TOKEN, mode="r")
@@ -482,14 +511,15 @@ def find(dataset: str, root: str | Path = ROOT) -> Path:
     if os.sep in dataset or "/" in dataset:
         folder = Path(os.path.expanduser(dataset))
         if not os.path.isdir(folder):
-            raise DataError(f"dataset {dataset!r}: there is no such folder; prepare one with {prepare_command(folder)}")
+            there = f"dataset {shown(dataset)}: there is no such folder"
+            raise DataError(f"{there}; prepare one with {prepare_command(folder)}")
         return folder
     known = known_datasets(root)
     if dataset in known:
         return Path(root) / "data" / dataset
     near = difflib.get_close_matches(dataset, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'};"
-    raise DataError(f"dataset {dataset!r}: unknown under {Path(root) / 'data'}; {hint} A path needs a '/' in it.")
+    raise DataError(f"dataset {shown(dataset)}: unknown under {Path(root) / 'data'}; {hint} A path needs a '/' in it.")
 
 
 def known_datasets(root: str | Path = ROOT) -> list[str]:
