@@ -54,7 +54,7 @@ class SampleConfig:
         "", "prompt, or FILE:path; empty = a newline, or a space where the vocabulary has none", group="Text"
     )
     num_samples: int = option(1, "how many", group="Text", at_least=1)
-    max_new_tokens: int = option(500, "characters of each", group="Text", at_least=1)
+    max_new_tokens: int = option(500, "characters of each", group="Text", at_least=1, at_most=10**7)
     temperature: float = option(
         0.8, "below 1 bolder, above 1 wilder; 0 = always the most likely character", group="Text", at_least=0
     )
@@ -135,27 +135,57 @@ def load_model(config, device):
         what = f"holds no {name}; is it the out_dir of a run?" if folder.is_dir() else "there is no such folder"
         raise CheckpointError(f"{folder}: {what}")
     saved = checkpoint.load(folder / name)
-    trained = Config.from_dict(saved["config"])
+    missing = [key for key in ("config", "vocabulary", "model") if key not in saved]
+    if missing:
+        raise CheckpointError(f"{folder / name}: has no {', no '.join(missing)}; is it of another program?")
+    trained = Config.from_dict(saved["config"], origin=str(folder / name))
     if not trained.is_causal:
         leaks, twins = (", ".join(words) for words in (trained.leaks, trained.leaks.values()))
         reason = f"{leaks}: its experts depend on later characters or on other sequences"
         raise ConfigError([f"{folder} was trained with {reason}, so it cannot be sampled from; {twins} can"])
-    vocabulary = Vocabulary.from_dict(saved["vocabulary"])
-    model = GPT(trained, vocabulary.size)
     try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{folder / name}: its weights do not fit its own config: {str(error).splitlines()[-1].strip()}"
-        ) from None
+        vocabulary = Vocabulary.from_dict(saved["vocabulary"])
+        model = model_of(trained, vocabulary, saved["model"])
+    except (DataError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / name}: {checkpoint.first_line(error)}") from None
     return model.to(device).eval(), vocabulary, trained
+
+
+def model_of(trained, vocabulary, weights):
+    """The model with these weights. RuntimeError where they do not fit it: sizes are compared before memory is taken
+    for a model of the config's size."""
+
+    def misfit(what):
+        return RuntimeError(f"its weights do not fit its own config: {what}")
+
+    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+        raise misfit("they are no tensors")
+    held, rows = sum(weight.numel() for weight in weights.values()), (trained.block_size, *trained.expert_counts())
+    if held < trained.n_embd * max(rows):
+        raise misfit(f"they are {held:,} numbers, fewer than n_embd = {trained.n_embd} times {max(rows)}")
+    with torch.device("meta"):
+        expected = GPT(trained, vocabulary.size).state_dict()
+    for name in [*expected, *weights]:
+        if name not in weights or name not in expected:
+            raise misfit(f"{configurator.shown(name)} is {'missing' if name in expected else 'unknown'}")
+        wanted, found = ((w.dtype, w.layout, tuple(w.shape)) for w in (expected[name], weights[name]))
+        if found != wanted:
+            raise misfit(f"{name} is {found}, expected {wanted}")
+        floats = weights[name].is_floating_point()
+        # What is no float is the table of a hash router.
+        good = weights[name].isfinite() if floats else (weights[name] >= 0) & (weights[name] < max(rows[1:]))
+        if not good.all():
+            raise misfit(f"{name} has {'numbers that are not finite' if floats else 'experts that are not there'}")
+    model = GPT(trained, vocabulary.size)
+    model.load_state_dict(weights)
+    return model
 
 
 def prompt_text(start, vocabulary):
     if start.startswith("FILE:"):
         path = Path(start.removeprefix("FILE:"))
         try:
-            start = path.read_text(encoding="utf-8")
+            start = configurator.read_whole(path).decode().replace("\r\n", "\n")
         except UnicodeDecodeError:
             raise DataError(f"{path} is not UTF-8 text") from None
     if start:
