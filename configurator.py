@@ -21,6 +21,7 @@ import difflib
 import errno
 import functools
 import json
+import math
 import os
 import stat
 import textwrap
@@ -34,8 +35,8 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parent
 PAGE_WIDTH = 100  # columns of --help
 LONGEST_LINE = 1000  # characters of a problem, whatever it quotes
-# What tensors can hold: of int64, of float32.
-LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127
+# What tensors can hold: of int64, of float32 (where less than the smallest becomes 0).
+LARGEST_INT, LARGEST_FLOAT, SMALLEST_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127, 2.0**-126
 # Bytes of what a person writes, as a config file or a prompt, and of what a program does, as a record.
 LARGEST_TEXT, LARGEST_JSON = 1 << 20, 1 << 26
 
@@ -132,16 +133,20 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def accept_value(kind: Any, value: Any) -> Any:
-    """`value` as a value of `kind`, or ValueError: an integer is a fine float, a bool is no number, text is neither."""
+    """`value` as a value of `kind`: an integer is a fine float, a bool is no number, text is neither. Else ValueError,
+    or OverflowError for a number that no tensor can hold."""
     if typing.get_origin(kind) is Literal:
         if type(value) is str and value in typing.get_args(kind):
             return value
     elif kind is float and type(value) in (int, float):
-        if -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
+        if value and math.isfinite(value) and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+            raise OverflowError("one that 32 bits can hold")
+        if math.isfinite(value):
             return float(value)
     elif kind is int and (type(value) is int or (type(value) is float and value.is_integer())):  # max_iters = 1e5
-        if -LARGEST_INT <= value <= LARGEST_INT:
-            return int(value)
+        if abs(value) > LARGEST_INT:
+            raise OverflowError("one that 64 bits can hold")
+        return int(value)
     elif kind is str and type(value) is str:
         if "\0" not in value:  # which no name of a file can have
             return value
@@ -189,15 +194,20 @@ def unquoted(text: str) -> str:
 
 
 def fitted(option: Option, raw: Any, accept: Callable[[Any, Any], Any]) -> Any:
-    """`raw` as the first of the option's kinds that accepts it within the option's range; ValueError if none does."""
+    """`raw` as the first of the option's kinds that accepts it within the option's range. If none does: ValueError, or
+    OverflowError where only a tensor's precision is in the way."""
+    overflow = None
     for kind in option.kinds:
         try:
             value = accept(kind, raw)
-        except (ValueError, OverflowError):
-            continue
-        if in_range(option, value):
-            return value
-    raise ValueError
+        except OverflowError as error:
+            overflow = error
+        except ValueError:
+            pass
+        else:
+            if in_range(option, value):
+                return value
+    raise overflow or ValueError
 
 
 def in_range(option: Option, value: Any) -> bool:
@@ -456,9 +466,9 @@ class Reading:
         option = self.options[name]
         try:
             self.values[name] = fitted(option, raw, accept)
-        except ValueError:
+        except (ValueError, OverflowError) as error:
             guess = nearest(raw, choices_of(option)) if isinstance(raw, str) else None
-            hint = f"; nearest: {guess!r}" if guess else ""
+            hint = f"; nearest: {guess!r}" if guess else f", and {error}" if isinstance(error, OverflowError) else ""
             self.refuse(f"{origin}: {name} is {shown(raw)}; expected {expectation(option)}{hint}", name)
         else:
             self.origins[name] = origin
@@ -532,7 +542,7 @@ def is_meant_as_value(option: Option, following: str) -> bool:
         return not following.endswith(".py")
     try:
         fitted(option, following, accept_text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return False
     return True
 

@@ -40,6 +40,7 @@ evaluation_key = functools.partial(option, group="Evaluation", scope=SCHEDULE)
 machine_key = functools.partial(option, group="Machine")
 
 MOST_EXPERTS = 2**15 - 1  # choices are sorted as int16
+LARGEST_FACTOR = 10**6  # of losses, logits, capacity: far beyond what is of use, and what it makes is finite
 Problem = tuple[tuple[str, ...], str]  # the keys that do not go together, and why
 
 
@@ -147,8 +148,8 @@ class Config:
     router_jitter: float = moe_key(
         0.0, "in training, the router's input times U(1 - x, 1 + x); 0 = off, 0.01 is usual", at_least=0, below=1
     )
-    router_temperature: float = moe_key(1.0, "logits are divided by it", at_least=1e-3)
-    router_temperature_end: float = moe_key(1.0, "its value after the last step", at_least=1e-3)
+    router_temperature: float = moe_key(1.0, "logits are divided by it", at_least=1e-3, at_most=LARGEST_FACTOR)
+    router_temperature_end: float = moe_key(1.0, "its value after the last step", at_least=1e-3, at_most=LARGEST_FACTOR)
     router_temperature_schedule: Literal["constant", "linear", "cosine"] = moe_key("constant", "the way there")
     expert_dropout: float = moe_key(
         0.0, "in training, an expert is masked for a character with this probability", at_least=0, below=1
@@ -159,7 +160,7 @@ class Config:
         0.0,
         "an expert takes at most this times its even share of characters; 0 = no limit, none dropped",
         at_least=0,
-        at_most=10**6,
+        at_most=LARGEST_FACTOR,
     )
     capacity_group: Literal["sequence", "batch"] = moe_key(
         "sequence", "what shares a capacity: one sequence, or the whole batch (which is then not causal)"
@@ -169,17 +170,21 @@ class Config:
         "balancing loss; switch: n_expert x sum of load x probability, 1 a layer when even; "
         "cv2: variance / mean^2 of the experts' gate sums, 0 when even",
     )
-    aux_loss_coef: float = moe_key(0.01, "weight of the balancing loss; 0 = off", at_least=0)
-    aux_loss_coef_end: float = moe_key(0.0, "its value after the last step", at_least=0)
+    aux_loss_coef: float = moe_key(0.01, "weight of the balancing loss; 0 = off", at_least=0, at_most=LARGEST_FACTOR)
+    aux_loss_coef_end: float = moe_key(0.0, "its value after the last step", at_least=0, at_most=LARGEST_FACTOR)
     aux_loss_coef_schedule: Literal["constant", "linear", "cosine"] = moe_key("constant", "the way there")
     aux_loss_reduction: Literal["sum", "mean"] = moe_key("sum", "how the layers' auxiliary losses are combined")
     z_loss_coef: float = moe_key(
-        0.0, "weight of the router's z-loss, mean(logsumexp(logits)^2); 0 = off, 0.001 is usual", at_least=0
+        0.0,
+        "weight of the router's z-loss, mean(logsumexp(logits)^2); 0 = off, 0.001 is usual",
+        at_least=0,
+        at_most=LARGEST_FACTOR,
     )
     router_bias_rate: float = moe_key(
         0.0,
         "balancing without a loss: step of the bias by which experts are chosen; 0 = off, 0.001 is usual",
         at_least=0,
+        at_most=LARGEST_FACTOR,
     )
     moe_backend: Literal["auto", "reference", "masked", "sliced", "sorted", "padded"] = moe_key(
         "auto", "how the experts are computed: the same result at another speed", scope=MACHINE

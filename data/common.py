@@ -468,11 +468,12 @@ def _read_bin(folder: Path, split: str, entry: dict, vocab_size: int) -> np.ndar
 def _check_text(folder: Path, source: dict, vocabulary: Vocabulary, splits: list[np.ndarray]) -> None:
     """Bins may be whole and the vocabulary another: one after the other, the splits spell the text that was encoded."""
     digest, size = hashlib.sha256(), 0
+    is_ascii = vocabulary._codes[-1] < 128
+    table = vocabulary._codes.astype(np.uint8 if vocabulary.unit == BYTE or is_ascii else "<u4")
     for tokens in splits:
         for start in range(0, len(tokens), CHUNK):
-            codes = vocabulary._codes[tokens[start : start + CHUNK]]
-            is_bytes = vocabulary.unit == BYTE
-            piece = codes.astype(np.uint8) if is_bytes else codes.astype("<u4").tobytes().decode("utf-32-le").encode()
+            piece = table[tokens[start : start + CHUNK]].tobytes()
+            piece = piece if table.itemsize == 1 else piece.decode("utf-32-le").encode()
             digest.update(piece)
             size += len(piece)
     if (size, digest.hexdigest()) != (source["bytes"], source["sha256"]):

@@ -36,7 +36,17 @@ import sample
 import speed
 import tables
 from checkpoint import CheckpointError
-from configurator import ConfigError, Message, choices_of, is_utf8, options_of, parse
+from configurator import (
+    LARGEST_FLOAT,
+    LARGEST_INT,
+    SMALLEST_FLOAT,
+    ConfigError,
+    Message,
+    choices_of,
+    is_utf8,
+    options_of,
+    parse,
+)
 from data.build import TRAIN_VAL, TextSpec, prepare
 from data.common import DataError, Dataset, Vocabulary, find
 from model import GPT
@@ -122,14 +132,17 @@ JUNK = st.recursive(
 )
 
 
-def fitting(option, largest=2**40):
+def fitting(option):
     """Values that the option allows by itself."""
+    largest = LARGEST_FLOAT if float in option.kinds else LARGEST_INT
     low, high = option.at_least or 0, largest if option.at_most is None else option.at_most
+    below = option.below is not None
+    floats = st.floats(low, 1) | st.floats(low, option.below if below else high, exclude_max=below)
     by_kind = {
         bool: st.booleans(),
         str: st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12),
         int: st.integers(low, min(high, low + 9)) | st.integers(low, high),
-        float: st.floats(low, high if option.below is None else option.below, exclude_max=option.below is not None),
+        float: floats.filter(lambda x: x == 0 or x >= SMALLEST_FLOAT),
     }
     found = [by_kind[kind] for kind in option.kinds if kind in by_kind]
     return st.one_of(*found, *([st.sampled_from(choices_of(option))] if choices_of(option) else []))
@@ -427,13 +440,23 @@ MOE_KEYS = {
 }
 
 
+BASES = [
+    {},
+    {"n_expert": 4, "expert_top_k": 2},
+    {"n_expert": 4, "expert_top_k": 2, "capacity_factor": 0.7},
+    {"n_expert": 3, "expert_top_k": 1, "capacity_factor": 1.0, "router": "expert_choice", "aux_loss": "none"},
+    {"n_expert": 4, "expert_top_k": 1, "router": "two_level"},
+    *({"n_expert": 4, "aux_loss": "none", "router": name} for name in ("frozen", "random", "hash", "ngram_hash")),
+]
+
+
 @st.composite
 def configs(draw):
-    """Configs that `problems` allows: of some that it does not, the keys that it names go back to their defaults."""
-    changes = draw(st.fixed_dictionaries({}, optional=MOE_KEYS)) | draw(
-        st.fixed_dictionaries({key: SIZES[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")})
-    )
-    changes |= {"n_expert": draw(st.integers(1, 5))} if draw(st.booleans()) else {}
+    """Configs that `problems` allows: of some that it does not, keys that it names go back to their defaults."""
+    base = draw(st.sampled_from(BASES))
+    keys = draw(st.lists(st.sampled_from(list(MOE_KEYS)), max_size=10, unique=True))
+    sizes = {key: draw(SIZES[key]) for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}
+    changes = {**sizes, "router_ngram": 2, **base, **{key: draw(MOE_KEYS[key]) for key in keys}}
     while True:
         config = dataclasses.replace(tiny(), **changes)
         keys, message = next(config.problems(), ((), ""))
@@ -441,7 +464,7 @@ def configs(draw):
             return config
         blamed = [key for key in keys if key in changes and changes[key] != getattr(tiny(), key)]
         assert blamed, message
-        del changes[draw(st.sampled_from(blamed))]
+        del changes[draw(st.sampled_from([key for key in blamed if key not in base] or blamed))]
 
 
 @thorough(400, 6_000)
