@@ -163,8 +163,11 @@ def model_of(trained, vocabulary, weights):
     held, rows = sum(weight.numel() for weight in weights.values()), (trained.block_size, *trained.expert_counts())
     if held < trained.n_embd * max(rows):
         raise misfit(f"they are {held:,} numbers, fewer than n_embd = {trained.n_embd} times {max(rows)}")
-    with torch.device("meta"):
-        expected = GPT(trained, vocabulary.size).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = GPT(trained, vocabulary.size).state_dict()
+    except (RuntimeError, TypeError) as error:  # beyond what 64 bits can count
+        raise misfit(checkpoint.first_line(error)) from None
     for name in [*expected, *weights]:
         if name not in weights or name not in expected:
             raise misfit(f"{configurator.shown(name)} is {'missing' if name in expected else 'unknown'}")

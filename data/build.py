@@ -29,7 +29,6 @@ import shlex
 import sys
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -306,11 +305,14 @@ def _read_rebuild(spec: TextSpec, folder: Path, say: Say) -> Text:
 
 def read_text(spec: TextSpec, path: Path) -> Text:
     """A text file, or the text in a gzip or zip archive (known by its first bytes, whatever its name)."""
-    with read_faults(path):
-        try:
-            content = _unpack(spec, path)
-        except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            raise DataError(f"{path}: a damaged, cut or unreadable archive ({error}); fetch it again") from error
+    try:
+        content = _unpack(spec, path)
+    except DataError:
+        raise
+    except Exception as error:  # zipfile and gzip raise many kinds for what is damaged
+        if isinstance(error, OSError) and error.strerror:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{path}: a damaged, cut or unreadable archive ({error}); fetch it again") from error
     if not content:
         raise DataError(f"{path}: empty")
     return Text(content, str(path))

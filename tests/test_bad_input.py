@@ -227,7 +227,7 @@ def altered(draw, value, junk=JUNK):
             parent.insert(key, old)
         elif how == "renamed" and isinstance(parent, dict) and isinstance(key, str) and key:
             parent[draw(misspelt(key))] = parent.pop(key)
-        elif how == "near" and type(old) in (bool, int, float):
+        elif how == "near" and type(old) in (bool, int, float) and abs(old) < 10**300:
             parent[key] = draw(st.sampled_from([old + 1, old - 1, -old, old * 2, float(old), str(old), not old]))
         elif how == "near" and isinstance(old, str) and old:
             parent[key] = draw(st.one_of(misspelt(old), st.just(old + "\n"), st.just([old])))
