@@ -193,6 +193,8 @@ def test_command_line_values_take_their_keys_type(argument, expected):
         ("--n_layer=-1", "an integer from 1, up to 1000"),
         ("--n_layer=", "an integer from 1, up to 1000"),
         ("--n_layer=1e999", "an integer from 1, up to 1000"),
+        ("--max_iters=1e30", "an integer from 1, and one that 64 bits can hold"),
+        ("--router_top_p=1e-300", "a number from 0, up to 1, and one that 32 bits can hold"),
         ("--seed=True", "an integer from 0, up to 4294967295"),
         ("--learning_rate=nan", "a number from 0"),
         ("--learning_rate=inf", "a number from 0"),

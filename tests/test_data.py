@@ -146,6 +146,8 @@ def test_ids_outside_the_vocabulary_are_refused(ids):
         {"unit": "character", "vocabulary": [], "vocab_size": 0},
         {"unit": "character", "vocabulary": "ab", "vocab_size": 2},
         {"unit": "character", "vocabulary": ["a"], "vocab_size": 2},
+        {"unit": "character", "vocabulary": ["a"], "vocab_size": True},
+        {"unit": "character", "vocabulary": ["\ud800"], "vocab_size": 1},
     ],
 )
 def test_a_nonsense_vocabulary_is_refused(values):
@@ -866,6 +868,13 @@ def test_ids_beyond_the_vocabulary_are_refused(toy):
     splits["val"]["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
     edit_meta(toy, splits=splits)
     with pytest.raises(DataError, match=r"val.bin: holds id 26, the vocabulary has 26 symbols \(0 to 25\)"):
+        Dataset.open(toy)
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(toy):
+    """Bins know ids alone: with one symbol changed for another, all of the text would be another."""
+    edit_meta(toy, vocabulary=[chr(97 + i) for i in range(25)] + ["~"])
+    with pytest.raises(DataError, match="its vocabulary and the bins make a text of 100,000 bytes with SHA-256"):
         Dataset.open(toy)
 
 

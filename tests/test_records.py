@@ -175,6 +175,12 @@ def test_a_model_may_be_compiled_wherever_it_was_asked_for(dense):
     assert records.problems(changed(dense, changes)) == []
 
 
+def test_a_record_is_read_with_every_key_of_its_config(dense, tmp_path):
+    """Tables and figures ask for the seed by name."""
+    read = records.read(written(tmp_path, changed(without(dense, "config.seed"), {"config.n_head": 2.0})))
+    assert read == dense and type(read["config"]["n_head"]) is int
+
+
 def test_a_key_that_is_younger_than_the_record_has_its_default(dense):
     assert dense["config"]["router_jitter"] == Config.router_jitter
     assert records.problems(without(dense, "config.router_jitter")) == []

@@ -348,3 +348,28 @@ def test_a_default_prompt_exists_where_there_is_no_newline(run, tmp_path):
     text = english(2000, seed=2).replace("\n", " ")
     assert train_tiny(prepare_text(tmp_path / "data", text), tmp_path / "run", max_iters=1) == 0
     assert run(tmp_path / "run", "--max_new_tokens=5").startswith(" ")
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda state: state.pop("model"), "has no model"),
+        (lambda state: state["model"].pop("norm.weight"), "'norm.weight' is missing"),
+        (
+            lambda state: state["model"]["norm.weight"].fill_(float("nan")),
+            "norm.weight has numbers that are not finite",
+        ),
+        (lambda state: state["model"].update({"norm.weight": torch.ones(16, dtype=torch.int64)}), "do not fit"),
+        (lambda state: state["config"].update(n_embd=10**12), "fewer than n_embd = 1000000000000 times"),
+        (lambda state: state["config"].update(n_shared_expert=2**62), "do not fit"),
+        (lambda state: state["vocabulary"].update(vocab_size=torch.ones(2)), "vocab_size is tensor"),
+    ],
+)
+def test_a_checkpoint_of_other_content_is_one_message(altered, change, told):
+    message = refused(CheckpointError, altered(change))
+    assert "best.pt" in message and told in message
+
+
+def test_a_prompt_that_never_ends_is_refused(dense_run):
+    with pytest.raises(OSError, match="pipe or a device"):
+        sample.main([f"--out_dir={dense_run}", "--device=cpu", "--start=FILE:/dev/zero"])
