@@ -77,12 +77,16 @@ def for_all(n, **strategies):
     return lambda holds: settings(max_examples=n)(given(**strategies)(holds))()
 
 
+class Hang(BaseException):
+    """Nothing that is tested may take it for an error of its own, as it might an OSError."""
+
+
 @contextlib.contextmanager
 def patience():
     """What takes too long inside is an error."""
 
     def give_up(number, frame):
-        raise TimeoutError(f"more than {PATIENCE} seconds")
+        raise Hang(f"more than {PATIENCE} seconds")
 
     before = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(PATIENCE)
