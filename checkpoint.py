@@ -124,20 +124,24 @@ def load(path: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     try:
-        content = path.read_bytes()
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            file.seek(max(0, size - 128))
+            end = file.read(128)
+            seal = SEAL.search(end)
+            file.seek(0)
+            content = file.read(size) if seal else b""
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    seal = SEAL.search(content, len(content) - 128)
     if not seal:
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint: it was cut short, or something else wrote it ({len(content):,} bytes)"
-            if not content.startswith(b"PK") or b"PK\5\6" not in content[-22:]
-            else f"{path} has no checksum of this program: another one, or an older version, wrote it"
-        )
+        if end[-22:].startswith(b"PK\5\6"):  # a zip archive without a comment
+            raise CheckpointError(f"{path} has no checksum of this program: another, or an older version, wrote it")
+        reason = f"it was cut short, or something else wrote it ({size:,} bytes)"
+        raise CheckpointError(f"{path} is not a whole checkpoint: {reason}")
     found = seal[1].decode()
     if found != FORMAT:
         raise CheckpointError(f"{path}: its format is {found!r}, expected {FORMAT!r}")
-    if hashlib.sha256(memoryview(content)[: seal.start()]).hexdigest().encode() != seal[2]:
+    if hashlib.sha256(memoryview(content)[: -len(seal[0])]).hexdigest().encode() != seal[2]:
         raise CheckpointError(f"{path} is damaged: its content does not have its checksum")
     try:
         return unpacked(content)

@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent
 PAGE_WIDTH = 100  # columns of --help
-LONGEST_LINE = 1000  # characters of a problem, whatever it quotes
+LONGEST_LINE = 1900  # characters of a problem, whatever it quotes
 # What tensors can hold: of int64, of float32 (where less than the smallest becomes 0).
 LARGEST_INT, LARGEST_FLOAT, SMALLEST_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127, 2.0**-126
 # Bytes of what a person writes, as a config file or a prompt, and of what a program does, as a record.
@@ -243,9 +243,9 @@ def shown(value: Any) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` as every terminal can show it: on one line, with what cannot be printed as \\x1b or \\udcff, and without
-    the middle of what goes on for pages."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    """`text` as every terminal can show it: on one line, with what cannot be printed as \\n, \\x1b or \\udcff, and
+    without the middle of what goes on for pages."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.strip())
     half = LONGEST_LINE // 2
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 

@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-from configurator import Message
+from configurator import Message, one_line
 
 MISTAKE = 2  # exit codes; stopped by signal number n: 128 + n
 NOT_FINITE = 3
 LEFT_ALONE = 4  # another process of the run ended
-MEMORY_WORDS = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+MEMORY_WORDS = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed", "Overflow when")
 
 
 class Failure(Exception):
@@ -38,15 +38,17 @@ def run(main, mistakes=(), out_of_memory="take something smaller"):
     except Failure as failure:
         code = tell(f"{name}: {failure}", sys.stderr, failure.code)
     except tuple(mistakes) as error:
-        code = tell(f"{name}: {error}", sys.stderr, MISTAKE)
+        lines = map(one_line, str(error).splitlines())  # names of files may have anything in them
+        code = tell(f"{name}: " + "\n".join(lines), sys.stderr, MISTAKE)
     except BrokenPipeError:  # whoever read what was printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        code = tell(f"{name}: {error.filename or 'a file'}: {error.strerror}", sys.stderr, MISTAKE)
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        code = tell(f"{name}: {one_line(what)}", sys.stderr, MISTAKE)
     except KeyboardInterrupt:
         code = tell(f"{name}: stopped", sys.stderr, 128 + signal.SIGINT)
-    except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+    except (MemoryError, RuntimeError, TypeError) as error:  # torch's OutOfMemoryError is a RuntimeError
         is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if not is_memory and not any(words in str(error) for words in MEMORY_WORDS):
             raise

@@ -367,10 +367,10 @@ def _to_device(tokens: np.ndarray, dtype: torch.dtype, device: torch.device) -> 
 
 def _read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
-    if not os.path.isfile(path):
-        raise DataError(f"{_why_no_meta(folder)}; run {prepare_command(folder)}")
     try:
         meta = read_json(path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise DataError(f"{_why_no_meta(folder)}; run {prepare_command(folder)}") from error
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); make it again with {prepare_command(folder)}") from error
     except OSError as error:
@@ -531,7 +531,7 @@ def known_datasets(root: str | Path = ROOT) -> list[str]:
 
 def prepare_command(folder: Path) -> str:
     """The command that makes `folder`, as far as its name tells, to be pasted into a shell."""
-    folder = Path(os.path.realpath(folder))
+    folder = Path(os.path.abspath(folder))
     script = folder / "prepare.py"
     if os.path.isfile(script):
         return shlex.join(["python", str(script.relative_to(ROOT) if script.is_relative_to(ROOT) else script)])

@@ -496,7 +496,7 @@ def assert_can_be_trained_and_sampled(config, step, machine):
             assert math.isfinite(sum(summary["load"])) and 0 <= summary["drop_rate"] <= 1
     model.train()(x, x).objective.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    model.balance(out.stats)
+    model.balance([layer.load for layer in out.stats])
     if config.is_causal:
         decoder = decoding.fastest(model.eval(), 1, machine, temperature=0.8, top_k=3)
         tokens = [step.tokens.item() for step in decoder.write(x[:1], config.block_size + 3)]

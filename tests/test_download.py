@@ -540,7 +540,7 @@ def test_a_text_that_was_compressed_unasked_is_read(server, tmp_path, encoding):
 
 @pytest.mark.parametrize("url", ["http://[nonsense", "https://", "HTTP://127.0.0.1:9/toy"])
 def test_a_source_that_is_no_usable_address_is_named(tmp_path, url):
-    with pytest.raises(DataError, match=r"no usable text\n  .*: (not a usable address|the connection was refused)"):
+    with pytest.raises(DataError, match=r"no usable text\n- .*: (not a usable address|the connection was refused)"):
         prepare(OWN, tmp_path, tmp_path, source=url)
     assert not list(tmp_path.iterdir())
 
