@@ -1,6 +1,7 @@
 """How far two runs of one experiment end apart: with the same bits, or in the rounding of so and so many updates.
 
-    python tests/determinism.py --json=results/determinism.json       # some 20 minutes on two cores
+    python tests/determinism.py --json=results/determinism-moe4.json       # some 20 minutes on two cores
+    python tests/determinism.py --config=config/shakespeare_dense.py --skip=backend --json=results/determinism-dense.json
 
 Each variant is trained like the baseline (4 experts, top-1, config/cpu.py, in one process with one thread) but for one
 thing that should not matter, for each of some seeds; what is told is how far the weights and the validation loss are
@@ -9,6 +10,7 @@ from the baseline's at the end. README.md ("Determinism") has the table.
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +27,7 @@ import checkpoint  # noqa: E402
 import machine as machines  # noqa: E402
 
 STEPS = 500
-BASE = ["config/shakespeare_moe4.py", "config/cpu.py", f"--max_iters={STEPS}", "--eval_interval=250", "--eval_iters=20"]
+BASE = ["config/cpu.py", f"--max_iters={STEPS}", "--eval_interval=250", "--eval_iters=20", "--inference_samples=0"]
 TOGETHER = ["-m", "torch.distributed.run", "--standalone"]
 SMALL = ["--gradient_accumulation_steps=2", "--batch_size=6"]
 # name: (options of train.py, threads, processes, what it is compared with)
@@ -42,10 +44,10 @@ VARIANTS = {
 }
 
 
-def train(out_dir, seed, options=(), threads=1, processes=1, is_killed=False):
+def train(config, out_dir, seed, options=(), threads=1, processes=1, is_killed=False):
     """The out_dir of a complete run."""
     starter = [*TOGETHER, f"--nproc_per_node={processes}"] if processes > 1 else []
-    arguments = [*BASE, *options, f"--seed={seed}", f"--out_dir={out_dir}", "--init_from=auto", "--inference_samples=0"]
+    arguments = [config, *BASE, *options, f"--seed={seed}", f"--out_dir={out_dir}", "--init_from=auto"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     about = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     command = [sys.executable, *starter, "train.py", *arguments]
@@ -83,15 +85,19 @@ def last_loss(saved):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write what was measured there")
+    parser.add_argument("--config", default="config/shakespeare_moe4.py")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--skip", default="^$", help="no variants whose names have this regular expression in them")
     options = parser.parse_args()
     seeds = range(1337, 1337 + options.seeds)
-    found = {name: [] for name in VARIANTS}
+    variants = {name: about for name, about in VARIANTS.items() if not re.search(options.skip, name)}
+    found = {name: [] for name in variants}
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
-            made = {None: train(Path(folder) / f"base{seed}", seed)}
-            for i, (name, (changes, threads, processes, other)) in enumerate(VARIANTS.items()):
-                made[name] = train(Path(folder) / f"{i}-{seed}", seed, changes, threads, processes, "SIGKILL" in name)
+            made = {None: train(options.config, Path(folder) / f"base{seed}", seed)}
+            for i, (name, (changes, threads, processes, other)) in enumerate(variants.items()):
+                out_dir = Path(folder) / f"{i}-{seed}"
+                made[name] = train(options.config, out_dir, seed, changes, threads, processes, "SIGKILL" in name)
                 found[name].append(apart(made[other], made[name]))
                 print(f"seed {seed}: {name}: {found[name][-1]}", flush=True)
         losses = [last_loss(last_of(Path(folder) / f"base{seed}")) for seed in seeds]
@@ -99,7 +105,7 @@ def main():
     said = {
         "machine": {name: about[name] for name in ("device", "cores", "torch", "python", "dtype")},
         "git": machines.git_state(),
-        "command": BASE,
+        "command": [options.config, *BASE],
         "seeds": list(seeds),
         "final_nats": losses,
         "variants": found,
