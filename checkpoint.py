@@ -35,6 +35,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read or used: which, why, and the way out."""
 
 
+class Unreadable(CheckpointError):
+    """One that the system does not let us read at the moment, and that may be good."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -68,7 +72,7 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
             if previous and path.exists():
                 _keep(path, Path(previous))
             os.replace(partial, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError:
             with contextlib.suppress(OSError):
                 partial.unlink()
@@ -95,7 +99,7 @@ def _keep(path, previous):
         os.replace(path, previous)
 
 
-def _sync_folder(folder):
+def sync_folder(folder):
     """Make a rename durable, where the file system knows how: it has happened in any case."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -132,7 +136,7 @@ def load(path: Path) -> dict:
             file.seek(0)
             content = file.read(size) if seal else b""
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
     if not seal:
         if end[-22:].startswith(b"PK\5\6"):  # a zip archive without a comment
             raise CheckpointError(f"{path} has no checksum of this program: another, or an older version, wrote it")

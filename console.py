@@ -28,9 +28,11 @@ def run(main, mistakes=(), out_of_memory="take something smaller"):
     """Calls main(argv) -> exit code, and ends the program. mistakes: the exceptions that are the user's to mend, told
     in one message; out_of_memory: what takes less."""
     name = Path(sys.argv[0]).name
-    for stream in (sys.stdout, sys.stderr):
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started us
+            setattr(sys, stream, open(os.devnull, "w"))
         with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for is no error
+            getattr(sys, stream).reconfigure(errors="backslashreplace")  # a terminal may lack a name's letters
     try:
         code = main(sys.argv[1:])
     except Message as message:
@@ -41,7 +43,6 @@ def run(main, mistakes=(), out_of_memory="take something smaller"):
         lines = map(one_line, str(error).splitlines())  # names of files may have anything in them
         code = tell(f"{name}: " + "\n".join(lines), sys.stderr, MISTAKE)
     except BrokenPipeError:  # whoever read what was printed has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
@@ -54,6 +55,10 @@ def run(main, mistakes=(), out_of_memory="take something smaller"):
             raise
         said = (str(error).strip().splitlines() or ["no more is to be had"])[0]
         code = tell(f"{name}: out of memory ({said}); {out_of_memory}", sys.stderr, MISTAKE)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
@@ -100,8 +105,8 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Inside it, the stopping_signals do not stop the program: `caught` lists them for the loop to look at. Within
-    `may_stop`, one is raised as Stopped at once. A second one of the same kind stops the program on the spot."""
+    """Inside it, the stopping_signals do not stop the program: `caught` lists them for the loop to look at. A second
+    Ctrl-C stops it on the spot; of the others some launchers send several."""
 
     def __enter__(self):
         self.caught, self.raising = [], False
@@ -114,17 +119,21 @@ class StopSignals:
 
     def _catch(self, number, frame):
         self.caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
         if self.raising:
+            self.raising = False
             raise Stopped
 
-    @contextlib.contextmanager
-    def may_stop(self, really=True):
-        """really=False: no, all of what is inside it is done first."""
-        self.raising = really
+    def unless_stopped(self, function, at_once=True):
+        """What function() returns; None where a signal came meanwhile, which ends it at once (at_once=False: which
+        waits)."""
         try:
-            yield
+            self.raising = at_once
+            result = function()
+            self.raising = False
+            return result
         except Stopped:
-            pass
+            return None
         finally:
             self.raising = False

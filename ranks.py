@@ -76,6 +76,8 @@ class Ranks:
         """Meet the others."""
         if self.count == 1:
             return
+        if device.type not in ("cuda", "cpu"):
+            raise ConfigError([f"device {device} cannot be used by several processes; set --device=cpu"])
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             self.control = dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -30,6 +30,7 @@ try:
 except ImportError:  # not on Windows: there nothing keeps two runs apart
     fcntl = None
 
+REFUSED = "ckpt.refused.pt"  # a ckpt.pt that was of no use, for whoever wants to look at it
 AGAIN = "--init_from=scratch --overwrite=True makes the run again"
 STATE = ("config", "dataset", "vocabulary", "model", "optimizer", "best", "progress", "processes")  # of a checkpoint
 
@@ -40,7 +41,9 @@ class RunFolder:
     def __init__(self, config):
         self.config, self.path = config, Path(config.out_dir)
         self.read = "ckpt.pt"  # which checkpoint the run goes on from
+        self.version = None  # of that file, by which it can be told from another one of its name
         self.note = None  # why it is not ckpt.pt
+        self.file, self.is_locked = None, False  # metrics.jsonl while the run writes, and whether that keeps others out
 
     def __str__(self):
         return str(self.path)
@@ -93,15 +96,19 @@ class RunFolder:
         for self.read in ("ckpt.pt", "ckpt.previous.pt"):
             if problems and not (self / self.read).exists():
                 break
+            self.version = version_of(self / self.read)  # before it is read
             try:
                 saved = checkpoint.load(self / self.read)
                 self.check(saved)
+            except checkpoint.Unreadable:
+                raise
             except CheckpointError as error:
                 problems.append(str(error))
                 continue
             if problems:
                 step = f"step {saved['progress']['step']:,}"
                 self.note = f"{problems[0]}. Going on from the checkpoint before it: {self / self.read}, of {step}."
+                self.note += f" The other stays, as {REFUSED}." if (self / "ckpt.pt").exists() else ""
             return saved
         raise CheckpointError(f"{'; and '.join(problems)}; {AGAIN}")
 
@@ -112,7 +119,7 @@ class RunFolder:
             raise CheckpointError(f"{self / self.read} is no checkpoint of a run: it lacks {', '.join(missing)}")
         metrics, known = self / "metrics.jsonl", saved["progress"]["metrics_bytes"]
         length = metrics.stat().st_size if metrics.exists() else 0
-        if length < known:
+        if length < known and not self.config.eval_only:
             raise CheckpointError(
                 f"{metrics} is shorter than when {self.read} was written ({length:,} bytes, {known:,} then): "
                 "something else changed it"
@@ -136,13 +143,17 @@ class RunFolder:
         can. -> its Metrics"""
         with checkpoint.writing(self / "metrics.jsonl"):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self / "metrics.jsonl", "ab")
+            checkpoint.sync_folder(self.path.parent)
+            file = open(self / "metrics.jsonl", "ab", buffering=0)
         with file:
-            lock(file, self)
-            if not saved and self.open():  # another run has come and gone while this one got ready
-                raise CheckpointError(f"{self} holds another run by now; nothing was changed")
+            self.file, self.is_locked = file, lock(file, self)
+            # Another run may have come, or gone on with this one, while this one got ready.
+            if saved and version_of(self / self.read) != self.version or not saved and self.open():
+                raise CheckpointError(f"another run has been at work in {self} meanwhile; nothing was changed")
             with checkpoint.writing(self.path):
                 if saved and self.read != "ckpt.pt":
+                    if (self / "ckpt.pt").exists():
+                        os.replace(self / "ckpt.pt", self / REFUSED)
                     os.replace(self / self.read, self / "ckpt.pt")
                 gone = ["summary.json"] if saved else [name for name in checkpoint.RUN_FILES if name != "metrics.jsonl"]
                 for name in [*gone, *(f"{name}.partial" for name in checkpoint.RUN_FILES)]:
@@ -155,6 +166,8 @@ class RunFolder:
 
     def save(self, state, is_best):
         """Replace ckpt.pt, which is kept as the previous one; is_best: and best.pt, which it describes."""
+        if version_of(self / "metrics.jsonl", is_growing=True) != version_of(self.file.fileno(), is_growing=True):
+            raise CheckpointError(f"{self} was deleted or replaced while this run went on: it writes there no more")
         checkpoint.save(self / "ckpt.pt", state, previous=self / "ckpt.previous.pt")
         if is_best:
             self.save_best(state)
@@ -169,25 +182,41 @@ class RunFolder:
         checkpoint.write_json(self / "summary.json", record)
 
 
-def lock(file, folder):
-    """Until the file is closed, no other run has this lock; CheckpointError where one has it."""
-    if fcntl:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{folder} is in use by another run that has not ended") from None
+def lock(file, folder) -> bool:
+    """Until the file is closed, no other run has this lock; CheckpointError where one has it. -> whether this system,
+    and this file system, know locks at all"""
+    if not fcntl:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"{folder} is in use by another run that has not ended") from None
+    except OSError:
+        return False
+    return True
+
+
+def version_of(file, is_growing=False):
+    """What tells a file from another one, and if it is not growing from itself when something else was in it; None
+    where there is none. file: a path, or a descriptor."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino, *(() if is_growing else (status.st_mtime_ns, status.st_size)))
 
 
 class Metrics:
-    """metrics.jsonl: one line a log or evaluation, appended. file: open for appending, in bytes."""
+    """metrics.jsonl: one line a log or evaluation, appended. file: open for appending, in bytes, without a buffer."""
 
     def __init__(self, file):
         self.file, self.mirror = file, None
 
     def write(self, line):
         with checkpoint.writing(self.file.name):
-            self.file.write((json.dumps(line, allow_nan=False) + "\n").encode())
-            self.file.flush()
+            content = (json.dumps(line, allow_nan=False) + "\n").encode()
+            while content:
+                content = content[self.file.write(content) :]
         if self.mirror:
             self.mirror(line)
 

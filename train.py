@@ -179,7 +179,7 @@ class Screen:
         self.last_line = time.monotonic()
         if not self.is_silent:
             self.bar.clear()
-            print(text, file=console.Lasting(sys.stdout), flush=True)
+            print(text, flush=True)
 
 
 def evaluation_text(line, config, is_best=False):
@@ -227,9 +227,19 @@ def start_wandb(config):
     except Exception as error:  # not logged in, no network, …: a tracker must not stop what it tracks
         print(f"wandb_log=True, but wandb says: {checkpoint.first_line(error)}; metrics go to metrics.jsonl only")
         return None
-    return lambda line: wandb.log(
-        {f"{line['kind']}/{key}": value for key, value in flat(line).items() if key != "kind"}, step=line["step"]
-    )
+    is_well = True
+
+    def log(line):
+        nonlocal is_well
+        numbers = {f"{line['kind']}/{key}": value for key, value in flat(line).items() if key != "kind"}
+        try:
+            if is_well:
+                wandb.log(numbers, step=line["step"])
+        except Exception as error:
+            is_well = False
+            print(f"wandb says: {checkpoint.first_line(error)}; from here on metrics go to metrics.jsonl only")
+
+    return log
 
 
 def flat(line):
@@ -307,7 +317,8 @@ class Training:
             self.interval.add_states(process["interval"] for process in processes[1:])
             self.random = processes[0]["random"]
         else:
-            torch._foreach_zero_(self.interval.tensors())
+            for value in self.interval.tensors():
+                value.zero_()
             torch.manual_seed(mix(self.config.seed, number, self.progress["step"]))
 
     def state(self):
@@ -348,7 +359,9 @@ class Training:
     def compile(self):
         if not self.machine.compile:
             return
-        compiled = compile_model(self.model, *self.batches(0)[0], self.machine)
+        config = self.config
+        evaluated = self.dataset.batch("train", config.seed, 0, config.batch_size, config.block_size)
+        compiled = compile_model(self.model, *self.batches(0)[0], self.machine, evaluated)
         if compiled.failure:
             print(f"torch.compile failed, so this run is not compiled: {compiled.failure}")
         self.updater.run_model = compiled.model
@@ -456,10 +469,11 @@ class Training:
         progress, step = self.progress, self.progress["step"]
         if self.interval.steps:  # resumed between two log lines, to be evaluated sooner than planned then
             self.log(None)
+        if self.ranks.count > 1:  # an evaluation that they share cannot be stopped, and a launcher may not wait for it
+            self.save()
         self.screen.bar.set_postfix_str("evaluating")
-        started, line = time.perf_counter(), None
-        with signals.may_stop(self.ranks.count == 1):
-            line = self.evaluation_line()
+        started = time.perf_counter()
+        line = signals.unless_stopped(self.evaluation_line, at_once=self.ranks.count == 1)
         if line is None:
             return None  # made again when the run goes on
         progress["seconds"]["eval"] += time.perf_counter() - started
@@ -484,6 +498,7 @@ class Training:
     def stop(self, number, argv):
         """Save, and say how to go on. -> the exit code"""
         self.save()
+        self.ranks.wait()  # a launcher may end all when the first of them has ended
         name = signal.Signals(number).name
         self.screen.say(f"\nstopped by {name} after step {self.progress['step']:,}; saved. To go on:")
         self.screen.say(f"  {resume_command(argv, self.ranks)}")
@@ -512,17 +527,13 @@ class Training:
         config, progress, test = self.config, self.progress, None
         if "test" in self.dataset.sizes:
             self.screen.bar.set_postfix_str("reading the test split")
-            with signals.may_stop(self.ranks.count == 1):
-                test = self.test_of_best()
+            test = signals.unless_stopped(self.test_of_best, at_once=self.ranks.count == 1)
         progress["seconds"]["total"] = time.perf_counter() - self.started
         progress["others"] = self.neighbours.so_far()
-        writing, beside, started = None, machines.Neighbours(self.machine), time.perf_counter()
+        writing = None
         if self.ranks.is_first and not signals.caught:
             self.screen.bar.set_postfix_str("measuring the speed of writing")
-            with signals.may_stop():
-                speeds = evaluate.inference_speed(self.model, config, self.machine)
-                seconds = time.perf_counter() - started
-                writing = {"speeds": speeds, "seconds": seconds, "others": beside.so_far()}
+            writing = signals.unless_stopped(self.speed_of_writing)
         wish = self.ranks.largest(self.wish(signals))
         if wish > SAVE:
             return self.stop(wish - SAVE, argv)
@@ -536,6 +547,12 @@ class Training:
             self.screen.bar.close()
             self.screen.say(records.report(record))
         return 0
+
+    def speed_of_writing(self):
+        """What `records.record_of` takes of it."""
+        beside, started = machines.Neighbours(self.machine), time.perf_counter()
+        speeds = evaluate.inference_speed(self.model, self.config, self.machine)
+        return {"speeds": speeds, "seconds": time.perf_counter() - started, "others": beside.so_far()}
 
     def test_of_best(self):
         """The clean measure on the test split, of the best weights and not of those at hand, which are left as they
@@ -565,8 +582,8 @@ def main(argv):
     ranks = Ranks.of_environment()
     ranks.check(config)
     with contextlib.ExitStack() as stack:
-        if not ranks.is_first:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        heard = sys.stdout if ranks.is_first else stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(console.Lasting(heard)))
         machine = machines.choose(config.device, config.dtype, config.compile, ranks.local if ranks.count > 1 else None)
         machines.keep_freed_memory()
         ranks.join(machine.device)
@@ -577,9 +594,10 @@ def main(argv):
         except RuntimeError as error:
             if ranks.count == 1 or not is_loss_of_another(error):
                 raise
+            said = checkpoint.first_line(error)[:120]
             raise console.Failure(
-                f"another of the {ranks.count} processes of this run has ended: torchrun says below which, and why. "
-                f"What was saved is in {config.out_dir}; to go on: {resume_command(argv, ranks)}",
+                f"another of the {ranks.count} processes of this run has ended, or is lost ({said}): torchrun "
+                f"says more below. What was saved is in {config.out_dir}; to go on: {resume_command(argv, ranks)}",
                 console.LEFT_ALONE,
             ) from error
 
@@ -622,6 +640,8 @@ def train(config, ranks, machine, argv):
         return training.run(None, None, argv)
     with folder.writable(config, saved) as metrics:
         metrics.mirror = start_wandb(config)
+        if not folder.is_locked:
+            print(f"the file system of {folder} has no locks: nothing keeps a second run out of it")
         print(
             f"writing to {folder}"
             if not saved

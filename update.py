@@ -94,6 +94,8 @@ class Updater:
         if not model.training:
             self.run_model.train()
         batches = list(zip(self.ranks.own(x, config), self.ranks.own(y, config)))
+        if self.parallel is None and self.ranks.count > 1:
+            self.parallel = self.make_parallel(*batches[0])
         objective, stats = 0.0, None
         for i, (x_part, y_part) in enumerate(batches):
             with self.exchange(is_last=i == len(batches) - 1) as run_model:
@@ -114,6 +116,17 @@ class Updater:
         sums.steps += 1
         return Update(rate, gradient_norm)
 
+    def make_parallel(self, x, y):
+        """run_model as several processes train it. It lays out anew what it exchanges after its first pass, and sums of
+        more than two numbers depend on that: two passes, undone, make a resumed run the uninterrupted one."""
+        parallel = self.ranks.parallel(self.run_model, self.machine.device)
+        with undone(self.model):
+            for _ in range(2):
+                with self.machine.autocast():
+                    objective = parallel(x, y).objective
+                objective.backward()
+        return parallel
+
     @contextlib.contextmanager
     def exchange(self, is_last):
         """Inside it, what it gives runs a micro-batch; after the last one's backward pass gradients are averaged over
@@ -121,8 +134,6 @@ class Updater:
         if self.ranks.count == 1:
             yield self.run_model
             return
-        if self.parallel is None:
-            self.parallel = self.ranks.parallel(self.run_model, self.machine.device)
         with contextlib.nullcontext() if is_last else self.parallel.no_sync():
             yield self.parallel
 
@@ -184,8 +195,9 @@ class FiniteGuard:
 # Trial steps
 
 
-def compile_model(model, x, y, machine) -> Compiled:
-    """The compiled form of the model after one step and one evaluation on x, y (B, T), both undone."""
+def compile_model(model, x, y, machine, evaluated=None) -> Compiled:
+    """The compiled form of the model after one step and one evaluation on x, y (B, T), both undone. evaluated: (x, y)
+    to evaluate on, if they have another shape."""
     started = time.perf_counter()
     compiled, failure = machines.compiled(model), None
     with undone(model):
@@ -193,7 +205,7 @@ def compile_model(model, x, y, machine) -> Compiled:
             with machine.autocast():
                 compiled.train()(x, y).objective.backward()
                 with torch.no_grad():
-                    compiled.eval()(x, y)
+                    compiled.eval()(*(evaluated or (x, y)))
         except torch.OutOfMemoryError:
             raise  # would not fit without compiling either
         except Exception as error:  # whatever a compiler raises, training can go on without it

@@ -120,14 +120,20 @@ def test_signals_wait_and_are_listed():
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-@pytest.mark.parametrize("really", [True, False])
-def test_where_nothing_is_half_done_a_signal_stops_at_once(really):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_where_nothing_is_half_done_a_signal_stops_at_once(at_once):
     done = []
+
+    def work():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        done.append("the rest")
+        return "a result"
+
     with console.StopSignals() as signals:
-        with signals.may_stop(really):
-            os.kill(os.getpid(), signal.SIGUSR1)
-            done.append("the rest")
-        assert signals.caught == [signal.SIGUSR1] and bool(done) is not really
+        assert signals.unless_stopped(work, at_once) == (None if at_once else "a result")
+        assert signals.caught == [signal.SIGUSR1] and bool(done) is not at_once
+        os.kill(os.getpid(), signal.SIGTERM)  # outside of it, it waits
+        assert signals.unless_stopped(lambda: 5) == 5
 
 
 def test_nohup_is_respected():
@@ -144,13 +150,22 @@ def test_nohup_is_respected():
 def stubborn():
     with console.StopSignals():
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)  # another kind: still the first of its own
+        for _ in range(3):  # a launcher's, and those that it passes on
+            os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         os._exit(0)
 
 
-def test_a_second_signal_of_a_kind_ends_the_program_on_the_spot(processes):
+def test_a_second_ctrl_c_ends_the_program_on_the_spot(processes):
     process = processes.Process(target=stubborn)
     process.start()
     process.join(30)
     assert process.exitcode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">/dev/full", ">&- 2>&-"])
+def test_a_script_needs_nobody_who_listens(closed):
+    code = "import console, sys\n\ndef main(argv):\n    print('hello', file=console.Lasting(sys.stdout), flush=True)\n"
+    code += "    return 3\n\nconsole.run(main)\n"
+    done = subprocess.run(["sh", "-c", f'{sys.executable} -c "{code}" {closed}'], cwd=ROOT, capture_output=True)
+    assert done.returncode == 3 and done.stderr == b""

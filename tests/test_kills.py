@@ -60,18 +60,17 @@ class Reaper:
 
         reaper, fsync = self, os.fsync
 
-        class Torn(io.BufferedWriter):
+        class Torn(io.FileIO):
             def write(self, content):
                 half = len(content) // 2
                 super().write(content[:half])
-                self.flush()
                 reaper.moment()
                 return half + super().write(content[half:])
 
-        def opened(path, mode):
+        def opened(path, mode, buffering=-1):
             if mode == "rb":
                 return open(path, mode)
-            file = Torn(io.FileIO(path, mode.removesuffix("b")))
+            file = Torn(path, mode.removesuffix("b"))
             file.durable = os.path.getsize(path)
             reaper.files.append(file)
             return file

@@ -277,11 +277,11 @@ FAULTS = """
 import resource, sys, torch
 sys.path.insert(0, {root!r})
 import machine
-if {keep}:
-    assert machine.keep_freed_memory()
+assert machine.keep_freed_memory()
 def step():
     return [torch.ones(6_000_000) for _ in range(8)]
-step()
+for _ in range(5):
+    step()  # until the heap has found its size
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     step()
@@ -291,13 +291,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_that_is_kept_is_not_asked_for_again():
-    """192 MB a step are 46,875 pages of 4 kB."""
-    faults = {}
-    for keep in (False, True):
-        program = FAULTS.format(root=str(machine.ROOT), keep=keep)
+    """192 MB a step are 46,875 pages of 4 kB. Without keep_freed_memory some processes ask for all of them in each of
+    20 steps, and some, by the chance of what lies where, for none: hence several."""
+    for _ in range(4):
+        program = FAULTS.format(root=str(machine.ROOT))
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        faults[keep] = int(done.stdout)
-    assert 5 * faults[True] < faults[False]
+        assert int(done.stdout) < 10_000
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")

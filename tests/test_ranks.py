@@ -194,20 +194,30 @@ def test_a_process_that_dies_ends_the_others_and_costs_nothing(tmp_path, togethe
     assert time.monotonic() - started < 45
     code, said = ends[1 - dead]
     assert ends[dead][0] == -signal.SIGKILL and code == 4
-    assert said.count("has ended") == 1 and "--init_from=resume" in said and "Traceback" not in said
+    assert said.count("has ended, or is lost") == 1 and "--init_from=resume" in said and "Traceback" not in said
     assert checkpoint.load(tmp_path / "cut" / "ckpt.pt")["progress"]["step"] == 10
     assert [code for code, _ in together(tmp_path / "cut", init_from="resume", **HARD)] == [0, 0]
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_of_three_processes_too_a_resumed_run_is_the_uninterrupted_one(tmp_path, together):
+    """Sums of three numbers depend on their order."""
+    options = HARD | dict(gradient_accumulation_steps=3, batch_size=2)
+    assert [code for code, _ in together(tmp_path / "whole", count=3, **options)] == [0] * 3
+    assert [code for code, _ in together(tmp_path / "cut", count=3, dies=1, at=12, **options)] == [143] * 3
+    assert [code for code, _ in together(tmp_path / "cut", count=3, init_from="resume", **options)] == [0] * 3
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL], ids=["between log lines", "from an evaluation"])
 @pytest.mark.parametrize("counts", [(1, 2), (2, 1)], ids=["one, then two", "two, then one"])
-def test_a_run_can_go_on_with_other_processes(tmp_path, together, counts):
+def test_a_run_can_go_on_with_other_processes(tmp_path, together, counts, by):
     """The same sequences; only rounding (and noise, where there is any) is another."""
     options = SHARED | MODELS["switch loss"]
     together(tmp_path / "whole", count=1, **options)
     first, second = counts
-    ends = together(tmp_path / "cut", count=first, dies=0, at=12, **options)
-    assert [code for code, _ in ends] == [143] * first
+    ends = together(tmp_path / "cut", count=first, dies=0, at=12, by=by, **options)
+    assert ends[0][0] == (143 if by == signal.SIGTERM else -by)
     (code, said), *_ = together(tmp_path / "cut", count=second, init_from="resume", **options)
     assert code == 0 and f"processes {first} there, processes {second} here" in said
     assert_alike(tmp_path / "whole", tmp_path / "cut")

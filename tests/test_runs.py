@@ -18,6 +18,8 @@ from alike import HARD, assert_same_run, essence, lines_of, record_of, steps_of,
 from conftest import ROOT, TINY, as_script, contents, english, interrupt, prepare_text, train_tiny
 
 import checkpoint
+import runs
+import train
 from checkpoint import CheckpointError
 from configurator import ConfigError
 
@@ -74,6 +76,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
     assert len(said) == 1 and f"{stopped / 'ckpt.pt'}" in said[0] and "ckpt.previous.pt, of step 10" in said[0]
     assert told in said[0]
     assert_same_run(uninterrupted, stopped)
+    assert (stopped / "ckpt.refused.pt").exists() is (told != DAMAGES["gone"][1])
+
+
+def test_a_checkpoint_that_only_cannot_be_read_now_is_not_passed_over(words, stopped, monkeypatch):
+    """It may be good: a network disk that stumbles, permissions."""
+    before, original = contents(stopped), open
+
+    def unreadable(path, mode="r", *arguments, **options):
+        if str(path).endswith("ckpt.pt") and mode == "rb":
+            raise OSError(5, "Input/output error", str(path))
+        return original(path, mode, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="cannot be read: Input/output error"):
+        patch.setattr("builtins.open", unreadable)
+        train_tiny(words, stopped, init_from="resume", **HARD)
+    assert contents(stopped) == before
 
 
 def test_when_both_are_damaged_both_are_named_and_nothing_is_changed(words, stopped):
@@ -314,6 +332,49 @@ def test_of_runs_that_start_at_once_in_one_folder_one_is_made(words, tmp_path, p
             assert any(words in text for words in ("in use by another run", "holds a", "holds another run")), text
     assert sum("writing to" in text for text in told) == 1
     assert_same_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("end", ["complete", "stopped"])
+def test_a_run_that_went_on_while_this_one_got_ready_is_not_gone_back_on(words, stopped, monkeypatch, at_step, end):
+    """As when a job is started again while the old one still saves: the checkpoint that was read is not the last."""
+    original = train.GPT
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(train, "GPT", original)
+        if end == "stopped":
+            at_step(interrupt(), 17)
+        assert train_tiny(words, stopped, init_from="resume", **HARD) == (0 if end == "complete" else 130)
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "GPT", meanwhile)
+    with pytest.raises(CheckpointError, match="another run has been at work in .* meanwhile; nothing was changed"):
+        train_tiny(words, stopped, init_from="resume", **HARD)
+    assert checkpoint.load(stopped / "ckpt.pt")["progress"]["step"] == (20 if end == "complete" else 18)
+    assert (stopped / "summary.json").exists() is (end == "complete")
+
+
+def test_a_folder_that_was_replaced_is_not_written_to(words, tmp_path, at_step):
+    """Deleted by hand while the run goes on, and another one begun there."""
+
+    def replace():
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.jsonl").write_text("another's")
+
+    at_step(replace, 12)
+    with pytest.raises(CheckpointError, match="was deleted or replaced while this run went on"):
+        train_tiny(words, tmp_path / "run")
+    assert contents(tmp_path / "run") == {"metrics.jsonl": b"another's"}
+
+
+def test_a_file_system_without_locks_is_told_and_used(words, tmp_path, monkeypatch, capsys, dense_run):
+    def no_locks(*arguments):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    assert train_tiny(words, tmp_path / "run") == 0
+    assert capsys.readouterr().out.count("has no locks") == 1
+    assert_same_run(dense_run, tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
