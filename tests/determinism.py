@@ -1,7 +1,7 @@
 """How far two runs of one experiment end apart: with the same bits, or in the rounding of so and so many updates.
 
-    python tests/determinism.py --json=results/determinism-moe4.json       # some 20 minutes on two cores
-    python tests/determinism.py --config=config/shakespeare_dense.py --skip=backend
+    python tests/determinism.py --json=tests/determinism/moe4.json       # some 20 minutes on two cores
+    python tests/determinism.py --config=config/shakespeare_dense.py --skip="backend|parts|again"
 
 Each variant is trained like the baseline (4 experts, top-1, config/cpu.py, in one process with one thread) but for one
 thing that should not matter, for each of some seeds; what is told is how far the weights and the validation loss are
@@ -111,6 +111,7 @@ def main():
         "variants": found,
     }
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(options.json, said)
     print(
         "\n| against one process with one thread | weights | largest difference of a weight | of the final loss, nats |"
