@@ -789,22 +789,24 @@ def test_a_kill_at_any_use_of_the_file_system_is_mended(tmp_path, old, new):
     assert at >= 18
 
 
-@thorough(short=20, soak=200)
+@thorough(short=12, soak=150)
 def test_a_kill_at_any_time_is_mended(tmp_path, n):
     make("own", tmp_path)
     started = time.monotonic()
     in_child(partial(make, "toy", tmp_path)).join()
-    seconds, killed = time.monotonic() - started, 0
+    seconds, killed, times = time.monotonic() - started, 0, random.Random(n)
     old, new = "toy", "own"
-    for case in range(n):
+    for _ in range(20 * n):
         child = in_child(partial(make, new, tmp_path))
-        child.join(random.Random(case).random() * seconds)
+        child.join(times.random() * seconds)  # where the machine is slower by now, all the more are killed at work
         child.kill()
         child.join()
         killed += child.exitcode == -signal.SIGKILL
         mend(tmp_path, old, new)
         old, new = new, old
-    assert killed > n / 3
+        if killed == n:
+            return
+    pytest.fail(f"only {killed} of {20 * n} were killed at work")
 
 
 @thorough(short=1, soak=40)

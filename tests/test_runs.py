@@ -225,7 +225,7 @@ def test_time_spent_on_saving_is_not_time_spent_on_training(words, tmp_path, mon
     monkeypatch.setattr(checkpoint, "save", slow)
     assert train_tiny(words, tmp_path / "run", save_minutes=1e-9, max_iters=10) == 0
     seconds = record_of(tmp_path / "run")["seconds"]
-    assert seconds["save"] > 1 and seconds["train"] < 0.8 and seconds["total"] > seconds["save"]
+    assert seconds["save"] > 1 and seconds["train"] < seconds["save"] / 2 and seconds["total"] > seconds["save"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
