@@ -19,7 +19,7 @@ import torch.distributed as dist
 import checkpoint
 from configurator import ConfigError
 
-PATIENCE = datetime.timedelta(hours=2)  # for the others: while the first prepares data, or saves, they wait
+PATIENCE = datetime.timedelta(hours=2)  # in the control group, where the others wait while the first prepares or saves
 
 
 class Ranks:
@@ -114,8 +114,6 @@ class Ranks:
 
     def parallel(self, model, device):
         """The form of a model (or of its compiled form) whose backward pass averages the gradients."""
-        if self.count == 1:
-            return model
         wrapper = torch.nn.parallel.DistributedDataParallel
         names = inspect.signature(wrapper).parameters  # torch 2.13 has another name for it than 2.11
         synced = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"

@@ -197,8 +197,8 @@ def lock(file, folder) -> bool:
 
 
 def version_of(file, is_growing=False):
-    """What tells a file from another one, and if it is not growing from itself when something else was in it; None
-    where there is none. file: a path, or a descriptor."""
+    """What tells a file (a path, or a descriptor) from every other; and, unless it may be growing, from itself with
+    another content. None where there is none."""
     try:
         status = os.stat(file)
     except OSError:
