@@ -29,6 +29,9 @@ BENCH = "bench"  # the folder of results/ that is no table's: see speed.py
 # no more memory than the context of the run's own process takes.
 OTHERS_CPU_SHARE = 0.05
 OTHERS_DEVICE_BYTES = 2**30
+# A layer that uses less of its experts has collapsed: with 4 experts, top-1, about when one of them gets 87% of the
+# tokens. Learned routers start above two thirds.
+COLLAPSED_BELOW = 0.25
 WAY_OUT = "copy the run's summary.json again, or make the run again"
 
 
@@ -94,6 +97,7 @@ EVALUATION = {
     "train_mode": (TRAIN_MODE, None),
     "train_seconds": NUMBER,
     "load": [[SHARE]],  # per MoE layer, each expert's share of the choices on the validation split
+    "collapsed?": [COUNT],  # blocks whose router has collapsed: see collapsed_blocks; younger than some records
 }
 SCHEMA = {
     "format": TEXT,
@@ -186,7 +190,10 @@ def record_of(config, dataset, model, description, progress, test, writing, peak
         },
         "peak_memory_bytes": peak_memory,
         "routing": evaluations[-1]["routing"],
-        "evaluations": [{key: line[key] for key in EVALUATION} for line in evaluations],
+        "evaluations": [
+            {key: line[key] for key in (key.removesuffix("?") for key in EVALUATION) if key in line}
+            for line in evaluations
+        ],
     }
 
 
@@ -226,6 +233,23 @@ def is_exclusive(device_type, cpu_share, device_bytes) -> bool:
     if device_type == "cuda":
         return device_bytes is not None and device_bytes <= OTHERS_DEVICE_BYTES
     return cpu_share is not None and cpu_share <= OTHERS_CPU_SHARE
+
+
+def utilisation(load, k):
+    """How much of its experts a layer uses: (exp H(load) − k) / (E − k), from 0, where all tokens go to the same k
+    experts, to 1, where all have as much. exp H, the perplexity of the load, is the effective number of experts. None
+    where it is not k of E, k below E, that a token chooses. load: each expert's share of the choices."""
+    if not 0 < k < len(load):
+        return None
+    effective = math.exp(-sum(share * math.log(share) for share in load if share > 0))
+    return max(0.0, (effective - k) / (len(load) - k))
+
+
+def collapsed_blocks(config, loads) -> list[int]:
+    """Blocks that use less of their experts than COLLAPSED_BELOW, by `utilisation`. loads: of each MoE layer."""
+    k = 1 if config.router_top_p else config.expert_top_k
+    used = [utilisation(load, k) for load in loads]
+    return [block for block, part in zip(config.moe_layers, used) if part is not None and part < COLLAPSED_BELOW]
 
 
 def is_comparable(record) -> bool:
@@ -405,6 +429,8 @@ def recomputed_evaluation(line, i, record, config) -> dict:
     """line: evaluation i of the record."""
     paper, train_mode = line["paper"], line["train_mode"]
     evaluation = {"clean": {"bpc": line["clean"]["nats"] / math.log(2)}}
+    if "collapsed" in line:
+        evaluation["collapsed"] = collapsed_blocks(config, line["load"])
     if not record["resumed"]:  # else eval_interval and max_iters may have been others before
         evaluation["step"] = min(i * config.eval_interval, config.max_iters)
     if not (config.n_expert and (config.balances or config.z_loss_coef)):

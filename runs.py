@@ -12,12 +12,14 @@ metrics.jsonl     a line a log or evaluation, appended; a checkpoint knows how l
 ckpt.pt           the whole state after some step, the best weights so far among it
 ckpt.previous.pt  the one before, in case the disk damages it; gone when the run is complete
 best.pt           the best weights so far, for sample.py; the run itself goes by those in ckpt.pt
+snapshots/        step-000100.pt, …: the weights after so many updates, with save_every, for analyze.py
 summary.json      the record, of a complete run only
 """
 
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 import checkpoint
@@ -158,6 +160,9 @@ class RunFolder:
                 gone = ["summary.json"] if saved else [name for name in checkpoint.RUN_FILES if name != "metrics.jsonl"]
                 for name in [*gone, *(f"{name}.partial" for name in checkpoint.RUN_FILES)]:
                     (self / name).unlink(missing_ok=True)
+                for step, path in self.snapshots():
+                    if not saved or step > saved["progress"]["step"]:
+                        path.unlink()
                 file.truncate(saved["progress"]["metrics_bytes"] if saved else 0)  # what came later did not happen
             checkpoint.write_json(self / "config.json", config.to_dict())
             if saved and saved["best"]:
@@ -173,13 +178,33 @@ class RunFolder:
             self.save_best(state)
 
     def save_best(self, state):
-        about = {name: state[name] for name in ("config", "dataset", "vocabulary")}
-        checkpoint.save(self / "best.pt", {**about, **state["best"]})
+        self.save_weights("best.pt", state, state["best"])
+
+    def save_weights(self, name, about, weights):
+        """about: a state, of which only what the weights are of is kept; weights: {"step", "model"}."""
+        kept = {name: about[name] for name in ("config", "dataset", "vocabulary")}
+        checkpoint.save(self / name, {**kept, **weights})
+
+    def save_snapshot(self, about, weights):
+        """Keep these weights, see save_weights; where they are there already, they are the same."""
+        with checkpoint.writing(self / "snapshots"):
+            (self / "snapshots").mkdir(exist_ok=True)
+        self.save_weights(f"snapshots/step-{weights['step']:06}.pt", about, weights)
+
+    def snapshots(self):
+        """[(step, path)] of those that are there, by step."""
+        return snapshots_in(self.path)
 
     def complete(self, record):
         """The run is done: write its record, after which nothing more is."""
         (self / "ckpt.previous.pt").unlink(missing_ok=True)
         checkpoint.write_json(self / "summary.json", record)
+
+
+def snapshots_in(folder):
+    """[(step, path)] of the weights that a run kept with save_every, by step."""
+    found = [(re.fullmatch(r"step-(\d{6,18})\.pt", path.name), path) for path in Path(folder, "snapshots").glob("*.pt")]
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def lock(file, folder) -> bool:

@@ -63,6 +63,9 @@ class Config:
     save_minutes: float = run_key(
         10.0, "save after so many minutes without an evaluation, each of which saves; 0 = no", at_least=0
     )
+    save_every: int = run_key(
+        0, "keep the weights of every so many updates in out_dir/snapshots, for analyze.py; 0 = none", at_least=0
+    )
     always_save_checkpoint: bool = run_key(
         True,
         "accepted for nanoGPT's configs, without effect: ckpt.pt is saved at every evaluation in any case, "

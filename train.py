@@ -191,12 +191,14 @@ def evaluation_text(line, config, is_best=False):
 def evaluation_line(model, dataset, config, machine, ranks, step):
     clean = evaluate.clean(model, dataset, "val", config, machine, ranks)
     train, val = (evaluate.paper(model, dataset, split, config, machine, step, ranks) for split in ("train", "val"))
+    loads = [moe.summarize(layer)["load"] for layer in clean.stats or []]
     return {
         "kind": "eval",
         "step": step,
         "clean": {"nats": clean.nats, "bpc": clean.bpc},
         "paper": {"train": train.nats, "val": val.nats, "train_with_aux": train.with_aux, "val_with_aux": val.with_aux},
-        "load": [moe.summarize(layer)["load"] for layer in clean.stats or []],
+        "load": loads,
+        "collapsed": records.collapsed_blocks(config, loads),
         "routing": [
             moe.summarize(layer, in_detail=True) | evaluate.drop_rate_by_class(layer, dataset.vocabulary)
             for layer in clean.stats or []
@@ -321,12 +323,18 @@ class Training:
                 value.zero_()
             torch.manual_seed(mix(self.config.seed, number, self.progress["step"]))
 
-    def state(self):
-        """What a checkpoint holds. All processes ask for it together."""
+    def about(self):
+        """What weights are of."""
         return {
             "config": self.config.to_dict(),
             "dataset": self.dataset.describe(),
             "vocabulary": self.dataset.vocabulary.to_dict(),
+        }
+
+    def state(self):
+        """What a checkpoint holds. All processes ask for it together."""
+        return {
+            **self.about(),
             "model": self.model.state_dict(),
             "optimizer": self.updater.optimizer.state_dict(),
             "best": self.best,  # {"step", "model"}: the weights that were best on the clean measure
@@ -343,9 +351,20 @@ class Training:
         if self.ranks.is_first:
             self.progress["metrics_bytes"] = self.metrics.sync()
             self.folder.save(state, is_best)
-        self.last_save, spent = time.monotonic(), time.perf_counter() - started
-        seconds["save"] += spent
-        self.interval.pause(spent)
+        self.last_save = time.monotonic()
+        self.spend_on_saving(time.perf_counter() - started)
+
+    def save_snapshot(self):
+        """Keep the weights as they are now, for analyze.py."""
+        started = time.perf_counter()
+        if self.ranks.is_first:
+            weights = {"step": self.progress["step"], "model": self.model.state_dict()}
+            self.folder.save_snapshot(self.about(), weights)
+        self.spend_on_saving(time.perf_counter() - started)
+
+    def spend_on_saving(self, seconds):
+        self.progress["seconds"]["save"] += seconds
+        self.interval.pause(seconds)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Before the loop
@@ -425,6 +444,8 @@ class Training:
                     return self.stop(wish - SAVE, argv)
                 if wish == SAVE:
                     self.save()
+                if config.save_every and (step % config.save_every == 0 or step >= config.max_iters):
+                    self.save_snapshot()
                 if step >= config.max_iters:
                     break
 
@@ -493,7 +514,19 @@ class Training:
         self.save(is_best)
         self.interval = Interval()  # saving is not training time
         self.screen.say(evaluation_text(line, self.config, is_best))
+        self.warn_of_collapse(line)
         return None
+
+    def warn_of_collapse(self, line):
+        """A line of warning for each layer that has collapsed and was not said to have."""
+        known = {block for past in self.progress["evaluations"][:-1] for block in past.get("collapsed", ())}
+        for block in line["collapsed"]:
+            if block not in known:
+                load = line["load"][self.config.moe_layers.index(block)]
+                self.screen.say(
+                    f"warning: the router of block {block} has collapsed: of its {len(load)} experts, one gets "
+                    f"{max(load):.0%} of the choices, the least {min(load):.1%}"
+                )
 
     def stop(self, number, argv):
         """Save, and say how to go on. -> the exit code"""

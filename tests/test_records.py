@@ -490,7 +490,15 @@ UNCHECKED = {
     *(f"routing.*.drop_rate_by_class.{name}" for name in records.CLASSES),
     *(
         f"config.{name}"
-        for name in ("out_dir", "overwrite", "always_save_checkpoint", "prepare", "log_interval", "save_minutes")
+        for name in (
+            "out_dir",
+            "overwrite",
+            "always_save_checkpoint",
+            "prepare",
+            "log_interval",
+            "save_minutes",
+            "save_every",
+        )
     ),
     *(f"config.{name}" for name in ("wandb_log", "wandb_project", "wandb_run_name", "device")),
 }

@@ -20,6 +20,9 @@ from conftest import TINY, as_script, contents, english, interrupt, prepare_text
 import checkpoint
 import evaluate
 import machine
+import records
+import routing
+import runs
 import train
 import update
 from checkpoint import CheckpointError
@@ -207,8 +210,8 @@ def test_the_screen_says_what_a_person_needs(words, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(eval_interval=3), dict(eval_interval=1000), dict(eval_iters=5), dict(log_interval=1)],
-    ids=["often", "never", "more batches", "log"],
+    [dict(eval_interval=3), dict(eval_interval=1000), dict(eval_iters=5), dict(log_interval=1), dict(save_every=3)],
+    ids=["often", "never", "more batches", "log", "snapshots"],
 )
 def test_looking_at_a_run_does_not_change_it(words, tmp_path, uninterrupted, changes):
     train_tiny(words, tmp_path / "run", **HARD, **changes)
@@ -377,6 +380,69 @@ def test_metrics_that_lost_lines_are_not_gone_on_with(words, tmp_path, at_step):
         train_tiny(words, tmp_path / "run", init_from="resume")
     assert contents(tmp_path / "run")["ckpt.pt"] == before["ckpt.pt"]
     assert contents(tmp_path / "run")["metrics.jsonl"] == before["metrics.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What analyze.py reads later
+
+
+def snapshot_steps(folder):
+    return [step for step, _ in runs.snapshots_in(folder)]
+
+
+def test_snapshots_are_the_weights_of_their_steps_the_first_and_the_last_among_them(words, tmp_path):
+    assert train_tiny(words, tmp_path / "run", save_every=8, **HARD) == 0
+    assert snapshot_steps(tmp_path / "run") == [0, 8, 16, 20]
+    assert train_tiny(words, tmp_path / "short", max_iters=8, lr_decay_iters=20, **HARD) == 0
+    eighth = checkpoint.load(tmp_path / "run" / "snapshots" / "step-000008.pt")
+    assert eighth["step"] == 8
+    assert essence(eighth["model"]) == essence(weights_of(tmp_path / "short"))
+    last = checkpoint.load(tmp_path / "run" / "snapshots" / "step-000020.pt")
+    assert essence(last["model"]) == essence(weights_of(tmp_path / "run"))
+
+
+def test_a_run_gone_on_with_or_begun_again_leaves_no_snapshot_of_steps_it_has_not_made(words, tmp_path, at_step):
+    at_step(interrupt(), 13)
+    train_tiny(words, tmp_path / "run", save_every=5)
+    later = tmp_path / "run" / "snapshots" / "step-000018.pt"
+    later.write_bytes(b"of a longer run")
+    assert train_tiny(words, tmp_path / "run", save_every=5, init_from="resume") == 0
+    assert snapshot_steps(tmp_path / "run") == [0, 5, 10, 15, 20]
+    assert train_tiny(words, tmp_path / "run", overwrite=True) == 0
+    assert snapshot_steps(tmp_path / "run") == []
+
+
+def test_a_router_that_collapses_is_told_once_and_recorded(words, tmp_path, capsys, at_step, monkeypatch):
+    logits_of, bias_E = routing.LearnedRouter.forward, torch.zeros(4)
+
+    def biased(self, x_BTD, ids_BS):
+        return logits_of(self, x_BTD, ids_BS) + bias_E * self.layer
+
+    monkeypatch.setattr(routing.LearnedRouter, "forward", biased)
+    at_step(lambda: bias_E[2].fill_(50), 3)  # from here on, all that block 1 routes goes to its third expert
+    assert train_tiny(words, tmp_path / "run", n_expert=4, expert_top_k=1) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 1
+    assert "the router of block 1 has collapsed: of its 4 experts, one gets 100% of the choices" in warnings[0]
+    assert [line["collapsed"] for line in lines_of(tmp_path / "run", "eval")] == [[], [1], [1]]
+    assert [line["collapsed"] for line in record_of(tmp_path / "run")["evaluations"]] == [[], [1], [1]]
+    records.read(tmp_path / "run" / "summary.json")
+
+
+@pytest.mark.parametrize(
+    "load, k, used",
+    [
+        ([0.25] * 4, 1, 1.0),
+        ([1.0, 0.0, 0.0, 0.0], 1, 0.0),
+        ([0.5, 0.5, 0.0, 0.0], 1, 1 / 3),
+        ([0.5, 0.5, 0.0, 0.0], 2, 0.0),
+        ([0.25] * 4, 4, None),  # all are used, whatever the load
+        ([0.25] * 4, 0, None),
+        ([1.0], 1, None),
+    ],
+)
+def test_utilisation_by_hand(load, k, used):
+    assert records.utilisation(load, k) == pytest.approx(used)
 
 
 def test_resume_with_more_iterations_goes_on(words, dense_run, tmp_path, capsys):
