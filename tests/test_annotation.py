@@ -1,0 +1,275 @@
+"""What each character of a text is called, on texts small enough to be labelled by hand, as characters and as bytes."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import annotation
+from annotation import annotate
+from data.common import Vocabulary
+
+SCENE = """\
+BRUTUS:
+It is the bright day.
+
+CASSIUS:
+And therefore: speak.
+
+BRUTUS:
+No.
+"""
+
+
+def vocabulary_of(text, unit):
+    return Vocabulary(unit, tuple(sorted(set(text if unit == "character" else text.encode()))))
+
+
+def annotated(text, unit="character", context=None):
+    vocabulary = vocabulary_of(text, unit)
+    ids_N = vocabulary.encode(text)
+    return annotate(ids_N, vocabulary, np.bincount(ids_N, minlength=vocabulary.size), context)
+
+
+def called(text, name, unit="character", **options):
+    """The names of a text's characters, one each."""
+    labels, names = annotated(text, unit, **options)[name]
+    return [names[label] for label in labels]
+
+
+def stretches(called):
+    """[(name, how many in a row)]"""
+    edges = [i for i in range(len(called)) if i == 0 or called[i] != called[i - 1]]
+    return [(called[a], b - a) for a, b in zip(edges, [*edges[1:], len(called)])]
+
+
+@pytest.mark.parametrize("unit", ["character", "byte"])
+@pytest.mark.parametrize("text", ["One.", SCENE, "é œ “Ah”\n", "<page>a<page>b"])
+def test_every_character_has_a_label_and_every_label_a_name(text, unit):
+    length = len(text) if unit == "character" else len(text.encode())
+    for labels, names in annotated(text, unit).values():
+        assert labels.shape == (length,) and labels.dtype == np.int64 and labels.min() >= 0
+        assert names is None or (labels.max() < len(names) and len(set(names)) == len(names))
+
+
+def test_the_order_is_fixed_and_what_makes_no_sense_is_left_out():
+    own = ["character", "class", "frequency band", "place in the word"]
+    assert list(annotated("only words")) == [*own, *annotation.CONTEXT, "passage"]
+    assert list(annotated(SCENE)) == [*own, "place in the line", *annotation.CONTEXT, "speaker", "passage"]
+    both = {*annotation.SYNTAX, *annotation.CONTEXT, *annotation.TOPIC, *own}
+    assert set(annotated(SCENE)) | {"play", "article"} == both
+
+
+def test_characters_are_called_what_a_figure_can_show():
+    assert called("a \n\té̀", "character") == ["a", "space", "newline", "tab", "é", "U+0300"]
+    assert called("aé", "character", "byte") == ["a", "byte 0xC3", "byte 0xA9"]
+
+
+def test_classes_are_those_of_the_records():
+    expected = ["capital", "vowel", "space", "digit", "punctuation", "newline", "consonant", "other"]
+    assert called("Aa 1.\nbé", "class") == expected
+    assert called("Aa 1.\nbé", "class", "byte") == [*expected, "other"]
+    labels_V, names = annotation.class_of(vocabulary_of("ab", "byte"))
+    assert [names[label] for label in labels_V] == ["vowel", "consonant"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frequency bands
+
+
+@pytest.mark.parametrize(
+    "counts, bands",
+    [
+        ([1, 1, 1, 1], [0, 1, 2, 3]),
+        ([2, 9, 2, 0, 3], [3, 1, 3, 3, 2]),  # of 16, in their order: middles at 4.5, 10.5, 13, 15; quarters of 4
+        ([0, 0, 4, 4], [3, 3, 1, 3]),  # middles at 2 and 6 of 8, where a quarter begins
+    ],
+)
+def test_frequency_bands_by_hand(counts, bands):
+    assert annotation.frequency_bands(counts).tolist() == bands
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=80))
+def test_each_band_holds_a_quarter_of_the_text_to_within_a_symbol(counts):
+    bands, counts = annotation.frequency_bands(counts), np.array(counts)
+    held = np.bincount(bands, counts, 4)
+    assert (abs(held - counts.sum() / 4) <= counts.max()).all()
+    order = np.argsort(-counts, kind="stable")
+    assert (np.diff(bands[order]) >= 0).all()  # none is commoner than one of an earlier band
+    assert (bands[counts == 0] == 3).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places
+
+
+def places_in_word(text, unit="character"):
+    return "".join(map(str, annotated(text, unit)["place in the word"].labels))
+
+
+def test_places_in_words_by_hand():
+    assert places_in_word("To sleep, perchance") == "1201234500123455555"
+    assert places_in_word("I'll o'er 'tis dogs' a''b") == "123401234001230" + "12345" + "012" + "01"
+    assert places_in_word("x2y [[Zz]]") == "1010001200"
+    assert places_in_word("née") == "123"
+    assert places_in_word("née", "byte") == "1234"
+    assert annotation.PLACES_IN_WORD[5] == "fifth or later"
+
+
+def test_places_in_lines_by_hand():
+    text = "ab\n\n" + "c" * 50 + "\nd"
+    first, second, third, fourth, last = annotation.PLACES_IN_LINE.values()
+    expected = [(first, 1), (second, 2), (first, 2), (second, 3), (third, 12), (fourth, 24), (last, 11), (first, 1)]
+    assert stretches(called(text, "place in the line")) == expected
+
+
+@given(st.text("aB' \n:é", min_size=2, max_size=40), st.data())
+def test_what_syntax_and_context_say_of_a_character_does_not_depend_on_what_follows(text, data):
+    length = data.draw(st.integers(1, len(text) - 1))
+    vocabulary = vocabulary_of(text, "character")
+    ids_N, counts_V = vocabulary.encode(text), np.ones(vocabulary.size)
+    whole, part = (annotate(ids, vocabulary, counts_V) for ids in (ids_N, ids_N[:length]))
+    for name in set(part) - set(annotation.TOPIC):
+        whole_N, part_N = whole[name].labels[:length], part[name].labels
+        if name in annotation.CONTEXT:  # whose codes are dense: the same partition
+            whole_N, part_N = (np.unique(of, return_inverse=True)[1] for of in (whole_N, part_N))
+        assert np.array_equal(whole_N, part_N), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contexts
+
+
+def partition(keys):
+    first = {}
+    return [first.setdefault(key, len(first)) for key in keys]
+
+
+@pytest.mark.parametrize("context", [None, 1, 3, 7, 100])
+@pytest.mark.parametrize("n, name", list(enumerate(annotation.CONTEXT, start=1)))
+@pytest.mark.parametrize("unit", ["character", "byte"])
+def test_contexts_are_the_symbols_before_within_the_window(unit, n, name, context):
+    text = "abracadabra, é bébé, abracadabra"
+    symbols = list(text if unit == "character" else text.encode())
+    window = context or len(symbols)
+    keys = [tuple(symbols[max(i - n, i // window * window) : i]) for i in range(len(symbols))]
+    labels, _ = annotated(text, unit, context)[name]
+    assert partition(labels.tolist()) == partition(keys)
+    assert set(labels.tolist()) == set(range(len(set(keys))))
+
+
+def test_the_previous_character_has_a_name():
+    assert called("ab \na", "previous character") == ["nothing", "a", "b", "space", "newline"]
+    assert called("abba", "previous character", context=2) == ["nothing", "a", "nothing", "b"]
+
+
+def test_contexts_of_the_largest_vocabulary_stay_apart():
+    vocabulary = Vocabulary("character", tuple(map(chr, [*range(0xD800), *range(0xE000, 0x10800)])))
+    assert vocabulary.size == 1 << 16
+    last = vocabulary.size - 1
+    ids_N = np.array([last, last, last, 0, last, last, last, 0, 0])
+    labels = annotate(ids_N, vocabulary, np.ones(vocabulary.size))["previous three"].labels
+    assert partition(labels.tolist()) == [0, 1, 2, 3, 4, 5, 6, 3, 4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Topics
+
+
+@pytest.mark.parametrize("unit", ["character", "byte"])
+def test_a_speaker_speaks_until_the_next_one(unit):
+    text = SCENE.replace("bright", "brîght")
+    lengths = [len(part if unit == "character" else part.encode()) for part in text.split("\n\n")]
+    expected = [("BRUTUS", lengths[0] + 2), ("CASSIUS", lengths[1] + 2), ("BRUTUS", lengths[2])]
+    assert stretches(called(text, "speaker", unit)) == expected
+
+
+def test_what_precedes_the_first_speaker_is_nobodys():
+    assert stretches(called("so?\n\n" + SCENE, "speaker"))[:2] == [("before the first speaker", 5), ("BRUTUS", 31)]
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_split_may_begin_in_the_middle_of_a_speech(cut):
+    text = ("A word.\n\n" + SCENE)[cut:]
+    assert called(text, "speaker")[-1] == "BRUTUS"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SCENE.replace("CASSIUS", "BRUTUS"),  # one speaker
+        SCENE.replace(":\n", ": "),
+        SCENE.replace("\n\n", "\n"),  # one paragraph, so one mark
+        SCENE.replace("BRUTUS:", "brutus:").replace("CASSIUS:", "cassius:"),
+        SCENE + "\n" + "A long paragraph of prose, in which nobody speaks. " * 3,
+        "A list follows. " * 9 + "\n\nUses:\none, two\n\nKinds:\nthree\n\n" + "More of it. " * 9,
+    ],
+)
+def test_prose_has_no_speakers(text):
+    assert "speaker" not in annotated(text)
+
+
+def test_names_follow_each_other_directly():
+    text = "ALL:\n\nFirst Citizen:\n\nALL, &c:\nYes.\n"
+    assert stretches(called(text, "speaker")) == [("ALL", 6), ("First Citizen", 16), ("ALL, &c", 14)]
+
+
+def script(*plays):
+    return "".join(f"{annotation.PLAYS[play]}\nAnd so on, at length.\n\n" for play in plays)
+
+
+@pytest.mark.parametrize("unit", ["character", "byte"])
+def test_plays_are_told_by_their_opening_words(unit):
+    plays = list(annotation.PLAYS)
+    assert stretches(called(script(*plays), "play", unit)) == [(play, len(script(play))) for play in plays]
+
+
+def test_what_precedes_the_first_opening_belongs_to_the_play_before():
+    text = "of the shrew.\n\n" + script("The Tempest")
+    expected = [("The Taming of the Shrew", 15), ("The Tempest", len(script("The Tempest")))]
+    assert stretches(called(text, "play")) == expected
+    text = "A preface.\n\n" + script("Coriolanus", "Richard III")
+    assert [name for name, _ in stretches(called(text, "play"))] == [
+        "before the first play",
+        "Coriolanus",
+        "Richard III",
+    ]
+
+
+@pytest.mark.parametrize("text", [script("The Tempest"), "A preface.\n\n" + script("Coriolanus"), SCENE])
+def test_one_play_is_no_topic(text):
+    assert "play" not in annotated(text)
+
+
+def test_articles_begin_with_their_page_and_are_called_by_their_title():
+    parts = [
+        "<siteinfo/>\n  ",
+        "<page>\n    <title>Été</title>\n    <text>a &lt;page&gt; b</text>\n  </page>\n  ",
+        "<page>\n    <title>B</title>",
+        "<page>\n    <tit",
+    ]
+    found = stretches(called("".join(parts), "article", "byte"))
+    names = ["before the first article", "Été", "B", "article 3"]
+    assert found == [(name, len(part.encode())) for name, part in zip(names, parts)]
+
+
+def test_articles_of_the_same_title_stay_apart():
+    labels = annotated("<page><title>A</title>x<page><title>A</title>y")["article"].labels
+    assert labels[0] != labels[-1]
+
+
+def test_one_article_is_no_topic():
+    assert "article" not in annotated("siteinfo <page><title>A</title>")
+
+
+def test_more_articles_than_anyone_reads_have_no_names():
+    labels, names = annotated("<page>" * (annotation.MOST_NAMES + 1))["article"]
+    assert names is None and labels.max() == annotation.MOST_NAMES
+
+
+@pytest.mark.parametrize("length", [5, 16, 33, 1600])
+def test_passages_are_equally_long(length):
+    labels, names = annotated("a" * length)["passage"]
+    assert labels[0] == 0 and (np.diff(labels) >= 0).all() and len(names) == annotation.PASSAGES
+    sizes = np.bincount(labels, minlength=annotation.PASSAGES)
+    assert sizes.max() - sizes.min() <= 1
