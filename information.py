@@ -7,13 +7,15 @@ Everything is in nats, and estimated from counts. Labels are int64 arrays (N,) >
 their values need not be dense. Times and memory grow as N log N at most, N may be millions.
 
 The estimates are the plug-in ones with Miller's and Madow's correction (Miller 1955, "Note on the bias of information
-estimates"): the entropy of K values counted in n draws is too small by about (K - 1) / (2n). `tests/test_information.py`
-measures what is left of the bias for 111,540 draws of 4 experts:
+estimates"): the entropy of K values counted in n draws is too small by about (K - 1) / (2n). What is left of the bias
+of H(expert | context) for 4 experts and 111,540 characters, whose contexts are as frequent as Zipf's law has it, for
+routers from independent to nearly determined (measured in tests/test_information.py):
 
-- 60 characters, as frequent as in a text: 0.0002 nats or less (plug-in: 0.0008);
-- 10,000 contexts of Zipf's frequencies: -0.04 to -0.09 nats of at most 1.39 (plug-in: -0.06 to -0.13). That is not
-  small: most contexts are seen once or twice, where no estimate sees that there is more than one expert. An information
-  from so many contexts is too large by that much, and means something only beside its `chance_mean`.
+- 60 contexts: 0 to -0.0003 nats (plug-in: -0.0006 to -0.0008);
+- 1,000 contexts: -0.002 to -0.005 (plug-in: -0.009 to -0.014);
+- 10,000 contexts: -0.04 to -0.09, of at most 1.39 (plug-in: -0.06 to -0.13). That is not small: most contexts are seen
+  a few times, too few to show all of their experts. An information from so many contexts is too large by that much,
+  and means something only beside its chance_mean.
 
 Shape: N characters; X values of `given`; K values of `labels`.
 """
@@ -135,13 +137,15 @@ def measured(labels_N, about_N, given_N=None, draws=5, seed=0, null=None) -> Mea
     estimate's bias where there is no relation. It is not the bias where there is one: labels that are determined have
     none.
 
-    null "shifted": `about` is turned round the text by random offsets of a tenth of it at least. It keeps its serial
-    structure, and so does the router: two things that each drift slowly through a text agree by chance far more often
-    than shuffled ones do. The control of a speaker, a play, an article. Two cautions. Where `about` and `given` belong
-    together (the previous character given this one) shifting makes pairs that no text has, two or three times as many,
-    and so a larger bias: use "shuffled" there. Where `about` cuts the text into few pieces (the 16 passages, two
-    plays) the shifted pieces largely contain the same information: what is above chance is then only what lies at
-    these very boundaries.
+    null "shifted": `about` is turned round the text by random offsets of a tenth of it at least, which keeps its serial
+    structure. Two labels that each drift slowly through a text agree by chance far more than shuffled ones do. The
+    control of what stays the same for long: a speaker, a play, an article. Two cautions:
+
+    - Where `about` and `given` belong together (the previous character, the place in the word, given the character)
+      shifting makes pairs that no text has, and so a larger bias, three times as large for the previous two characters
+      of Shakespeare: use "shuffled" there.
+    - Where `about` cuts the text into few pieces (16 passages, two plays) the shifted pieces largely tell the same, so
+      that chance_mean is no bias and chance_sd is wide: read "shuffled" beside it.
 
     Default: "shuffled" where given is None, else "shifted".
     """

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import annotation
@@ -89,6 +89,7 @@ def test_frequency_bands_by_hand(counts, bands):
     assert annotation.frequency_bands(counts).tolist() == bands
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=80))
 def test_each_band_holds_a_quarter_of_the_text_to_within_a_symbol(counts):
     bands, counts = annotation.frequency_bands(counts), np.array(counts)
@@ -123,6 +124,7 @@ def test_places_in_lines_by_hand():
     assert stretches(called(text, "place in the line")) == expected
 
 
+@settings(deadline=None)
 @given(st.text("aB' \n:é", min_size=2, max_size=40), st.data())
 def test_what_syntax_and_context_say_of_a_character_does_not_depend_on_what_follows(text, data):
     length = data.draw(st.integers(1, len(text) - 1))
