@@ -196,6 +196,11 @@ def test_a_split_may_begin_in_the_middle_of_a_speech(cut):
     assert called(text, "speaker")[-1] == "BRUTUS"
 
 
+@pytest.mark.parametrize("start", ["", "\n", "\n\n"])
+def test_a_split_may_begin_in_the_blank_line_before_a_speaker(start):
+    assert dict(stretches(called(start + SCENE, "speaker")[len(start) :])).keys() == {"BRUTUS", "CASSIUS"}
+
+
 @pytest.mark.parametrize(
     "text",
     [

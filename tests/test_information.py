@@ -225,6 +225,22 @@ def test_shuffling_keeps_what_it_should_and_nothing_else(has_given):
     assert kept == 1 if has_given else kept == pytest.approx((zipf(5) ** 2).sum(), abs=0.05)
 
 
+def test_chance_is_the_mean_and_sample_sd_of_the_draws():
+    character_N, generator = text(length=2000)
+    expert_N = generator.integers(0, EXPERTS, 2000)
+    found = measured(expert_N, character_N, draws=2, seed=3, null=SHUFFLED)
+    generator = np.random.Generator(np.random.PCG64(3))
+    one, two = (information.information(information.shuffled(expert_N, generator), character_N) for _ in range(2))
+    assert found.chance_mean == pytest.approx((one + two) / 2)
+    assert found.chance_sd == pytest.approx(abs(one - two) / math.sqrt(2))
+
+
+def test_shuffling_given_a_character_leaves_a_router_of_characters_as_it_is():
+    character_N, generator = text(length=2000)
+    found = measured(character_N % EXPERTS, generator.integers(0, 9, 2000), character_N, null=SHUFFLED)
+    assert (found.nats, found.chance_mean, found.chance_sd) == (0, 0, 0)
+
+
 def test_draws_depend_on_the_seed_alone():
     character_N, generator = text(length=2000)
     expert_N = generator.integers(0, EXPERTS, 2000)
