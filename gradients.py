@@ -78,8 +78,7 @@ def router_gradients(model, batches, machine, draws=200, seed=0):
                         no direction in common. Its mean is D · Σ_e (mean of row e of the one)(of the other) / norms:
                         near 0 behind a LayerNorm. It is too narrow for a claim of conflict: both gradients are sums
                         over the same tokens of (a number per expert) × (the router's input), so they share the mean
-                        input's direction, and two with nothing else in common lie outside it half the time or more,
-                        on either side.
+                        input's direction, and two that have nothing else in common lie outside it, on either side.
         experts         the same with the rows in random order: the shared inputs stay, and what is destroyed is which
                         expert each loss favours. This one bears on conflict. Its mean is 0 for a softmax, whose rows
                         add up to 0; of E! orders, with 2 experts it says nothing beyond the sign, which flips.
@@ -236,6 +235,9 @@ def conflicts(model, batches, machine, classes_V, class_names, limit=1024, draws
         chance          {mean, sd} of `cosine` when the errors δ go to other tokens of the group, at random, in both
                         layers alike: what the inputs' likeness and the errors' likeness give by themselves. What
                         `cosine` has beyond it comes from tokens with like inputs that have like errors.
+
+    Where training has converged on these tokens their gradients add up to about 0: `cosine` and `signal` are then near
+    0 and about half of the pairs conflict, whatever the model. What can be read is how models differ at equal loss.
 
     Random groups of a dense MLP's tokens have its mean cosine, whatever their size, for it is a mean over pairs: the
     dense number is what the experts' is compared with, and it needs no null of its own. Between tokens of different
