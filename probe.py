@@ -1,0 +1,208 @@
+"""A model run over a text: each character's loss and expert, what the routers are given, and the same with other
+routers in their place.
+
+    seen = see(model, windows, machine)                   # seen.nats, seen.experts[layer], …
+    with altered(model, {0: change}):                     # change(logits (B, T, E), ids (B, T)) -> logits (B, T, E)
+        seen = see(model, windows, machine)
+
+Always in eval mode and without gradients; no global random stream is touched. `windows`: as Dataset.windows gives them;
+the N characters of the text are those that are followed by one to predict, x[y != IGNORED], in order. A layer's number
+is its place among the MoE layers. A dense model has none, so its lists are empty.
+
+Letters as in `moe.py`; here N counts characters, not the tokens of a batch.
+"""
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import moe
+from model import IGNORED
+from routing import LEVELS, Router, mix
+
+
+class Seen(NamedTuple):
+    nats_N: np.ndarray  # (N,) float64: -ln p of the symbol that follows each character
+    experts: list[np.ndarray]  # per MoE layer (N,) int64: the expert with the largest gate, -1 where none serves it
+    first: list[np.ndarray]  # per MoE layer (N,) int64: the router's first choice, before capacity
+    stats: list[moe.RoutingStats]  # per MoE layer, over these characters
+    loads_BE: list[np.ndarray]  # per MoE layer (batches of windows, E): the choices per expert in each
+
+    @property
+    def nats(self):
+        """Per character."""
+        return float(self.nats_N.mean())
+
+
+@torch.no_grad()
+def see(model, windows, machine, progress=None) -> Seen:
+    """model: a GPT. progress() is called after each batch of windows. Raises ValueError without a character."""
+    model.eval()
+    nats, experts, first, loads, stats = [], [], [], [], None
+    for x, y in windows:
+        with machine.autocast():
+            out = model(x, y)
+        real = (y != IGNORED).reshape(-1)
+        loss = F.cross_entropy(out.logits.float().flatten(0, 1), y.reshape(-1), ignore_index=IGNORED, reduction="none")
+        nats.append(loss[real].cpu())
+        experts.append([moe.main_expert(routing)[real].cpu() for routing in out.routing])
+        first.append([first_choice(r, layer.router)[real].cpu() for r, layer in zip(out.routing, model.moe_layers())])
+        loads.append([layer.load.cpu() for layer in out.stats])
+        stats = moe.add_stats(stats, out.stats)
+        if progress:
+            progress()
+    if not sum(map(len, nats)):
+        raise ValueError("there is no character to predict in this text")
+    return Seen(
+        nats_N=torch.cat(nats).double().numpy(),
+        experts=[torch.cat(batches).numpy() for batches in zip(*experts)],
+        first=[torch.cat(batches).numpy() for batches in zip(*first)],
+        stats=stats,
+        loads_BE=[torch.stack(batches).numpy() for batches in zip(*loads)],
+    )
+
+
+def first_choice(routing, router):
+    """(tokens,): the expert that this router ranks first for each token, before capacity. Where the choices come in
+    expert order (soft routing, expert choice), it is the most probable of the chosen; of all under expert choice, in
+    which a token chooses nothing and may be left out."""
+    if routing.experts.size(1) < routing.logits.size(1) or router.config.router_top_p:
+        return routing.experts[:, 0]
+    if not router.is_causal:
+        return routing.probs.argmax(dim=1)
+    return routing.probs.masked_fill(moe.choices_per_expert(routing) == 0, -1).argmax(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What routers are given
+
+
+def layer_inputs(model, windows, machine, limit) -> list[np.ndarray]:
+    """Per MoE layer (n, D) float32: what its router is given (the normalised stream, pooled as config.router_level
+    says) for the first n = min(limit, N) characters."""
+    batches, count = [], 0
+    for inputs in router_inputs(model, windows, machine):
+        batches.append([x_ND[: limit - count].cpu() for x_ND in inputs])
+        count += len(batches[-1][0]) if inputs else limit
+        if count >= limit:
+            break
+    return [torch.cat(layer).numpy() for layer in zip(*batches)]
+
+
+def random_routers(model, windows, machine, draws, seed) -> list[list[np.ndarray]]:
+    """Per MoE layer, per draw, (N,) int64: the experts that a linear router chooses which was drawn anew, as at the
+    start of training, for the inputs of the layer's own. What untrained routing knows of a text.
+
+    Its weights are normal with SD 0.02, from seed, layer and draw alone; the first choice does not depend on the SD.
+    """
+    weights = []
+    for number, layer in enumerate(model.moe_layers()):
+        E, D = layer.config.n_expert, layer.config.n_embd
+        generators = [torch.Generator().manual_seed(mix(seed, number, draw)) for draw in range(draws)]
+        drawn = [torch.randn(E, D, generator=generator, device="cpu") * 0.02 for generator in generators]
+        weights.append([weight.to(machine.device) for weight in drawn])
+    labels = [[[] for _ in layer] for layer in weights]
+    for inputs in router_inputs(model, windows, machine):
+        for x_ND, layer_weights, layer_labels in zip(inputs, weights, labels):
+            for weight, batches in zip(layer_weights, layer_labels):
+                batches.append(F.linear(x_ND, weight).argmax(dim=1).cpu())
+    return [[torch.cat(batches).numpy() for batches in layer] for layer in labels]
+
+
+@torch.no_grad()
+def router_inputs(model, windows, machine):
+    """Yields, for each batch of windows, per MoE layer (characters of the batch, D) float32."""
+    model.eval()
+    inputs = []
+
+    def note(layer, arguments):
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            inputs.append(LEVELS[layer.config.router_level].pool(arguments[0].float(), layer.config))
+
+    for x, y in windows:
+        hooks = [layer.register_forward_pre_hook(note) for layer in model.moe_layers()]
+        try:
+            with machine.autocast():
+                model(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        yield [layer_BTD[y != IGNORED] for layer_BTD in inputs]
+        inputs.clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other routers
+
+
+class Wrapper(Router):
+    """A router around another one, `inner`, which does all that is not done otherwise here."""
+
+    def __init__(self, inner):
+        super().__init__(inner.config, inner.layer, None)
+        self.inner, self.is_causal, self.needs_history = inner, inner.is_causal, inner.needs_history
+
+    def forward(self, x_BTD, ids_BS):
+        return self.inner(x_BTD, ids_BS)
+
+    def set_step(self, step):
+        self.inner.set_step(step)
+
+    def preference(self, logits_NE):
+        return self.inner.preference(logits_NE)
+
+    def select(self, probs_NE, preference_NE, n_sequences):
+        return self.inner.select(probs_NE, preference_NE, n_sequences)
+
+    def experts_per_token(self):
+        return self.inner.experts_per_token()
+
+    def flops_per_token(self):
+        return self.inner.flops_per_token()
+
+
+class AlteredRouter(Wrapper):
+    """The inner router with other logits. An expert whose logit is -inf is not chosen; a token whose logits are all
+    -inf gets no expert, and its probabilities are uniform, for a softmax over nothing would be NaN."""
+
+    def __init__(self, inner, change):
+        super().__init__(inner)
+        self.change = change
+
+    def forward(self, x_BTD, ids_BS):
+        logits_BTE = self.change(self.inner(x_BTD, ids_BS), ids_BS[:, -x_BTD.size(1) :])
+        self.excluded_NE = logits_BTE.flatten(0, 1) == -math.inf
+        return logits_BTE.masked_fill((logits_BTE == -math.inf).all(dim=-1, keepdim=True), 0.0)
+
+    def select(self, probs_NE, preference_NE, n_sequences):
+        # The logits need not be what experts are ranked by (a balancing bias), and expert choice fills its places.
+        preference_NE = preference_NE.masked_fill(self.excluded_NE, -math.inf)
+        experts_NK, chosen_NK = self.inner.select(probs_NE, preference_NE, n_sequences)
+        return experts_NK, chosen_NK & ~self.excluded_NE.gather(1, experts_NK)
+
+
+def altered(model, changes):
+    """A context in which the routers of some MoE layers give other logits: {layer: change(logits (B, T, E), ids (B, T))
+    -> logits (B, T, E)}. Afterwards the model is as it was, whatever happened."""
+    return rerouted(model, {number: lambda layer, f=f: AlteredRouter(layer.router, f) for number, f in changes.items()})
+
+
+@contextlib.contextmanager
+def rerouted(model, makers):
+    """A context in which some MoE layers have other routers: {layer: maker(MoE) -> Router}."""
+    layers = model.moe_layers()
+    unknown = sorted(set(makers) - set(range(len(layers))))
+    if unknown:
+        raise ValueError(f"there is no MoE layer {unknown[0]}: the model has {len(layers)}, counted from 0")
+    routers = {number: layers[number].router for number in makers}
+    try:
+        for number, maker in makers.items():
+            layers[number].router = maker(layers[number])
+        yield model
+    finally:
+        for number, router in routers.items():
+            layers[number].router = router
