@@ -276,7 +276,7 @@ def heir(before, after, layer, expert):
     """The expert that takes over most of a removed one's tokens; where none does, since a hash router has no next best,
     the one with the least load."""
     moved = after.experts[layer][before.experts[layer] == expert]
-    moved = moved[(moved >= 0) & (moved != expert)]
+    moved = moved[moved >= 0]
     if len(moved):
         return int(np.bincount(moved).argmax())
     load_E = before.stats[layer].load.clone()

@@ -145,6 +145,15 @@ def test_tokens_of_a_removed_expert_go_to_the_next_best(k):
     torch.testing.assert_close(routing.gates, left.gather(1, expected))
 
 
+def test_tokens_of_an_expert_that_a_bias_favoured_find_another():
+    config = tiny(**PLAIN, router_bias_rate=0.01)
+    model, windows = model_of(config), windows_of(config)
+    for layer in model.moe_layers():
+        layer.balance_bias.copy_(torch.tensor([0.0, 5.0, 9.0, 0.0]))
+    with removed(model, 0, [2]):
+        assert (see(model, windows, CPU).experts[0] == 1).all()
+
+
 @pytest.mark.parametrize("router", ["hash", "ngram_hash"])
 def test_without_a_next_best_a_token_gets_no_expert(router):
     config = tiny(**PLAIN, router=router)
@@ -222,7 +231,10 @@ def test_shuffling_keeps_load_and_gates_and_nothing_else():
 # Tables
 
 
-@pytest.mark.parametrize("config", GRID, ids=name_of)
+COOLED = tiny(**PLAIN, router_temperature=9.0, router_bias_rate=0.01)
+
+
+@pytest.mark.parametrize("config", [*GRID, COOLED], ids=name_of)
 def test_a_tables_expert_takes_the_place_and_the_gate_of_the_first_choice(config):
     """Before capacity, whatever ranks the experts. The same choices otherwise."""
     model, windows = model_of(config, std=0.5), windows_of(config)
@@ -316,6 +328,8 @@ def test_k_experts_are_used(changes):
         expected = min(k or limit, limit)
         assert used.max() <= expected if config.router_top_p else (used == expected).all()
         assert routing.kept.any(dim=1).all() or config.capacity_factor
+        first = see(with_top_k(model, k), windows[:1], CPU).first[0]
+        assert moe.choices_per_expert(routing)[torch.arange(len(first)), torch.from_numpy(first)].all()
     assert model.config.expert_top_k == 2
 
 

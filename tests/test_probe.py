@@ -97,8 +97,9 @@ def test_what_is_seen_of_each_layer_is_its_routing(config):
             assert np.array_equal(first, probs.argmax(dim=1))
 
 
-def test_the_first_choice_under_a_balancing_bias_is_the_one_that_it_makes():
-    config = tiny(n_expert=4, expert_top_k=2, router_bias_rate=0.01, aux_loss="none")
+@pytest.mark.parametrize("changes", [{"expert_top_k": 2}, {"expert_top_k": 4, "router_top_p": 0.9}])
+def test_the_first_choice_under_a_balancing_bias_is_the_one_that_it_makes(changes):
+    config = tiny(n_expert=4, router_bias_rate=0.01, aux_loss="none", **changes)
     model = model_of(config)
     for layer in model.moe_layers():
         layer.balance_bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]))
