@@ -17,12 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from analyses import CONTEXT
 from data.common import character_class
 from information import dense
-
-SYNTAX = ("class", "place in the word", "place in the line")
-CONTEXT = ("previous character", "previous two", "previous three")
-TOPIC = ("speaker", "play", "article", "passage")
 
 CLASSES = ("vowel", "consonant", "capital", "digit", "space", "newline", "punctuation", "other")
 BANDS = ("commonest quarter", "second quarter", "third quarter", "rarest quarter")

@@ -23,8 +23,13 @@ from configurator import ROOT, ConfigError, is_utf8, nearest, one_line, read_jso
 from settings import Config
 
 FORMAT = "charmoe record 2"
-MAKERS = {"charmoe record": "train.py", "charmoe bench": "bench.py"}  # of records, by their format less its number
-BENCH = "bench"  # the folder of results/ that is no table's: see speed.py
+MAKERS = {
+    "charmoe record": "train.py",
+    "charmoe bench": "bench.py",
+    "charmoe analysis": "analyze.py",
+}  # of records, by their format less its number
+# Folders of results/ that are no table's: of speed.py, and of analyses.py.
+BENCH, ANALYSIS = "bench", "analysis"
 # Times of a run count only when others left the hardware to it: at most this share of the cores' time on a CPU; on CUDA
 # no more memory than the context of the run's own process takes.
 OTHERS_CPU_SHARE = 0.05
@@ -49,6 +54,7 @@ class RecordError(ValueError):
 TEXT, FLAG, OBJECT, LIST = "text that UTF-8 can encode", "true or false", "an object", "a list"
 LINE, NAME = "a line of text", "a name of lower-case letters, digits, - and _"  # NAME is good for files
 COUNT, NUMBER, SHARE = "an integer from 0", "a finite number from 0", "a number from 0 to 1"
+SIGNED = "a finite number"
 LOSS_NUMBER = "a loss from 0 and below 10,000"  # one that tables have room for
 UNIT, DEVICE, DTYPE = "'character' or 'byte'", "'cpu', 'cuda' or 'mps'", "'float32' or 'bfloat16'"
 SHA256, COMMIT = "64 hexadecimal digits", "40 to 64 hexadecimal digits"
@@ -61,6 +67,7 @@ FITS = {
     LIST: lambda value: type(value) is list,
     COUNT: lambda value: type(value) is int and 0 <= value < 2**63,  # type(), because True is an int as well
     NUMBER: lambda value: type(value) in (int, float) and 0 <= value <= sys.float_info.max,
+    SIGNED: lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max,
     SHARE: lambda value: type(value) in (int, float) and 0 <= value <= 1,
     LOSS_NUMBER: lambda value: type(value) in (int, float) and 0 <= value < 1e4,
     UNIT: lambda value: value in ("character", "byte"),
@@ -588,7 +595,7 @@ def read_each(paths, parent, read, left_out) -> Iterator[tuple[Path, Path, dict]
 def read_all(folder, skip=()) -> tuple[list[tuple[Path, dict]], list[str]]:
     """(path, record) of the records in folder/*/*.json, sorted by path; and what is left out of them, a line each, with
     paths from the folder's parent. skip: how the names of files begin that are no records (a string, or a tuple).
-    folder/bench/ is passed over: speed.py reads it.
+    folder/bench/ and folder/analysis/ are passed over: speed.py and analyses.py read them.
 
     Left out are files that `read` refuses; those not named …-s<seed>.json after their record's seed; and records of one
     config, seed and machine that differ, for nothing says which of them counts. Where they are equal, the first counts.
@@ -596,7 +603,11 @@ def read_all(folder, skip=()) -> tuple[list[tuple[Path, dict]], list[str]]:
     """
     folder = Path(folder)
     cells, left_out = {}, []
-    paths = [path for path in folder.glob("*/*.json") if path.parent.name != BENCH and not path.name.startswith(skip)]
+    paths = [
+        path
+        for path in folder.glob("*/*.json")
+        if path.parent.name not in (BENCH, ANALYSIS) and not path.name.startswith(skip)
+    ]
     for path, name, record in read_each(sorted(paths), folder.parent, read, left_out):
         ending = f"-s{Config.from_dict(record['config']).seed}.json"
         if path.name.endswith(ending):

@@ -19,16 +19,14 @@ from typing import Literal
 
 import torch
 
-import checkpoint
 import configurator
 import console
 import decoding
 import machine as machines
 from checkpoint import CheckpointError
 from configurator import ConfigError, option
-from data.common import DataError, Vocabulary
-from model import GPT
-from settings import Config
+from data.common import DataError
+from trained import CHECKPOINTS, load
 
 # Backgrounds that colour-blind readers can tell apart (Okabe and Ito 2008), under black text; more experts than
 # colours repeat them.
@@ -127,61 +125,12 @@ def coloured(text, expert):
 
 def load_model(config, device):
     """-> (model in eval mode, its vocabulary, its Config)"""
-    folder = Path(config.out_dir)
-    if not config.out_dir:
-        raise ConfigError(["--out_dir=…: which run? It is the folder that train.py named at its end"])
-    name = {"best": "best.pt", "last": "ckpt.pt"}[config.checkpoint]
-    if not (folder / name).is_file():
-        what = f"holds no {name}; is it the out_dir of a run?" if folder.is_dir() else "there is no such folder"
-        raise CheckpointError(f"{folder}: {what}")
-    saved = checkpoint.load(folder / name)
-    missing = [key for key in ("config", "vocabulary", "model") if key not in saved]
-    if missing:
-        raise CheckpointError(f"{folder / name}: has no {', no '.join(missing)}; is it of another program?")
-    trained = Config.from_dict(saved["config"], origin=str(folder / name))
+    model, vocabulary, trained = load(config.out_dir, CHECKPOINTS[config.checkpoint], device)
     if not trained.is_causal:
         leaks, twins = (", ".join(words) for words in (trained.leaks, trained.leaks.values()))
         reason = f"{leaks}: its experts depend on later characters or on other sequences"
-        raise ConfigError([f"{folder} was trained with {reason}, so it cannot be sampled from; {twins} can"])
-    try:
-        vocabulary = Vocabulary.from_dict(saved["vocabulary"])
-        model = model_of(trained, vocabulary, saved["model"])
-    except (DataError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / name}: {checkpoint.first_line(error)}") from None
-    return model.to(device).eval(), vocabulary, trained
-
-
-def model_of(trained, vocabulary, weights):
-    """The model with these weights. RuntimeError where they do not fit it: sizes are compared before memory is taken
-    for a model of the config's size."""
-
-    def misfit(what):
-        return RuntimeError(f"its weights do not fit its own config: {what}")
-
-    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
-        raise misfit("they are no tensors")
-    held, rows = sum(weight.numel() for weight in weights.values()), (trained.block_size, *trained.expert_counts())
-    if held < trained.n_embd * max(rows):
-        raise misfit(f"they are {held:,} numbers, fewer than n_embd = {trained.n_embd} times {max(rows)}")
-    try:
-        with torch.device("meta"):
-            expected = GPT(trained, vocabulary.size).state_dict()
-    except (RuntimeError, TypeError) as error:  # beyond what 64 bits can count
-        raise misfit(checkpoint.first_line(error)) from None
-    for name in [*expected, *weights]:
-        if name not in weights or name not in expected:
-            raise misfit(f"{configurator.shown(name)} is {'missing' if name in expected else 'unknown'}")
-        wanted, found = ((w.dtype, w.layout, tuple(w.shape)) for w in (expected[name], weights[name]))
-        if found != wanted:
-            raise misfit(f"{name} is {found}, expected {wanted}")
-        floats = weights[name].is_floating_point()
-        # What is no float is the table of a hash router.
-        good = weights[name].isfinite() if floats else (weights[name] >= 0) & (weights[name] < max(rows[1:]))
-        if not good.all():
-            raise misfit(f"{name} has {'numbers that are not finite' if floats else 'experts that are not there'}")
-    model = GPT(trained, vocabulary.size)
-    model.load_state_dict(weights)
-    return model
+        raise ConfigError([f"{config.out_dir} was trained with {reason}, so it cannot be sampled from; {twins} can"])
+    return model, vocabulary, trained
 
 
 def prompt_text(start, vocabulary):

@@ -1,0 +1,5 @@
+"""Figures of analyses."""
+
+
+def of_run(analysis):
+    return {}
