@@ -154,8 +154,8 @@ def read(path, name=None) -> dict:
 
 
 def read_all(folder) -> tuple[list[dict], list[str]]:
-    """The analyses in folder/analysis/*.json, by name; and what is left out of them, a line each. Of one run, machine
-    and text two that differ count neither."""
+    """The analyses in folder/analysis/*.json, by name; and what is left out of them, a line each: what `read` refuses,
+    what is not named …-s<seed>.json, a second one of a run, and one by code that no commit has."""
     folder, left_out, found = Path(folder), [], {}
     paths = sorted((folder / records.ANALYSIS).glob("*.json"))
     for path, name, analysis in records.read_each(paths, folder.parent, read, left_out):
@@ -164,7 +164,9 @@ def read_all(folder) -> tuple[list[dict], list[str]]:
             left_out.append(f"{name}: expected a name that ends in {ending}, for that is its run's seed; rename it")
             continue
         key = analysis["run_id"], records.machine_of(analysis)
-        if key in found:
+        if not records.is_clean(analysis):
+            left_out.append(f"{name}: by code with uncommitted changes; commit them, and {WAY_OUT}")
+        elif key in found:
             left_out.append(f"{name}: of the same run as {found[key][0]}, which counts; delete one")
         else:
             found[key] = name, analysis
@@ -248,6 +250,17 @@ topic_given_character = about_given_character(*TOPIC)
 context_given_character = about_given_character("previous two")
 
 
+def syntax_over_topic(analysis):
+    syntax, topic = syntax_given_character(analysis), topic_given_character(analysis)
+    return None if syntax is None or topic is None else syntax - topic
+
+
+@over_layers
+def unexplained(layer):
+    """H(expert | character) / H(expert): what the character does not tell."""
+    return layer["entropy_given_character"] / layer["entropy"] if layer["entropy"] else None
+
+
 @over_layers
 def character_above_frozen(layer):
     """What the character tells of the expert, less what it tells of a random router's on the same inputs."""
@@ -291,14 +304,19 @@ def early_agreement(analysis):
 
 def router_cosine(analysis):
     """Between the gradients of cross-entropy and of the balancing loss at the router."""
-    return mean(layer and layer["cosine"] for layer in analysis["router_gradients"])
+    return mean(layer["cosine"] for layer in analysis["router_gradients"] if layer)
 
 
 def token_cosine(analysis):
     """Between the gradients of two characters of different sequences at the weights that both use."""
-    return mean(block["mean"] and block["mean"]["cosine_between_sequences"] for block in analysis["conflicts"])
+    return mean(block["mean"]["cosine_between_sequences"] for block in analysis["conflicts"] if block["mean"])
 
 
 def ablated(name):
     """What it costs to do this to all layers at once, nats."""
-    return lambda analysis: analysis["ablation"] and analysis["ablation"][name] and analysis["ablation"][name]["nats"]
+
+    def read_analysis(analysis):
+        cost = analysis["ablation"] and analysis["ablation"][name]
+        return cost["nats"] if cost else None
+
+    return read_analysis

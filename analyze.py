@@ -270,8 +270,11 @@ def counts_of(ids_N, labels_N, n_symbols, n_expert):
 
 
 def null_of(name):
-    """The control that an annotation needs: see information.measured."""
-    return information.SHIFTED if name in ("speaker", "article") else information.SHUFFLED
+    """The control that an annotation needs: see information.measured. Routing by the whole sequence keeps its expert
+    for a window of block_size."""
+    if name in ("speaker", "article"):
+        return information.SHIFTED
+    return information.BLOCKS if name in TOPIC else information.SHUFFLED
 
 
 def asked_of(subject, given_N):
@@ -284,7 +287,13 @@ def asked_of(subject, given_N):
 def measured_about(subject, labels_N, given_N=None):
     return {
         name: information.measured(
-            labels_N, subject.about[name].labels, given_N, DRAWS, subject.options.seed, null_of(name)
+            labels_N,
+            subject.about[name].labels,
+            given_N,
+            DRAWS,
+            subject.options.seed,
+            null_of(name),
+            subject.config.block_size,
         )._asdict()
         for name in asked_of(subject, given_N)
     }

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import analyses
 import configurator
 import records
 from settings import Config
@@ -92,6 +93,7 @@ def _aux_per_layer(record):
     return (paper["best_val_with_aux"] - paper["best_val"]) / layers if layers else None
 
 
+_SHARE = "of H(expert)"
 MEASURES = {
     "clean": Measure("best validation, clean", "nats", 4, _at("clean", "best", "nats")),
     "clean_bpc": Measure("best validation, clean", "bits per character", 4, _at("clean", "best", "bpc")),
@@ -137,6 +139,30 @@ MEASURES = {
     "load_cv2": Measure("squared CV of the router's choices", "", 3, _mean_over_layers("load_cv2")),
     "drop_rate": Measure("choices dropped", "", 4, _mean_over_layers("drop_rate")),
     "entropy": Measure("router entropy", "nats", 3, _mean_over_layers("entropy"), lower_is_better=False),
+    # Of an analysis.
+    "analysed_nats": Measure("last weights, clean", "nats", 4, _at("nats")),
+    "utilisation": Measure("experts used (0 to 1)", "", 3, analyses.utilisation, lower_is_better=False),
+    "lowest_utilisation": Measure("the same, worst layer", "", 3, analyses.lowest_utilisation, lower_is_better=False),
+    "largest_load": Measure("E × largest load", "", 2, analyses.largest_load),
+    "about_character": Measure("the character tells", _SHARE, 3, analyses.about("character")),
+    "above_frozen": Measure("the same − a random router's", _SHARE, 3, analyses.character_above_frozen),
+    "beyond_character": Measure("+ two characters before it", _SHARE, 3, analyses.context_given_character),
+    "syntax": Measure("+ place in word or line", _SHARE, 3, analyses.syntax_given_character),
+    "topic": Measure("+ speaker, play or passage", _SHARE, 3, analyses.topic_given_character),
+    "syntax_over_topic": Measure("place − topic", _SHARE, 3, analyses.syntax_over_topic),
+    "unexplained": Measure("H(expert | character)", _SHARE, 3, analyses.unexplained),
+    "frequency_above_hash": Measure(
+        "frequency band ÷ character, − a hash table's", "", 3, analyses.frequency_above_hash, lower_is_better=False
+    ),
+    "gain": Measure("what the character tells, end − start", _SHARE, 3, analyses.gain_of_specialisation),
+    "early_agreement": Measure("final expert at 15% of the run", "of characters", 3, analyses.early_agreement),
+    "router_cosine": Measure("cosine of cross-entropy and balance", "", 3, analyses.router_cosine),
+    "token_cosine": Measure("cosine of two characters' gradients", "", 5, analyses.token_cosine),
+    "shuffled": Measure("routing shuffled", "nats", 4, analyses.ablated("shuffled_all")),
+    "tabulated": Measure("a table of the character", "nats", 4, analyses.ablated("tabulated_all")),
+    "hashed": Measure("a hash table", "nats", 4, analyses.ablated("hashed_all")),
+    "removed": Measure("cheapest experts removed", "nats", 4, analyses.ablated("removed_all")),
+    "merged": Measure("cheapest experts merged", "nats", 4, analyses.ablated("merged_all")),
 }
 
 
@@ -199,6 +225,7 @@ class Table:
     text: str  # what it is for, and what its published numbers are
     rows: tuple[Row, ...]
     views: tuple[View, ...]
+    of: str = "records"  # what its cells hold: records of train.py, or analyses of analyze.py
 
     def rows_at(self, scale: str) -> list[Row]:
         return [row for row in self.rows if scale in row.scales]
@@ -311,6 +338,25 @@ def _rows_of_boundary():
                         )
                     )
     return tuple(rows)
+
+
+def _rows_of_experts():
+    """Runs of the other tables that differ in how they route, and what these lack: no balance at all, hash tables,
+    segments, whole sequences."""
+    rows = {
+        "shakespeare_dense": ("dense", "shakespeare_dense", {}),
+        "shakespeare_moe4": ("4 experts", "shakespeare_moe4", {}),
+        "shakespeare_moe4_aux0": ("4 experts, no balance", "shakespeare_moe4", {"aux_loss_coef": 0.0}),
+        "shakespeare_moe4_aux01": ("4 experts, balance 0.1", "shakespeare_moe4_aux01", {}),
+        "shakespeare_moe8": ("8 experts", "shakespeare_moe8", {}),
+        "shakespeare_moe4_frozen": ("4 experts, frozen router", "shakespeare_moe4_frozen", {}),
+        "shakespeare_hash4": ("4 experts, hash table", "shakespeare_hash4", {}),
+        "shakespeare_moe4_segment": ("4 experts, by segment", "shakespeare_moe4_segment", {}),
+        "shakespeare_moe4_sequence": ("4 experts, by sequence", "shakespeare_moe4_sequence", {}),
+        "shakespeare_top2": ("4 linear experts, top-2", "shakespeare_top2", {}),
+        "shakespeare_top2_cap05": ("the same, capacity 0.5", "shakespeare_top2_cap05", {}),
+    }
+    return tuple(Row(name, label, config, options) for name, (label, config, options) in rows.items())
 
 
 def _notes_twin(name, label, hidden):
@@ -440,6 +486,25 @@ TABLES = {
             rows=_rows_of_boundary(),
             views=(View("Loss", ("clean", "paper", "epochs", "total_parameters")),),
         ),
+        Table(
+            name="experts",
+            title="What the experts do",
+            source=OURS,
+            of="analyses",
+            text="What `analyze.py` finds in the last weights of a run: how the load is spread, what tells a "
+            "character's expert, when routing settles, what pulls the router, and what experts are worth. Numbers are "
+            "means over the layers of a model; information is beyond chance.",
+            rows=_rows_of_experts(),
+            views=(
+                View("Load", ("analysed_nats", "utilisation", "lowest_utilisation", "largest_load")),
+                View(
+                    "What tells the expert", ("about_character", "above_frozen", "beyond_character", "syntax", "topic")
+                ),
+                View("Over training", ("early_agreement", "gain", "frequency_above_hash")),
+                View("Gradients", ("router_cosine", "token_cosine")),
+                View("What it costs", ("shuffled", "hashed", "tabulated", "removed", "merged")),
+            ),
+        ),
     )
 }
 
@@ -534,6 +599,16 @@ def _claims_of_a():
 CLAIMS = (
     *_claims_of_a(),
     Claim(
+        "A12", "The balancing loss pulls the router against cross-entropy (“gradient conflict”).", A, "experts",
+        (("shakespeare_moe4", ""), ("shakespeare_moe4_aux01", "")), ("router_cosine",), "value", BELOW,
+        "the mean cosine of the two gradients at the router; A's abstract only names the mechanism",
+    ),
+    Claim(
+        "A13", "Experts hardly specialise (“specialisation entropy”).", A, "experts",
+        (("shakespeare_moe4", ""), ("shakespeare_moe8", "")), ("unexplained",), "value", (0.5, math.inf),
+        "knowing the character leaves more than half of the uncertainty about its expert; our reading",
+    ),
+    Claim(
         "B1", "Every MoE variant keeps the validation loss within 0.2% of the baseline's.", B, "B",
         _each(_MOE_OF_B, "shakespeare_dense"), ("paper", "clean"), "ratio", (0.998, 1.002), "B's own figure",
     ),
@@ -578,6 +653,20 @@ CLAIMS = (
         "limits that never drop a choice leave runs identical",
     ),
     Claim(
+        "B11", "Experts are used unevenly even with load balancing.", B, "experts",
+        (("shakespeare_moe4", ""), ("shakespeare_top2", "")), ("largest_load",), "value", (1.2, math.inf),
+        "the busiest expert of a layer has a fifth more than its even share; our reading",
+    ),
+    Claim(
+        "B12", "Experts develop specialisation over training.", B, "experts",
+        (("shakespeare_top2", ""), ("shakespeare_moe4", "")), ("gain",), "value", ABOVE,
+        "the character tells more of its expert at the end than at the start",
+    ),
+    Claim(
+        "B13", "Capacity limits bring diverse specialisation, beyond the character.", B, "experts",
+        (("shakespeare_top2_cap05", "shakespeare_top2"),), ("beyond_character",), "difference", ABOVE,
+    ),
+    Claim(
         "C1", "A frozen random router is about as good as a learned one.", C, "C",
         (("shakespeare_moe4_frozen", "shakespeare_moe4"),), ("clean", "paper"), "difference", (-0.02, 0.02),
         "twice the larger of C's two differences, 0.0098 nats per token; a reading, for our tokens are characters",
@@ -585,6 +674,20 @@ CLAIMS = (
     Claim(
         "C2", "A router drawn anew each step is worse than a learned one.", C, "C",
         (("shakespeare_moe4_random", "shakespeare_moe4"),), ("clean", "paper"), "difference", ABOVE,
+    ),
+    Claim(
+        "C3", "Routed by token, experts specialise by syntax and not by topic.", C, "experts",
+        (("shakespeare_moe4", ""),), ("syntax_over_topic",), "value", ABOVE,
+        "given the character, its place in the word or line tells more of the expert than speaker, play or passage",
+    ),
+    Claim(
+        "C4", "Routed by sequence, experts specialise by topic more than routed by token.", C, "experts",
+        (("shakespeare_moe4_sequence", "shakespeare_moe4"),), ("topic",), "difference", ABOVE,
+    ),
+    Claim(
+        "C5", "A frozen router specialises as much as a learned one.", C, "experts",
+        (("shakespeare_moe4_frozen", "shakespeare_moe4"),), ("about_character",), "difference", (-0.1, 0.1),
+        "a tenth of H(expert); our reading of “learned routing may not be essential”",
     ),
     Claim(
         "D1", "8 experts with top-2 have a lower loss than a dense model of equal FLOPs.", D, "D",
@@ -599,6 +702,27 @@ CLAIMS = (
         "D3", "A dense model with as many parameters does no worse, so the gain is theirs.", D, "D",
         (("text8_notes_dense_total", "text8_notes_moe8"),), ("clean", "paper"), "difference", (-math.inf, 0.005),
         "0.005 nats count as no difference",
+    ),
+    Claim(
+        "D4", "Without a balancing loss, routing collapses.", D, "experts",
+        (("shakespeare_moe4_aux0", ""),), ("lowest_utilisation",), "value", (-math.inf, records.COLLAPSED_BELOW),
+        "a layer uses less than a quarter of what it could, (exp H − k) / (E − k)",
+    ),
+    Claim(
+        "D5", "Too strong a balancing loss makes routing essentially random.", D, "experts",
+        (("shakespeare_moe4_aux01", "shakespeare_moe4"),), ("about_character",), "ratio", (0.0, 0.5),
+        "at ten times the usual weight, the character tells less than half as much of its expert",
+    ),
+    Claim(
+        "D6", "Experts specialise along frequency.", D, "experts",
+        (("shakespeare_moe4", ""), ("shakespeare_moe8", "")), ("frequency_above_hash",), "value", ABOVE,
+        "the share that the frequency band tells of what the character tells, beyond that of a hash table of the "
+        "character",
+    ),
+    Claim(
+        "D7", "Specialisation is there within a few hundred steps and stays.", D, "experts",
+        (("shakespeare_moe4", ""), ("shakespeare_moe8", "")), ("early_agreement",), "value", (0.8, math.inf),
+        "after 15% of the updates four fifths of the characters have their final expert",
     ),
     Claim(
         "E1", "At equal active FLOPs, 4 experts beat the dense model.", OURS, "equal",
@@ -622,6 +746,11 @@ CLAIMS = (
         "E5", "At weight 0.1, if it is counted in, it raises it by five times A's gap or more.",
         OURS, "A", (("shakespeare_moe4_aux01", ""),), ("aux_per_layer",), "value", (0.35 / 6, math.inf),
         "five times 1.53 − 1.46, over 6 layers",
+    ),
+    Claim(
+        "E6", "The characters of one expert agree more on its weights than all characters do on a dense MLP's.",
+        OURS, "experts", (("shakespeare_moe4", "shakespeare_dense"),), ("token_cosine",), "difference", ABOVE,
+        "the mean cosine of two characters' gradients, of different sequences",
     ),
 )  # fmt: skip
 
@@ -647,6 +776,11 @@ class Comparison(NamedTuple):
             if value is not None and (not entry.timed or entry.is_exclusive(record)):
                 values[record["config"]["seed"]] = value
         return values
+
+
+def in_cells(table: Table, found: Iterable[dict], analysed: Iterable[dict]) -> Iterable[dict]:
+    """Those of the records and the analyses that this table is of."""
+    return {"records": found, "analyses": analysed}[table.of]
 
 
 def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-NULLS = SHUFFLED, SHIFTED = "shuffled", "shifted"
+NULLS = SHUFFLED, SHIFTED, BLOCKS = "shuffled", "shifted", "blocks"
 SMALLEST_SHIFT = 0.1  # of the text
 ROOM = 4  # a table of counts may have this many cells a character before sorting takes less memory
 
@@ -129,7 +129,7 @@ def information(labels_N, about_N, given_N=None) -> float:
 # Against chance
 
 
-def measured(labels_N, about_N, given_N=None, draws=5, seed=0, null=None) -> Measured:
+def measured(labels_N, about_N, given_N=None, draws=5, seed=0, null=None, block=64) -> Measured:
     """`information`, and the same estimate on `draws` >= 2 texts in which there is no such relation.
 
     null "shuffled": the labels are permuted at random; with `given`, among the characters of equal given, so that
@@ -145,7 +145,11 @@ def measured(labels_N, about_N, given_N=None, draws=5, seed=0, null=None) -> Mea
       shifting makes pairs that no text has, and so a larger bias, three times as large for the previous two characters
       of Shakespeare: use "shuffled" there.
     - Where `about` cuts the text into few pieces (16 passages, two plays) the shifted pieces largely tell the same, so
-      that chance_mean is no bias and chance_sd is wide: read "shuffled" beside it.
+      that chance_mean is no bias and chance_sd is wide: use "blocks" there.
+
+    null "blocks": `about` is cut into pieces of `block` characters, which change places at random. The control of
+    pieces that are longer than a block, where the labels have nothing to do with each other from one block to the next
+    but by what the text is about: routing that starts anew with each window of that size.
 
     Default: "shuffled" where given is None, else "shifted".
     """
@@ -154,7 +158,9 @@ def measured(labels_N, about_N, given_N=None, draws=5, seed=0, null=None) -> Mea
         raise ValueError(f"null {null!r} and draws {draws}; expected one of {NULLS} and at least 2 draws")
     labels_N, about_N = np.asarray(labels_N), np.asarray(about_N)
     generator = np.random.Generator(np.random.PCG64(seed))
-    if null == SHIFTED:
+    if null == BLOCKS:
+        chances = [information(labels_N, rearranged(about_N, block, generator), given_N) for _ in range(draws)]
+    elif null == SHIFTED:
         chances = [information(labels_N, shifted(about_N, generator), given_N) for _ in range(draws)]
     else:
         chances = [information(shuffled(labels_N, generator, given_N), about_N, given_N) for _ in range(draws)]
@@ -167,6 +173,12 @@ def shifted(labels_N, generator) -> np.ndarray:
     """The labels turned round the text by a random offset, SMALLEST_SHIFT of the text or more in either direction."""
     least = math.ceil(SMALLEST_SHIFT * len(labels_N))
     return np.roll(labels_N, generator.integers(least, len(labels_N) - least, endpoint=True))
+
+
+def rearranged(labels_N, block, generator) -> np.ndarray:
+    """The labels in pieces of `block`, the last one perhaps shorter, which change places at random."""
+    pieces = [labels_N[start : start + block] for start in range(0, len(labels_N), block)]
+    return np.concatenate([pieces[i] for i in generator.permutation(len(pieces))])
 
 
 def shuffled(labels_N, generator, given_N=None) -> np.ndarray:

@@ -4,7 +4,8 @@
     python plot_results.py --check                  say what of it is stale, and write nothing
     python plot_results.py --latest out/A out/B …   curves of local runs, also while they train -> curves.png
 
-A record is the summary.json of a complete run, or, in results/bench/, what bench.py measured. What cannot be read, what
+A record is the summary.json of a complete run; in results/bench/, what bench.py measured; in results/analysis/, what
+analyze.py found. What cannot be read, what
 contradicts itself and what is not there is named, and the rest is drawn. The same records give the same bytes.
 """
 
@@ -16,9 +17,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import analyses
 import console
 import experiments
 import figures
+import figures_of_experts
 import records
 import report
 import speed
@@ -43,6 +46,7 @@ FIGURES = {
     "D": ("loss_curves", "loss_against_cost"),
     "equal": ("loss_curves", "loss_against_cost"),
     "boundary": ("boundary_map",),
+    "experts": ("load_by_row", "information_by_row", "stability_by_row", "ablation_by_row"),
 }
 
 
@@ -53,6 +57,7 @@ class Part(NamedTuple):
     rulings: list[verdicts.Verdict]
     grids: list[report.Grid]
     pictures: dict[str, report.Picture]  # by file name
+    shown: list[dict]  # an analysis or none, to be looked at by itself
 
     @property
     def title(self):
@@ -63,10 +68,11 @@ class Part(NamedTuple):
     def about(self):
         """What it is for, and under which conditions it was measured."""
         table, found = self.comparison.table, [r for of_row in self.comparison.cells.values() for r in of_row]
+        of_records = [record for record in found if table.of == "records"]
         ranges = {
-            "epochs": [round(record["epochs"], 2) for record in found],
+            "epochs": [round(record["epochs"], 2) for record in of_records],
             "unique characters": [record["dataset"]["splits"]["train"] for record in found],
-            "parameters": [record["parameters"]["total"] for record in found],
+            "parameters": [record["parameters"]["total"] for record in of_records],
         }
         regime = ", ".join(
             f"{min(values):,}{f' to {max(values):,}' if max(values) > min(values) else ''} {name}"
@@ -83,14 +89,30 @@ def part_of(comparison, number):
     rulings = [
         verdicts.decide(claim, comparison) for claim in CLAIMS if claim.table == table.name and scale in claim.scales
     ]
+    drawings = {name: drawer(name)(comparison) for name in FIGURES[table.name]}
+    drawings["differences"] = differences(comparison)
+    shown = shown_of(comparison)
+    for analysis in shown:
+        drawings |= figures_of_experts.of_run(analysis)
     pictures = {}
-    for name in (*FIGURES[table.name], "differences"):
-        drawing = differences(comparison) if name == "differences" else getattr(figures, name)(comparison)
+    for name, drawing in drawings.items():
         if drawing:
             suffix = f"_{number}" if number > 1 else ""
             svg = figures.svg(drawing.figure)
             pictures[f"{table.name}_{scale}_{name}{suffix}.svg"] = report.Picture(svg, drawing.caption, drawing.alt)
-    return Part(comparison, rulings, [tables.grid_of(comparison, view) for view in table.views], pictures)
+    return Part(comparison, rulings, [tables.grid_of(comparison, view) for view in table.views], pictures, shown)
+
+
+def drawer(name):
+    """The function that draws a figure of a table."""
+    return getattr(figures, name, None) or getattr(figures_of_experts, name)
+
+
+def shown_of(comparison):
+    """Of a table of analyses, the first one with text of a learned router, of the first row that has one."""
+    found = [analysis for of_row in comparison.cells.values() for analysis in of_row]
+    is_shown = comparison.table.of == "analyses"
+    return [one for one in found if is_shown and one["sample"] and one["config"]["router"] == "learned"][:1]
 
 
 def differences(comparison):
@@ -107,12 +129,13 @@ def differences(comparison):
     return figures.difference_forest(comparison, found)
 
 
-def parts_of(found):
-    """Of every table and scale of which something was run."""
+def parts_of(found, analysed=()):
+    """Of every table and scale of which something was run. found: records; analysed: analyses."""
     parts = []
     for scale in SCALES:
         for table in TABLES.values():
-            for number, comparison in enumerate(experiments.gather(table, found, scale), 1):
+            cells = experiments.in_cells(table, found, analysed)
+            for number, comparison in enumerate(experiments.gather(table, cells, scale), 1):
                 if comparison.machine:
                     parts.append(part_of(comparison, number))
     return parts
@@ -232,6 +255,7 @@ def effect_of(verdict):
 
 
 def command_of(table, scale):
+    """What makes the cells of a table."""
     return f"python sweep.py {table.name} --scale={scale} --seeds={experiments.SEEDS_FOR_A_VERDICT}"
 
 
@@ -305,7 +329,8 @@ def report_of(parts, rulings, benches, found, left_out):
     """results/report.html"""
     sections = []
     for part in parts:
-        blocks = [report.Text(part.about), *part.grids, *part.pictures.values()]
+        blocks = [report.Text(part.about), *explanation_of(part), *part.grids, *part.pictures.values()]
+        blocks += [passage for analysis in part.shown for passage in passages_of(analysis)]
         blocks += [ruling_of(verdict) for verdict in part.rulings]
         sections.append(report.Section(part.title, blocks))
     for bench in benches:
@@ -318,6 +343,36 @@ def report_of(parts, rulings, benches, found, left_out):
         sections.append(report.Section("Records left out", [report.Text(why) for why in left_out]))
     lead = [report.Text(headline(parts, found)), report.Text(HOW_TO_READ)]
     return report.page("charmoe: what was measured", lead, sections)
+
+
+HOW_EXPERTS_ARE_READ = (
+    "A Mixture-of-Experts layer has several MLPs, its experts, and a router that sends each character to one or a few "
+    "of them. **Load** is how evenly they are used: a layer whose characters all go to one expert has collapsed, and "
+    "uses 0 of what it could; one whose experts have equal shares uses 1.",
+    "**Information** is what knowing something of a character tells of its expert, as a share of all there is to know "
+    "(H(expert), the entropy of the load). If each character always goes to the same expert, the character tells 1. A "
+    "share means nothing by itself: a random, never trained router also sends like to like, and any table tells "
+    "something of anything by chance. So chance is subtracted, and the random router is drawn beside it. What the "
+    "characters before, the place in the word, or the speaker add is counted beyond the character.",
+    "**Cost** is what the validation loss rises by, in nats, when the routing of the trained model is spoilt or an "
+    "expert is taken away. **Gradients**: a cosine of 1 means that two wishes to change the weights agree, −1 that "
+    "they are opposed, 0 that they have nothing to do with each other.",
+)
+
+
+def explanation_of(part):
+    """For a reader who meets experts for the first time."""
+    return [report.Text(text) for text in HOW_EXPERTS_ARE_READ if part.comparison.table.of == "analyses"]
+
+
+def passages_of(analysis):
+    """What the model writes, each character on the colour of its expert, in every layer with experts."""
+    blocks = []
+    for layer, experts in zip(analysis["layers"], analysis["sample"]["experts"]):
+        title = f"Block {layer['block']}: text written by the model, each character on the colour of its expert"
+        blocks.append(report.Passage(title, analysis["sample"]["text"], experts, layer["n_expert"]))
+    label = f"Written by {analysis['title']}, seed {analysis['config']['seed']}"
+    return [report.Text(f"**{label}**, as `python sample.py --show_experts` shows it."), *blocks] if blocks else []
 
 
 def ruling_of(verdict):
@@ -339,12 +394,13 @@ def ruling_of(verdict):
 
 
 def collect(folder):
-    """(the records that belong to a row of a table, the benches, a line for everything else)"""
+    """(the records that belong to a row of a table, such analyses, the benches, a line for everything else)"""
     if not folder.is_dir():
-        return [], [], [f"{folder} is not there, so there are no records"]
+        return [], [], [], [f"{folder} is not there, so there are no records"]
     pairs, left_out = records.read_all(folder)
     benches, of_benches = speed.read_all(folder)
-    left_out += of_benches
+    analysed, of_analyses = analyses.read_all(folder)
+    left_out += of_benches + of_analyses
     hashes = {
         row.config_at(scale).hash() for table in TABLES.values() for scale in SCALES for row in table.rows_at(scale)
     }
@@ -358,14 +414,19 @@ def collect(folder):
         left_out.append(
             f"{path.relative_to(folder.parent)}: not in a table's folder, {folder.name}/TABLE/ROW-sSEED.json"
         )
-    left_out = left_out or ([] if found or benches else [f"{folder} holds no records yet"])
-    return found, [record for _, record in benches], list(map(one_line, left_out))
+    for analysis in analysed:
+        if experiments.hash_of(analysis) not in hashes:
+            left_out.append(
+                f"{folder.name}/{records.ANALYSIS}: {analysis['title']}: its config is that of no row of a table"
+            )
+    left_out = left_out or ([] if found or benches or analysed else [f"{folder} holds no records yet"])
+    return found, analysed, [record for _, record in benches], list(map(one_line, left_out))
 
 
 def outputs_of(folder):
     """({path under `folder`: its text}, what was left out)"""
-    found, measured, left_out = collect(folder)
-    parts, benches = parts_of(found), benches_of(measured)
+    found, analysed, measured, left_out = collect(folder)
+    parts, benches = parts_of(found, analysed), benches_of(measured)
     rulings = rulings_of(parts)
     outputs = {"summary.md": summary_of(parts, rulings, benches, found, left_out)}
     outputs["report.html"] = report_of(parts, rulings, benches, found, left_out)

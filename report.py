@@ -39,6 +39,15 @@ class Picture(NamedTuple):
     alt: str
 
 
+class Passage(NamedTuple):
+    """A text, each character on the colour of its expert, and a legend."""
+
+    title: str
+    text: str
+    experts: list[int | None]  # of each character; None: no expert
+    n_expert: int
+
+
 class Ruling(NamedTuple):
     """A claim and its verdict. `effect` is the line that decides, short enough for the list at the top."""
 
@@ -94,6 +103,10 @@ DARK = {
     "unrun": "#aab2b9",
 }
 
+# Backgrounds of experts under black text, that colour-blind readers can tell apart (Okabe and Ito 2008); more experts
+# than colours repeat them.
+EXPERT_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2", "#bbbbbb")
+
 # status -> (its colour, its shape in a box of 16 × 16)
 STATUSES = {
     "held": (
@@ -125,6 +138,7 @@ COLOURS = f"""
 :root {{ color-scheme: light; {_variables(LIGHT)}}}
 @media screen and (prefers-color-scheme: dark) {{ :root {{ color-scheme: dark; {_variables(DARK)}}} }}
 {"".join(f".{colour} {{ --status: var(--{colour}); }} " for colour, _ in STATUSES.values())}
+{"".join(f".e{number} {{ background: {colour}; }} " for number, colour in enumerate(EXPERT_COLOURS))}
 """
 
 # Nothing is smaller than 15 px on a screen. Code breaks anywhere, so that no command is wider than a phone.
@@ -147,6 +161,14 @@ code {
   box-decoration-break: clone; -webkit-box-decoration-break: clone;
 }
 code span, .interval { white-space: nowrap; }
+.passage { margin: 0 0 1.5rem; }
+.passage h3 { font-size: 1rem; margin: 0 0 .35rem; }
+.passage pre {
+  font: .9375rem/1.7 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .35rem;
+}
+.passage [class] { color: #000; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+.legend span { padding: .1em .5em; margin-right: .5em; }
 ul, ol { margin: 0; padding: 0; list-style: none; }
 .notes, .source, .caption { font-size: .9375rem; color: var(--quiet); }
 .notes li + li, .details li + li { margin-top: .3rem; }
@@ -367,11 +389,25 @@ def _ruling(block, sheet):
     )
 
 
+def _passage(block, sheet):
+    pieces = []
+    for expert, group in itertools.groupby(zip(block.text, block.experts), key=lambda pair: pair[1]):
+        text = escape("".join("⏎\n" if character == "\n" else character for character, _ in group))
+        pieces.append(text if expert is None else f'<span class="e{expert % len(EXPERT_COLOURS)}">{text}</span>')
+    legend = "".join(
+        f'<span class="e{expert % len(EXPERT_COLOURS)}">expert {expert}</span>' for expert in range(block.n_expert)
+    )
+    return (
+        f'<div class="passage"><h3>{_inline(block.title)}</h3>\n<pre>{"".join(pieces)}</pre>\n'
+        f'<p class="legend">{legend}</p></div>\n'
+    )
+
+
 def _folded(block, sheet):
     return f"<details><summary>{_inline(block.title)}</summary>\n{_blocks(block.blocks, sheet)}</details>\n"
 
 
-WRITERS = {Text: _text, Grid: _grid, Picture: _picture, Ruling: _ruling, Folded: _folded}
+WRITERS = {Text: _text, Grid: _grid, Picture: _picture, Passage: _passage, Ruling: _ruling, Folded: _folded}
 
 
 def _blocks(blocks, sheet):

@@ -26,20 +26,8 @@ import machine as machines
 from checkpoint import CheckpointError
 from configurator import ConfigError, option
 from data.common import DataError
+from report import EXPERT_COLOURS
 from trained import CHECKPOINTS, load
-
-# Backgrounds that colour-blind readers can tell apart (Okabe and Ito 2008), under black text; more experts than
-# colours repeat them.
-COLOURS = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (204, 121, 167),
-    (213, 94, 0),
-    (0, 114, 178),
-    (187, 187, 187),
-)
 
 
 @dataclass(frozen=True)
@@ -119,7 +107,7 @@ class NumberWriter(PlainWriter):
 
 
 def coloured(text, expert):
-    red, green, blue = COLOURS[expert % len(COLOURS)]
+    red, green, blue = bytes.fromhex(EXPERT_COLOURS[expert % len(EXPERT_COLOURS)].removeprefix("#"))
     return f"\x1b[30;48;2;{red};{green};{blue}m{text}\x1b[0m"
 
 

@@ -118,7 +118,10 @@ def notes_of(comparison, view):
         notes += [note] if note else []
     for row in rows:
         for record, why in comparison.apart[row.name]:
-            seed, loss = record["config"]["seed"], record["clean"]["best"]["nats"]
+            seed, loss = (
+                record["config"]["seed"],
+                record["clean"]["best"]["nats"] if "clean" in record else record["nats"],
+            )
             notes.append(f"not counted: {row.label}, seed {seed}, {loss:.4f} nats; {why}")
     missing = [row.label for row in rows if not comparison.cells[row.name]]
     if missing:

@@ -11,6 +11,7 @@ from scipy import stats
 
 import information
 from information import (
+    BLOCKS,
     SHIFTED,
     SHUFFLED,
     agreement,
@@ -267,8 +268,8 @@ def test_wrong_nulls_and_too_few_draws_are_refused():
 def test_shifting_but_not_shuffling_allows_for_slow_drift():
     """Expert and speaker both go on for long, and know nothing of each other: only the shifted null says so."""
     length, stretch = 40_000, 400
-    beyond = {null: 0 for null in information.NULLS}
-    for seed, null in product(range(10), information.NULLS):
+    beyond = {SHUFFLED: 0, SHIFTED: 0}
+    for seed, null in product(range(10), beyond):
         generator = np.random.default_rng(seed)
         expert_N = np.repeat(generator.integers(0, EXPERTS, length // stretch), stretch)
         speaker_N = np.repeat(generator.integers(0, 5, length // 250), 250)
@@ -291,10 +292,30 @@ def test_shuffling_but_not_shifting_allows_for_what_is_about_and_given_at_once()
     assert by[SHIFTED].chance_mean - by[SHIFTED].nats > 10 * by[SHIFTED].chance_sd
 
 
-def test_shifted_passages_still_tell_the_passage():
+def test_blocks_keep_each_character_and_all_that_stands_together():
+    out_N = information.rearranged(np.arange(10), 4, np.random.default_rng(1))
+    assert sorted(out_N) == list(range(10))
+    assert (np.diff(out_N) == 1).sum() >= 3 + 3 + 1
+    assert len({tuple(information.rearranged(np.arange(10), 4, np.random.default_rng(i))) for i in range(60)}) == 6
+
+
+def test_blocks_allow_for_a_router_that_begins_anew_with_each_window():
+    """One expert a window of 64, drawn at random: shuffling takes the windows for 64 independent characters."""
+    beyond = {SHUFFLED: 0, BLOCKS: 0}
+    for seed, null in product(range(10), beyond):
+        generator = np.random.default_rng(seed)
+        expert_N = np.repeat(generator.integers(0, EXPERTS, 1700), 64)
+        passage_N = np.arange(len(expert_N)) * 16 // len(expert_N)
+        found = measured(expert_N, passage_N, draws=20, null=null, block=64)
+        beyond[null] += abs(found.nats - found.chance_mean) > 4 * found.chance_sd
+    assert beyond == {SHUFFLED: 10, BLOCKS: 0}
+
+
+def test_shifted_passages_still_tell_the_passage_and_blocks_do_not():
     expert_N = np.arange(8000) // 500 % EXPERTS  # a router that is the passage
     by = {null: measured(expert_N, np.arange(8000) // 500, null=null) for null in information.NULLS}
     assert by[SHUFFLED].chance_mean < 0.01 and by[SHIFTED].chance_mean > by[SHIFTED].nats / 2
+    assert by[BLOCKS].chance_mean < by[BLOCKS].nats / 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
