@@ -118,13 +118,17 @@ def name_of(layer) -> str:
     return f"block {layer['block']}"
 
 
-def grid(figure, count, **keys):
-    """-> that many panels, at most four a row."""
+def grid(figure, count, xlabel="", **keys):
+    """-> that many panels, at most four a row. No supxlabel: a legend below would be on it."""
     columns = min(count, PANELS_A_ROW)
     axes = figure.subplots(math.ceil(count / columns), columns, squeeze=False, **keys)
+    panels = list(axes.flat)[:count]
     for empty in list(axes.flat)[count:]:
         empty.axis("off")
-    return list(axes.flat)[:count]
+    for panel in panels[-columns:]:  # the lowest of their columns, above an empty place too
+        panel.tick_params(labelbottom=True)
+        panel.set_xlabel(xlabel)
+    return panels
 
 
 def rows_of(count) -> int:
@@ -138,7 +142,7 @@ def share(value, digits=0) -> str:
 def legend_below(figure, handles, labels) -> None:
     """In as many columns as there is room for; the figure grows by what it needs."""
     whole = figure.figure  # of a part, too
-    columns = max(1, min(len(labels), int(whole.get_figwidth() / (0.078 * max(map(len, labels)) + 0.62))))
+    columns = max(1, min(len(labels), int(whole.get_figwidth() / (0.08 * max(map(len, labels)) + 0.75))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     whole.set_figheight(whole.get_figheight() + 0.22 * math.ceil(len(labels) / columns))
 
@@ -214,6 +218,7 @@ def experts(analysis) -> Drawing | None:
         panel.set_xticks(range(E) if wide else [0, E - 1] if E > 1 else [0])
         panel.tick_params(length=0, labelsize=SMALL, pad=2)
         panel.set_xlim(-0.5, E - 0.5)
+        panel.set_xlabel("expert" if len(layers) <= 8 else "")
         panel.grid(False)
         panel.spines[:].set_visible(False)
         of = net(layer["about"]["character"], layer)
@@ -223,10 +228,11 @@ def experts(analysis) -> Drawing | None:
     panels[0].set_ylim(places[-1] + 0.5, -0.5)
     panels[0].set_yticks(places, [analysis["symbols"][i] for i in order.symbols], parse_math=False)
     mark_classes(panels[0], analysis, order, places)
-    figure.supxlabel("expert", fontsize=10.5)
     steps = (0.05, 0.25, 0.5, 0.75, 1)
     patches = [Patch(facecolor=TILE, alpha=step, linewidth=0) for step in steps]
-    figure.legend(patches, [share(step) for step in steps], loc="outside lower center", ncols=5, columnspacing=1.2)
+    figure.legend(
+        patches, [share(step) for step in steps], loc="outside lower center", ncols=5, columnspacing=1, handlelength=1.6
+    )
     heading(figure, analysis)
     caption = caption_of_run(
         analysis,
@@ -295,7 +301,7 @@ def load(analysis) -> Drawing | None:
     upper = 0.5 + 1.35 * rows_of(len(layers))
     figure = Figure(figsize=(WIDTH, upper + 2.0 * has_choice), layout="constrained")
     parts = figure.subfigures(1 + has_choice, 1, height_ratios=[upper, 2.0][: 1 + has_choice], squeeze=False)[:, 0]
-    panels = grid(parts[0], len(layers), sharex=True, sharey=True)
+    panels = grid(parts[0], len(layers), "" if has_choice else "updates", sharex=True, sharey=True)
     for panel, layer, of in zip(panels, layers, loads):
         panel.axhline(100 / layer["n_expert"], color=INK, linewidth=0.8, alpha=0.5)
         for expert, style in enumerate(expert_styles(layer)):
@@ -310,8 +316,6 @@ def load(analysis) -> Drawing | None:
         legend_below(parts[0], lines_of(styles), [f"expert {i}" for i in range(len(styles))])
     if has_choice:
         draw_utilisation(parts[1], layers, steps, used)
-    else:
-        parts[0].supxlabel("updates", fontsize=10.5)
     heading(figure, analysis)
     counts = " or ".join(map(str, sorted({layer["n_expert"] for layer in layers})))
     caption = caption_of_run(
@@ -393,6 +397,8 @@ def stability(analysis) -> Drawing | None:
     character.set_xlabel("updates")
     corner.axis("off")
     handles, labels = lines_of(styles), [name_of(layer) for layer in layers]
+    for handle, style in zip(handles, styles):
+        handle.set(marker=style.marker, markersize=3.5)
     if len(layers) > MOST_NAMED:
         handles, labels = [], []
     handles.append(Line2D([], [], color=INK, linewidth=0.8, dashes=(3, 2)))
@@ -453,7 +459,7 @@ def information(analysis) -> Drawing | None:
     alone = sum(label in ALONE.values() for label in labels)
     height = 0.55 + 0.24 * len(labels)
     figure = Figure(figsize=(WIDTH, 0.5 + height * rows_of(len(told))), layout="constrained")
-    panels = grid(figure, len(told), sharex=True, sharey=True)
+    panels = grid(figure, len(told), "% of H(expert)", sharex=True, sharey=True)
     for panel, (layer, of) in zip(panels, told):
         panel.axhline(alone - 0.5, color=INK, linewidth=0.7)
         left = 100 * layer["entropy_given_character"] / layer["entropy"]
@@ -465,14 +471,14 @@ def information(analysis) -> Drawing | None:
                 panel.plot(100 * one.hash, y, **HASHED, zorder=4, clip_on=False)
             panel.plot(100 * one.frozen, y, **HOLLOW, zorder=4, clip_on=False)
             text = number(100 * one.ours, 0 if one.ours >= 0.0995 else 1)
-            panel.annotate(text, (1.31, y), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=SMALL)
+            aside = {"xytext": (33, 0), "textcoords": "offset points", "xycoords": ("axes fraction", "data")}
+            panel.annotate(text, (1, y), **aside, ha="right", va="center", fontsize=SMALL)
         panel.set_title(name_of(layer))
         row_axis(panel, labels)
         panel.set_ylim(len(labels) - 0.5, -0.5)
         panel.tick_params(axis="y", labelsize=10)
     panels[0].set_xlim(min(0, *(100 * one.ours for _, of in told for one in of)), 100)
     panels[0].set_xticks([0, 50, 100])
-    figure.supxlabel("share of H(expert), %", fontsize=10.5)
     handles = [Patch(color=COLOURS[2]), Line2D([], [], **HOLLOW), Line2D([], [], **HASHED)]
     handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (1.5, 1.5))))
     legend_below(figure, handles, ["learned router", "random router", "table of characters", "all that is left"])
@@ -482,9 +488,9 @@ def information(analysis) -> Drawing | None:
         analysis,
         "What tells a character's expert? Bar and number: mutual information with the learned router's first choice as "
         "a share of its entropy H(expert), corrected for bias, less what relabelled text gives. Above the line: the "
-        "character alone; below (+): what is added to it, at most what it leaves open (dotted). Hollow circle: a "
-        "frozen random router on the same inputs; diamond: a balanced table of the characters (mean of "
-        f"{draws[0] if draws else 0} draws each, nothing subtracted).",
+        "character alone; below (+): what is added to it, at most what it leaves open of the learned router (dotted). "
+        "Hollow circle: a frozen random router on the same inputs; diamond: a balanced table of the characters (mean "
+        f"of {draws[0] if draws else 0} draws each, nothing subtracted).",
     )
     spoken = "; ".join(
         f"{name_of(layer)}: " + ", ".join(f"{one.label} {share(one.ours)} (random {share(one.frozen)})" for one in of)
@@ -548,20 +554,19 @@ def trained_with(analysis) -> str:
 
 
 def draw_removals(figure, removed) -> None:
-    panels = grid(figure, len(removed), sharex=True, sharey=True)
+    panels = grid(figure, len(removed), "its share, %", sharex=True, sharey=True)
     most = max(len(of) for _, of in removed)
     for panel, (layer, of) in zip(panels, removed):
         panel.axhline(0, color=INK, linewidth=0.9)
         for style, one in zip(expert_styles(layer), of):
             look = {"color": style.colour, "marker": style.marker, "linestyle": "", "markersize": 6}
-            panel.errorbar(100 * one["share"], one["nats"], yerr=one["se"], **look, **ERROR_BARS)
+            panel.errorbar(100 * one["share"], one["nats"], yerr=one["se"], **look, elinewidth=1.1)
         panel.set_title(name_of(layer))
     panels[0].set_xlim(0, 108 * max(one["share"] for _, of in removed for one in of) or 1)
     panels[0].margins(y=0.12)
     panels[0].xaxis.set_major_locator(MaxNLocator(3))
     panels[0].yaxis.set_major_locator(MaxNLocator(4))
     figure.supylabel("cost of removal, nats", fontsize=10.5)
-    figure.supxlabel("share of characters that the expert had, %", fontsize=10.5)
     if most <= MOST_NAMED:
         styles = [row_style(expert + 1) for expert in range(most)]
         handles = [Line2D([], [], color=of.colour, marker=of.marker, linestyle="", markersize=6) for of in styles]
@@ -638,6 +643,7 @@ def interval_of(one) -> str:
 
 def draw_pulls(axes, pulls) -> dict:
     axes.axvline(0, color=INK, linewidth=0.9)
+    axes.use_sticky_edges = False  # which would put the widest bar on the edge
     handles = {}
     for y, one in enumerate(pulls):
         for name, (height, alpha) in NULLS.items():
@@ -669,6 +675,7 @@ def draw_conflicts(axes, blocks) -> dict:
     row_axis(axes, [name_of(one) for one in blocks])
     axes.margins(x=0.08)
     axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
     axes.set_xlabel("cosine of two characters' gradients")
     return handles
 
@@ -775,10 +782,10 @@ def information_by_row(comparison) -> Drawing | None:
             if values:
                 panel.plot(statistics.fmean(values), y + 0.2, **HOLLOW)
         panel.set_title(name)
+        panel.set_xlabel("% of H(expert)")
         left, right = panel.get_xlim()
         panel.set_xlim(min(0, left), right)
         panel.xaxis.set_major_locator(MaxNLocator(3))
-    figure.supxlabel("share of H(expert), %", fontsize=10.5)
     large = Line2D([], [], color=INK, marker="o", linestyle="", markersize=6.5)
     small = Line2D([], [], color=INK, marker="o", linestyle="", markersize=3.5, alpha=0.75, markeredgewidth=0)
     legend_below(figure, [large, small, Line2D([], [], **HOLLOW)], ["mean", "one seed", "random router instead"])
@@ -872,10 +879,10 @@ def ablation_by_row(comparison) -> Drawing | None:
             if mean is not None:
                 of_cell.append(f"{TOGETHER[key][1]} {number(mean, 3, '+')}")
         panel.set_title(TOGETHER[key][1])
+        panel.set_xlabel("nats")
         left, right = panel.get_xlim()
         panel.set_xlim(min(left, -0.01), max(right, 0.01))  # so that a small cost looks small
         panel.xaxis.set_major_locator(MaxNLocator(2))
-    figure.supxlabel("cost, nats per character", fontsize=10.5)
     what = "; ".join(f"{short}: {label}" for label, short in (TOGETHER[key] for key in shown))
     caption = caption_across(
         comparison,
