@@ -31,9 +31,12 @@ from figures import (
     COLOURS,
     ERROR_BARS,
     INK,
+    LINES,
+    MARKERS,
     NO_BREAK,
     WIDTH,
     Drawing,
+    RowStyle,
     caption_of,
     cells_of,
     daggers,
@@ -139,12 +142,20 @@ def share(value, digits=0) -> str:
     return f"{number(100 * value, digits)}%"
 
 
+def columns_for(labels, width=WIDTH) -> int:
+    """Of a legend: as few rows as there is room for, evenly filled."""
+    fit = max(1, int(width / (0.08 * max(map(len, labels)) + 0.75)))
+    return math.ceil(len(labels) / math.ceil(len(labels) / fit))
+
+
+def legend_height(labels) -> float:
+    return 0.22 * math.ceil(len(labels) / columns_for(labels)) if labels else 0.0
+
+
 def legend_below(figure, handles, labels) -> None:
-    """In as many columns as there is room for; the figure grows by what it needs."""
-    whole = figure.figure  # of a part, too
-    columns = max(1, min(len(labels), int(whole.get_figwidth() / (0.08 * max(map(len, labels)) + 0.75))))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-    whole.set_figheight(whole.get_figheight() + 0.22 * math.ceil(len(labels) / columns))
+    """The figure, or part of one, must have legend_height for it."""
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns_for(labels))
 
 
 def lines_of(styles) -> list[Line2D]:
@@ -298,22 +309,22 @@ def load(analysis) -> Drawing | None:
     steps, loads = evolution["steps"], list(zip(*evolution["loads"]))  # of each layer, by step
     used = [utilisations(layer, of) for layer, of in zip(layers, loads)]
     has_choice = any(of is not None for of in used)
-    upper = 0.5 + 1.35 * rows_of(len(layers))
+    styles = expert_styles(max(layer["n_expert"] for layer in layers))
+    names = names_of_experts(len(styles))
+    upper = 0.65 + 1.35 * rows_of(len(layers)) + legend_height(names)
     figure = Figure(figsize=(WIDTH, upper + 2.0 * has_choice), layout="constrained")
     parts = figure.subfigures(1 + has_choice, 1, height_ratios=[upper, 2.0][: 1 + has_choice], squeeze=False)[:, 0]
     panels = grid(parts[0], len(layers), "" if has_choice else "updates", sharex=True, sharey=True)
     for panel, layer, of in zip(panels, layers, loads):
         panel.axhline(100 / layer["n_expert"], color=INK, linewidth=0.8, alpha=0.5)
-        for expert, style in enumerate(expert_styles(layer)):
+        for expert, style in enumerate(expert_styles(layer["n_expert"])):
             panel.plot(steps, [100 * at[expert] for at in of], color=style.colour, linestyle=style.line, linewidth=1.3)
         panel.set_title(name_of(layer))
     panels[0].set_ylim(bottom=0)
     updates(panels[0], steps[-1])
     panels[0].yaxis.set_major_locator(MaxNLocator(3))
     parts[0].supylabel("share of the choices, %", fontsize=10.5)
-    styles = expert_styles(max(layers, key=lambda layer: layer["n_expert"]))
-    if len(styles) <= MOST_NAMED:
-        legend_below(parts[0], lines_of(styles), [f"expert {i}" for i in range(len(styles))])
+    legend_below(parts[0], lines_of(styles), names)
     if has_choice:
         draw_utilisation(parts[1], layers, steps, used)
     heading(figure, analysis)
@@ -342,8 +353,15 @@ def evaluations(steps) -> str:
     return f"{len(steps)} evaluation{'' if len(steps) == 1 else 's'} on the validation split"
 
 
-def expert_styles(layer):
-    return [row_style(expert + 1) for expert in range(layer["n_expert"])]  # ink is for what is no expert's
+def expert_styles(count) -> list[RowStyle]:
+    """Without ink, which is for what is no expert's."""
+    colours = COLOURS[1:]
+    return [RowStyle(colours[i % len(colours)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]) for i in range(count)]
+
+
+def names_of_experts(count) -> list[str]:
+    """For a legend; none where it would be too long to be of use."""
+    return [f"expert {i}" for i in range(count)] if count <= MOST_NAMED else []
 
 
 def draw_utilisation(figure, layers, steps, used) -> None:
@@ -390,7 +408,7 @@ def stability(analysis) -> Drawing | None:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_locator(MaxNLocator(5))
     agreement.set_ylim(0, 104)
-    agreement.set_ylabel("characters that have\ntheir last expert, %")
+    agreement.set_ylabel("characters that have\ntheir final expert, %")
     churn.set_ylabel("characters that change\nexpert, % per update")
     character.set_ylabel("share of H(expert) that\nthe character tells, %")
     churn.set_xlabel("updates")
@@ -458,7 +476,11 @@ def information(analysis) -> Drawing | None:
     labels = list(dict.fromkeys(one.label for _, of in told for one in of))
     alone = sum(label in ALONE.values() for label in labels)
     height = 0.55 + 0.24 * len(labels)
-    figure = Figure(figsize=(WIDTH, 0.5 + height * rows_of(len(told))), layout="constrained")
+    handles = [Patch(color=COLOURS[2]), Line2D([], [], **HOLLOW), Line2D([], [], **HASHED)]
+    handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (1.5, 1.5))))
+    names = ["learned router", "random router", "table of characters", "all that is left"]
+    size = WIDTH, 0.5 + height * rows_of(len(told)) + legend_height(names)
+    figure = Figure(figsize=size, layout="constrained")
     panels = grid(figure, len(told), "% of H(expert)", sharex=True, sharey=True)
     for panel, (layer, of) in zip(panels, told):
         panel.axhline(alone - 0.5, color=INK, linewidth=0.7)
@@ -479,9 +501,7 @@ def information(analysis) -> Drawing | None:
         panel.tick_params(axis="y", labelsize=10)
     panels[0].set_xlim(min(0, *(100 * one.ours for _, of in told for one in of)), 100)
     panels[0].set_xticks([0, 50, 100])
-    handles = [Patch(color=COLOURS[2]), Line2D([], [], **HOLLOW), Line2D([], [], **HASHED)]
-    handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (1.5, 1.5))))
-    legend_below(figure, handles, ["learned router", "random router", "table of characters", "all that is left"])
+    legend_below(figure, handles, names)
     heading(figure, analysis)
     draws = [of["draws"] for layer, _ in told for of in layer["frozen"]["about"].values()]
     caption = caption_of_run(
@@ -519,13 +539,14 @@ def ablation(analysis) -> Drawing | None:
     together = together_of(ablations) if ablations else []
     if not removed and not together:
         return None
-    heights = ([0.6 + 1.5 * rows_of(len(removed))] if removed else []) + (
+    names = names_of_experts(max(len(of) for _, of in removed)) if removed else []
+    heights = ([0.75 + 1.5 * rows_of(len(removed)) + legend_height(names)] if removed else []) + (
         [0.75 + rows_height([label for label, _ in together], least=0.3)] if together else []
     )
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     if removed:
-        draw_removals(parts[0], removed)
+        draw_removals(parts[0], removed, names)
     if together:
         draw_together(parts[-1], together)
     heading(figure, analysis)
@@ -553,12 +574,11 @@ def trained_with(analysis) -> str:
     return " or ".join(map(str, sorted({layer["k"] for layer in analysis["layers"]})))
 
 
-def draw_removals(figure, removed) -> None:
+def draw_removals(figure, removed, names) -> None:
     panels = grid(figure, len(removed), "its share, %", sharex=True, sharey=True)
-    most = max(len(of) for _, of in removed)
     for panel, (layer, of) in zip(panels, removed):
         panel.axhline(0, color=INK, linewidth=0.9)
-        for style, one in zip(expert_styles(layer), of):
+        for style, one in zip(expert_styles(layer["n_expert"]), of):
             look = {"color": style.colour, "marker": style.marker, "linestyle": "", "markersize": 6}
             panel.errorbar(100 * one["share"], one["nats"], yerr=one["se"], **look, elinewidth=1.1)
         panel.set_title(name_of(layer))
@@ -567,10 +587,9 @@ def draw_removals(figure, removed) -> None:
     panels[0].xaxis.set_major_locator(MaxNLocator(3))
     panels[0].yaxis.set_major_locator(MaxNLocator(4))
     figure.supylabel("cost of removal, nats", fontsize=10.5)
-    if most <= MOST_NAMED:
-        styles = [row_style(expert + 1) for expert in range(most)]
-        handles = [Line2D([], [], color=of.colour, marker=of.marker, linestyle="", markersize=6) for of in styles]
-        legend_below(figure, handles, [f"expert {i}" for i in range(most)])
+    styles = expert_styles(len(names))
+    handles = [Line2D([], [], color=of.colour, marker=of.marker, linestyle="", markersize=6) for of in styles]
+    legend_below(figure, handles, names)
 
 
 def draw_together(figure, together) -> None:
@@ -610,6 +629,7 @@ def gradients(analysis) -> Drawing | None:
         handles |= draw_pulls(panels[0], pulls)
     if blocks:
         handles |= draw_conflicts(panels[-1], blocks)
+    figure.set_figheight(figure.get_figheight() + legend_height(list(handles)))
     legend_below(figure, list(handles.values()), list(handles))
     heading(figure, analysis)
     where = "Left: the" if pulls and blocks else "The"
@@ -783,12 +803,15 @@ def information_by_row(comparison) -> Drawing | None:
                 panel.plot(statistics.fmean(values), y + 0.2, **HOLLOW)
         panel.set_title(name)
         panel.set_xlabel("% of H(expert)")
+        panel.margins(x=0.1)
         left, right = panel.get_xlim()
         panel.set_xlim(min(0, left), right)
         panel.xaxis.set_major_locator(MaxNLocator(3))
     large = Line2D([], [], color=INK, marker="o", linestyle="", markersize=6.5)
     small = Line2D([], [], color=INK, marker="o", linestyle="", markersize=3.5, alpha=0.75, markeredgewidth=0)
-    legend_below(figure, [large, small, Line2D([], [], **HOLLOW)], ["mean", "one seed", "random router instead"])
+    names = ["mean", "one seed", "random router instead"]
+    figure.set_figheight(figure.get_figheight() + legend_height(names))
+    legend_below(figure, [large, small, Line2D([], [], **HOLLOW)], names)
     caption = caption_across(
         comparison,
         cells,
@@ -850,9 +873,11 @@ def stability_by_row(comparison) -> Drawing | None:
         updates(axes, last)
         axes.set_xlabel("updates")
     agreement.set_ylim(0, 104)
-    agreement.set_title("characters that have their last expert, %")
+    agreement.set_title("characters that have their final expert, %")
     character.set_title("H(expert) that the character tells, %")
-    legend_below(figure, *map(list, zip(*handles)))
+    handles, names = map(list, zip(*handles))
+    figure.set_figheight(figure.get_figheight() + legend_height(names))
+    legend_below(figure, handles, names)
     caption = caption_across(
         comparison,
         cells,
@@ -880,6 +905,7 @@ def ablation_by_row(comparison) -> Drawing | None:
                 of_cell.append(f"{TOGETHER[key][1]} {number(mean, 3, '+')}")
         panel.set_title(TOGETHER[key][1])
         panel.set_xlabel("nats")
+        panel.margins(x=0.15)
         left, right = panel.get_xlim()
         panel.set_xlim(min(left, -0.01), max(right, 0.01))  # so that a small cost looks small
         panel.xaxis.set_major_locator(MaxNLocator(2))
