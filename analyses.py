@@ -73,10 +73,10 @@ SCHEMA = {
     "run_id": TEXT,
     "title": TEXT,
     "config": OBJECT,
-    "dataset": OBJECT,
+    "dataset": records.SCHEMA["dataset"],
     "leaky": FLAG,
     "git": {"commit": (COMMIT, None), "dirty": (FLAG, None)},  # of the code that analysed
-    "machine": {**records.SCHEMA["machine"]},
+    "machine": records.SCHEMA["machine"],
     "weights": {"checkpoint": LINE, "step": COUNT},
     "text": {"characters": COUNT, "whole": FLAG},  # of the validation split, from its start
     "passes": COUNT,  # characters of it that ablation and stability are of, which read it many times

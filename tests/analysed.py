@@ -39,7 +39,14 @@ def analysed(seed=1, machine=None, commit="0" * 40, canonical=True, told=0.5, **
         "run_id": config.run_id,
         "title": config.title,
         "config": config.to_dict(),
-        "dataset": {"name": config.dataset, "canonical": canonical, "sha256": "a" * 64, "unit": "character"},
+        "dataset": {
+            "name": config.dataset,
+            "canonical": canonical,
+            "sha256": "a" * 64,
+            "unit": "character",
+            "vocab_size": len(SYMBOLS),
+            "splits": {"train": 100_000, "val": sum(COUNTS) + 1},
+        },
         "leaky": not config.is_causal,
         "git": {"commit": commit, "dirty": False},
         "machine": machine

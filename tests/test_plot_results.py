@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from analysed import analysed
 from benches import GPU, bench
 from conftest import TINY
 
+import analyses
 import plot_results
 import train
-from experiments import BELOW, OURS, Claim, Row, Table, View
+from experiments import ABOVE, BELOW, OURS, Claim, Row, Table, View
 from settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -400,3 +402,64 @@ def test_experiments_that_share_a_title_are_told_apart_and_never_averaged():
     runs = [{"title": "A", "config": Config(seed=1).to_dict()}, {"title": "A", "config": Config(seed=2).to_dict()}]
     runs.append({"title": "A", "config": Config(seed=2, learning_rate=0.01).to_dict()})
     assert plot_results.labelled(runs) == {"A": runs[:2], "A, learning_rate=0.01": runs[2:]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Analyses
+
+
+ROUTED = Table(
+    "R", "What the experts do", OURS, "Of analyses.",
+    (Row("moe4", "4 experts", "shakespeare_moe4"), Row("moe4_aux01", "balance 0.1", "shakespeare_moe4_aux01")),
+    (View("What tells", ("about_character", "topic")),), of="analyses",
+)  # fmt: skip
+
+
+@pytest.fixture
+def routed(results, monkeypatch):
+    """results/ with analyses of two rows beside the records, and a claim about them."""
+    claim = Claim("R1", "More is told.", OURS, "R", (("moe4", "moe4_aux01"),), ("about_character",), "difference",
+                  ABOVE, scales=("cpu",))  # fmt: skip
+    monkeypatch.setattr(plot_results, "TABLES", {**plot_results.TABLES, "R": ROUTED})
+    monkeypatch.setattr(plot_results, "CLAIMS", [*plot_results.CLAIMS, claim])
+    monkeypatch.setattr(plot_results, "FIGURES", {**plot_results.FIGURES, "R": ("load_by_row", "information_by_row")})
+    for row in ROUTED.rows:
+        for seed in (1, 2, 3):
+            config = row.config_at("cpu", seed).to_dict()
+            told = {"moe4": 0.5, "moe4_aux01": 0.3}[row.name] + 0.001 * seed
+            path = results / "analysis" / f"{row.cell('cpu', seed)}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(analyses.text_of(analysed(told=told, **config)))
+    return results
+
+
+def test_analyses_get_tables_figures_verdicts_and_a_page(routed, capsys):
+    assert draw(routed) == 0
+    files = drawn(routed)
+    assert {"figures/R_cpu_load_by_row.svg", "figures/R_cpu_experts.svg", "tables/R_cpu.csv"} <= set(files)
+    summary, page = files["summary.md"].decode(), files["report.html"].decode()
+    assert "| R1 | More is told. | cpu | held (provisional, n = 3) | +0.200 [" in summary
+    assert "A Mixture-of-Experts layer has several MLPs" in page
+    assert 'class="passage"' in page and '<span class="e0">' in page
+    assert draw(routed, "--check") == 0
+
+
+def test_tables_of_records_are_the_same_beside_analyses(routed, results):
+    assert draw(routed) == 0
+    with_analyses = drawn(routed)
+    shutil.rmtree(routed / "analysis")
+    assert draw(routed) == 0
+    without = drawn(routed)
+    assert without["tables/T_cpu.csv"] == with_analyses["tables/T_cpu.csv"]
+    assert "figures/R_cpu_load_by_row.svg" not in without
+    assert "| R1 | More is told. | cpu | not run |" in without["summary.md"].decode()
+
+
+def test_an_analysis_that_belongs_nowhere_or_is_damaged_is_named(routed, capsys):
+    folder = routed / "analysis"
+    (folder / "other-s1.json").write_text(analyses.text_of(analysed(seed=1, n_layer=3, title="three layers")))
+    torn = folder / "moe4-cpu-s2.json"
+    torn.write_text(torn.read_text()[:-100])
+    assert draw(routed) == 0
+    said = capsys.readouterr().err
+    assert "three layers: its config is that of no row of a table" in said and "moe4-cpu-s2.json: no record" in said
