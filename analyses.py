@@ -297,9 +297,15 @@ def gain_of_specialisation(analysis):
 
 
 def early_agreement(analysis):
-    """Characters that have their final expert already after 15% of the updates: D's "first few hundred steps"."""
-    step = round(0.15 * analysis["config"]["max_iters"])
-    return of_stability("agreement", step)(analysis)
+    """Characters that have their final expert already at the early step: D's "first few hundred steps"."""
+    step = early_step(analysis)
+    return None if step is None else of_stability("agreement", step)(analysis)
+
+
+def early_step(analysis):
+    """The first snapshot after 15% of the updates or more; None without one."""
+    steps = (analysis["stability"] or {"steps": []})["steps"]
+    return next((step for step in steps if step >= 0.15 * analysis["config"]["max_iters"]), None)
 
 
 def router_cosine(analysis):

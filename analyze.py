@@ -45,7 +45,7 @@ from data.common import DataError, Dataset, find
 from evaluate import drop_rate_by_class
 from model import IGNORED
 from routing import balanced_table, mix
-from trained import CHECKPOINTS, model_in, read
+from trained import CHECKPOINTS, load, model_in, read
 
 # Batches of an analysis come from another stream than those of training and of evaluation with the same seed.
 ANALYSIS_STREAM = 2**33
@@ -91,23 +91,17 @@ class Bar:
 
 
 class Subject:
-    """A run's weights, and the text that they are looked at on.
-
-    folder: of the run; saved: the checkpoint that holds the weights; x: the characters of the text, N of them.
-    """
+    """A run's weights, and the text that they are looked at on: windows of it, of which `passed` are the first, and
+    ids_N, its N characters. about: what each of them is."""
 
     def __init__(self, folder, options, machine):
         name = CHECKPOINTS[options.checkpoint]
         self.folder, self.options, self.machine, self.checkpoint = folder, options, machine, name
         saved = read(folder, name)
-        missing = [
-            key
-            for key in ("dataset", *(["progress"] if options.checkpoint == "last" else ["step"]))
-            if key not in saved
-        ]
-        if missing:
-            raise CheckpointError(f"{folder / name}: has no {', no '.join(missing)}; is it of another program?")
-        self.step = saved["progress"]["step"] if options.checkpoint == "last" else saved["step"]
+        state = saved.get("progress", saved)  # ckpt.pt keeps its step there
+        if "dataset" not in saved or "step" not in state:
+            raise CheckpointError(f"{folder / name}: does not say its text and its step; is it of another program?")
+        self.step = state["step"]
         self.model, self.vocabulary, self.config = model_in(saved, folder / name, machine.device)
         self.model.set_step(self.step)
         self.dataset = self.dataset_of(saved)
@@ -120,7 +114,7 @@ class Subject:
         self.about = annotate(self.ids_N, self.vocabulary, self.counts_V, self.config.block_size)
 
     def first(self, windows, characters):
-        """As many batches of windows as that many characters fill, at least one; 0: all."""
+        """-> as many batches of windows as that many characters fill, at least one; 0: all."""
         count = characters // (self.config.batch_size * self.config.block_size)
         return windows[: max(1, count)] if characters else windows
 
@@ -370,13 +364,9 @@ def stability_of(subject, passed, snapshots, bar):
     ]
     steps, before = [], None
     for step, path in snapshots:
-        saved = read(subject.folder, path.relative_to(subject.folder))
-        if (
-            saved["config"] != subject.config.to_dict()
-            and model_in(saved, path, "cpu").config.hash() != subject.config.hash()
-        ):
+        model, _, config = load(subject.folder, path.relative_to(subject.folder), subject.machine.device)
+        if config.run_id != subject.config.run_id:
             raise CheckpointError(f"{path} is of another experiment than {subject.checkpoint}")
-        model = model_in(saved, path, subject.machine.device).model
         model.set_step(step)
         now = probe.see(model, subject.passed, subject.machine).first
         for i, layer in enumerate(layers):
@@ -471,20 +461,6 @@ def reading(analysis):
     return lines
 
 
-COLUMNS = (  # heading, of (analysis, number of the layer), as text
-    ("block", lambda a, i: str(a["layers"][i]["block"])),
-    ("load", lambda a, i: " ".join(f"{share:.0%}" for share in a["layers"][i]["load"]["load"])),
-    ("effective", lambda a, i: f"{a['layers'][i]['load']['effective']:.2f} of {a['layers'][i]['n_expert']}"),
-    ("character", lambda a, i: percent(a["layers"][i]["about"]["character"]["share"])),
-    ("(frozen)", lambda a, i: percent(a["layers"][i]["frozen"]["about"]["character"]["mean"])),
-    ("+ previous two", lambda a, i: percent(analyses.most_given_character(a["layers"][i], CONTEXT[1:2]))),
-    ("+ topic", lambda a, i: percent(analyses.most_given_character(a["layers"][i], TOPIC))),
-    ("agrees early", lambda a, i: early(a, i)),
-    ("router cosine", lambda a, i: router_pull(a, i)),
-    ("an expert's removal", lambda a, i: removal(a, i)),
-)  # fmt: skip
-
-
 def table_of(analysis):
     rows = [[heading for heading, _ in COLUMNS]]
     rows += [[text(analysis, i) for _, text in COLUMNS] for i in range(len(analysis["layers"]))]
@@ -496,16 +472,20 @@ def table_of(analysis):
         "  + previous two, + topic: what these tell beyond it, less what chance gives (topic: the best of "
         f"{', '.join(name for name in TOPIC if name in analysis['layers'][0]['about'])}).",
     ]
-    costs = analysis["ablation"]
+    step, costs = analyses.early_step(analysis), analysis["ablation"]
+    if step is not None:
+        notes.append(f"  early: characters that have their last expert already at step {step:,}.")
+    if any(analysis["router_gradients"]):
+        notes.append("  router cosine: of the gradients of cross-entropy and of balance, with its 95% interval.")
     if costs:
         told = {
-            "every expert shuffled": costs["shuffled_all"],
+            "all routing shuffled": costs["shuffled_all"],
             "each character to its commonest expert": costs["tabulated_all"],
             "each layer's cheapest expert removed": costs["removed_all"],
             "merged": costs["merged_all"],
         }
         parts = [f"{name} {of['nats']:+.4f} ± {of['se'] or 0:.4f}" for name, of in told.items() if of]
-        notes.append(f"  nats that it costs (± its standard error): {', '.join(parts)}.")
+        notes.append(f"  nats that it costs (± standard error, {analysis['passes']:,} characters): {', '.join(parts)}.")
     return [*lines, *notes]
 
 
@@ -514,9 +494,8 @@ def percent(share):
 
 
 def early(analysis, i):
-    found = analysis["stability"]
-    step = round(0.15 * analysis["config"]["max_iters"])
-    if not found or step not in found["steps"]:
+    step, found = analyses.early_step(analysis), analysis["stability"]
+    if step is None:
         return "–"
     layer, place = found["layers"][i], found["steps"].index(step)
     return f"{layer['agreement'][place]:.0%} (chance {layer['chance'][place]:.0%})"
@@ -534,6 +513,20 @@ def router_pull(analysis, i):
 def removal(analysis, i):
     found = analysis["ablation"] and analysis["ablation"]["removed"][i]
     return "–" if not found else f"{min(of['nats'] for of in found):+.3f} to {max(of['nats'] for of in found):+.3f}"
+
+
+COLUMNS = (  # heading, of (analysis, number of the layer), as text
+    ("block", lambda a, i: str(a["layers"][i]["block"])),
+    ("load", lambda a, i: " ".join(f"{share:.0%}" for share in a["layers"][i]["load"]["load"])),
+    ("effective", lambda a, i: f"{a['layers'][i]['load']['effective']:.2f} of {a['layers'][i]['n_expert']}"),
+    ("character", lambda a, i: percent(a["layers"][i]["about"]["character"]["share"])),
+    ("(frozen)", lambda a, i: percent(a["layers"][i]["frozen"]["about"]["character"]["mean"])),
+    ("+ previous two", lambda a, i: percent(analyses.most_given_character(a["layers"][i], CONTEXT[1:2]))),
+    ("+ topic", lambda a, i: percent(analyses.most_given_character(a["layers"][i], TOPIC))),
+    ("early", early),
+    ("router cosine", router_pull),
+    ("an expert's removal", removal),
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

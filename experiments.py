@@ -230,6 +230,13 @@ class Table:
     def rows_at(self, scale: str) -> list[Row]:
         return [row for row in self.rows if scale in row.scales]
 
+    def command(self, scale: str) -> str:
+        """What makes its cells."""
+        command = f"python sweep.py {self.name} --scale={scale} --seeds={SEEDS_FOR_A_VERDICT}"
+        if self.of == "analyses":
+            command += " --save_every=100; python analyze.py out/*-s* --results=results"
+        return command
+
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
 

@@ -247,16 +247,11 @@ def effect_of(verdict):
     if finding.effect and (len(verdict.findings[first]) > 1 or tables.DAGGER in label):
         text = f"{label}: {text}"
     if verdict.status == verdicts.NOT_RUN:
-        text = f"`{command_of(verdict.comparison.table, verdict.comparison.scale)}`"
+        text = f"`{verdict.comparison.table.command(verdict.comparison.scale)}`"
         if all(verdict.comparison.cells[name] for pair in verdict.claim.pairs for name in pair if name):
             text = "run, but none is known to have been alone on its cores"
     dissent = [f"{status} by {experiments.MEASURES[measure].heading}" for measure, status in verdict.dissent.items()]
     return "; but ".join([text, *dissent])
-
-
-def command_of(table, scale):
-    """What makes the cells of a table."""
-    return f"python sweep.py {table.name} --scale={scale} --seeds={experiments.SEEDS_FOR_A_VERDICT}"
 
 
 def status_of(verdict):

@@ -16,7 +16,7 @@ import statistics
 
 import records
 import speed
-from experiments import MEASURES, SEEDS_FOR_A_VERDICT, Comparison, View
+from experiments import MEASURES, Comparison, View
 from report import Grid
 from verdicts import effect_of
 
@@ -125,9 +125,8 @@ def notes_of(comparison, view):
             notes.append(f"not counted: {row.label}, seed {seed}, {loss:.4f} nats; {why}")
     missing = [row.label for row in rows if not comparison.cells[row.name]]
     if missing:
-        seeds = f"--scale={scale} --seeds={SEEDS_FOR_A_VERDICT}"
         names = "; ".join(missing) if len(missing) <= 5 else f"{len(missing)} of {len(rows)} rows"
-        notes.append(f"not run: {names}: `python sweep.py {table.name} {seeds}`")
+        notes.append(f"not run: {names}: `{table.command(scale)}`")
     return notes
 
 
