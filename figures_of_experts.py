@@ -51,7 +51,7 @@ from figures import (
 
 CLASSES = ("vowel", "consonant", "capital", "digit", "space", "newline", "punctuation", "other")  # annotation.CLASSES
 AT_LEAST, MOST_CHARACTERS = 50, 60  # occurrences of a character that is drawn; characters
-TILE, LEVELS = COLOURS[6], 20  # shares are drawn in steps of 5%: as opacity, which is right on light and on dark
+TILE, LEVELS = INK, 20  # shares are drawn in steps of 5%: as opacity of the ink, which is right on light and on dark
 SMALL = 9.5  # points
 PANELS_A_ROW = 4
 MOST_NAMED = 16  # experts or blocks that a legend names

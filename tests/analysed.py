@@ -97,7 +97,15 @@ def layer_of(config, block, told):
         name: {**measured, "nats": share * entropy, "share": share}
         for name, share in {**of_character, **beyond}.items()
     }
-    given = {name: {**measured, "nats": share * entropy + 0.01, "chance_mean": 0.01} for name, share in beyond.items()}
+    given = {
+        name: {
+            **measured,
+            "nats": share * entropy + 0.01,
+            "share": share + 0.01 / entropy if entropy else 0.0,
+            "chance_mean": 0.01,
+        }
+        for name, share in beyond.items()
+    }
     drawn = {name: {"mean": of["share"] / 2, "sd": 0.01, "draws": 5} for name, of in about.items()}
     return {
         "block": block,

@@ -1,0 +1,470 @@
+"""Pictures of analyses: the right numbers, the same bytes, whatever is missing; readable in light and dark."""
+
+import functools
+import hashlib
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from analysed import COUNTS, SYMBOLS, analysed
+from matplotlib.text import Text
+
+import analyses
+import figures
+import figures_of_experts
+import records
+from analyses import net
+from experiments import TABLES, Comparison
+from figures_of_experts import of_run
+
+ROOT = Path(figures.__file__).resolve().parent
+MACHINE = "AMD EPYC, 1 core, 1 thread, torch 2.13.0+cpu, float32"
+RUN = ("experts", "load", "stability", "information", "ablation", "gradients")
+ACROSS = ("information_by_row", "stability_by_row", "ablation_by_row", "load_by_row")
+LONG = "A title that cannot stand in one line of a picture, and that has $money$ in it, for whatever that is worth"
+CASES = {
+    "two": {},
+    "dense": {"n_expert": 0},
+    "one block": {"n_layer": 1, "n_expert": 8},
+    "eight blocks": {"n_layer": 8, "n_expert": 8, "router_level": "sequence", "title": LONG},
+    "two experts": {"n_expert": 2, "expert_top_k": 2, "aux_loss": "none"},
+    "unequal": {"n_layer": 5, "n_expert": 16, "n_expert_by_block": "16,0,2,4,8"},
+    "one expert": {"n_expert": 1, "aux_loss": "none"},
+}
+
+
+def comparison(table="A", seeds=(1, 2), missing=(), change=lambda analysis, row: None):
+    """Every row analysed but those missing; no two rows or seeds alike."""
+    rows, cells = TABLES[table].rows_at("cpu"), {}
+    for i, row in enumerate(rows):
+        keys = {"n_expert": 0} if "dense" in row.name else {}
+        cells[row.name] = [analysed(seed, told=0.7 - 0.05 * i + 0.03 * seed, **keys) for seed in seeds]
+        for analysis in cells[row.name]:
+            change(analysis, row.name)
+        if row.name in missing:
+            cells[row.name] = []
+    return Comparison(TABLES[table], "cpu", MACHINE, cells, {row.name: [] for row in rows})
+
+
+@functools.cache
+def drawings(case):
+    """{name: Drawing} of a case of one run, or of a table."""
+    if case in CASES:
+        return of_run(analysed(**CASES[case]))
+    of = comparison(case, seeds=(1,) if case == "C" else (1, 2))
+    return {name: getattr(figures_of_experts, name)(of) for name in ACROSS}
+
+
+def digest(case):
+    return hashlib.sha256("".join(figures.svg(of.figure) for of in drawings(case).values()).encode()).hexdigest()
+
+
+def panel(drawing, title):
+    return next(axes for axes in drawing.figure.axes if axes.get_title().replace("\n", " ").startswith(title))
+
+
+def lines_of(axes):
+    return [list(zip(*line.get_data())) for line in axes.get_lines()]
+
+
+def marks(axes, marker, filled=True):
+    """[(x, y)] of what is drawn with this marker."""
+    lines = [line for line in axes.get_lines() if line.get_marker() == marker]
+    return [point for line in lines if (line.get_fillstyle() == "full") == filled for point in zip(*line.get_data())]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All pictures
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_drawn_here_are_analyses(case):
+    assert analyses.problems(analysed(**CASES[case])) == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_is_missing_the_rest_is_drawn(case):
+    expected = {"dense": ("gradients",), "one expert": tuple(name for name in RUN if name != "information")}
+    assert tuple(drawings(case)) == expected.get(case, RUN)
+
+
+def test_without_their_numbers_there_are_no_pictures():
+    for part, name in {"stability": "stability", "ablation": "ablation", "evolution": "load"}.items():
+        assert getattr(figures_of_experts, name)(analysed() | {part: None}) is None
+    assert figures_of_experts.gradients(analysed() | {"router_gradients": [None, None], "conflicts": []}) is None
+    rare = analysed()
+    for layer in rare["layers"]:
+        layer["counts"] = [[min(49, sum(of))] + [0] * 3 for of in layer["counts"]]
+    assert figures_of_experts.experts(rare) is None
+
+
+@pytest.mark.parametrize("case", [*CASES, "A", "C"])
+def test_captions_and_alts_stand_alone(case):
+    for name, drawing in drawings(case).items():
+        assert MACHINE in drawing.caption and "n = " in drawing.caption and "shakespeare_char" in drawing.caption, name
+        assert drawing.caption.endswith(".") and drawing.alt.endswith("."), name
+        assert not re.search(r"None|nan|\binf\b|  ", drawing.caption + drawing.alt), name
+        if name in ("experts", "information"):
+            assert "all 3,450 characters of validation" in drawing.caption, name
+        if name in ("stability", "ablation"):
+            assert "the first 1,000 characters of validation" in drawing.caption, name
+
+
+def test_a_fresh_process_draws_the_same_bytes_and_needs_no_torch():
+    code = "import sys, test_figures_of_experts as t; print(t.digest('two'), t.digest('A'), 'torch' in sys.modules)"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == [digest("two"), digest("A"), "False"]
+
+
+@pytest.mark.parametrize("case", [*CASES, "A"])
+def test_an_svg_stands_alone_in_light_and_dark(case):
+    for name, drawing in drawings(case).items():
+        text = figures.svg(drawing.figure)
+        assert text.count(figures.INK) == 1 and "currentColor" in text and len(text) < 250_000, name
+        for element in ET.fromstring(text).iter():
+            for key, value in element.attrib.items():
+                assert not key.endswith("href") or value.startswith("#"), (name, value)
+
+
+@pytest.mark.parametrize("case", [*CASES, "A", "B", "C"])
+def test_no_text_is_small_outside_or_on_another(case, monkeypatch):
+    seen = []
+    draw = Text.draw
+
+    def noted(text, renderer, *arguments, **keys):
+        if text.get_visible() and text.get_text().strip():
+            seen.append((text.get_text(), text.get_window_extent(renderer), text.get_fontsize()))
+        return draw(text, renderer, *arguments, **keys)
+
+    monkeypatch.setattr(Text, "draw", noted)
+    for name, drawing in drawings(case).items():
+        seen.clear()
+        drawing.figure.draw_without_rendering()
+        assert seen, name
+        ground = drawing.figure.bbox
+        for text, box, size in seen:
+            assert size >= 9.5, (name, text)
+            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= ground.x1 + 1 and box.y1 <= ground.y1 + 1, (name, text)
+        for (text, box, _), (other, other_box, _) in combinations(seen, 2):
+            width = min(box.x1, other_box.x1) - max(box.x0, other_box.x0)
+            height = min(box.y1, other_box.y1) - max(box.y0, other_box.y0)
+            assert width <= 1 or height <= 1, (name, text, other)
+
+
+def test_what_is_not_comparable_has_a_dagger_and_its_reason():
+    other = {"canonical": False}
+    for drawing, reason in (
+        *((drawing, "† routing that sees later characters") for drawing in drawings("eight blocks").values()),
+        (figures_of_experts.load(analysed(**other)), "† a text that is not the published data set (shakespeare_char)"),
+    ):
+        title = drawing.figure.get_suptitle().replace("\n", " ")
+        assert f"{reason}." in drawing.caption and ", seed 1 †" in title and title.endswith(reason)
+    assert all("†" not in of.caption + of.figure.get_suptitle() for of in drawings("two").values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of one run
+
+
+def tiles_of(axes):
+    """{(expert, y): opacity}"""
+    found = {}
+    for patch in axes.patches:
+        corners = patch.get_path().vertices.reshape(-1, 5, 2)
+        for x, y in (corners.min(axis=1) + corners.max(axis=1)) / 2:
+            found[round(x), round(y, 3)] = patch.get_alpha()
+    return found
+
+
+def test_a_tile_is_the_share_of_a_characters_occurrences():
+    analysis = analysed()
+    drawing = figures_of_experts.experts(analysis)
+    names = [label.get_text() for label in drawing.figure.axes[0].get_yticklabels()]
+    places = drawing.figure.axes[0].get_yticks()
+    for block, layer in enumerate(analysis["layers"]):
+        found = tiles_of(panel(drawing, f"block {block}"))
+        for name, y in zip(names, places):
+            counts = layer["counts"][SYMBOLS.index(name)]
+            for expert, count in enumerate(counts):
+                opacity = found.pop((expert, round(y, 3)), 0)
+                assert abs(opacity - count / sum(counts)) <= 0.025 + 1e-9, (block, name, expert)
+        assert not found
+    assert panel(drawing, "block 1").get_title() == "block 1\n45%"  # that the character tells
+
+
+def test_characters_are_in_groups_of_class_and_then_of_their_expert():
+    """In block 1, of which the character tells more here, so that all blocks have its order."""
+    analysis = analysed()
+    layers = analysis["layers"]
+    layers[0]["about"]["character"]["nats"] = 0.1 * layers[0]["entropy"]
+    counts = layers[1]["counts"]
+    for name, of in {"a": (0, 0, 200, 100), "e": (0, 0, 700, 100), "i": (500, 0, 0, 0), "c": (0, 9, 0, 291)}.items():
+        counts[SYMBOLS.index(name)] = list(of)
+    counts[SYMBOLS.index("d")] = [0, 400, 0, 0]
+    drawing = figures_of_experts.experts(analysis)
+    names = [label.get_text() for label in drawing.figure.axes[0].get_yticklabels()]
+    # i goes to expert 0; e and a go to 2, e more so; d to 1, c to 3. o, with 49 occurrences, is not there.
+    assert names == ["i", "e", "a", "d", "c", "A", "B", "space", "newline", "!"]
+    assert COUNTS[SYMBOLS.index("o")] == 49
+    groups = [text.get_text() for text in drawing.figure.axes[0].texts]
+    assert groups == ["vowel", "consonant", "capital", "punctuation"]  # space and newline say it themselves
+    y = drawing.figure.axes[0].get_yticks()
+    assert y[1] - y[0] == 1 and y[3] - y[2] == 1.5  # a gap between classes
+    assert "the commonest expert in block 1" in drawing.caption and "10 characters" in drawing.caption
+
+
+def test_only_the_commonest_characters_are_drawn(monkeypatch):
+    monkeypatch.setattr(figures_of_experts, "MOST_CHARACTERS", 3)
+    drawing = figures_of_experts.experts(analysed())
+    names = {label.get_text() for label in drawing.figure.axes[0].get_yticklabels()}
+    assert names == {"space", "e", "a"} and "the most frequent" in drawing.caption
+
+
+def test_a_names_class_is_its_symbols():
+    import annotation  # which needs torch
+
+    symbols = [*map(chr, range(0x20, 0x7F)), "\n", "\t", "é", "世", "\u0301", "\x07"]
+    for kind, values in (("characters", symbols), ("bytes", range(256))):
+        for symbol in values:
+            expected = annotation.character_class(symbol)
+            assert figures_of_experts.class_of_name(annotation.name_of(symbol)) == expected, (kind, symbol)
+    assert figures_of_experts.CLASSES == annotation.CLASSES
+
+
+def test_load_is_every_experts_share_and_the_use_of_them_all():
+    analysis = analysed(n_expert=2)
+    analysis["evolution"] = {
+        "steps": [0, 100, 200],
+        "loads": [[[0.5, 0.5]] * 2, [[0.75, 0.25]] * 2, [[0.99, 0.01]] * 2],
+    }
+    drawing = figures_of_experts.load(analysis)
+    even, first, second = lines_of(panel(drawing, "block 0"))
+    assert even[0][1] == 50 and first == [(0, 50), (100, 75), (200, 99)] and second[2] == (200, pytest.approx(1))
+    bound, *used = lines_of(drawing.figure.axes[-1])
+    assert bound[0][1] == records.COLLAPSED_BELOW
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert used[0][0] == (0, pytest.approx(1)) and used[1][1] == (100, pytest.approx(math.exp(entropy) - 1))
+    assert used[0][2][1] < 0.1 and "1% to 99% (uses 6%)" in drawing.alt
+
+
+def test_without_a_choice_there_is_no_use_to_draw():
+    drawing = drawings("two experts")["load"]
+    assert "collapsed" not in drawing.caption and {axes.get_title() for axes in drawing.figure.axes} == {
+        "block 0",
+        "block 1",
+    }
+
+
+def test_stability_is_agreement_its_chance_and_churn():
+    analysis = analysed()
+    drawing = figures_of_experts.stability(analysis)
+    agreement, churn, character, _ = drawing.figure.axes
+    of = analysis["stability"]["layers"][1]
+    _, _, ours, chance = lines_of(agreement)
+    assert ours == [(step, pytest.approx(100 * value)) for step, value in zip((0, 30, 100, 200), of["agreement"])]
+    assert [y for _, y in chance] == [25] * 4 and agreement.get_lines()[3].get_linewidth() < 1
+    assert lines_of(churn)[1] == [
+        (step, pytest.approx(100 * value)) for step, value in zip((30, 100, 200), of["churn"][1:])
+    ]
+    assert [y for _, y in lines_of(character)[1]] == pytest.approx([100 * value for value in of["character"]])
+    assert "block 0 from 50% at step 0 over 83% at step 100" in drawing.alt
+
+
+def test_bars_are_net_of_chance_beside_both_controls():
+    analysis = analysed()
+    drawing = figures_of_experts.information(analysis)
+    labels = [label.get_text() for label in panel(drawing, "block 0").get_yticklabels()]
+    for block, layer in enumerate(analysis["layers"]):
+        axes = panel(drawing, f"block {block}")
+        widths = {labels[round(bar.get_y() + bar.get_height() / 2)]: bar.get_width() for bar in axes.patches}
+        for name, label in (("character", "the character"), ("frequency band", "its frequency")):
+            assert widths[label] == pytest.approx(100 * net(layer["about"][name], layer))
+        for name, told in {
+            "place in the word": 20,
+            "previous two": 11,
+            "speaker": 8,
+        }.items():  # and 0.01 nats by chance
+            assert widths[f"+ {name}"] == pytest.approx(told)
+        assert len(widths) == len(labels) == 9
+        hollow = {labels[y]: x for x, y in marks(axes, "o", filled=False)}
+        assert hollow["the character"] == pytest.approx(100 * layer["frozen"]["about"]["character"]["mean"])
+        assert hollow["+ previous two"] == 15 and hollow.keys() == widths.keys()
+        tables = {labels[y]: x for x, y in marks(axes, "D", filled=False)}
+        assert set(tables) == {"the character", "its class", "its frequency"} and tables["the character"] == 100
+        left = next(line for line in lines_of(axes) if len(line) == 2 and line[0][0] == line[1][0])
+        assert left[0][0] == pytest.approx(100 * layer["entropy_given_character"] / layer["entropy"])
+        assert [text.get_text() for text in axes.texts][:3] == [f"{50 - 5 * block}", "30", "10"]
+
+
+def test_removals_and_what_is_done_to_all_layers():
+    analysis = analysed()
+    drawing = figures_of_experts.ablation(analysis)
+    for block in (0, 1):
+        axes = panel(drawing, f"block {block}")
+        points = [line[0] for line in lines_of(axes) if len(line) == 1]
+        removed = analysis["ablation"]["removed"][block]
+        assert points == [(pytest.approx(100 * of["share"]), of["nats"]) for of in removed]
+        bars = [[y for _, y in path.vertices] for bar in axes.collections for path in bar.get_paths()]
+        assert bars == [pytest.approx([of["nats"] - 0.003, of["nats"] + 0.003]) for of in removed]
+    together = drawing.figure.axes[-1]
+    labels = [label.get_text().replace("\n", " ") for label in together.get_yticklabels()]
+    costs = {labels[y]: x for x, y in marks(together, "o")}
+    assert costs["routing shuffled"] == 1.25 and costs["each character to its commonest expert"] == 0.2
+    assert costs["k = 2"] == -0.04 and list(costs)[-1] == "all experts for each character"
+    assert "−0.040 ± 0.003" in [text.get_text() for text in together.texts]
+    analysis["ablation"] |= {"top_k": None, "hashed_all": None}
+    fewer = figures_of_experts.ablation(analysis).figure.axes[-1].get_yticklabels()
+    assert len(fewer) == len(labels) - 3
+
+
+def test_of_one_expert_only_other_numbers_of_experts_are_drawn():
+    assert not any(axes.get_title() for axes in drawings("one expert")["ablation"].figure.axes)
+
+
+def test_cosines_stand_beside_their_nulls():
+    analysis = analysed()
+    pulls, tokens = figures_of_experts.gradients(analysis).figure.axes
+    assert marks(pulls, "o") == [(0.1, 0), (pytest.approx(0.05), 1)]
+    nulls = {(round(bar.get_x(), 6), round(bar.get_x() + bar.get_width(), 6)) for bar in pulls.patches}
+    assert nulls == {(-0.09, 0.11), (-0.04, 0.05)}
+    bars = [[x for x, _ in path.vertices] for bar in pulls.collections for path in bar.get_paths()]
+    assert bars == [pytest.approx([0.02, 0.18]), pytest.approx([-0.03, 0.13])]
+    assert marks(tokens, "s") == [(0.001, 0), (0.002, 1)] and marks(tokens, "o", filled=False) == [
+        (0.0004, 0),
+        (0.0004, 1),
+    ]
+
+
+def test_a_dense_models_gradients_are_called_so():
+    drawing = drawings("dense")["gradients"]
+    (axes,) = drawing.figure.axes
+    assert marks(axes, "^") == [(0.001, 0), (0.002, 1)] and not marks(axes, "s")
+    assert [text.get_text() for text in drawing.figure.legends[0].get_texts()] == [
+        "characters of a dense MLP",
+        "chance, errors",
+    ]
+    assert "router" not in drawing.caption
+
+
+def test_a_frozen_router_has_tokens_gradients_alone():
+    drawing = figures_of_experts.gradients(analysed() | {"router_gradients": [None, None]})
+    assert len(drawing.figure.axes) == 1 and "balancing" not in drawing.caption
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Across rows
+
+ROWS = [row for row in TABLES["A"].rows_at("cpu") if "dense" not in row.name]
+
+
+def test_without_analyses_of_experts_nothing_is_drawn():
+    dense = comparison(missing={row.name for row in ROWS})
+    nothing = comparison(missing={row.name for row in TABLES["A"].rows_at("cpu")})
+    for of in (dense, nothing):
+        assert [getattr(figures_of_experts, name)(of) for name in ACROSS] == [None] * 4
+
+
+def test_rows_that_are_missing_are_named_and_dense_ones_left_out():
+    of = comparison(missing={ROWS[2].name})
+    for name in ACROSS:
+        drawing = getattr(figures_of_experts, name)(of)
+        assert f"Not analysed: {ROWS[2].label}." in drawing.caption and "Not run" not in drawing.caption, name
+        assert (
+            "dense" not in drawing.alt and f"{ROWS[0].label}" in drawing.alt and "n = 2 seeds a row" in drawing.caption
+        )
+        read = "1,000" if name in ("stability_by_row", "ablation_by_row") else "3,450"
+        assert f"Text: shakespeare_char, {read} characters of validation" in drawing.caption, name
+
+
+def test_information_of_rows_is_each_seeds_their_mean_and_the_frozen_control():
+    of = comparison()
+    drawing = figures_of_experts.information_by_row(of)
+    for title, names in figures_of_experts.ASKED.items():
+        axes = panel(drawing, title.replace("\n", " "))
+        for y, row in enumerate(ROWS):
+            runs = of.cells[row.name]
+            read = analyses.about("character") if names == ("character",) else analyses.about_given_character(*names)
+            values = [100 * read(run) for run in runs]
+            drawn = [x for line in lines_of(axes) for x, at in line if at == pytest.approx(y - 0.12)]
+            assert drawn == pytest.approx([*values, statistics.fmean(values)]), (title, row.name)
+            frozen = 15 if names != ("character",) else statistics.fmean(
+                100 * layer["frozen"]["about"]["character"]["mean"] for run in runs for layer in run["layers"]
+            )  # fmt: skip
+            assert [x for x, at in marks(axes, "o", filled=False) if at == pytest.approx(y + 0.2)] == pytest.approx(
+                [frozen]
+            )
+    assert "topic by the best of speaker and passage" in drawing.caption
+
+
+def test_agreement_of_rows_is_the_mean_over_layers_and_seeds():
+    def change(analysis, row):
+        for layer in analysis["stability"]["layers"] if analysis["stability"] else ():
+            layer["agreement"] = [value - 0.1 * (analysis["config"]["seed"] == 2) for value in layer["agreement"]]
+
+    drawing = figures_of_experts.stability_by_row(comparison(change=change))
+    agreement, character = drawing.figure.axes
+    first, second, mean, chance = lines_of(agreement)[:4]
+    assert [line[0][1] for line in (first, second, mean, chance)] == pytest.approx([37.5, 27.5, 32.5, 25])
+    assert [x for x, _ in mean] == [0, 30, 100, 200]
+    assert lines_of(character)[2][0] == (0, pytest.approx(79))
+    assert len(drawing.figure.legends[0].get_texts()) == len(ROWS)
+
+
+def test_rows_without_snapshots_are_left_out_of_stability_alone():
+    def change(analysis, row):
+        if row == ROWS[0].name:
+            analysis["stability"] = None
+
+    of = comparison(change=change)
+    assert ROWS[0].label not in figures_of_experts.stability_by_row(of).alt
+    assert ROWS[0].label in figures_of_experts.ablation_by_row(of).alt
+
+
+def test_costs_of_rows():
+    def change(analysis, row):
+        if analysis["ablation"]:
+            analysis["ablation"]["shuffled_all"]["nats"] += 0.1 * analysis["config"]["seed"]
+            analysis["ablation"]["merged_all"] = None
+
+    drawing = figures_of_experts.ablation_by_row(comparison(change=change))
+    assert [axes.get_title() for axes in drawing.figure.axes] == ["shuffled", "hashed", "by table", "one removed"]
+    drawn = [x for line in lines_of(panel(drawing, "shuffled")) for x, y in line if y == 0 and x > 0]
+    assert drawn == pytest.approx([1.35, 1.45, 1.4]) and "shuffled +1.400, hashed +1.200" in drawing.alt
+
+
+def test_use_of_experts_of_rows_beside_the_bound():
+    def change(analysis, row):
+        if row == ROWS[1].name:
+            analysis["layers"][1]["load"]["load"] = [1.0, 0.0, 0.0, 0.0]
+
+    of = comparison(change=change)
+    (axes,) = figures_of_experts.load_by_row(of).figure.axes
+    assert [records.COLLAPSED_BELOW] * 2 in [list(line.get_xdata()) for line in axes.get_lines()]
+    drawn = [x for line in lines_of(axes) for x, y in line if y == 1 and x != records.COLLAPSED_BELOW]
+    used = analyses.utilisation(of.cells[ROWS[0].name][0])
+    assert sorted(drawn) == pytest.approx([0, 0, used, used])
+    assert [text.get_text() for text in axes.texts][1:3] == [f"{used:.2f} to {used:.2f}", f"0.00 to {used:.2f}"]
+
+
+def test_a_leaky_row_has_its_dagger():
+    def change(analysis, row):
+        analysis["leaky"] = row == ROWS[1].name
+
+    for name in ACROSS:
+        drawing = getattr(figures_of_experts, name)(comparison(change=change))
+        assert f"{ROWS[1].label} †" in drawing.alt and f"{ROWS[0].label} †" not in drawing.alt, name
+        assert "† routing that sees later characters." in drawing.caption, name
