@@ -110,8 +110,8 @@ def caption_of_run(analysis, *sentences, characters=None) -> str:
     where = f"{analysis['dataset']['name']}{f', {part}' if n else ''}"
     reasons = sorted(daggers([analysis]))
     parts = [sentence for sentence in sentences if sentence]
-    parts.append(f"{analysis['title'] or analysis['run_id']}, seed {config['seed']} (n = 1), after step")
-    parts[-1] += f" {analysis['weights']['step']:,}; {where}."
+    run, step = analysis["title"] or analysis["run_id"], analysis["weights"]["step"]
+    parts.append(f"{run}, seed {config['seed']} (n = 1), after step {step:,}; {where}.")
     parts += [f"† {'; '.join(reasons)}."] if reasons else []
     size = f"{config['n_layer']} layers, {config['n_embd']} wide, context {config['block_size']}"
     return " ".join([*parts, f"{size}; {records.machine_of(analysis)}."])
@@ -331,13 +331,12 @@ def load(analysis) -> Drawing | None:
     counts = " or ".join(map(str, sorted({layer["n_expert"] for layer in layers})))
     caption = caption_of_run(
         analysis,
-        "Above: the share of the choices that goes to each expert, in every evaluation during training; horizontal: "
-        f"an even share, 1/E, E = {counts}." if has_choice else
-        "The share of the choices that goes to each expert, in every evaluation during training; horizontal: an even "
-        f"share, 1/E, E = {counts}.",
+        f"{'Above: the' if has_choice else 'The'} share of the choices that goes to each expert, in every evaluation "
+        f"during training; horizontal: an even share, 1/E, E = {counts}.",
         "Below: how much of its experts a block uses, (exp H(load) − k) / (E − k), from 0, where all characters go to "
         f"the same, to 1, where all experts have as much; below {records.COLLAPSED_BELOW:g} the router counts as "
         "collapsed." if has_choice else "",
+        *(f"The router of block {of['block']} had collapsed at step {of['step']:,}." for of in analysis["collapsed"]),
         f"{evaluations(steps)}.",
         characters=0,
     )  # fmt: skip
@@ -753,7 +752,7 @@ def share_told(names) -> Callable:
     return analyses.about("character") if names == ("character",) else analyses.about_given_character(*names)
 
 
-def dots(axes, cells, read, y_offset=0.0, digits=3) -> list[float | None]:
+def dots(axes, cells, read, y_offset=0.0) -> list[float | None]:
     """A row a cell: a small mark a seed, a large one for their mean. -> the means"""
     means = []
     for y, cell in enumerate(cells):
@@ -786,9 +785,8 @@ def information_by_row(comparison) -> Drawing | None:
     cells = with_numbers(comparison, analyses.about("character"))
     if not cells:
         return None
-    asked = {
-        name: names for name, names in ASKED.items() if any(share_told(names)(run) is not None for run in cells[0].runs)
-    }
+    analysed = [run for cell in cells for run in cell.runs]
+    asked = {name: of for name, of in ASKED.items() if any(share_told(of)(run) is not None for run in analysed)}
     figure, panels = columns_of(cells, len(asked))
     spoken = [[] for _ in cells]
     for panel, (name, names) in zip(panels, asked.items()):
@@ -812,14 +810,12 @@ def information_by_row(comparison) -> Drawing | None:
     names = ["mean", "one seed", "random router instead"]
     figure.set_figheight(figure.get_figheight() + legend_height(names))
     legend_below(figure, [large, small, Line2D([], [], **HOLLOW)], names)
+    topics = f", topic by the best of {' and '.join(told_topics(cells))}" if told_topics(cells) else ""
     caption = caption_across(
         comparison,
         cells,
         f"{comparison.table.title}: what tells a character's expert, as a share of H(expert), beyond chance, mean over "
-        "layers. First panel: the character; others (+): what is added to it, topic by the best of "
-        f"{' and '.join(told_topics(cells))}." if told_topics(cells) else
-        f"{comparison.table.title}: what tells a character's expert, as a share of H(expert), beyond chance, mean over "
-        "layers. First panel: the character; others (+): what is added to it.",
+        f"layers. First panel: the character; others (+): what is added to it{topics}.",
         "Large: mean of the seeds; small: one seed; hollow: frozen random routers on the same inputs, without chance "
         "subtracted. Each panel has its own axis.",
     )  # fmt: skip
@@ -875,6 +871,8 @@ def stability_by_row(comparison) -> Drawing | None:
     agreement.set_ylim(0, 104)
     agreement.set_title("characters that have their final expert, %")
     character.set_title("H(expert) that the character tells, %")
+    if not handles:
+        return None
     handles, names = map(list, zip(*handles))
     figure.set_figheight(figure.get_figheight() + legend_height(names))
     legend_below(figure, handles, names)
