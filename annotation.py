@@ -20,8 +20,8 @@ import numpy as np
 from analyses import CONTEXT
 from data.common import character_class
 from information import dense
+from records import CLASSES
 
-CLASSES = ("vowel", "consonant", "capital", "digit", "space", "newline", "punctuation", "other")
 BANDS = ("commonest quarter", "second quarter", "third quarter", "rarest quarter")
 PLACES_IN_WORD = ("no letter", "first letter", "second letter", "third letter", "fourth letter", "fifth or later")
 PLACES_IN_LINE = {0: "first of the line", 1: "2nd to 4th", 4: "5th to 16th", 16: "17th to 40th", 40: "41st or later"}

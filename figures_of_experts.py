@@ -49,7 +49,6 @@ from figures import (
     thousands,
 )
 
-CLASSES = ("vowel", "consonant", "capital", "digit", "space", "newline", "punctuation", "other")  # annotation.CLASSES
 AT_LEAST, MOST_CHARACTERS = 50, 60  # occurrences of a character that is drawn; characters
 TILE, LEVELS = INK, 20  # shares are drawn in steps of 5%: as opacity of the ink, which is right on light and on dark
 SMALL = 9.5  # points
@@ -202,7 +201,7 @@ def order_of(analysis) -> Order | None:
     class_of = {i: class_of_name(analysis["symbols"][i]) for i in common}
     favourite_V = counts_VE.argmax(axis=1)
     shares_V = counts_VE.max(axis=1) / np.maximum(totals_V, 1)
-    symbols = sorted(common, key=lambda i: (CLASSES.index(class_of[i]), favourite_V[i], -shares_V[i], i))
+    symbols = sorted(common, key=lambda i: (records.CLASSES.index(class_of[i]), favourite_V[i], -shares_V[i], i))
     of_row = [class_of[i] for i in symbols]
     return Order(symbols, [(name, of_row.index(name), of_row.count(name)) for name in dict.fromkeys(of_row)], by)
 

@@ -242,7 +242,6 @@ def test_a_names_class_is_its_symbols():
         for symbol in values:
             expected = annotation.character_class(symbol)
             assert figures_of_experts.class_of_name(annotation.name_of(symbol)) == expected, (kind, symbol)
-    assert figures_of_experts.CLASSES == annotation.CLASSES
 
 
 def test_load_is_every_experts_share_and_the_use_of_them_all():
