@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from annotation import name_of
 from model import GPT, IGNORED
 from probe import Wrapper, altered, first_choice, rerouted, see
 from routing import GATES, Routing, balanced_table, mix
@@ -55,15 +56,15 @@ def cost(before, after, block_size, classes_N, names) -> Cost:
     )
 
 
-def suffering(before, after, ids_N, vocabulary, in_total=False, most=5, at_least=100):
+def suffering(before, after, ids_N, vocabulary, most=5, at_least=100):
     """[[symbol, nats per occurrence that the intervention adds, occurrences], …]: the `most` symbols after which the
-    prediction suffers most, per occurrence (of symbols with at_least so many) or in_total; none that gains."""
+    prediction suffers most, per occurrence, of symbols with at_least so many; none that gains."""
     change_V = np.bincount(ids_N, after.nats_N - before.nats_N, minlength=vocabulary.size)
     count_V = np.bincount(ids_N, minlength=vocabulary.size)
     mean_V = change_V / np.maximum(count_V, 1)
-    rank_V = change_V if in_total else np.where(count_V >= at_least, mean_V, 0.0)
+    rank_V = np.where(count_V >= at_least, mean_V, 0.0)
     order = [i for i in np.argsort(-rank_V, kind="stable")[:most] if rank_V[i] > 0]
-    return [[vocabulary.symbols[i], float(mean_V[i]), int(count_V[i])] for i in order]
+    return [[name_of(vocabulary.symbols[i]), float(mean_V[i]), int(count_V[i])] for i in order]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +307,8 @@ def ablations(model, windows, machine, seen, ids_N, classes, vocabulary, counts_
     A Cost is {"nats", "se", "by_class"}. A list has an entry per MoE layer; None stands where an intervention makes no
     sense: layers with one expert, other k for a hash router.
       removed       [[a Cost + "share" of the tokens whose main expert it was + "suffer" (see `suffering`), per expert]]
-      removed_all   a Cost + "experts": the cheapest of each layer, all at once
+      removed_all   a Cost + "experts": the cheapest of each layer, all at once; chosen on the text that it is told of,
+                    and so a little too cheap, like what is merged
       merged        [a Cost + "expert", the layer's cheapest, + "into", its heir], merged_all all at once
       shuffled, tabulated   [Cost]; shuffled_all, tabulated_all, hashed_all: in all layers at once
       top_k         {k: Cost}, "0" for all

@@ -10,6 +10,7 @@ needs torch.
 
 import functools
 import json
+from collections import Counter
 from pathlib import Path
 
 import records
@@ -32,7 +33,7 @@ MEASURED = {  # of information.measured
     "values": COUNT,
     "draws": COUNT,
 }
-DRAWN = {"mean": SIGNED, "sd": NUMBER, "draws": COUNT}  # a share, over routers that were drawn
+DRAWN = {"mean": SIGNED, "sd": NUMBER, "draws": COUNT}  # a share beyond chance, over routers that were drawn
 LAYER = {
     "block": COUNT,
     "n_expert": COUNT,
@@ -79,6 +80,7 @@ SCHEMA = {
     "machine": records.SCHEMA["machine"],
     "weights": {"checkpoint": LINE, "step": COUNT},
     "text": {"characters": COUNT, "whole": FLAG},  # of the validation split, from its start
+    "asked": {"characters": COUNT, "pass_characters": COUNT, "gradient_batches": COUNT, "seed": COUNT},
     "passes": COUNT,  # characters of it that ablation and stability are of, which read it many times
     "nats": LOSS_NUMBER,
     "by_class": OBJECT,  # class -> {"characters", "nats"}
@@ -88,7 +90,7 @@ SCHEMA = {
     "router_gradients": [(OBJECT, None)],  # of gradients.router_gradients, per MoE layer
     "conflicts": [OBJECT],  # of gradients.conflicts, per block
     "evolution": ({"steps": [COUNT], "loads": [[[SHARE]]]}, None),  # of metrics.jsonl: steps × MoE layers × experts
-    "collapsed": [{"block": COUNT, "step": COUNT}],  # the first evaluation at which a router had collapsed
+    "collapsed": [{"block": COUNT, "step": COUNT, "until": (COUNT, None)}],  # from one evaluation to another
     "stability": (STABILITY, None),  # where the run kept snapshots
     "sample": ({"text": TEXT, "experts": [[(COUNT, None)]]}, None),  # per MoE layer, each character's expert
     "seconds": NUMBER,
@@ -111,7 +113,17 @@ def problems(analysis) -> list[str]:
     config, wrong = records.config_in(analysis["config"], "config")
     if wrong:
         return wrong
-    return [message for holds, message in rules(analysis, config) if not holds]
+    wrong = [message for holds, message in rules(analysis, config) if not holds]
+    return wrong or list(unread(analysis))
+
+
+def unread(analysis):
+    """What of the tables' numbers an analysis lacks the parts for."""
+    for name, read_number in NUMBERS.items():
+        try:
+            read_number(analysis)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            yield f"{name} cannot be read of it: {type(error).__name__} {error}"
 
 
 def rules(analysis, config):
@@ -155,7 +167,8 @@ def read(path, name=None) -> dict:
 
 def read_all(folder) -> tuple[list[dict], list[str]]:
     """The analyses in folder/analysis/*.json, by name; and what is left out of them, a line each: what `read` refuses,
-    what is not named …-s<seed>.json, a second one of a run, and one by code that no commit has."""
+    what is not named …-s<seed>.json, a second one of a run, one by code that no commit has, one of other weights than
+    the last, and one that was asked for otherwise than most are, for their numbers do not compare."""
     folder, left_out, found = Path(folder), [], {}
     paths = sorted((folder / records.ANALYSIS).glob("*.json"))
     for path, name, analysis in records.read_each(paths, folder.parent, read, left_out):
@@ -164,13 +177,32 @@ def read_all(folder) -> tuple[list[dict], list[str]]:
             left_out.append(f"{name}: expected a name that ends in {ending}, for that is its run's seed; rename it")
             continue
         key = analysis["run_id"], records.machine_of(analysis)
+        weights, last = analysis["weights"], analysis["config"]["max_iters"]
         if not records.is_clean(analysis):
             left_out.append(f"{name}: by code with uncommitted changes; commit them, and {WAY_OUT}")
+        elif weights != {"checkpoint": "ckpt.pt", "step": last}:
+            found_weights = f"{weights['checkpoint']}, step {weights['step']:,}"
+            left_out.append(f"{name}: of {found_weights}; tables are of the last weights")
         elif key in found:
             left_out.append(f"{name}: of the same run as {found[key][0]}, which counts; delete one")
         else:
             found[key] = name, analysis
-    return [analysis for _, analysis in found.values()], left_out
+    asked = Counter(asked_of(analysis) for _, analysis in found.values())
+    usual = max(asked, key=lambda one: (asked[one], one), default=None)
+    for name, analysis in found.values():
+        if asked_of(analysis) != usual:
+            left_out.append(f"{name}: asked for with {dict(asked_of(analysis))}, most with {dict(usual)}; {WAY_OUT}")
+    return [analysis for _, analysis in found.values() if asked_of(analysis) == usual], left_out
+
+
+def asked_of(analysis):
+    return tuple(sorted(analysis["asked"].items()))
+
+
+def collapse_text(found) -> str:
+    """found: an entry of "collapsed"."""
+    end = "and was at the end" if found["until"] is None else f"and no longer at step {found['until']:,}"
+    return f"The router of block {found['block']} had collapsed at step {found['step']:,}, {end}."
 
 
 def text_of(analysis) -> str:
@@ -257,24 +289,46 @@ def syntax_over_topic(analysis):
 
 @over_layers
 def unexplained(layer):
-    """H(expert | character) / H(expert): what the character does not tell."""
-    return layer["entropy_given_character"] / layer["entropy"] if layer["entropy"] else None
+    """What the character and the two before it leave open of the expert, as a share of H(expert)."""
+    if not layer["entropy"]:
+        return None
+    return layer["entropy_given_character"] / layer["entropy"] - most_given_character(layer, CONTEXT[1:2])
 
 
 @over_layers
 def character_above_frozen(layer):
     """What the character tells of the expert, less what it tells of a random router's on the same inputs."""
-    return layer["about"]["character"]["share"] - layer["frozen"]["about"]["character"]["mean"]
+    ours = net(layer["about"]["character"], layer)
+    return None if ours is None else ours - layer["frozen"]["about"]["character"]["mean"]
 
 
 @over_layers
-def frequency_above_hash(layer):
-    """What the frequency band tells of the expert per what the character tells; less the same of a balanced table of
-    the characters, which knows nothing of bands but balances the load."""
-    character = layer["about"]["character"]["share"]
-    if character <= 0:
+def frequency_above_frozen(layer):
+    """What the frequency band tells of the expert, as a part of what the character tells; less the same of a random
+    router's on the same inputs."""
+    character, frozen = net(layer["about"]["character"], layer), layer["frozen"]["about"]
+    if not character or character <= 0 or frozen["character"]["mean"] <= 0:
         return None
-    return layer["about"]["frequency band"]["share"] / character - layer["hash"]["frequency band"]["mean"]
+    ours = net(layer["about"]["frequency band"], layer) / character
+    return ours - frozen["frequency band"]["mean"] / frozen["character"]["mean"]
+
+
+@over_layers
+def topic_of_rest(layer):
+    """What the topic tells beyond the character, as a share of what that leaves open: a router of which the character
+    tells little has more to be told of."""
+    topic = most_given_character(layer, TOPIC)
+    rest = layer["entropy_given_character"] / layer["entropy"] if layer["entropy"] else 0
+    return topic / rest if topic is not None and rest > 0.01 else None
+
+
+@over_layers
+def topic_above_frozen(layer):
+    """What the topic tells beyond the character, less the same of a random router's on the same inputs."""
+    frozen = layer["frozen"]["about_given_character"]
+    theirs = [frozen[name]["mean"] for name in TOPIC if name in frozen]
+    topic = most_given_character(layer, TOPIC)
+    return topic - max(theirs) if topic is not None and theirs else None
 
 
 def of_stability(name, step=None):
@@ -303,7 +357,7 @@ def early_agreement(analysis):
 
 
 def early_step(analysis):
-    """The first snapshot after 15% of the updates or more; None without one."""
+    """The step of the first snapshot after 15% of the updates or more; None without one."""
     steps = (analysis["stability"] or {"steps": []})["steps"]
     return next((step for step in steps if step >= 0.15 * analysis["config"]["max_iters"]), None)
 
@@ -326,3 +380,23 @@ def ablated(name):
         return cost["nats"] if cost else None
 
     return read_analysis
+
+
+NUMBERS = {  # all of them, by name
+    "character": about("character"),
+    "utilisation": utilisation,
+    "lowest utilisation": lowest_utilisation,
+    "largest load": largest_load,
+    "effective experts": effective_experts,
+    "syntax over topic": syntax_over_topic,
+    "unexplained": unexplained,
+    "character above frozen": character_above_frozen,
+    "frequency above frozen": frequency_above_frozen,
+    "topic of rest": topic_of_rest,
+    "topic above frozen": topic_above_frozen,
+    "gain": gain_of_specialisation,
+    "early agreement": early_agreement,
+    "router cosine": router_cosine,
+    "token cosine": token_cosine,
+    **{name: ablated(name) for name in ("shuffled_all", "hashed_all", "tabulated_all", "removed_all", "merged_all")},
+}

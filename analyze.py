@@ -62,7 +62,7 @@ class Options:
         200_000, "of the validation split, from its start, in whole batches; 0 = all of it", at_least=0
     )
     pass_characters: int = option(
-        32_000, "of these, for ablation and stability, which read them many times; 0 = all", at_least=0
+        16_000, "of these, for ablation and stability, which read them many times; 0 = all", at_least=0
     )
     ablation: bool = option(True, "what the loss becomes without experts, with others, with less of a router")
     gradient_batches: int = option(8, "batches of the training text; 0 = no gradients", at_least=0, at_most=10_000)
@@ -112,6 +112,11 @@ class Subject:
         self.ids_N = np.concatenate([x[y != IGNORED].cpu().numpy() for x, y in self.windows])
         self.counts_V = self.dataset.symbol_counts("train")
         self.about = annotate(self.ids_N, self.vocabulary, self.counts_V, self.config.block_size)
+
+    @property
+    def seed(self):
+        """Of what is drawn for this run: runs of other seeds draw others."""
+        return mix(self.options.seed, self.config.seed) % 2**31
 
     def first(self, windows, characters):
         """-> as many batches of windows as that many characters fill, at least one; 0: all."""
@@ -173,7 +178,7 @@ def analysis_of(subject, bar_title):
             n, (classes_N, names) = len(passed.nats_N), subject.classes
             ablated = ablation.ablations(
                 model, subject.passed, subject.machine, passed, subject.ids_N[:n], (classes_N[:n], names),
-                subject.vocabulary, subject.counts_V, options.seed, bar.done,
+                subject.vocabulary, subject.counts_V, subject.seed, bar.done,
             )  # fmt: skip
         bar.doing("writing")
         sample = sample_of(subject)
@@ -190,6 +195,9 @@ def analysis_of(subject, bar_title):
         "machine": machines.describe(subject.machine),
         "weights": {"checkpoint": subject.checkpoint, "step": subject.step},
         "text": {"characters": len(subject.ids_N), "whole": subject.is_whole},
+        "asked": {
+            name: getattr(options, name) for name in ("characters", "pass_characters", "gradient_batches", "seed")
+        },
         "passes": len(passed.nats_N),
         "nats": seen.nats,
         "by_class": losses_by_class(subject, seen),
@@ -199,7 +207,7 @@ def analysis_of(subject, bar_title):
         "router_gradients": pulls,
         "conflicts": conflicts,
         "evolution": evolution,
-        "collapsed": first_collapses(evolution, config),
+        "collapsed": collapses(evolution, config),
         "stability": stability,
         "sample": sample,
         "seconds": time.perf_counter() - started,
@@ -219,7 +227,7 @@ def losses_by_class(subject, seen):
 def layers_of(subject, seen):
     """Load and specialisation of each MoE layer."""
     model, config, layers = subject.model, subject.config, []
-    frozen = probe.random_routers(model, subject.windows, subject.machine, DRAWS, subject.options.seed)
+    frozen = probe.random_routers(model, subject.windows, subject.machine, DRAWS, subject.seed)
     per_batch = tokens_per_batch(subject)
     for number, (block, layer) in enumerate(zip(config.moe_layers, model.moe_layers())):
         n_expert = layer.config.n_expert
@@ -253,7 +261,7 @@ def layers_of(subject, seen):
 
 def hash_table(subject, block, n_expert, draw):
     """(V,): a balanced table, symbol -> expert, drawn as HashRouter draws its own."""
-    generator = torch.Generator().manual_seed(mix(subject.options.seed, block, draw))
+    generator = torch.Generator().manual_seed(mix(subject.seed, block, draw))
     blur = 1 + 0.2 * torch.rand(subject.vocabulary.size, generator=generator, dtype=torch.float64)
     return balanced_table(subject.counts_V.cpu(), blur, n_expert).numpy()
 
@@ -278,31 +286,29 @@ def asked_of(subject, given_N):
     return [name for name in names if name in subject.about]
 
 
-def measured_about(subject, labels_N, given_N=None):
+def measured_about(subject, labels_N, given_N=None, draws=DRAWS):
+    """{annotation: information.measured}"""
+    seed, size = subject.seed, subject.config.block_size
     return {
         name: information.measured(
-            labels_N,
-            subject.about[name].labels,
-            given_N,
-            DRAWS,
-            subject.options.seed,
-            null_of(name),
-            subject.config.block_size,
+            labels_N, subject.about[name].labels, given_N, draws, seed, null_of(name), size
         )._asdict()
         for name in asked_of(subject, given_N)
     }
 
 
 def drawn(subject, routers, given_N=None):
-    """{annotation: the share of H(expert) that it tells of each of these routers, (N,) each, mean and SD}"""
-    found = {}
-    for name in asked_of(subject, given_N):
-        about_N, shares = subject.about[name].labels, []
-        for labels_N in routers:
-            total = information.entropy(labels_N)
-            shares.append(information.information(labels_N, about_N, given_N) / total if total else 0.0)
-        found[name] = {"mean": float(np.mean(shares)), "sd": float(np.std(shares, ddof=1)), "draws": len(shares)}
-    return found
+    """{annotation: the share of H(expert) that it tells of each of these routers, (N,) each, less what chance gives:
+    mean and SD}"""
+    shares = {name: [] for name in asked_of(subject, given_N)}
+    for labels_N in routers:
+        layer = {"entropy": information.entropy(labels_N)}
+        for name, found in measured_about(subject, labels_N, given_N, draws=2).items():
+            shares[name].append(analyses.net(found, layer) or 0.0)
+    return {
+        name: {"mean": float(np.mean(of)), "sd": float(np.std(of, ddof=1)), "draws": len(of)}
+        for name, of in shares.items()
+    }
 
 
 def by_class(subject, labels_N, n_expert):
@@ -347,9 +353,9 @@ def gradients_of(subject):
     if not count:
         return [None] * len(model.moe_layers()), []
     batches = subject.batches(count)
-    pulls = gradients.router_gradients(model, batches, subject.machine, seed=subject.options.seed)
+    pulls = gradients.router_gradients(model, batches, subject.machine, seed=subject.seed)
     classes_V, names = class_of(subject.vocabulary)
-    return pulls, gradients.conflicts(model, batches, subject.machine, classes_V, names, seed=subject.options.seed)
+    return pulls, gradients.conflicts(model, batches, subject.machine, classes_V, names, seed=subject.seed)
 
 
 def stability_of(subject, passed, snapshots, bar):
@@ -398,13 +404,16 @@ def evolution_of(folder, config):
     return {"steps": list(found), "loads": list(found.values())} if found and config.n_expert else None
 
 
-def first_collapses(evolution, config):
-    """[{"block", "step"}]: when a router was first seen to have collapsed."""
-    found = {}
+def collapses(evolution, config):
+    """[{"block", "step", "until"}]: from which evaluation after the first update on a router had collapsed, and at
+    which one it no longer had; None where that is how it ended."""
+    found, since = [], {}
     for step, loads in zip(evolution["steps"], evolution["loads"]) if evolution else ():
-        for block in records.collapsed_blocks(config, loads):
-            found.setdefault(block, step)
-    return [{"block": block, "step": step} for block, step in sorted(found.items())]
+        now = set(records.collapsed_blocks(config, loads)) if step else set()
+        found += [{"block": block, "step": since.pop(block), "until": step} for block in set(since) - now]
+        since |= {block: step for block in now - set(since)}
+    found += [{"block": block, "step": step, "until": None} for block, step in since.items()]
+    return sorted(found, key=lambda one: (one["block"], one["step"]))
 
 
 def sample_of(subject):
@@ -414,7 +423,7 @@ def sample_of(subject):
         return None
     newline = next((i for i, symbol in enumerate(subject.vocabulary.symbols) if symbol in ("\n", 10)), 0)
     decoder = decoding.fastest(model, 1, subject.machine, 0.8, 200)
-    generator = torch.Generator().manual_seed(subject.options.seed)
+    generator = torch.Generator().manual_seed(subject.seed)
     layers = range(len(model.moe_layers()))
     unread, tokens, experts = [newline], [], [[] for _ in layers]
     for step in decoder.write(torch.tensor([unread], device=subject.machine.device), count + 1, [generator]):
@@ -455,7 +464,7 @@ def reading(analysis):
     worst = sorted(analysis["by_class"].items(), key=lambda item: -item[1]["nats"])
     lines.append("  loss after a " + ", ".join(f"{name} {of['nats']:.2f}" for name, of in worst) + " nats")
     for found in analysis["collapsed"]:
-        lines.append(f"  The router of block {found['block']} had collapsed at step {found['step']:,}.")
+        lines.append(f"  {analyses.collapse_text(found)}")
     if analysis["layers"] and not analysis["stability"]:
         lines.append("  No snapshots: train with --save_every=100 to see when routing settles.")
     return lines

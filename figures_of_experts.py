@@ -335,7 +335,7 @@ def load(analysis) -> Drawing | None:
         "Below: how much of its experts a block uses, (exp H(load) − k) / (E − k), from 0, where all characters go to "
         f"the same, to 1, where all experts have as much; below {records.COLLAPSED_BELOW:g} the router counts as "
         "collapsed." if has_choice else "",
-        *(f"The router of block {of['block']} had collapsed at step {of['step']:,}." for of in analysis["collapsed"]),
+        *map(analyses.collapse_text, analysis["collapsed"]),
         f"{evaluations(steps)}.",
         characters=0,
     )  # fmt: skip
@@ -508,7 +508,7 @@ def information(analysis) -> Drawing | None:
         "a share of its entropy H(expert), corrected for bias, less what relabelled text gives. Above the line: the "
         "character alone; below (+): what is added to it, at most what it leaves open of the learned router (dotted). "
         "Hollow circle: a frozen random router on the same inputs; diamond: a balanced table of the characters (mean "
-        f"of {draws[0] if draws else 0} draws each, nothing subtracted).",
+        f"of {draws[0] if draws else 0} draws each, beyond chance too).",
     )
     spoken = "; ".join(
         f"{name_of(layer)}: " + ", ".join(f"{one.label} {share(one.ours)} (random {share(one.frozen)})" for one in of)
@@ -815,8 +815,8 @@ def information_by_row(comparison) -> Drawing | None:
         cells,
         f"{comparison.table.title}: what tells a character's expert, as a share of H(expert), beyond chance, mean over "
         f"layers. First panel: the character; others (+): what is added to it{topics}.",
-        "Large: mean of the seeds; small: one seed; hollow: frozen random routers on the same inputs, without chance "
-        "subtracted. Each panel has its own axis.",
+        "Large: mean of the seeds; small: one seed; hollow: frozen random routers on the same inputs, beyond "
+        "chance too. Each panel has its own axis.",
     )  # fmt: skip
     rows = "; ".join(f"{cell.label}: {', '.join(of)}" for cell, of in zip(cells, spoken))
     return Drawing(figure, caption, f"Dots of what tells the expert. {rows}.")

@@ -443,14 +443,16 @@ def chance(layers, draws, generator):
 
 
 def mean_of(found):
-    """The groups' numbers, each weighted by the tokens that it served; None without a group of 2 tokens."""
+    """The groups' numbers, each weighted by the tokens that it served, without those that have no such number; None
+    without a group of 2 tokens."""
     found = [one for one in found if one.group]
     if not found:
         return None
     served = [one.group["tokens"] for one in found]
 
     def mean(values):
-        return None if None in values else sum(w * value for w, value in zip(served, values)) / sum(served)
+        pairs = [(weight, value) for weight, value in zip(served, values) if value is not None]
+        return sum(w * value for w, value in pairs) / sum(w for w, _ in pairs) if pairs else None
 
     names = ("cosine", "negative", "signal", "cosine_between_sequences")
     numbers = {name: mean([one.group[name] for one in found]) for name in names}

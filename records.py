@@ -34,8 +34,8 @@ BENCH, ANALYSIS = "bench", "analysis"
 # no more memory than the context of the run's own process takes.
 OTHERS_CPU_SHARE = 0.05
 OTHERS_DEVICE_BYTES = 2**30
-# A layer that uses less of its experts has collapsed: with 4 experts, top-1, about when one of them gets 87% of the
-# tokens. Learned routers start above two thirds.
+# A layer that uses less of its experts has collapsed: with 4 experts, top-1, when one gets 86% of the tokens and the
+# others evenly the rest. Learned routers by token start above two thirds.
 COLLAPSED_BELOW = 0.25
 WAY_OUT = "copy the run's summary.json again, or make the run again"
 

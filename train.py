@@ -518,9 +518,11 @@ class Training:
         return None
 
     def warn_of_collapse(self, line):
-        """A line of warning for each layer that has collapsed and was not said to have."""
-        known = {block for past in self.progress["evaluations"][:-1] for block in past.get("collapsed", ())}
-        for block in line["collapsed"]:
+        """A line of warning for each layer that has collapsed since the evaluation before; what updates have not made
+        is none."""
+        before = [past for past in self.progress["evaluations"][:-1] if past["step"]]
+        known = before[-1].get("collapsed", ()) if before else ()
+        for block in line["collapsed"] if line["step"] else ():
             if block not in known:
                 load = line["load"][self.config.moe_layers.index(block)]
                 self.screen.say(

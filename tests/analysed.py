@@ -63,6 +63,7 @@ def analysed(seed=1, machine=None, commit="0" * 40, canonical=True, told=0.5, **
         },
         "weights": {"checkpoint": "ckpt.pt", "step": config.max_iters},
         "text": {"characters": sum(COUNTS), "whole": True},
+        "asked": {"characters": 200_000, "pass_characters": 1000, "gradient_batches": 8, "seed": 0},
         "passes": 1000,
         "nats": 1.9,
         "by_class": {"vowel": {"characters": 1549, "nats": 2.0}, "space": {"characters": 900, "nats": 2.8}},

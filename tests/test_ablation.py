@@ -97,8 +97,6 @@ def test_who_suffers():
     before = seen_of([0] * 5)
     assert suffering(before, change, ids_N, VOCABULARY, at_least=1) == [["b", 5.0, 1], ["a", 3.0, 2]]
     assert suffering(before, change, ids_N, VOCABULARY, at_least=2) == [["a", 3.0, 2]]
-    assert suffering(before, change, ids_N, VOCABULARY, in_total=True) == [["a", 3.0, 2], ["b", 5.0, 1]]
-    assert suffering(before, change, ids_N, VOCABULARY, in_total=True, most=1) == [["a", 3.0, 2]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

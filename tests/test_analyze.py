@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from analysed import analysed as analysed_by_hand
 from conftest import english, prepare_text, train_tiny
 
 import analyses
@@ -104,10 +105,16 @@ def test_a_router_of_the_two_last_characters_is_known_for_what_it_is(words, tmp_
 
 def test_everything_to_one_expert_is_a_collapse(words, tmp_path, capsys):
     analysis = analysed(words, tmp_path / "one", n_expert=2, expert_top_k=1)
-    evolution = {"steps": [0, 10, 20], "loads": [[[0.5, 0.5]] * 2, [[0.5, 0.5], [1.0, 0.0]], [[0.99, 0.01], [1, 0]]]}
+    even, one = [0.5, 0.5], [1.0, 0.0]
+    loads = [[one, one], [even, one], [[0.99, 0.01], even], [one, one]]  # before the first update nobody collapsed
+    evolution = {"steps": [0, 10, 20, 30], "loads": loads}
     config = analyze.records.config_in(analysis["config"], "config")[0]
-    assert analyze.first_collapses(evolution, config) == [{"block": 0, "step": 20}, {"block": 1, "step": 10}]
-    assert analyze.first_collapses(None, config) == []
+    assert analyze.collapses(evolution, config) == [
+        {"block": 0, "step": 20, "until": None},
+        {"block": 1, "step": 10, "until": 20},
+        {"block": 1, "step": 30, "until": None},
+    ]
+    assert analyze.collapses(None, config) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,6 +284,9 @@ def changed(analysis, path, value):
         (["layers", 0, "about", "character"], {}, "missing field"),
         (["router_gradients"], [], "router_gradients is of 0 layers"),
         (["stability", "steps"], [0], "its lengths differ"),
+        (["layers", 0, "load"], {}, "cannot be read of it"),
+        (["layers", 0, "frozen", "about"], {}, "character above frozen cannot be read of it"),
+        (["ablation"], {"removed": [None, None]}, "shuffled_all cannot be read of it"),
         (["config", "n_expert"], 10**9, "n_expert"),
     ],
 )
@@ -294,6 +304,7 @@ def test_a_folder_of_analyses(learned, tmp_path):
         "again-s1337": clean,
         "run-s7": clean,
         "dirty-s1337": changed(clean, ["git", "dirty"], True),
+        "best-s1337": changed(clean, ["weights", "checkpoint"], "best.pt"),
     }.items():
         (folder / f"{name}.json").write_text(analyses.text_of(analysis))
     (folder / "torn-s1.json").write_text("{")
@@ -307,7 +318,18 @@ def test_a_folder_of_analyses(learned, tmp_path):
         "torn",
     ):
         assert why in told
-    assert len(left_out) == 4
+    assert len(left_out) == 5
+
+
+def test_what_was_asked_for_otherwise_is_left_out(learned, tmp_path):
+    folder = tmp_path / "results" / "analysis"
+    folder.mkdir(parents=True)
+    for n_layer, asked in ((1, 640), (2, 640), (3, 32_000)):
+        one = analysed_by_hand(n_layer=n_layer)
+        (folder / f"r{n_layer}-s1.json").write_text(analyses.text_of(changed(one, ["asked", "pass_characters"], asked)))
+    found, left_out = analyses.read_all(tmp_path / "results")
+    assert [one["config"]["n_layer"] for one in found] == [1, 2]
+    assert len(left_out) == 1 and "r3-s1.json: asked for with {" in left_out[0]
 
 
 def test_numbers_are_kept_to_six_digits():

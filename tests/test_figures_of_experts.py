@@ -246,13 +246,13 @@ def test_a_names_class_is_its_symbols():
 
 def test_load_is_every_experts_share_and_the_use_of_them_all():
     analysis = analysed(n_expert=2)
-    analysis["collapsed"] = [{"block": 1, "step": 200}]
+    analysis["collapsed"] = [{"block": 1, "step": 200, "until": None}]
     analysis["evolution"] = {
         "steps": [0, 100, 200],
         "loads": [[[0.5, 0.5]] * 2, [[0.75, 0.25]] * 2, [[0.99, 0.01]] * 2],
     }
     drawing = figures_of_experts.load(analysis)
-    assert "The router of block 1 had collapsed at step 200." in drawing.caption
+    assert "The router of block 1 had collapsed at step 200, and was at the end." in drawing.caption
     even, first, second = lines_of(panel(drawing, "block 0"))
     assert even[0][1] == 50 and first == [(0, 50), (100, 75), (200, 99)] and second[2] == (200, pytest.approx(1))
     bound, *used = lines_of(drawing.figure.axes[-1])
