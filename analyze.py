@@ -1,12 +1,16 @@
 """What the router of a run has learned: load, specialisation, stability, gradients, ablations.
 
     python analyze.py out/shakespeare_moe4-cpu-s1337
-    python analyze.py out/*-cpu-s1337 --results=results     also keep the analyses, for plot_results.py
-    python analyze.py out/… --ablation=False                all but the slowest part
+    python analyze.py out/*-cpu-s*/ --results=results    keeps the analyses for plot_results.py, too
+    python analyze.py out/… --ablation=False             all but the slowest part
 
-Reads the run's last weights and the start of its validation split; writes analysis.json and analysis_*.svg into the
-run's folder, and prints a short reading. Runs that were trained with --save_every have their routing followed over
-training. A dense model has no router; its loss by class and its gradients are measured, to hold experts against.
+Reads the run's last weights and the start of its validation split; writes analysis.json and
+analysis_*.svg into the run's folder, and prints a short reading. Runs that were trained with
+--save_every have their routing followed over training. A dense model has no router; its loss by
+class and its gradients are measured, to hold experts against.
+
+Exit codes: 0 done; 1 a folder of several could not be analysed, and was named; 2 a mistake in
+what was asked.
 """
 
 import contextlib
@@ -542,20 +546,20 @@ COLUMNS = (  # heading, of (analysis, number of the layer), as text
 
 
 def write(folder, analysis, options):
-    """analysis.json and its figures into the run's folder. -> their names"""
+    """analysis.json and its figures into the run's folder, and where options.results says. -> a line that says so"""
     text = analyses.text_of(analysis)
     checkpoint.write_atomically(folder / "analysis.json", text.encode())
-    names = ["analysis.json"]
-    for name, drawing in figures_of_experts.of_run(analysis).items():
+    drawings = figures_of_experts.of_run(analysis)
+    for name, drawing in drawings.items():
         checkpoint.write_atomically(folder / f"analysis_{name}.svg", figures.svg(drawing.figure).encode())
-        names.append(f"analysis_{name}.svg")
+    said = f"  wrote {os.path.relpath(folder)}/analysis.json and analysis_{{{','.join(drawings)}}}.svg"
     if options.results:
         kept = Path(options.results) / records.ANALYSIS / f"{folder.resolve().name}.json"
         with checkpoint.writing(kept):
             kept.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_atomically(kept, text.encode())
-        names.append(str(kept))
-    return names
+        said += f", and {os.path.relpath(kept)}"
+    return f"{said} after {records.duration(analysis['seconds'])}"
 
 
 def main(argv):
@@ -580,8 +584,7 @@ def main(argv):
                 print(f"left out: {error}", file=sys.stderr)
             continue
         print("\n".join(reading(analysis)))
-        names = write(folder, analysis, options)
-        print(f"  wrote {', '.join(names)} in {os.path.relpath(folder)} after {records.duration(analysis['seconds'])}")
+        print(write(folder, analysis, options))
     if problems and len(folders) == 1:
         raise problems[0]
     return 1 if problems else 0

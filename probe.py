@@ -81,18 +81,6 @@ def first_choice(routing, router):
 # What routers are given
 
 
-def layer_inputs(model, windows, machine, limit) -> list[np.ndarray]:
-    """Per MoE layer (n, D) float32: what its router is given (the normalised stream, pooled as config.router_level
-    says) for the first n = min(limit, N) characters."""
-    batches, count = [], 0
-    for inputs in router_inputs(model, windows, machine):
-        batches.append([x_ND[: limit - count].cpu() for x_ND in inputs])
-        count += len(batches[-1][0]) if inputs else limit
-        if count >= limit:
-            break
-    return [torch.cat(layer).numpy() for layer in zip(*batches)]
-
-
 def random_routers(model, windows, machine, draws, seed) -> list[list[np.ndarray]]:
     """Per MoE layer, per draw, (N,) int64: the experts that a linear router chooses which was drawn anew, as at the
     start of training, for the inputs of the layer's own. What untrained routing knows of a text.

@@ -13,11 +13,18 @@ import machine
 import moe
 from data.common import Dataset
 from model import GPT, IGNORED
-from probe import Wrapper, altered, layer_inputs, random_routers, rerouted, see
+from probe import Wrapper, altered, random_routers, rerouted, router_inputs, see
 from routing import LEVELS, mix
 
 CPU = machine.choose("cpu", "float32", False)
 MOE = dict(n_expert=4, expert_top_k=2, capacity_factor=0.5)
+
+
+def layer_inputs(model, windows, machine, limit):
+    """Per MoE layer (n, D) float32: what its router is given (the normalised stream, pooled as config.router_level
+    says) for the first n = min(limit, N) characters."""
+    batches = list(router_inputs(model, windows, machine))
+    return [torch.cat(layer)[:limit].cpu().numpy() for layer in zip(*batches)]
 
 
 def model_of(config, vocab_size=SYMBOLS, std=0.3):
