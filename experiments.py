@@ -149,10 +149,10 @@ MEASURES = {
     "beyond_character": Measure("+ two characters before it", _SHARE, 3, analyses.context_given_character),
     "syntax": Measure("+ place in word or line", _SHARE, 3, analyses.syntax_given_character),
     "topic": Measure("+ speaker, play or passage", _SHARE, 3, analyses.topic_given_character),
-    "topic_of_rest": Measure("the same", "of H(expert | character)", 3, analyses.topic_of_rest),
+    "topic_of_rest": Measure("the same", "of what the character leaves open", 3, analyses.topic_of_rest),
     "topic_above_frozen": Measure("the same − a random router's", _SHARE, 3, analyses.topic_above_frozen),
     "syntax_over_topic": Measure("place − topic", _SHARE, 3, analyses.syntax_over_topic),
-    "unexplained": Measure("H(expert | three characters)", _SHARE, 3, analyses.unexplained),
+    "unexplained": Measure("left open by the three", _SHARE, 3, analyses.unexplained),
     "frequency_above_frozen": Measure(
         "frequency band ÷ character, − a random router's", "", 3, analyses.frequency_above_frozen, lower_is_better=False
     ),
