@@ -217,7 +217,7 @@ def experts(analysis) -> Drawing | None:
     gap = 0.5  # rows, between classes
     places = [row + gap * i for i, (_, first, n) in enumerate(order.classes) for row in range(first, first + n)]
     width = min(WIDTH, max(4.2, 2.0 + 0.36 * columns))
-    figure = Figure(figsize=(width, 1.1 + 0.165 * (places[-1] + 1)), layout="constrained")
+    figure = Figure(figsize=(width, max(2.6, 1.1 + 0.165 * (places[-1] + 1))), layout="constrained")
     panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
     told = []
     for panel, layer in zip(panels, layers):

@@ -840,7 +840,7 @@ def shown_everywhere(record):
     """All that a single record is drawn in, but for figures."""
     assert records.report(record).encode() and records.machine_of(record)
     for table in experiments.TABLES.values():
-        for comparison in experiments.gather(table, [record], "cpu"):
+        for comparison in experiments.gather(table, experiments.in_cells(table, [record], []), "cpu"):
             for view in table.views:
                 grid = tables.grid_of(comparison, view)
                 assert tables.markdown(grid).encode() and tables.latex(grid).encode()

@@ -423,13 +423,14 @@ def routed(results, monkeypatch):
     monkeypatch.setattr(plot_results, "TABLES", {**plot_results.TABLES, "R": ROUTED})
     monkeypatch.setattr(plot_results, "CLAIMS", [*plot_results.CLAIMS, claim])
     monkeypatch.setattr(plot_results, "FIGURES", {**plot_results.FIGURES, "R": ("load_by_row", "information_by_row")})
+    machine = json.loads(of_cell(results).read_text())["machine"]
     for row in ROUTED.rows:
         for seed in (1, 2, 3):
             config = row.config_at("cpu", seed).to_dict()
             told = {"moe4": 0.5, "moe4_aux01": 0.3}[row.name] + 0.001 * seed
             path = results / "analysis" / f"{row.cell('cpu', seed)}.json"
             path.parent.mkdir(exist_ok=True)
-            path.write_text(analyses.text_of(analysed(told=told, **config)))
+            path.write_text(analyses.text_of(analysed(told=told, machine=machine, **config)))
     return results
 
 
