@@ -132,12 +132,9 @@ class Subject:
         config = self.config
         dataset = Dataset.open(find(config.dataset), self.machine.device).train_on_first(config.train_characters)
         if saved["dataset"] != dataset.describe() or saved["vocabulary"] != dataset.vocabulary.to_dict():
-            theirs, ours = (
-                f"{data['name']} ({data['vocab_size']} symbols, SHA-256 {data['sha256'][:8]}…)"
-                for data in (saved["dataset"], dataset.describe())
-            )
+            differing = runs.texts(saved["dataset"], dataset.describe())
             raise CheckpointError(
-                f"{self.folder} was trained on another text than {config.dataset} is now: {theirs} there, {ours} here"
+                f"{self.folder} was trained on another text than {config.dataset} is now: {differing}"
             )
         return dataset
 

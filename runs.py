@@ -268,17 +268,24 @@ def check_resumable(saved, config, dataset):
             + "\nResume with the same settings, or choose another --out_dir."
         )
     if saved["dataset"] != dataset.describe():
-        there, here = (
-            f"{data['name']} ({data['vocab_size']} symbols, splits {data['splits']}, SHA-256 {data['sha256'][:8]}…)"
-            for data in (saved["dataset"], dataset.describe())
+        raise CheckpointError(
+            f"{config.out_dir} was trained on another text: {texts(saved['dataset'], dataset.describe())}"
         )
-        raise CheckpointError(f"{config.out_dir} was trained on another text: {there} there, {here} here")
     if saved["progress"]["step"] > config.max_iters:
         made = f"{saved['progress']['step']:,}"
         raise CheckpointError(
             f"{config.out_dir} has already made {made} updates, more than max_iters={config.max_iters}"
         )
     return config.differences(theirs, ("schedule",))
+
+
+def texts(there, here):
+    """Of two descriptions of data sets, all in which they can differ."""
+    sides = (
+        f"{data['name']} ({data['vocab_size']} symbols, splits {data['splits']}, SHA-256 {data['sha256'][:8]}…)"
+        for data in (there, here)
+    )
+    return "{} there, {} here".format(*sides)
 
 
 def difference(there, here):
