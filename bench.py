@@ -3,6 +3,7 @@
     python bench.py                                    the paper size on CUDA, the CPU size elsewhere
     python bench.py --quick --compare=results/bench/NAME.json    in a minute: what became slower than that record
     python bench.py --size=paper --tasks=decode --models=moe4    dense is always measured, for ratios are to it
+    python bench.py --models=all                       8 experts and paper B's other variants, too
     python bench.py --profile --models=dense           traces, and what takes the time of a step
     python bench.py --json=results/bench/NAME.json     the record that plot_results.py reads
 
@@ -53,7 +54,13 @@ MODELS = {  # name -> title, config file, what is changed in it
     "moe4_top2": ("4 experts, top-2", "shakespeare_moe4", {"expert_top_k": 2}),
     "moe4_linear": ("4 linear experts, top-2", "shakespeare_top2", {}),
     "reference_moe4": ("4 experts, eager script", "shakespeare_moe4", {"moe_backend": "reference"}),
+    "moe8": ("8 experts, top-1", "shakespeare_moe8", {}),
+    "moe4_linear_soft": ("4 linear experts, soft", "shakespeare_soft4", {}),
+    "moe4_linear_cap05": ("4 linear experts, capacity 0.5", "shakespeare_top2_cap05", {}),
+    "moe4_linear_cap10": ("4 linear experts, capacity 1.0", "shakespeare_top2_cap10", {}),
 }
+USUAL = 6  # so many of them are measured where nobody asks for others
+ALL = "all"
 BATCH_SIZES = (1, 8, 32)  # of prefill and decode
 
 
@@ -74,8 +81,10 @@ QUICK = Effort({"train": 8, "prefill": 1, "decode": 2, "papers": 5}, characters=
 @dataclass(frozen=True)
 class BenchConfig:
     size: str = option("auto", "paper, cpu, or auto: paper on CUDA, cpu elsewhere", group="What")
-    models: str = option("", f"some of {', '.join(MODELS)}, with commas between; empty = all", group="What")
-    tasks: str = option("", f"some of {', '.join(speed.TASKS)}; empty = all", group="What")
+    models: str = option(
+        "", f"some of {', '.join(MODELS)}, with commas between, or {ALL}; empty = the first {USUAL}", group="What"
+    )
+    tasks: str = option("", f"some of {', '.join(speed.TASKS)}, or {ALL}; empty = {ALL}", group="What")
     quick: bool = option(False, "fewer rounds and shorter texts: to look, not to quote", group="What")
     seed: int = option(1337, "of weights, batches and samples", group="What", at_least=0, at_most=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
@@ -88,7 +97,7 @@ class BenchConfig:
     def problems(self):
         if self.size not in ("auto", *SIZES):
             yield ("size",), _size_problem(self.size)
-        for key, known in (("models", MODELS), ("tasks", speed.TASKS)):
+        for key, known in (("models", (*MODELS, ALL)), ("tasks", (*speed.TASKS, ALL))):
             for word in _words(getattr(self, key)):
                 if word not in known:
                     guess = nearest(word, known)
@@ -97,10 +106,15 @@ class BenchConfig:
         if self.json and Path(self.json).is_dir():
             yield ("json",), f"{self.json} is a folder; expected a file, as {os.path.join(self.json, 'bench.json')}"
 
-    def chosen(self, key, known):
-        """The names that `models` or `tasks` lists, in the order of `known`."""
-        words = _words(getattr(self, key))
-        return [name for name in known if name in words] if words else list(known)
+    def chosen_models(self):
+        """In the order of MODELS, with the dense one, to which ratios are."""
+        words = [*_words(self.models), speed.DENSE] if self.models else list(MODELS)[:USUAL]
+        return [name for name in MODELS if name in words or ALL in words]
+
+    def chosen_tasks(self):
+        """In the order of speed.TASKS."""
+        words = _words(self.tasks) or [ALL]
+        return [name for name in speed.TASKS if name in words or ALL in words]
 
 
 def _words(text):
@@ -415,9 +429,9 @@ def main(argv):
     print(f"{size} size; {machine.reason}")
     for note in notes(machine):
         print(note)
-    names = [name for name in MODELS if name in (*config.chosen("models", MODELS), speed.DENSE)]
+    names = config.chosen_models()
     dataset = Dataset.open(find("shakespeare_char"), machine.device)
-    tasks = config.chosen("tasks", speed.TASKS)
+    tasks = config.chosen_tasks()
     check_memory(names, size, machine, config, tasks, dataset.vocabulary.size)
     if config.json:  # before minutes are spent on what could not be written
         with checkpoint.writing(config.json):

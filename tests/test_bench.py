@@ -13,6 +13,7 @@ import torch
 from conftest import tiny
 
 import bench
+import configurator
 import decoding
 import machine
 import moe
@@ -49,7 +50,7 @@ def whole(words, tmp_path_factory):
     path, out = tmp_path_factory.mktemp("bench") / "deeper" / "record.json", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         make_small(patch, words)
-        assert bench.main(["--device=cpu", f"--json={path}"]) == 0
+        assert bench.main(["--device=cpu", "--models=all", f"--json={path}"]) == 0
     return out.getvalue(), path
 
 
@@ -100,7 +101,7 @@ def test_the_page_has_a_row_for_each_measurement_and_says_what_ran(whole):
     rows = [line for line in page.splitlines() if line.startswith("  ") and line.rstrip().endswith((" 10", " 100"))]
     for model in record["models"].values():
         assert model["title"] in page and model["backend"]["train"] in page and model["backend"]["decode"] in page
-    assert page.count("× dense") == page.count("of floor") == len(TASKS) and len(rows) <= len(TASKS) * 6
+    assert page.count("× dense") == page.count("of floor") == len(TASKS) and len(rows) <= len(TASKS) * len(bench.MODELS)
     assert "4 × 16 characters" in page and "GFLOP/s" in page and "Others meanwhile" in page
     assert max(map(len, page.splitlines())) < 200 and f"written to {path}" in page
 
@@ -111,6 +112,17 @@ def test_columns_are_aligned(whole):
         head, *rows = block.splitlines()
         assert len(rows[: len(bench.MODELS)]) == len(bench.MODELS)
         assert {len(row) for row in rows[: len(bench.MODELS)]} == {len(head)}
+
+
+def test_unless_asked_for_others_the_usual_models_are_measured():
+    usual = ["reference", "dense", "moe4", "moe4_top2", "moe4_linear", "reference_moe4"]
+    for words, names in {
+        (): usual,
+        ("--models=all",): list(bench.MODELS),
+        ("--models=moe8",): ["dense", "moe8"],
+    }.items():
+        config = configurator.parse(bench.BenchConfig, list(words))
+        assert config.chosen_models() == names and config.chosen_tasks() == list(speed.TASKS)
 
 
 def test_dense_is_always_there_and_tasks_can_be_chosen(run, tmp_path):
@@ -135,7 +147,7 @@ def test_two_sizes_are_those_of_the_config_files():
     assert (cpu.n_layer, cpu.n_embd, cpu.block_size, cpu.batch_size, cpu.dropout) == (4, 128, 64, 12, 0.0)
     assert paper.seed == cpu.seed == 7 and paper.device == cpu.device == "cpu"
     kinds = {name: config_of(name, "cpu", CPU, 1) for name in bench.MODELS}
-    assert [config.n_expert for config in kinds.values()] == [0, 0, 4, 4, 4, 4]
+    assert [config.n_expert for config in kinds.values()] == [0, 0, 4, 4, 4, 4, 8, 4, 4, 4]
     assert kinds["moe4_top2"].expert_top_k == 2 and kinds["moe4_linear"].expert_kind == "linear_concat"
     assert kinds["reference_moe4"].moe_backend == "reference" and kinds["reference"] == kinds["dense"]
 
