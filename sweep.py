@@ -1,12 +1,13 @@
-"""Run what is missing of a table of experiments.py: every row with every seed, on this machine.
+"""Run what is missing of tables of experiments.py: every row with every seed, on this machine.
 
     python sweep.py B                           5 seeds; at the papers' size on a GPU, else CPU size
-    python sweep.py all --budget_minutes=60     every table, for an hour; the same command goes on
+    python sweep.py B A C --budget_minutes=60   these tables, for an hour; the same command goes on
+    python sweep.py all                         every table
     python sweep.py B --list                    what is finished, cut, missing; how long it takes
     python sweep.py B --print_commands          a shell line a missing run, as for GNU parallel
     python sweep.py B --device=cuda:1           keys of the machine are handed on to train.py
 
-One seed of every row is run before the second of any. A cell, which is a row with a seed, is
+One seed of every row of them all is run before the second of any. A cell, which is a row with a seed, is
 finished when results/ holds its record, made on this kind of machine (tables never mix two), in
 whichever table's folder: a run that several tables share is made once. A run is train.py's, in
 out/CELL, with its output in out/CELL.log; its record is copied to results/TABLE/CELL.json. Ctrl-C
@@ -143,12 +144,12 @@ class Kept(NamedTuple):
 
 
 def asked_for(argv):
-    """(table, scale, options, Here)"""
-    table, ours, handed_on = divided(argv)
+    """(names of tables, scale, options, Here)"""
+    names, ours, handed_on = divided(argv)
     options = configurator.parse(
         Options,
         ours,
-        usage="python sweep.py TABLE [--key=value …] [-- --key=value of train.py …]",
+        usage="python sweep.py TABLE … [--key=value …] [-- --key=value of train.py …]",
         description=f"{__doc__.rstrip()}\n\nTables: {', '.join(TABLES)}, or all",
     )
     out = Path(options.out).resolve() if options.out else ROOT / "out"
@@ -156,22 +157,23 @@ def asked_for(argv):
     changes = changes_of(handed_on)
     here = Here(out, results, handed_on, changes, machine_here(changes))
     scale = options.scale if options.scale != "auto" else "paper" if here.machine["device_type"] == "cuda" else "cpu"
-    check_table(table, scale)
-    return table, scale, options, here
+    check_tables(names, scale)
+    return names, scale, options, here
 
 
 def divided(argv):
-    """(the table's name or None, words for us, words for train.py)"""
+    """(names of tables, words for us, words for train.py)"""
     cut = argv.index("--") if "--" in argv else len(argv)
-    ours, theirs = [], argv[cut + 1 :]
+    names, ours, theirs, before = [], [], argv[cut + 1 :], ""
     for word in argv[:cut]:
-        is_theirs = word.startswith("--") and word[2:].partition("=")[0] in options_of(Config)
-        (theirs if is_theirs else ours).append(word)
-    names = [word for word in ours if not word.startswith("-")]
-    table = next((name for name in names if name in (*TABLES, "all")), names[0] if names else None)
-    if table is not None:
-        ours.remove(table)
-    return table, ours, theirs
+        may_be_value = before.startswith("-") and "=" not in before  # "--seeds 3", of which the configurator complains
+        if word in (*TABLES, "all") or not (word.startswith("-") or may_be_value):
+            names.append(word)
+        else:
+            is_theirs = word.startswith("--") and word[2:].partition("=")[0] in options_of(Config)
+            (theirs if is_theirs else ours).append(word)
+        before = word
+    return list(dict.fromkeys(names)), ours, theirs
 
 
 def changes_of(words):
@@ -190,14 +192,16 @@ def changes_of(words):
     return {key: getattr(asked, key) for key in keys.values()}
 
 
-def check_table(name, scale):
+def check_tables(names, scale):
     """Refuses a name that is no table's, and a table that has nothing to run at the scale."""
-    if name not in (*TABLES, "all"):
-        what = f"{name}: no such table" if name else "which table?"
-        raise ConfigError([f"{what}; expected python sweep.py TABLE, one of {', '.join(TABLES)}, or all"])
-    if name != "all" and not TABLES[name].rows_at(scale):
-        other = next(other for other in SCALES if TABLES[name].rows_at(other))
-        raise ConfigError([f"table {name} has no rows at scale {scale}; it has some with --scale={other}"])
+    unknown = [f"{name}: no such table" for name in names if name not in (*TABLES, "all")]
+    if unknown or not names:
+        what = "; ".join(unknown) or "which table?"
+        raise ConfigError([f"{what}; expected python sweep.py TABLE …, some of {', '.join(TABLES)}, or all"])
+    for name in names:
+        if name != "all" and not TABLES[name].rows_at(scale):
+            other = next(other for other in SCALES if TABLES[name].rows_at(other))
+            raise ConfigError([f"table {name} has no rows at scale {scale}; it has some with --scale={other}"])
 
 
 def machine_here(changes):
@@ -219,10 +223,10 @@ def runs_of(tables, scale):
     return runs
 
 
-def cells_of(table, scale, seeds, here):
+def cells_of(names, scale, seeds, here):
     """In the order in which they are run. A run that rows of several names share has the name of the first of all."""
     everywhere = runs_of(TABLES.values(), scale)
-    homes = everywhere if table == "all" else runs_of([TABLES[table]], scale)
+    homes = everywhere if "all" in names else runs_of([TABLES[name] for name in names], scale)
     cells = []
     for seed, (hash, (home, _)) in itertools.product(range(FIRST_SEED, FIRST_SEED + seeds), homes.items()):
         _, row = everywhere[hash]
@@ -670,11 +674,11 @@ def conclude(states, signals, argv):
 
 
 def main(argv):
-    table, scale, options, here = asked_for(argv)
+    names, scale, options, here = asked_for(argv)
     kept = read_results(here.results)
-    states = states_of(cells_of(table, scale, options.seeds, here), kept)
+    states = states_of(cells_of(names, scale, options.seeds, here), kept)
     tell_of_records(states, kept)
-    about = f"{table} at scale {scale}, {how_many(options.seeds, 'seed')} from {FIRST_SEED}"
+    about = f"{', '.join(names)} at scale {scale}, {how_many(options.seeds, 'seed')} from {FIRST_SEED}"
     about += f": runs in {shown_path(here.out)}, records in {shown_path(here.results)}"
     print(about, file=sys.stderr if options.print_commands else sys.stdout, flush=True)
     if options.list:

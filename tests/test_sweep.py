@@ -96,7 +96,7 @@ class Place:
 
     def cells(self, table, seeds=1):
         machine = json.loads((self.folder / "record.json").read_text())["machine"]
-        return sweep.cells_of(table, "cpu", seeds, sweep.Here(self.out, self.results, [], {}, machine))
+        return sweep.cells_of([table], "cpu", seeds, sweep.Here(self.out, self.results, [], {}, machine))
 
     def calls(self):
         with contextlib.suppress(OSError):
@@ -202,6 +202,19 @@ def test_a_row_of_several_tables_is_run_once(place):
     assert place.main("all", "--seeds=1") == 0
     assert place.names() == ["two-cpu-s1337", "three-cpu-s1337", "one-cpu-s1337"]
     assert place.kept() == ["T/one-cpu-s1337.json", "U/three-cpu-s1337.json", "U/two-cpu-s1337.json"]
+
+
+@pytest.mark.parametrize(
+    "asked, rows, shown",
+    [
+        (["U", "T", "T"], ["two", "three", "one"], "U, T"),
+        (["--seeds=1", "U", "all"], ["one", "two", "three"], "U, all"),
+    ],
+)
+def test_several_tables_get_a_seed_of_every_row_before_the_next_seed(place, capfd, asked, rows, shown):
+    assert place.main(*asked, "--seeds=2") == 0
+    assert place.names() == [f"{name}-cpu-s{seed}" for seed in (1337, 1338) for name in rows]
+    assert f"{shown} at scale cpu, 2 seeds" in capfd.readouterr().out
 
 
 def test_keys_of_the_machine_are_handed_on(place):
@@ -311,7 +324,7 @@ def test_a_run_that_ends_well_without_its_record_has_failed(place, capfd):
 BAD_WORDS = {
     "no table": ([], "which table?"),
     "an unknown table": (["t"], "t: no such table"),
-    "two tables": (["T", "U"], "U: expected --key=value"),
+    "a known table and two unknown ones": (["T", "V", "config/cpu.py"], "V: no such table; config/cpu.py: no such"),
     "no seeds": (["T", "--seeds=0"], "an integer from 1"),
     "a space": (["T", "--seeds", "3"], "expected --seeds=3"),
     "a negative budget": (["T", "--budget_minutes=-1"], "a number from 0"),
@@ -392,7 +405,7 @@ def test_the_backend_that_is_handed_on_is_part_of_the_machine(place, words, monk
     machine = record_of(place, moe, 1337)["machine"]
     changes = sweep.changes_of(["--moe_backend=masked"])
     here = sweep.Here(place.out, place.results, ["--moe_backend=masked"], changes, machine)
-    dense_cell, moe_cell = sweep.cells_of("T", "cpu", 1, here)
+    dense_cell, moe_cell = sweep.cells_of(["T"], "cpu", 1, here)
     assert moe_cell.machine == f"{dense_cell.machine}, masked backend"
     assert moe_cell.config.hash() == moe.config_at("cpu").hash() and "--moe_backend=masked" in moe_cell.arguments
 
@@ -597,7 +610,7 @@ def test_a_terminal_shows_a_bar_over_the_whole_table(place, monkeypatch):
 def test_every_cell_of_every_table_has_a_record_that_read_all_takes(dense_run):
     """The names of real cells are unique, and end as records must."""
     machine = json.loads((dense_run / "summary.json").read_text())["machine"]
-    cells = sweep.cells_of("all", "cpu", 2, sweep.Here(Path("out"), Path("results"), [], {}, machine))
+    cells = sweep.cells_of(["all"], "cpu", 2, sweep.Here(Path("out"), Path("results"), [], {}, machine))
     assert len({cell.name for cell in cells}) == len({cell.key for cell in cells}) == len(cells)
     assert all(cell.name.endswith(f"-s{cell.config.seed}") for cell in cells)
     assert all(isinstance(cell.config, Config) for cell in cells)
