@@ -69,9 +69,10 @@ def test_claims_are_about_rows_that_are_there():
 @pytest.mark.parametrize("scale", SCALES)
 def test_twins_are_of_the_size_that_their_rows_claim(scale):
     notes, equal = TABLES["D"], TABLES["equal"]
-    moe = notes.row("text8_notes_moe8").config_at(scale)
-    assert notes.row("text8_notes_dense").config_at(scale).mlp_hidden == dense_equal_active(moe)
-    assert notes.row("text8_notes_dense_total").config_at(scale).mlp_hidden == dense_equal_total(moe)
+    for text in {row.name.partition("_notes_")[0] for row in notes.rows_at(scale)}:
+        moe = notes.row(f"{text}_notes_moe8").config_at(scale)
+        assert notes.row(f"{text}_notes_dense").config_at(scale).mlp_hidden == dense_equal_active(moe)
+        assert notes.row(f"{text}_notes_dense_total").config_at(scale).mlp_hidden == dense_equal_total(moe)
     moe = equal.row("shakespeare_moe4").config_at(scale)
     assert equal.row("shakespeare_dense_wide").config_at(scale).mlp_hidden == dense_equal_total(moe)
     assert dense_equal_active(moe) - 4 * moe.n_embd == 2  # the router's share, of which the table's text speaks
