@@ -1,18 +1,22 @@
-"""The README keeps up with the code: its tree, its options, its configs."""
+"""The README keeps up with the code: its tree, its options, its configs, its commands."""
 
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import moe
-from configurator import EXPERIMENT, choices_of, options_of
+from configurator import EXPERIMENT, Message, choices_of, options_of
 from experiments import TABLES
 from settings import Config
 
 ROOT = Path(moe.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPTIONS = README.partition("## Every option of the MoE layer")[2].partition("\n## ")[0]
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"\b(train|sample|sweep|bench|analyze)\.py\b([^#&;|\n]*)", "\n".join(BLOCKS))
 MOE_KEYS = [name for name, option in options_of(Config).items() if option.group == options_of(Config)["n_expert"].group]
 
 
@@ -53,3 +57,12 @@ def test_what_may_change_when_a_run_goes_on_is_listed():
     aside = {"init_from", "overwrite", "eval_only", "always_save_checkpoint"}
     may_change = {name for name, option in options_of(Config).items() if option.scope != EXPERIMENT}
     assert named - {"wandb_"} == may_change - aside
+
+
+@pytest.mark.parametrize("script, words", COMMANDS, ids=lambda part: part.strip())
+def test_every_command_of_the_readme_has_options_that_its_script_takes(script, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [word for word in shlex.split(words) if word not in ("--help", "--print-config")]
+    with pytest.raises(Message) as caught:
+        importlib.import_module(script).main([*words, "--print-config"])
+    assert " = " in caught.value.text
