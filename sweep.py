@@ -47,7 +47,7 @@ import model
 import records
 from checkpoint import CheckpointError
 from configurator import MACHINE, ROOT, ConfigError, option, options_of, shown_path
-from data.common import DataError, find
+from data.common import DataError, find, is_prepared
 from experiments import FIRST_SEED, SCALES, SEEDS_FOR_A_VERDICT, TABLES
 from records import RecordError
 from settings import Config
@@ -276,7 +276,7 @@ def look(cell, kept):
         names = ", ".join(map(shown_path, kept.aside[cell.key]))
         return State("cannot be run", f"{names}: left out; keep one, named …-s{cell.config.seed}.json")
     state = look_at_folder(cell)
-    problem = data_problem(cell.config.dataset) if state.kind in ("missing", "cut") else ""
+    problem = data_problem(cell.config) if state.kind in ("missing", "cut") else ""
     return State("cannot be run", problem, state.step) if problem else state
 
 
@@ -336,17 +336,18 @@ def last_of(metrics):
     return 0, None
 
 
-def data_problem(dataset):
-    """Why train.py could not have this data set, or ""; it prepares those itself that have a prepare.py."""
+def data_problem(config):
+    """Why train.py could not have its data set, or ""; it prepares one that has a prepare.py, if config.prepare."""
+    dataset = config.dataset
     try:
-        find(dataset)
+        folder = find(dataset)
     except DataError as error:
         base = dataset.removesuffix("_head")
         if base == dataset:
             return str(error)
         command = f"python data/{base}/prepare.py --source FILE --allow-partial --out data/{dataset}"
         return f"data/{dataset} is not prepared; prepare it with: {command}"
-    return ""
+    return "" if config.prepare or is_prepared(folder) else f"{dataset} is not prepared, and --prepare=False was said"
 
 
 def is_held(path):

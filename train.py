@@ -36,7 +36,7 @@ import moe
 import records
 from checkpoint import CheckpointError
 from configurator import ConfigError
-from data.common import DataError, Dataset, find
+from data.common import DataError, Dataset, find, is_prepared
 from model import GPT
 from ranks import Ranks, is_loss_of_another
 from routing import mix
@@ -59,7 +59,7 @@ def prepare(config):
     script = folder / "prepare.py"
     # Only a script of ours is run unasked; bins that are there without a meta.json are somebody's, and are told about.
     is_ours = folder.parent == machines.ROOT / "data" and script.exists()
-    if not is_ours or all((folder / name).exists() for name in ("train.bin", "val.bin")):
+    if not is_ours or is_prepared(folder):
         return
     shown = os.path.relpath(script)
     if not config.prepare:

@@ -523,6 +523,11 @@ def find(dataset: str, root: str | Path = ROOT) -> Path:
     raise DataError(f"dataset {shown(dataset)}: unknown under {Path(root) / 'data'}; {hint} A path needs a '/' in it.")
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether the bins that training reads are there; Dataset.open says whether they are sound."""
+    return all((folder / name).exists() for name in ("train.bin", "val.bin"))
+
+
 def known_datasets(root: str | Path = ROOT) -> list[str]:
     """Folders under `root`/data that can be prepared, or are."""
     folders = sorted(path for path in (Path(root) / "data").glob("*") if path.is_dir())

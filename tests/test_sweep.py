@@ -23,7 +23,7 @@ import machine as machines
 import records
 import sweep
 from configurator import ROOT, ConfigError
-from data.common import DataError
+from data.common import DataError, find
 from experiments import Row, Table
 from settings import Config
 
@@ -296,6 +296,18 @@ def test_a_data_set_that_must_be_made_is_told_and_the_rest_is_run(place, capfd, 
     command = "python data/enwik8/prepare.py --source FILE --allow-partial --out data/enwik8_head"
     told = capfd.readouterr().err.splitlines()[-1]
     assert "head-cpu-s1337 and 1 more: data/enwik8_head is not prepared" in told and told.endswith(command)
+
+
+def test_where_nothing_may_be_downloaded_what_is_not_prepared_is_told_and_not_started(
+    place, monkeypatch, capfd, tmp_path
+):
+    (tmp_path / "enwik8").mkdir()
+    tables = {"T": table("T", row("large", "enwik8"), a_row("one"))}
+    monkeypatch.setattr(sweep, "TABLES", tables)
+    monkeypatch.setattr(sweep, "find", lambda dataset: tmp_path / "enwik8" if dataset == "enwik8" else find(dataset))
+    assert place.main("T", "--seeds=1", "--prepare=False") == 1
+    assert place.names() == ["one-cpu-s1337"]
+    assert "large-cpu-s1337: enwik8 is not prepared, and --prepare=False was said" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
