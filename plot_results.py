@@ -44,6 +44,7 @@ FIGURES = {
     "A_summary": (),
     "C": ("loss_curves", "load_over_training"),
     "D": ("loss_curves", "loss_against_cost"),
+    "router": ("loss_curves",),
     "equal": ("loss_curves", "loss_against_cost"),
     "boundary": ("boundary_map",),
     "experts": ("load_by_row", "information_by_row", "stability_by_row", "ablation_by_row"),
