@@ -322,13 +322,21 @@ def topic_of_rest(layer):
     return topic / rest if topic is not None and rest > 0.01 else None
 
 
-@over_layers
-def topic_above_frozen(layer):
-    """What the topic tells beyond the character, less the same of a random router's on the same inputs."""
-    frozen = layer["frozen"]["about_given_character"]
-    theirs = [frozen[name]["mean"] for name in TOPIC if name in frozen]
-    topic = most_given_character(layer, TOPIC)
-    return topic - max(theirs) if topic is not None and theirs else None
+def given_character_above_frozen(*names):
+    """What these annotations tell beyond the character, less the same of a random router's on the same inputs."""
+
+    @over_layers
+    def of_layer(layer):
+        frozen = layer["frozen"]["about_given_character"]
+        theirs = [frozen[name]["mean"] for name in names if name in frozen]
+        ours = most_given_character(layer, names)
+        return ours - max(theirs) if ours is not None and theirs else None
+
+    return of_layer
+
+
+syntax_above_frozen = given_character_above_frozen(*SYNTAX[1:])
+topic_above_frozen = given_character_above_frozen(*TOPIC)
 
 
 def of_stability(name, step=None):
@@ -388,7 +396,11 @@ NUMBERS = {  # all of them, by name
     "lowest utilisation": lowest_utilisation,
     "largest load": largest_load,
     "effective experts": effective_experts,
+    "syntax": syntax_given_character,
+    "topic": topic_given_character,
+    "context": context_given_character,
     "syntax over topic": syntax_over_topic,
+    "syntax above frozen": syntax_above_frozen,
     "unexplained": unexplained,
     "character above frozen": character_above_frozen,
     "frequency above frozen": frequency_above_frozen,

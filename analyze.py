@@ -68,7 +68,7 @@ class Options:
     pass_characters: int = option(
         16_000, "of these, for ablation and stability, which read them many times; 0 = all", at_least=0
     )
-    ablation: bool = option(True, "what the loss becomes without experts, with others, with less of a router")
+    ablation: bool = option(True, "what the loss becomes when experts or routing are altered")
     gradient_batches: int = option(8, "batches of the training text; 0 = no gradients", at_least=0, at_most=10_000)
     sample_characters: int = option(400, "of text written with its experts; 0 = none", at_least=0, at_most=100_000)
     results: str = option("", "also keep the analysis as analysis/RUN.json in this folder, for plot_results.py")

@@ -20,6 +20,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import itertools
 import json
 import math
 import os
@@ -575,9 +576,11 @@ def help_page(cls: type, usage: str, description: str) -> str:
     setting_width = max(map(len, settings.values())) + 2
     type_width = max(len(type_name(option)) for option in options.values()) + 2
     lines = [f"usage: {usage}", ""]
-    for line in [*description.strip().splitlines(), ""] if description else []:
-        lines += textwrap.wrap(line, PAGE_WIDTH) or [""]
-    lines += ["The last word on a key counts, from left to right. Shown are the defaults."]
+    for is_prose, rows in itertools.groupby(description.strip().splitlines(), lambda row: row[:1].strip() != ""):
+        block = list(rows)
+        lines += textwrap.wrap(" ".join(block), PAGE_WIDTH) if is_prose else block
+    lines += [""] if description else []
+    lines += ["The last value given for a key counts. Shown are the defaults."]
     lines += ["--help shows this page, --print-config the resolved values and where each came from."]
     for group, members in by_group(options):
         lines += ["", group]

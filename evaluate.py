@@ -3,7 +3,7 @@
 clean   cross-entropy over the whole split, in windows of block_size, each character predicted once
 paper   as the papers do it: mean over random batches; also with the weighted auxiliary losses added in, as some of
         them seem to have done
-inference_speed   nearly as the papers do it too: without a cache, one text at a time; the clock waits for the device
+inference_speed   the papers' way, but for a clock that waits for the device: no cache, one text at a time
 """
 
 import math

@@ -253,8 +253,8 @@ class GPT(nn.Module):
         return {"total": total, "active": self.parameters_for(1), **counts}
 
     def parameters_for(self, n_tokens):
-        """Parameters that n_tokens use together: those of one token's experts, or for more of as many experts as are
-        expected when each token chooses evenly, rounded."""
+        """Parameters that n_tokens use together. More than one token uses as many experts as are expected where each
+        chooses evenly, rounded."""
         sets = {}  # of experts -> the layers that use them
         for layer in self.moe_layers():
             sets.setdefault(layer.experts, []).append(layer)

@@ -3,7 +3,8 @@
     x -> level (what a token is routed by) -> router (logits) -> temperature -> gate (scores)
       -> balancing bias, expert dropout -> selection (k experts a token) -> capacity (which choices find room)
 
-Each step is an entry of a table (LEVELS, ROUTERS, GATES) named by a key of the config. README.md ("Every option of
+Levels, routers and gates are entries of a table (LEVELS, ROUTERS, GATES) named by a key of the config; MoE.route in
+`moe.py` takes the steps one after the other. README.md ("Every option of
 the MoE layer") lists them with formula, source, and whether they are causal. Letters as in `moe.py`; S positions of a
 sequence seen so far, of which the last T are new.
 """
@@ -325,7 +326,7 @@ def best(scores_NE, k, in_order=False):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Gates: logits (N, E) -> (scores, by which an expert's output is weighted; probs: the scores, scaled so that rows sum
-# to 1). Experts are chosen by the logits, with which both grow.
+# to 1). Experts are chosen by the logits, with which both grow, or by score plus balancing bias.
 
 
 def softmax(logits_NE):

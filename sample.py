@@ -42,7 +42,7 @@ class SampleConfig:
     num_samples: int = option(1, "how many", group="Text", at_least=1)
     max_new_tokens: int = option(500, "characters of each", group="Text", at_least=1, at_most=10**7)
     temperature: float = option(
-        0.8, "below 1 bolder, above 1 wilder; 0 = always the most likely character", group="Text", at_least=0
+        0.8, "below 1 safer, above 1 wilder; 0 = always the most likely character", group="Text", at_least=0
     )
     top_k: int = option(200, "sample among the k most likely characters; 0 = all", group="Text", at_least=0)
     seed: int = option(

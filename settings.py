@@ -56,13 +56,11 @@ class Config:
         1337, "seed of weights, batches, dropout and routing noise", scope=EXPERIMENT, at_least=0, at_most=2**32 - 1
     )
     init_from: Literal["scratch", "resume", "auto"] = run_key(
-        "scratch", "start anew; go on from the ckpt.pt in out_dir; auto: go on where there is one"
+        "scratch", "start anew; go on from out_dir's ckpt.pt; auto: go on if there is one"
     )
     overwrite: bool = run_key(False, "replace the run that out_dir holds")
     eval_only: bool = run_key(False, "evaluate once, and do not train")
-    save_minutes: float = run_key(
-        10.0, "save after so many minutes without an evaluation, each of which saves; 0 = no", at_least=0
-    )
+    save_minutes: float = run_key(10.0, "minutes between saves; each evaluation saves, too; 0 = only those", at_least=0)
     save_every: int = run_key(
         0, "keep the weights of every so many updates in out_dir/snapshots, for analyze.py; 0 = none", at_least=0
     )
@@ -127,8 +125,8 @@ class Config:
 
     router: Literal["learned", "frozen", "random", "hash", "ngram_hash", "two_level", "expert_choice"] = moe_key(
         "learned",
-        "how experts are scored: trained; frozen at, or re-drawn from, a random start; by a hash of the character or "
-        "of the last ones; a group, then experts in it; or experts choose characters (not causal)",
+        "how experts are scored: trained; frozen at its random start; drawn anew each step; by a table of the "
+        "character; by a hash of the last ones; a group, then experts in it; or experts choose characters (not causal)",
     )
     router_ngram: int = moe_key(3, "ngram_hash: how many characters are hashed", at_least=1)
     n_expert_group: int = moe_key(2, "two_level: groups of experts", at_least=1)
@@ -137,9 +135,9 @@ class Config:
         "what is routed by: each character; the mean of the segment before its own; the mean so far; "
         "the whole sequence's mean (not causal)",
     )
-    segment_size: int = moe_key(16, "segment: its characters", at_least=1)
+    segment_size: int = moe_key(16, "segment: characters in one", at_least=1)
     router_top_p: float = moe_key(
-        0.0, "use only as many of the top_k as reach this probability; 0 = always top_k", at_least=0, at_most=1
+        0.0, "of the top_k, the fewest that reach this probability; 0 = all top_k", at_least=0, at_most=1
     )
     gate: Literal["softmax", "sigmoid"] = moe_key("softmax", "how logits become gates")
     gate_renormalize: bool = moe_key(
@@ -161,7 +159,7 @@ class Config:
     expert_dropout_schedule: Literal["constant", "linear", "cosine"] = moe_key("constant", "the way there")
     capacity_factor: float = moe_key(
         0.0,
-        "an expert takes at most this times its even share of characters; 0 = no limit, none dropped",
+        "times its even share that an expert may take, the rest being dropped; 0 = no limit",
         at_least=0,
         at_most=LARGEST_FACTOR,
     )

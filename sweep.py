@@ -7,7 +7,7 @@
     python sweep.py B --print_commands          a shell line a missing run, as for GNU parallel
     python sweep.py B --device=cuda:1           keys of the machine are handed on to train.py
 
-One seed of every row of them all is run before the second of any. A cell, which is a row with a seed, is
+Every row of them gets its first seed before any gets a second. A cell, which is a row with a seed, is
 finished when results/ holds its record, made on this kind of machine (tables never mix two), in
 whichever table's folder: a run that several tables share is made once. A run is train.py's, in
 out/CELL, with its output in out/CELL.log; its record is copied to results/TABLE/CELL.json. Ctrl-C

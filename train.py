@@ -82,8 +82,8 @@ def open_dataset(config, device):
 
 
 def seconds_needed(model, batches, dataset, config, machine, ranks, steps):
-    """A rough forecast of `steps` updates and their evaluations, from the first of this process's micro-batches of an
-    update, each (x, y), made twice and undone (the first time warms up)."""
+    """A rough forecast of `steps` updates and their evaluations. batches: this process's micro-batches of an update,
+    each (x, y), of which the first is run twice and undone (the first time warms up)."""
     x, y = batches[0]
     with undone(model):
         for _ in range(2):
@@ -93,7 +93,7 @@ def seconds_needed(model, batches, dataset, config, machine, ranks, steps):
             seconds = time.perf_counter() - started
     windows = dataset.sizes["val"] / (config.batch_size * config.block_size)
     forwards = (2 * config.eval_iters + windows) * (steps // config.eval_interval + 1) / ranks.count
-    return seconds * (steps * len(batches) + forwards / 3)
+    return seconds * (steps * len(batches) + forwards / 3)  # a forward pass takes a third of one with its backward
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class Interval(Sums):
         return interval
 
     def add_states(self, others):
-        """others: those of processes that are no more."""
+        """others: the states of processes that have ended."""
         for state in others:
             theirs = Interval.from_state(state, "cpu").tensors()
             for value, other in zip(self.tensors(), theirs, strict=True):
@@ -183,9 +183,12 @@ class Screen:
 
 
 def evaluation_text(line, config, is_best=False):
-    nats, bpc = line["clean"]["nats"], line["clean"]["bpc"]
+    nats, bpc, train = line["clean"]["nats"], line["clean"]["bpc"], line["paper"]["train"]
     best = " (best so far)" if is_best else ""
-    return f"step {line['step']:,} of {config.max_iters:,}: validation {nats:.4f} nats, {bpc:.4f} bpc{best}"
+    return (
+        f"step {line['step']:,} of {config.max_iters:,}: train {train:.4f}, validation {nats:.4f} nats, {bpc:.4f} bpc"
+        f"{best}"
+    )
 
 
 def evaluation_line(model, dataset, config, machine, ranks, step):
@@ -512,14 +515,13 @@ class Training:
         self.write(line)
         self.interval = Interval()
         self.save(is_best)
-        self.interval = Interval()  # saving is not training time
         self.screen.say(evaluation_text(line, self.config, is_best))
         self.warn_of_collapse(line)
         return None
 
     def warn_of_collapse(self, line):
-        """A line of warning for each layer that has collapsed since the evaluation before; what updates have not made
-        is none."""
+        """A line of warning for each layer that has collapsed since the evaluation before. Untrained ones do not
+        count."""
         before = [past for past in self.progress["evaluations"][:-1] if past["step"]]
         known = before[-1].get("collapsed", ()) if before else ()
         for block in line["collapsed"] if line["step"] else ():
@@ -690,5 +692,5 @@ if __name__ == "__main__":
     console.run(
         main,
         (ConfigError, DataError, CheckpointError),
-        "a smaller batch_size with gradient_accumulation_steps gives the same updates",
+        "a smaller batch_size with gradient_accumulation_steps gives nearly the same updates",
     )
