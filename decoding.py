@@ -18,9 +18,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import backends
 import kernels
 import machine as machines
-import moe
 from model import Decoder, Generated, sample
 from routing import GATES, LEVELS, Routing, best
 
@@ -124,7 +124,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedExperts:
-    """A backend (see `moe.py`) of one layer's experts."""
+    """A backend (see `backends.py`) of one layer's experts."""
 
     def __init__(self, experts):
         self.packed = {"w_in": [PackedLinear(weight) for weight in experts.w_in]}
@@ -134,14 +134,14 @@ class PackedExperts:
     def __call__(self, x_ND, routing, experts):
         if len(x_ND) == 1:
             return self.of_one_token(x_ND, routing, experts)
-        rows, sizes = moe.rows_and_sizes(routing, len(experts.w_in))
+        rows, sizes = backends.rows_and_sizes(routing, len(experts.w_in))
 
         def product(rows, name):
             *parts, rest = rows.split([*sizes, len(rows) - sum(sizes)])
             products = [linear(part) for linear, part in zip(self.packed[name], parts) if len(part)]
             return torch.cat([*products, rest.new_zeros(len(rest), self.packed[name][0].width)])
 
-        return moe.dispatched(x_ND, routing, experts, rows, product)
+        return backends.dispatched(x_ND, routing, experts, rows, product)
 
     def of_one_token(self, x_1D, routing, experts):
         """The same with nothing to sort."""
@@ -252,10 +252,10 @@ def cast(model, dtype):
 
 
 def by_kernels(x_ND, routing, experts):
-    """A backend (see `moe.py`) for few tokens; many, and linear_sum, are left to those that training has."""
+    """A backend (see `backends.py`) for few tokens; many, and linear_sum, are left to those that training has."""
     if x_ND.size(0) > FEW_TOKENS or experts.w_out is None:
-        name = moe.choose_backend(experts, routing.experts.size(1), x_ND.device, experts.w_in.dtype)
-        return moe.BACKENDS[name](x_ND, routing, experts)
+        name = backends.choose_backend(experts, routing.experts.size(1), x_ND.device, experts.w_in.dtype)
+        return backends.BACKENDS[name](x_ND, routing, experts)
     x_ND = x_ND.to(experts.w_in.dtype)
     last = experts.is_linear_in_gate
     hidden = kernels.up(x_ND, experts.w_in, experts.bias_in, routing.experts, routing.gates, gate_first=not last)

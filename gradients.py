@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 import moe
 from model import IGNORED
+from routing import choices_per_expert, gates_per_expert
 from verdicts import interval_of_mean
 
 FEWEST_TOKENS = 20  # of a class, for a mean over its pairs
@@ -123,7 +124,7 @@ def balancing_loss(out, config):
 def has_balance(routings, config):
     """Whether the balancing loss of these layers (one, and those after it) depends on their routers: a switch loss does
     not where all loads are equal, though rounding gives it a gradient."""
-    loads = [moe.choices_per_expert(routing).sum(dim=0) for routing in routings]
+    loads = [choices_per_expert(routing).sum(dim=0) for routing in routings]
     return config.aux_loss == "cv2" or any((load_E != load_E[0]).any().item() for load_E in loads)
 
 
@@ -335,7 +336,7 @@ def groups_of(mlp, x_ND, routing):
         return [(None, every, whole)]
     groups = []
     if not isinstance(mlp.experts, moe.LinearSumExperts):
-        gates_NE = moe.gates_per_expert(routing).detach()
+        gates_NE = gates_per_expert(routing).detach()
         kept_NE = torch.zeros_like(gates_NE, dtype=torch.bool).scatter(1, routing.experts, routing.kept)
         groups = list(zip(range(gates_NE.size(1)), gates_NE.t(), kept_NE.t()))
     return groups + ([(SHARED, every, whole)] if mlp.shared is not None else [])

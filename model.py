@@ -17,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import moe
-from routing import Router, Routing, RoutingCache
+from backends import compute_dtype
+from routing import Router, Routing, RoutingCache, main_expert
 
 IGNORED = -1  # a target that is not predicted
 
@@ -41,7 +42,7 @@ class Generated(NamedTuple):
 
     def experts(self, layer):
         """(B, T): the expert with the largest gate of each token read, in this MoE layer; -1 where all dropped it."""
-        return moe.main_expert(self.routing[layer]).view(self.tokens.size(0), -1)
+        return main_expert(self.routing[layer]).view(self.tokens.size(0), -1)
 
 
 class LayerCache:
@@ -75,7 +76,7 @@ class KVCache:
 
     def __init__(self, model, batch_size):
         weight = model.token_embedding.weight
-        dtype = moe.compute_dtype(weight)
+        dtype = compute_dtype(weight)
         self.layers = [LayerCache(block, model.config, batch_size, weight.device, dtype) for block in model.blocks]
         self.length, self.position = 0, None
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import moe
 from model import IGNORED
-from routing import LEVELS, Router, mix
+from routing import LEVELS, Router, choices_per_expert, main_expert, mix
 
 
 class Seen(NamedTuple):
@@ -49,7 +49,7 @@ def see(model, windows, machine, progress=None) -> Seen:
         real = (y != IGNORED).reshape(-1)
         loss = F.cross_entropy(out.logits.float().flatten(0, 1), y.reshape(-1), ignore_index=IGNORED, reduction="none")
         nats.append(loss[real].cpu())
-        experts.append([moe.main_expert(routing)[real].cpu() for routing in out.routing])
+        experts.append([main_expert(routing)[real].cpu() for routing in out.routing])
         first.append([first_choice(r, layer.router)[real].cpu() for r, layer in zip(out.routing, model.moe_layers())])
         loads.append([layer.load.cpu() for layer in out.stats])
         stats = moe.add_stats(stats, out.stats)
@@ -74,7 +74,7 @@ def first_choice(routing, router):
         return routing.experts[:, 0]
     if not router.is_causal:
         return routing.probs.argmax(dim=1)
-    return routing.probs.masked_fill(moe.choices_per_expert(routing) == 0, -1).argmax(dim=1)
+    return routing.probs.masked_fill(choices_per_expert(routing) == 0, -1).argmax(dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

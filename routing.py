@@ -376,3 +376,23 @@ def within_capacity(experts_GS, chosen_GS, n_expert, limit, use_GE=None):
         rank_GES = rank_GES + use_GE[:, :, None]
         use_GE += wanted_GES.sum(dim=-1)
     return chosen_GS & ((rank_GES * wanted_GES).sum(dim=1) <= limit)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a Routing says
+
+
+def main_expert(routing):
+    """(N,): the expert with each token's largest gate, -1 where no choice was kept."""
+    gate_N, choice_N = routing.gates.masked_fill(~routing.kept, -1).max(dim=-1)
+    return torch.where(gate_N < 0, -1, routing.experts.gather(1, choice_N[:, None])[:, 0])
+
+
+def gates_per_expert(routing):
+    """(N, E): each token's gate for every expert, 0 for those that it does not use."""
+    return torch.zeros_like(routing.logits).scatter(-1, routing.experts, routing.gates)
+
+
+def choices_per_expert(routing):
+    """(N, E): 1 where a token chose an expert, before capacity; else 0."""
+    return torch.zeros_like(routing.logits).scatter(-1, routing.experts, routing.chosen.to(routing.logits.dtype))

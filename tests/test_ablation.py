@@ -11,7 +11,6 @@ from conftest import tiny
 from test_moe import GRID, SYMBOLS, name_of
 from test_probe import CPU, assert_same, characters, model_of, windows_of
 
-import moe
 from ablation import (
     TableRouter,
     ablations,
@@ -32,7 +31,7 @@ from ablation import (
 )
 from data.common import Vocabulary
 from probe import Seen, see
-from routing import balanced_table
+from routing import balanced_table, choices_per_expert, gates_per_expert
 
 VOCABULARY = Vocabulary("character", tuple("abcdefg"))
 NAMES = ["even", "odd", "never"]
@@ -244,18 +243,18 @@ def test_a_tables_expert_takes_the_place_and_the_gate_of_the_first_choice(config
     first = before.first[0]
     assert np.array_equal(seen.first[0], table[characters(windows)])
     ids, first = x.reshape(-1), torch.from_numpy(first[: x.numel()])
-    assert (moe.choices_per_expert(routing).sum(dim=1) == moe.choices_per_expert(plain).sum(dim=1)).all()
+    assert (choices_per_expert(routing).sum(dim=1) == choices_per_expert(plain).sum(dim=1)).all()
     for probs, own in ((routing.probs, plain.probs), (choices(routing), choices(plain))):
         torch.testing.assert_close(probs.gather(1, table[ids][:, None]), own.gather(1, first[:, None]))
         torch.testing.assert_close(probs.gather(1, first[:, None]), own.gather(1, table[ids][:, None]))
         torch.testing.assert_close(probs.sort(dim=1).values, own.sort(dim=1).values)
     if not config.capacity_factor:
-        gates, own = moe.gates_per_expert(routing), moe.gates_per_expert(plain)
+        gates, own = gates_per_expert(routing), gates_per_expert(plain)
         torch.testing.assert_close(gates.gather(1, table[ids][:, None]), own.gather(1, first[:, None]))
 
 
 def choices(routing):
-    return moe.choices_per_expert(routing)
+    return choices_per_expert(routing)
 
 
 def test_the_table_of_a_hash_router_is_its_own():
@@ -322,12 +321,12 @@ def test_k_experts_are_used(changes):
     limit = 2 if config.router == "two_level" else 4
     for k in (1, 2, 4, 0):
         routing = with_top_k(model, k)(*windows[0]).routing[0]
-        used = moe.choices_per_expert(routing).sum(dim=1)
+        used = choices_per_expert(routing).sum(dim=1)
         expected = min(k or limit, limit)
         assert used.max() <= expected if config.router_top_p else (used == expected).all()
         assert routing.kept.any(dim=1).all() or config.capacity_factor
         first = see(with_top_k(model, k), windows[:1], CPU).first[0]
-        assert moe.choices_per_expert(routing)[torch.arange(len(first)), torch.from_numpy(first)].all()
+        assert choices_per_expert(routing)[torch.arange(len(first)), torch.from_numpy(first)].all()
     assert model.config.expert_top_k == 2
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import tiny
 
+import backends
 import bench
 import configurator
 import decoding
 import machine
-import moe
 import speed
 from configurator import ConfigError, Message
 from data.common import DataError
@@ -207,7 +207,7 @@ def test_what_is_no_bench_is_not_compared_with(tmp_path, text):
 
 
 def test_a_model_that_trains_wrongly_is_told_and_left_out(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(moe.BACKENDS, "sliced", lambda *about: moe.reference(*about) * 1.01)
+    monkeypatch.setitem(backends.BACKENDS, "sliced", lambda *about: backends.reference(*about) * 1.01)
     code, page, error = run("--quick", "--models=moe4,reference_moe4", "--tasks=train", f"--json={tmp_path / 'r.json'}")
     assert code == 3 and "4 experts, top-1 is wrong and was not timed: training" in error
     assert "4 experts, top-1" not in page and "4 experts, eager script" in page

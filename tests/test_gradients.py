@@ -15,6 +15,7 @@ import machine as machines
 import moe
 from gradients import SHARED, Layer, Tokens
 from model import GPT, IGNORED
+from routing import gates_per_expert
 
 SYMBOLS = 5
 CLASSES = [0, 1, 0, 1, 2]
@@ -161,7 +162,7 @@ def own_weights(mlp, n):
         copies[e] = flat.repeat(n, 1).requires_grad_()
 
     def forward(self, x_ND, routing, backend):
-        gates, y = moe.gates_per_expert(routing), 0
+        gates, y = gates_per_expert(routing), 0
         for e, flat in copies.items():
             if isinstance(e, int):
                 parts = flat.split([shape.numel() for shape in shapes.values()], dim=1)

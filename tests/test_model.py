@@ -11,8 +11,8 @@ from conftest import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import backends
 import configurator
-import moe
 from model import GPT, IGNORED, KVCache, dense_equal_active, dense_equal_total, sample, uniforms
 from settings import Config
 
@@ -453,7 +453,7 @@ def test_a_shipped_config_compiles_on_cuda_without_a_break_or_a_synchronisation(
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("backend", sorted(set(moe.BACKENDS) - {"reference"}))
+@pytest.mark.parametrize("backend", sorted(set(backends.BACKENDS) - {"reference"}))
 def test_backends_agree_with_the_reference_on_cuda(backend):
     config = Config(n_layer=1, n_expert=4, expert_top_k=2, dropout=0.0)
     x, y = torch.randint(65, (2, 4, 256), device="cuda")

@@ -1,4 +1,5 @@
-"""The promises of `moe.py`, over every router, gate, kind of experts, capacity and backend that its tables hold."""
+"""The promises of `moe.py` and `backends.py`, over every router, gate, kind of experts, capacity and backend that the
+tables hold."""
 
 import dataclasses
 import itertools
@@ -12,6 +13,7 @@ from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import backends
 import moe
 import routing as routing_module
 from configurator import choices_of, options_of
@@ -124,7 +126,7 @@ def test_the_grid_covers_every_entry_of_every_table():
         ("router_temperature_schedule", moe.SCHEDULES),
         ("aux_loss_coef_schedule", moe.SCHEDULES),
         ("expert_dropout_schedule", moe.SCHEDULES),
-        ("moe_backend", {"auto": None, **moe.BACKENDS}),
+        ("moe_backend", {"auto": None, **backends.BACKENDS}),
     ],
 )
 def test_the_config_offers_what_the_tables_hold(key, table):
@@ -135,7 +137,7 @@ def test_the_config_offers_what_the_tables_hold(key, table):
 # 1. Every backend gives the reference's outputs and gradients
 
 
-@pytest.mark.parametrize("backend", sorted(set(moe.BACKENDS) - {"reference"}))
+@pytest.mark.parametrize("backend", sorted(set(backends.BACKENDS) - {"reference"}))
 @pytest.mark.parametrize("config", GRID, ids=name_of)
 def test_a_backend_gives_the_outputs_and_gradients_of_the_reference(config, backend):
     results = {}
@@ -158,7 +160,7 @@ def test_a_backend_gives_the_outputs_and_gradients_of_the_reference(config, back
         )
 
 
-@pytest.mark.parametrize("backend", sorted(moe.BACKENDS))
+@pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
 def test_experts_without_tokens_get_a_gradient_of_zero(backend):
     layer = layer_of(GRID_TOP1, moe_backend=backend)
     with torch.no_grad():
@@ -191,8 +193,8 @@ def test_any_shape_gives_the_references_result_whole_and_in_pieces(shape, widths
     layer = layer_of(config)
     x, ids = torch.randn(*shape, widths[0]), symbols(*shape)
     expected, routing = layer(x, ids)
-    for name in sorted(set(moe.BACKENDS) - {"reference"}):
-        found = layer.experts(x.view(-1, widths[0]), routing, moe.BACKENDS[name]).view_as(x)
+    for name in sorted(set(backends.BACKENDS) - {"reference"}):
+        found = layer.experts(x.view(-1, widths[0]), routing, backends.BACKENDS[name]).view_as(x)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     cache = routing_module.RoutingCache(config, shape[0], x.device, x.dtype)
     cut = seed % shape[1]
@@ -203,7 +205,7 @@ def test_any_shape_gives_the_references_result_whole_and_in_pieces(shape, widths
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7])
-@pytest.mark.parametrize("backend", sorted(moe.BACKENDS))
+@pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
 def test_a_backend_takes_any_number_of_tokens(backend, tokens):
     layer = layer_of(tiny(n_expert=4, expert_top_k=2, expert_hidden=8, moe_backend=backend))
     assert run(layer, torch.randn(1, tokens, 16))[0].shape == (1, tokens, 16)
@@ -240,7 +242,7 @@ def test_auto_picks_the_backend_that_was_measured_to_be_fastest(monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("backend", sorted(moe.BACKENDS))
+@pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
 def test_one_expert_is_the_dense_mlp(backend, bias):
     config = tiny(n_expert=1, expert_top_k=1, bias=bias, moe_backend=backend, aux_loss="none")
     layer, mlp = layer_of(config), MLP(config)
@@ -255,7 +257,7 @@ def test_one_expert_is_the_dense_mlp(backend, bias):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("backend", sorted(moe.BACKENDS))
+@pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
 def test_linear_concat_with_all_gates_at_one_is_the_dense_mlp(backend, bias):
     config = tiny(n_expert=4, expert_top_k=0, expert_kind="linear_concat", bias=bias, aux_loss="none")
     layer, mlp = layer_of(config), MLP(config)
@@ -267,7 +269,7 @@ def test_linear_concat_with_all_gates_at_one_is_the_dense_mlp(backend, bias):
             mlp.proj.bias.copy_(layer.experts.bias_out)
     x = torch.randn(5, 16)
     routing = routing_of([[0, 1, 2, 3]] * 5, [[1.0] * 4] * 5, 4)
-    torch.testing.assert_close(layer.experts(x, routing, moe.BACKENDS[backend]), mlp(x))
+    torch.testing.assert_close(layer.experts(x, routing, backends.BACKENDS[backend]), mlp(x))
 
 
 def test_linear_sum_is_one_hidden_layer_of_mixed_weights():
@@ -420,7 +422,7 @@ def test_the_router_computes_in_float32_under_autocast():
     torch.testing.assert_close(routing.logits, x.view(32, 16) @ layer.router.weight.t())
 
 
-@pytest.mark.parametrize("backend", sorted(moe.BACKENDS))
+@pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
 def test_bfloat16_autocast_stays_near_float32(backend):
     layer = layer_of(tiny(n_expert=4, expert_top_k=2, moe_backend=backend), std=0.2)
     x = torch.randn(2, 16, 16)
@@ -594,14 +596,14 @@ def test_the_drop_rate_counts_the_dropped_choices(config):
     assert summary["choices"] == pytest.approx(routing.chosen.sum().item() / 33)
 
 
-@pytest.mark.parametrize("backend", sorted(set(moe.BACKENDS) - {"reference"}))
+@pytest.mark.parametrize("backend", sorted(set(backends.BACKENDS) - {"reference"}))
 def test_more_experts_than_a_byte_can_number(backend):
     config = tiny(n_expert=300, expert_top_k=1, expert_hidden=8, n_embd=8)
     layer = layer_of(config, moe_backend=backend)
     x = torch.randn(2, 16, 8)
     y, routing = run(layer, x)
     assert routing.experts.max() > 255
-    expected = layer.experts(x.view(32, 8), routing, moe.reference).view(2, 16, 8)
+    expected = layer.experts(x.view(32, 8), routing, backends.reference).view(2, 16, 8)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 

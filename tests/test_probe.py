@@ -10,11 +10,10 @@ from test_moe import GRID, SYMBOLS, name_of
 
 import evaluate
 import machine
-import moe
 from data.common import Dataset
 from model import GPT, IGNORED
 from probe import Wrapper, altered, random_routers, rerouted, router_inputs, see
-from routing import LEVELS, mix
+from routing import LEVELS, main_expert, mix
 
 CPU = machine.choose("cpu", "float32", False)
 MOE = dict(n_expert=4, expert_top_k=2, capacity_factor=0.5)
@@ -91,7 +90,7 @@ def test_what_is_seen_of_each_layer_is_its_routing(config):
     assert np.isfinite(seen.nats_N).all()
     for number, (experts, first, loads) in enumerate(zip(seen.experts, seen.first, seen.loads_BE)):
         routings = [out.routing[number] for out in outs]
-        expected = torch.cat([moe.main_expert(routing)[kept] for routing, kept in zip(routings, real)])
+        expected = torch.cat([main_expert(routing)[kept] for routing, kept in zip(routings, real)])
         assert np.array_equal(experts, expected.numpy())
         assert first.shape == experts.shape and first.dtype == np.int64
         assert loads.sum(axis=0) == pytest.approx(seen.stats[number].load.numpy())

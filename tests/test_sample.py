@@ -9,11 +9,11 @@ import torch
 from conftest import english, prepare_text, train_tiny
 
 import checkpoint
-import moe
 import sample
 from checkpoint import CheckpointError
 from configurator import ConfigError
 from data.common import DataError, Vocabulary
+from routing import main_expert
 
 RULE = "\n" + "-" * 40 + "\n"
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -186,7 +186,7 @@ def test_the_numbers_are_the_routers_choices(run, moe_run, layer):
     with torch.no_grad():
         routing = model(torch.tensor(vocabulary.encode(text))[None]).routing[layer]
     assert output.startswith(f"block {layer}: ")
-    assert "".join(numbers) == digits(moe.main_expert(routing))
+    assert "".join(numbers) == digits(main_expert(routing))
     assert len(set("".join(numbers)) - {"."}) > 1
 
 

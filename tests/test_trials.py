@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import tiny, train_tiny
 
+import backends
 import checkpoint
 import decoding
 import machine
-import moe
 import trials
 from data.common import Dataset
 from model import GPT, Decoder, uniforms
@@ -127,7 +127,7 @@ def test_what_is_right_passes(dataset, name):
     assert trials.is_right(trials.check_training(one))
 
 
-@pytest.mark.parametrize("backend", sorted(set(moe.BACKENDS) - {"reference"}))
+@pytest.mark.parametrize("backend", sorted(set(backends.BACKENDS) - {"reference"}))
 @pytest.mark.parametrize("name", ["moe4", "moe4_linear"])
 def test_every_backend_passes(dataset, backend, name):
     assert trials.is_right(trials.check_training(subject(dataset, name, moe_backend=backend)))
@@ -145,20 +145,20 @@ def test_a_check_leaves_nothing_behind(dataset):
 
 def gates_without_gradient(x_ND, routing, experts):
     """The right output, and a gradient that the router misses."""
-    return moe.reference(x_ND, routing._replace(gates=routing.gates.detach()), experts)
+    return backends.reference(x_ND, routing._replace(gates=routing.gates.detach()), experts)
 
 
 def off_by_a_thousandth(x_ND, routing, experts):
-    return moe.reference(x_ND, routing, experts) * 1.001
+    return backends.reference(x_ND, routing, experts) * 1.001
 
 
 def not_a_number(x_ND, routing, experts):
-    return moe.reference(x_ND, routing, experts) * float("nan")
+    return backends.reference(x_ND, routing, experts) * float("nan")
 
 
 @pytest.mark.parametrize("wrong", [gates_without_gradient, off_by_a_thousandth, not_a_number])
 def test_a_wrong_backend_is_found(dataset, monkeypatch, wrong):
-    monkeypatch.setitem(moe.BACKENDS, "sliced", wrong)
+    monkeypatch.setitem(backends.BACKENDS, "sliced", wrong)
     assert not trials.is_right(trials.check_training(subject(dataset, "moe4", moe_backend="sliced")))
 
 
