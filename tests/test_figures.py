@@ -3,25 +3,18 @@
 import functools
 import hashlib
 import math
-import os
 import re
-import subprocess
-import sys
-import xml.etree.ElementTree as ET
-from itertools import combinations
-from pathlib import Path
 
 import pytest
 from benches import GPU, bench, find
 from matplotlib.collections import PolyCollection
-from matplotlib.text import Text
+from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of
 
 import figures
 import report
 from experiments import TABLES, Comparison
 from verdicts import interval_of_difference
 
-ROOT = Path(figures.__file__).resolve().parent
 DENSE, MOE4 = "shakespeare_dense", "shakespeare_moe4"
 MACHINE = "AMD EPYC, 2 cores, 2 threads, torch 2.13.0+cpu, float32"
 
@@ -144,15 +137,7 @@ def digest(case):
 
 def test_a_fresh_process_draws_the_same_bytes_and_needs_no_torch():
     code = "import sys, test_figures as t; print(t.digest('one seed, rows missing'), 'torch' in sys.modules)"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "7"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.split() == [digest("one seed, rows missing"), "False"]
+    assert in_a_fresh_process(code) == [digest("one seed, rows missing"), "False"]
 
 
 def test_bytes_do_not_depend_on_what_was_done_before(tmp_path, monkeypatch):
@@ -194,45 +179,13 @@ def test_without_records_there_is_no_picture():
 @pytest.mark.parametrize("case", CASES)
 def test_an_svg_stands_alone_in_light_and_dark(case):
     for name, (_, text) in drawings(case).items():
-        root = ET.fromstring(text)
-        assert root.get("viewBox") and "prefers-color-scheme:dark" in text and "currentColor" in text, name
-        # One colour of ink in the sheet, for light; all else that is ink follows the reader's scheme.
-        assert text.count(figures.INK) == 1 and len(text) < 250_000, name
-        for element in root.iter():
-            for key, value in element.attrib.items():
-                assert not key.endswith("href") or value.startswith("#"), (name, value)
-                assert "url(" not in value.replace("url(#", ""), (name, value)
-        urls = set(re.findall(r"https?://[^\"' ]+", text))
-        assert urls == {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}, name
+        assert_stands_alone(name, text)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_text_is_small_outside_or_on_another(case, monkeypatch):
-    seen = []
-    draw = Text.draw
-
-    def noted(text, renderer, *arguments, **keys):
-        if text.get_visible() and text.get_text().strip():
-            seen.append((text.get_text(), text.get_window_extent(renderer), text.get_fontsize()))
-        return draw(text, renderer, *arguments, **keys)
-
-    monkeypatch.setattr(Text, "draw", noted)
+def test_no_text_is_small_outside_or_on_another(case):
     for name, (drawing, _) in drawings(case).items():
-        seen.clear()
-        drawing.figure.draw_without_rendering()
-        assert seen, name
-        for text, box, size in seen:
-            assert size >= 8, (name, text)
-            ground = drawing.figure.bbox
-            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= ground.x1 + 1 and box.y1 <= ground.y1 + 1, (name, text)
-        for (text, box, _), (other, other_box, _) in combinations(seen, 2):
-            width = min(box.x1, other_box.x1) - max(box.x0, other_box.x0)
-            height = min(box.y1, other_box.y1) - max(box.y0, other_box.y0)
-            assert width <= 1 or height <= 1, (name, text, other)
-
-
-def lines_of(axes):
-    return [list(zip(*line.get_data())) for line in axes.get_lines()]
+        assert_readable(name, drawing.figure, points=8)
 
 
 def panel(drawing, xlabel):

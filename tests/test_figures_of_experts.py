@@ -3,18 +3,12 @@
 import functools
 import hashlib
 import math
-import os
 import re
 import statistics
-import subprocess
-import sys
-import xml.etree.ElementTree as ET
-from itertools import combinations
-from pathlib import Path
 
 import pytest
 from analysed import COUNTS, SYMBOLS, analysed
-from matplotlib.text import Text
+from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of
 
 import analyses
 import figures
@@ -24,7 +18,6 @@ from analyses import net
 from experiments import TABLES, Comparison
 from figures_of_experts import of_run
 
-ROOT = Path(figures.__file__).resolve().parent
 MACHINE = "AMD EPYC, 1 core, 1 thread, torch 2.13.0+cpu, float32"
 RUN = ("experts", "load", "stability", "information", "ablation", "gradients")
 ACROSS = ("information_by_row", "stability_by_row", "ablation_by_row", "load_by_row")
@@ -68,10 +61,6 @@ def digest(case):
 
 def panel(drawing, title):
     return next(axes for axes in drawing.figure.axes if axes.get_title().replace("\n", " ").startswith(title))
-
-
-def lines_of(axes):
-    return [list(zip(*line.get_data())) for line in axes.get_lines()]
 
 
 def marks(axes, marker, filled=True):
@@ -119,50 +108,19 @@ def test_captions_and_alts_stand_alone(case):
 
 def test_a_fresh_process_draws_the_same_bytes_and_needs_no_torch():
     code = "import sys, test_figures_of_experts as t; print(t.digest('two'), t.digest('A'), 'torch' in sys.modules)"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "7"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.split() == [digest("two"), digest("A"), "False"]
+    assert in_a_fresh_process(code) == [digest("two"), digest("A"), "False"]
 
 
 @pytest.mark.parametrize("case", [*CASES, "A"])
 def test_an_svg_stands_alone_in_light_and_dark(case):
     for name, drawing in drawings(case).items():
-        text = figures.svg(drawing.figure)
-        assert text.count(figures.INK) == 1 and "currentColor" in text and len(text) < 250_000, name
-        for element in ET.fromstring(text).iter():
-            for key, value in element.attrib.items():
-                assert not key.endswith("href") or value.startswith("#"), (name, value)
+        assert_stands_alone(name, figures.svg(drawing.figure))
 
 
 @pytest.mark.parametrize("case", [*CASES, "A", "B", "C"])
-def test_no_text_is_small_outside_or_on_another(case, monkeypatch):
-    seen = []
-    draw = Text.draw
-
-    def noted(text, renderer, *arguments, **keys):
-        if text.get_visible() and text.get_text().strip():
-            seen.append((text.get_text(), text.get_window_extent(renderer), text.get_fontsize()))
-        return draw(text, renderer, *arguments, **keys)
-
-    monkeypatch.setattr(Text, "draw", noted)
+def test_no_text_is_small_outside_or_on_another(case):
     for name, drawing in drawings(case).items():
-        seen.clear()
-        drawing.figure.draw_without_rendering()
-        assert seen, name
-        ground = drawing.figure.bbox
-        for text, box, size in seen:
-            assert size >= 9.5, (name, text)
-            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= ground.x1 + 1 and box.y1 <= ground.y1 + 1, (name, text)
-        for (text, box, _), (other, other_box, _) in combinations(seen, 2):
-            width = min(box.x1, other_box.x1) - max(box.x0, other_box.x0)
-            height = min(box.y1, other_box.y1) - max(box.y0, other_box.y0)
-            assert width <= 1 or height <= 1, (name, text, other)
+        assert_readable(name, drawing.figure, points=9.5)
 
 
 def test_what_is_not_comparable_has_a_dagger_and_its_reason():
