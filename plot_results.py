@@ -22,6 +22,7 @@ import console
 import experiments
 import figures
 import figures_of_experts
+import figures_of_experts_by_row
 import records
 import report
 import speed
@@ -106,7 +107,7 @@ def part_of(comparison, number):
 
 def drawer(name):
     """The function that draws a figure of a table."""
-    return getattr(figures, name, None) or getattr(figures_of_experts, name)
+    return getattr(figures, name, None) or getattr(figures_of_experts_by_row, name)
 
 
 def shown_of(comparison):

@@ -73,3 +73,13 @@ def in_a_fresh_process(code):
 
 def lines_of(axes):
     return [list(zip(*line.get_data())) for line in axes.get_lines()]
+
+
+def panel(drawing, title):
+    return next(axes for axes in drawing.figure.axes if axes.get_title().replace("\n", " ").startswith(title))
+
+
+def marks(axes, marker, filled=True):
+    """[(x, y)] of what is drawn with this marker."""
+    lines = [line for line in axes.get_lines() if line.get_marker() == marker]
+    return [point for line in lines if (line.get_fillstyle() == "full") == filled for point in zip(*line.get_data())]
