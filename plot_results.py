@@ -23,6 +23,7 @@ import experiments
 import figures
 import figures_of_experts
 import figures_of_experts_by_row
+import figures_of_speed
 import records
 import report
 import speed
@@ -198,7 +199,7 @@ def benches_of(found):
     for record in sorted(found, key=lambda record: (order.index(record["size"]), records.machine_of(record))):
         size = record["size"]
         counts[size] = counts.get(size, 0) + 1
-        drawing, suffix = figures.relative_time(record), f"_{counts[size]}" if counts[size] > 1 else ""
+        drawing, suffix = figures_of_speed.relative_time(record), f"_{counts[size]}" if counts[size] > 1 else ""
         pictures = {}
         if drawing:
             svg = figures.svg(drawing.figure)

@@ -75,7 +75,13 @@ def lines_of(axes):
     return [list(zip(*line.get_data())) for line in axes.get_lines()]
 
 
+def panel_over(drawing, xlabel):
+    """The panel whose x axis is called so, or begins so."""
+    return next(axes for axes in drawing.figure.axes if axes.get_xlabel().startswith(xlabel))
+
+
 def panel(drawing, title):
+    """The panel whose title begins so."""
     return next(axes for axes in drawing.figure.axes if axes.get_title().replace("\n", " ").startswith(title))
 
 

@@ -6,9 +6,8 @@ import math
 import re
 
 import pytest
-from benches import GPU, bench, find
 from matplotlib.collections import PolyCollection
-from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of
+from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of, panel_over
 
 import figures
 import report
@@ -93,31 +92,7 @@ EFFECTS = [
     ("4 experts, dropout inside them", 0.01, None, None, 1),
     ("a label that is no row's, and that is so long that it needs two lines", 0.0, -0.01, 0.01, 5),
 ]
-MODELS = ("dense", "moe4", "moe4_linear")
-BENCHES = {  # case -> a bench
-    "three seeds": lambda: bench(),
-    "one seed, rows missing": lambda: some_of(bench(wide=0.5)),
-    "no baseline": lambda: only_dense(),
-    "paper size": lambda: bench("paper", GPU, n=10, wide=0.3),
-}
 RUNS = {"one": [{"evaluations": record(1)["evaluations"]}], "two": [record(1, 1.8), record(2, 1.7)]}
-
-
-def some_of(record):
-    """A bench of three models, without a batch size and without one model's updates."""
-    record["models"] = {name: record["models"][name] for name in MODELS}
-    record["measurements"] = [
-        one
-        for one in record["measurements"]
-        if one["model"] in MODELS and one["batch_size"] != 8 and (one["model"], one["task"]) != ("moe4", "train")
-    ]
-    return record
-
-
-def only_dense():
-    record = bench()
-    record["measurements"] = [one for one in record["measurements"] if one["model"] == "dense"]
-    return record
 
 
 @functools.cache
@@ -127,7 +102,6 @@ def drawings(case):
     for of, names in CASES[case]():
         found |= {f"{of.table.name} {name}": getattr(figures, name)(of) for name in names}
     found["forest"] = figures.difference_forest(of, EFFECTS)
-    found["bench"] = figures.relative_time(BENCHES[case]())
     return {name: (drawing, figures.svg(drawing.figure)) for name, drawing in found.items() if drawing}
 
 
@@ -158,14 +132,13 @@ def test_bytes_do_not_depend_on_what_was_done_before(tmp_path, monkeypatch):
 def test_whatever_is_missing_the_rest_is_drawn(case):
     found = drawings(case)
     relative = {"A relative_cost", "A aux_decomposition"}
-    assert len(found) == {"three seeds": 10, "one seed, rows missing": 9, "no baseline": 3, "paper size": 5}[case]
+    assert len(found) == {"three seeds": 9, "one seed, rows missing": 8, "no baseline": 3, "paper size": 4}[case]
     assert relative.isdisjoint(found) if case == "no baseline" else case == "paper size" or relative <= found.keys()
     for name, (drawing, text) in found.items():
         assert not re.search(r"\b(nan|inf)\b", re.sub("<!--.*?-->", "", text), re.IGNORECASE), name
         if name != "runs":
             size = "Paper size: 6 layers" if "paper" in case else "CPU size: 4 layers"
-            machine = "NVIDIA H200, torch" if name == "bench" and "paper" in case else MACHINE
-            assert size in drawing.caption and machine in drawing.caption and "n = " in drawing.caption, name
+            assert size in drawing.caption and MACHINE in drawing.caption and "n = " in drawing.caption, name
         assert drawing.alt.endswith(".") and "None" not in drawing.caption + drawing.alt, name
 
 
@@ -188,21 +161,17 @@ def test_no_text_is_small_outside_or_on_another(case):
         assert_readable(name, drawing.figure, points=8)
 
 
-def panel(drawing, xlabel):
-    return next(axes for axes in drawing.figure.axes if axes.get_xlabel().startswith(xlabel))
-
-
 def test_curves_are_means_with_a_band_from_lowest_to_highest():
     runs = [record(1, 1.8), record(2, 1.9), record(3, 2.0)]
     drawing = figures.loss_curves(comparison("A", {DENSE: runs}))
-    (line,) = lines_of(panel(drawing, "updates"))
+    (line,) = lines_of(panel_over(drawing, "updates"))
     assert line[-1] == (2000, pytest.approx(1.9)) and line[0] == (0, pytest.approx(4.2))
-    (read,) = lines_of(panel(drawing, "characters read, millions"))
+    (read,) = lines_of(panel_over(drawing, "characters read, millions"))
     assert read[-1] == (pytest.approx(2000 * 12 * 64 / 1e6), pytest.approx(1.9))
-    (band,) = [c for c in panel(drawing, "updates").collections if isinstance(c, PolyCollection)]
+    (band,) = [c for c in panel_over(drawing, "updates").collections if isinstance(c, PolyCollection)]
     edges = [y for x, y in band.get_paths()[0].vertices if x == 2000]
     assert (min(edges), max(edges)) == (pytest.approx(1.8), pytest.approx(2.0))
-    low, high = panel(drawing, "updates").get_ylim()
+    low, high = panel_over(drawing, "updates").get_ylim()
     assert 1.7 < low < 1.8 and 2.0 < high < 2.5  # 4.2 nats of the first step do not squash the rest
 
 
@@ -210,12 +179,12 @@ def test_times_of_runs_that_shared_the_machine_are_nowhere():
     alone, shared = record(1, 1.8, seconds=100.0), record(2, 1.9, seconds=900.0, exclusive=False)
     of = comparison("A", {DENSE: [alone, shared], MOE4: [record(1, 1.7, 4, seconds=120.0), shared]})
     curves = figures.loss_curves(of)
-    assert [line[-1] for line in lines_of(panel(curves, "training time, s"))] == [(100.0, 1.8), (120.0, 1.7)]
-    assert [line[-1][1] for line in lines_of(panel(curves, "updates"))] == pytest.approx([1.85, 1.8])
+    assert [line[-1] for line in lines_of(panel_over(curves, "training time, s"))] == [(100.0, 1.8), (120.0, 1.7)]
+    assert [line[-1][1] for line in lines_of(panel_over(curves, "updates"))] == pytest.approx([1.85, 1.8])
     assert "2 of 4 runs" in curves.caption
-    cost = panel(figures.loss_against_cost(of), "training time, s")
+    cost = panel_over(figures.loss_against_cost(of), "training time, s")
     assert {x for line in lines_of(cost) for x, _ in line} == {100.0, 120.0}
-    relative = panel(figures.relative_cost(of), "training time")
+    relative = panel_over(figures.relative_cost(of), "training time")
     assert pytest.approx(1.2) in [line[0][0] for line in lines_of(relative)]
 
 
@@ -234,9 +203,9 @@ def test_a_seed_that_is_there_twice_counts_once():
 
 def test_cost_shows_every_seed_and_their_mean():
     drawing = figures.loss_against_cost(comparison("A", {MOE4: [record(1, 1.8, 4), record(2, 1.9, 4)]}))
-    points = [point for line in lines_of(panel(drawing, "all parameters")) for point in line]
+    points = [point for line in lines_of(panel_over(drawing, "all parameters")) for point in line]
     assert points[:3] == [(2.3, 1.8), (2.3, 1.9), (2.3, pytest.approx(1.85))]
-    low, high = panel(drawing, "all parameters").get_ylim()
+    low, high = panel_over(drawing, "all parameters").get_ylim()
     assert low < 1.8 and high > 1.9
     assert "1.850 ± 0.071 nats with 2.30 million parameters" in drawing.alt
 
@@ -251,52 +220,11 @@ def test_relative_cost_is_a_ratio_with_its_spread_beside_the_published_one():
     of = comparison("B", {DENSE: base, "shakespeare_top2": ours})
     mean = math.sqrt(150 * 160 / (100 * 104))
     drawing = figures.relative_cost(of)
-    drawn = [line[0][0] for line in lines_of(panel(drawing, "training time"))]
+    drawn = [line[0][0] for line in lines_of(panel_over(drawing, "training time"))]
     assert pytest.approx(mean) in drawn and pytest.approx(460.5 / 287.9) in drawn
-    speeds = [line[0][0] for line in lines_of(panel(drawing, "inference speed"))]
+    speeds = [line[0][0] for line in lines_of(panel_over(drawing, "inference speed"))]
     assert pytest.approx(1 / mean) in speeds and pytest.approx(224.7 / 441.3) in speeds
     assert "Open: as published" in drawing.caption
-
-
-def test_time_over_the_dense_models_is_the_pairs_median_with_its_percentiles():
-    record = bench()
-    drawing = figures.relative_time(record)
-    axes = panel(drawing, "training")
-    marks = [line for line in axes.get_lines() if line.get_marker() not in ("None", "|")]  # a cap is a |
-    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in marks]
-    rows = [model for model in record["models"] if model != "dense"]
-    ratios = [find(record, model)["ratio"] for model in rows]
-    assert dots == [(pytest.approx(ratio["median"]), y) for y, ratio in enumerate(ratios)]
-    whiskers = [[point[0] for point in path.vertices] for bar in axes.collections for path in bar.get_paths()]
-    assert whiskers == [pytest.approx([ratio["p10"], ratio["p90"]]) for ratio in ratios]
-    assert [text.get_text() for text in axes.texts] == ["published: 1.51–1.61", *(f"{r['median']:.2f}" for r in ratios)]
-    assert [(1, 0), (1, 1)] in lines_of(axes)  # dense
-    assert "4 experts, top-1 1.22 (training), 1.11 (decoding, batch 1), 1.35 (decoding, batch 8)" in drawing.alt
-
-
-def test_what_is_far_slower_gets_an_arrow_and_leaves_the_others_room():
-    drawing = figures.relative_time(bench())
-    axes = panel(drawing, "decoding, batch 32")
-    assert axes.get_xlim()[1] < 3 and [line.get_marker() for line in axes.get_lines()].count(">") == 2
-    assert "36.0" in [text.get_text() for text in axes.texts] and "Arrow: beyond the axis." in drawing.caption
-    assert "Arrow" not in figures.relative_time(some_of(bench())).caption
-
-
-def test_published_ratios_stand_where_the_papers_batch_size_is():
-    drawing = figures.relative_time(bench())
-    published = {
-        axes.get_xlabel().partition(":")[0]: text.get_text()
-        for axes in drawing.figure.axes
-        for text in axes.texts
-        if text.get_text().startswith("published")
-    }
-    assert published == {"training": "published: 1.51–1.61", "decoding, batch 1": "published: 1.76–2.26"}
-
-
-def test_a_bench_that_was_disturbed_says_so_under_its_picture():
-    record = bench() | {"git": {"commit": "0" * 40, "dirty": True}}
-    assert "The code had uncommitted changes." in figures.relative_time(record).caption
-    assert figures.relative_time(only_dense()) is None
 
 
 def test_load_is_that_of_the_first_seed_and_even_is_drawn():
@@ -358,7 +286,7 @@ def test_daggers_are_explained_where_they_stand():
     drawing = figures.loss_curves(comparison("A", {DENSE: [record(1)], MOE4: [odd]}))
     assert "4 experts, aux 0.01 †" in drawing.alt and "dense †" not in drawing.alt
     assert "† a text that is not the published data set (enwik8-head-4.15M); routing that sees" in drawing.caption
-    assert panel(drawing, "characters or bytes read") and "Not run: 2 experts" in drawing.caption
+    assert panel_over(drawing, "characters or bytes read") and "Not run: 2 experts" in drawing.caption
 
 
 def test_rows_are_told_apart_by_colour_marker_and_line_and_keep_them():
