@@ -137,7 +137,7 @@ class PackedExperts:
         rows, sizes = backends.rows_and_sizes(routing, len(experts.w_in))
 
         def product(rows, name):
-            *parts, rest = rows.split([*sizes, len(rows) - sum(sizes)])
+            *parts, rest = backends.slices(rows, sizes)
             products = [linear(part) for linear, part in zip(self.packed[name], parts) if len(part)]
             return torch.cat([*products, rest.new_zeros(len(rest), self.packed[name][0].width)])
 

@@ -144,18 +144,22 @@ class Router(nn.Module):
         return 0
 
 
-class LearnedRouter(Router):
-    """One linear map, trained with the rest (Shazeer et al. 2017; Fedus et al. 2022, eq. 1)."""
-
-    def __init__(self, config, layer, symbol_counts):
-        super().__init__(config, layer, symbol_counts)
-        self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
+class LinearRouter(Router):
+    """One linear map: `weight` (E, D)."""
 
     def forward(self, x_BTD, ids_BS):
         return F.linear(x_BTD, self.weight.to(x_BTD.dtype))
 
     def flops_per_token(self):
         return 2 * self.config.n_expert * self.config.n_embd
+
+
+class LearnedRouter(LinearRouter):
+    """Trained with the rest (Shazeer et al. 2017; Fedus et al. 2022, eq. 1)."""
+
+    def __init__(self, config, layer, symbol_counts):
+        super().__init__(config, layer, symbol_counts)
+        self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
 
 
 class FrozenRouter(LearnedRouter):
@@ -166,8 +170,8 @@ class FrozenRouter(LearnedRouter):
         self.weight.requires_grad_(False)
 
 
-class RandomRouter(Router):
-    """A linear map drawn anew before every update, a pure function of seed, layer and step (Fan et al. 2024)."""
+class RandomRouter(LinearRouter):
+    """Drawn anew before every update, a pure function of seed, layer and step (Fan et al. 2024)."""
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
@@ -181,12 +185,6 @@ class RandomRouter(Router):
         if self.weight.is_cuda:  # pinned, so that the copy does not wait for the device
             drawn = drawn.pin_memory()
         self.weight.copy_(drawn, non_blocking=True)
-
-    def forward(self, x_BTD, ids_BS):
-        return F.linear(x_BTD, self.weight.to(x_BTD.dtype))
-
-    def flops_per_token(self):
-        return 2 * self.config.n_expert * self.config.n_embd
 
 
 class FixedRouter(Router):
