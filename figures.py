@@ -270,6 +270,15 @@ def row_axis(axes, labels) -> None:
     axes.spines["left"].set_visible(False)
 
 
+def row_axes(panels, labels) -> None:
+    """The same for panels side by side that share it: the labels stand at the first."""
+    row_axis(panels[0], labels)
+    for panel in panels[1:]:
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
+        panel.grid(False, axis="y")
+
+
 def beside(axes, text, y) -> None:
     """A row's text, to the right of the axes."""
     axes.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=10, annotation_clip=False)
@@ -520,11 +529,7 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
         left, right = panel.get_xlim()
         panel.set_xlim(min(left, 0.9), max(right, 1.1))  # so that a small difference looks small
         panel.xaxis.set_major_locator(MaxNLocator(4))
-    row_axis(panels[0], labels)
-    for panel in panels[1:]:
-        panel.tick_params(axis="y", length=0)
-        panel.spines["left"].set_visible(False)
-        panel.grid(False, axis="y")
+    row_axes(panels, labels)
     if theirs:
         handles = [Line2D([], [], **OPEN), Line2D([], [], **{**OPEN, "fillstyle": "full"})]
         figure.legend(handles, ["published", "measured (each row its own shape)"], loc="outside upper right", ncols=2)

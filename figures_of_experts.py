@@ -33,6 +33,7 @@ from figures import (
     WIDTH,
     Drawing,
     RowStyle,
+    beside,
     daggers,
     number,
     row_axis,
@@ -134,9 +135,9 @@ def share(value, digits=0) -> str:
     return f"{number(100 * value, digits)}%"
 
 
-def columns_for(labels, width=WIDTH) -> int:
+def columns_for(labels) -> int:
     """Of a legend: as few rows as there is room for, evenly filled."""
-    fit = max(1, int(width / (0.08 * max(map(len, labels)) + 0.75)))
+    fit = max(1, int(WIDTH / (0.08 * max(map(len, labels)) + 0.75)))
     return math.ceil(len(labels) / math.ceil(len(labels) / fit))
 
 
@@ -276,8 +277,8 @@ def mark_classes(axes, analysis, order, places) -> None:
         if n == 1 and analysis["symbols"][order.symbols[first]] == name:
             continue
         top, bottom = places[first] - 0.35, places[first + n - 1] + 0.35
-        beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
-        axes.annotate(name, (0, (top + bottom) / 2), (x - 5, 0), **beside, ha="right", va="center", fontsize=SMALL)
+        at_edge = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
+        axes.annotate(name, (0, (top + bottom) / 2), (x - 5, 0), **at_edge, ha="right", va="center", fontsize=SMALL)
         aside = axes.get_yaxis_transform() + ScaledTranslation(x / 72, 0, axes.figure.dpi_scale_trans)
         axes.plot([0, 0], [top, bottom], color=INK, linewidth=1.2, transform=aside, clip_on=False, in_layout=False)
 
@@ -589,7 +590,7 @@ def draw_together(figure, together) -> None:
     for y, (_, cost) in enumerate(together):
         axes.errorbar(cost["nats"], y, xerr=cost["se"], color=COLOURS[6], marker="o", markersize=6, **ERROR_BARS)
         text = number(cost["nats"], 3, "+") + ("" if cost["se"] is None else f" ± {cost['se']:.3f}")
-        axes.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=10)
+        beside(axes, text, y)
     row_axis(axes, [label for label, _ in together])
     axes.margins(x=0.06)
     axes.xaxis.set_major_locator(MaxNLocator(5))

@@ -28,7 +28,7 @@ from figures import (
     cells_of,
     look_of,
     number,
-    row_axis,
+    row_axes,
     rows_height,
     styled,
 )
@@ -67,11 +67,7 @@ def columns_of(cells, count, least=0.46):
     labels = [label_of(cell) for cell in cells]
     figure = Figure(figsize=(WIDTH, 1.15 + rows_height(labels, least)), layout="constrained")
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-    row_axis(panels[0], labels)
-    for panel in panels[1:]:
-        panel.tick_params(axis="y", length=0)
-        panel.spines["left"].set_visible(False)
-        panel.grid(False, axis="y")
+    row_axes(panels, labels)
     return figure, panels
 
 
