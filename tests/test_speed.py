@@ -11,7 +11,7 @@ import pytest
 from benches import CPU, GPU, ROWS, SYMBOLS, bench, find
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_records import VALUES, changed, doubled, leaves, mutated, without, written
+from test_records import VALUES, case, changed, doubled, leaves, mutated, without, written
 
 import records
 import speed
@@ -198,7 +198,7 @@ CONTRADICTIONS = [
 ]
 
 
-@pytest.mark.parametrize("changes, message", CONTRADICTIONS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("changes, message", CONTRADICTIONS, ids=lambda value: case(value)[:60])
 def test_a_contradiction_is_refused(changes, message):
     found = speed.problems(changed(CPU_BENCH, changes))
     assert any(message in problem for problem in found), found
