@@ -193,16 +193,21 @@ class CapturedDecoder(AutocastDecoder):
         logits = out.logits[:, -1].float()
         return logits, sample(logits, self.temperature, self.top_k, self.uniform), out.routing
 
+    def warm_up(self):
+        """The first steps compile and set up, which may not happen within a graph. Each begins with nothing read, so
+        that all are the same to a compiler, and so is the step that is captured."""
+        for _ in range(3):
+            self.clear()
+            self.step()
+        self.clear()
+
     def capture(self):
         """-> (what step returns, in memory that stays; a function that runs the step again)"""
         with torch.cuda.device(self.machine.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(3):  # the first calls compile and set up, which may not happen within a graph
-                    self.position.zero_()
-                    self.step()
-                self.position.zero_()
+                self.warm_up()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch._functorch.config  # torch itself imports it late
 
 from configurator import ConfigError
 
@@ -219,15 +220,19 @@ def _container_bytes_free():
 
 
 def compiled(function):
-    """torch.compile, into one graph or not at all.
+    """torch.compile, into one graph or not at all; the gradients are those of the same without compilation.
 
     Models share their code, and torch compiles one piece of code only so often: several models in a process must not
-    count as one.
+    count as one. Nor must a number in which they differ, such as a capacity, become an unknown of the graph: shapes
+    that depend on it cannot be compiled. A backward pass is computed outside of autocast, as it is called: inside, the
+    router's would be in the precision of the matrix products.
     """
+    torch._functorch.config.backward_pass_autocast = "off"
+    options = dict(fullgraph=True, dynamic=False)
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13 has it, 2.11 has not
-        return torch.compile(function, fullgraph=True, isolate_recompiles=True)
+        return torch.compile(function, isolate_recompiles=True, **options)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, fullgraph=True)
+    return torch.compile(function, **options)
 
 
 def keep_freed_memory() -> bool:

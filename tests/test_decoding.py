@@ -1,6 +1,7 @@
 """Every way to write gives the text of `model.Decoder`; what the captured step does is run here without a capture."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -90,16 +91,22 @@ def test_a_step_at_a_position_on_the_device_is_a_step_at_that_length(kind):
 
 
 @pytest.mark.parametrize("kind", ["dense", "top1", "top2_capacity", "concat_capacity", "soft_concat"])
-@torch.no_grad()
-def test_the_step_compiles_into_one_graph(kind):
+def test_the_step_compiles_into_one_graph_before_it_is_captured(kind, monkeypatch):
+    """Within the recording of a graph nothing can be compiled."""
+
+    class Captured(Uncaptured):
+        def capture(self):
+            self.warm_up()
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                return super().capture()
+
     torch._dynamo.reset()
-    decoder = Uncaptured(float_gpt(kind), 2, CPU)
-    step = torch.compile(decoder.step, fullgraph=True, backend="aot_eager")
-    for _ in range(3):
-        step()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        logits, *_ = step()
-    assert decoder.position.item() == 4 and logits.isfinite().all()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(kernels, "AVAILABLE", True)
+    monkeypatch.setattr(kernels, "uses_triton", lambda x: False)
+    decoder = Captured(float_gpt(kind), 2, CPU._replace(compile=True))
+    assert decoder.how.startswith("compiled") and decoder.made[0].isfinite().all()
+    assert decoder.length == decoder.position.item() == 0
 
 
 def test_a_full_cache_is_refused_as_the_plain_decoder_refuses_it():
