@@ -518,9 +518,13 @@ def leaves(value, path=()):
 
 
 def meaning(record):
-    """All that the rest of a record could contradict; a key that its config lacks has its default, and a flag that
-    its inference lacks counts as no."""
-    record = {**record, "config": Config.from_dict(record["config"]).to_dict()}
+    """All that the rest of a record could contradict; a key that its config lacks has its default, a flag that its
+    inference lacks counts as no, and where an evaluation does not say what has collapsed, its loads do."""
+    config = Config.from_dict(record["config"])
+    record = {**record, "config": config.to_dict()}
+    record["evaluations"] = [
+        {"collapsed": records.collapsed_blocks(config, line["load"]), **line} for line in record["evaluations"]
+    ]
     record["inference"] = {"exclusive": False, **record["inference"]}
     return {path: leaf for path, leaf in leaves(record).items() if shape_of(path) not in UNCHECKED}
 
