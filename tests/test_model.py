@@ -435,7 +435,7 @@ def test_a_shipped_config_compiles_on_cuda_without_a_break_or_a_synchronisation(
     torch._dynamo.reset()
     config = dataclasses.replace(configurator.parse(Config, [str(path)]), n_layer=2, batch_size=4)
     model = GPT(config, 65).cuda()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = machine.compiled(model)
     x, y = torch.randint(65, (2, 4, 256), device="cuda")
 
     def step(number):

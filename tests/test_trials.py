@@ -308,4 +308,4 @@ def test_what_is_fast_on_cuda_is_right_and_its_memory_is_counted(words, name, is
     for batch_size in (1, 8):
         writing = trials.Writing(one, batch_size)
         assert trials.is_right(trials.check_decoding(one, writing.decoder, batch_size))
-        assert isinstance(writing.decoder, decoding.CapturedDecoder)
+        assert isinstance(writing.decoder, decoding.CapturedDecoder), writing.decoder.how
