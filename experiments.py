@@ -252,7 +252,7 @@ C = "C: Fan, Messmer, Jaggi 2024, arXiv 2402.13089"
 D = "D: Notes on building a small mixture-of-experts from scratch"
 OURS = "this project"
 
-LOSSES = ("clean", "clean_bpc", "paper", "paper_with_aux")
+SHOWN_LOSSES = ("clean", "clean_bpc", "paper", "paper_with_aux")
 COSTS = ("total_parameters", "active_parameters", "train_seconds", "tokens_per_second", "inference_speed")
 
 
@@ -424,7 +424,7 @@ TABLES = {
                 "(two readings). Published: the abstract's two losses, called bits there, but nats by their size.",
                 rows=_rows_of_a(dataset, _PUBLISHED_BY_A if dataset == "shakespeare" else {}),
                 views=(
-                    View("Loss", LOSSES),
+                    View("Loss", SHOWN_LOSSES),
                     View("Cost", COSTS),
                     View("Routing", ("aux_per_layer", "load_cv2", "entropy")),
                 ),
@@ -458,7 +458,7 @@ TABLES = {
                 Row("shakespeare_moe4_frozen", "frozen", "shakespeare_moe4_frozen", baseline="shakespeare_moe4"),
                 Row("shakespeare_moe4_random", "random", "shakespeare_moe4_random", baseline="shakespeare_moe4"),
             ),
-            views=(View("Loss", LOSSES), View("Routing", ("load_cv2", "entropy", "train_seconds"))),
+            views=(View("Loss", SHOWN_LOSSES), View("Routing", ("load_cv2", "entropy", "train_seconds"))),
         ),
         Table(
             name="D",
@@ -467,7 +467,7 @@ TABLES = {
             text="Published: 15% lower perplexity (0.163 nats) than a dense model at the same FLOPs, on a text that is "
             "not named. The head of text8 is its first megabytes: real text, but not that data set.",
             rows=_rows_of_notes(),
-            views=(View("Loss", (*LOSSES, "test_bpc")), View("Cost", COSTS)),
+            views=(View("Loss", (*SHOWN_LOSSES, "test_bpc")), View("Cost", COSTS)),
         ),
         Table(
             name="router",
@@ -501,7 +501,7 @@ TABLES = {
                 Row("shakespeare_hash4", "table of characters", "shakespeare_hash4", baseline="shakespeare_moe4"),
                 Row("shakespeare_dense", "dense", "shakespeare_dense", baseline="shakespeare_moe4"),
             ),
-            views=(View("Loss", LOSSES), View("Cost", COSTS), View("Routing", ("load_cv2", "entropy"))),
+            views=(View("Loss", SHOWN_LOSSES), View("Cost", COSTS), View("Routing", ("load_cv2", "entropy"))),
         ),
         Table(
             name="equal",
@@ -528,7 +528,7 @@ TABLES = {
                 ),
                 Row("shakespeare_moe4", "4 experts, top-1", "shakespeare_moe4"),
             ),
-            views=(View("Loss", LOSSES), View("Cost", (*COSTS, "training_flops"))),
+            views=(View("Loss", SHOWN_LOSSES), View("Cost", (*COSTS, "training_flops"))),
         ),
         Table(
             name="boundary",
@@ -606,7 +606,7 @@ MORE, LESS = (1.0, math.inf), (0.0, 1.0)
 _MOE_OF_A = ("moe2", "moe4", "moe8", "moe4_aux01", "moe4_expert_dropout", "moe4_inner_dropout")
 _MOE_OF_B = ("shakespeare_soft4", "shakespeare_top2", "shakespeare_top2_cap05", "shakespeare_top2_cap10")
 _CAPACITY_OF_B = _MOE_OF_B[2:]
-_LOSS = ("clean", "paper", "paper_with_aux")
+DECIDING_LOSSES = ("clean", "paper", "paper_with_aux")
 
 
 def _claims_of_a():
@@ -619,23 +619,23 @@ def _claims_of_a():
         yield Claim(
             f"A{number}",
             f"On {title}, every MoE configuration has a higher best validation loss than the dense model.",
-            A, table, pairs, _LOSS, "difference", ABOVE, scales=scales,
+            A, table, pairs, DECIDING_LOSSES, "difference", ABOVE, scales=scales,
         )  # fmt: skip
     shakespeare = _each([f"shakespeare_{name}" for name in _MOE_OF_A], "shakespeare_dense")
     yield Claim(
         "A4", "On shakespeare_char, 4 experts lose about 0.07 nats to the dense model (1.53 against 1.46).", A, "A",
-        (("shakespeare_moe4", "shakespeare_dense"),), _LOSS, "difference",
+        (("shakespeare_moe4", "shakespeare_dense"),), DECIDING_LOSSES, "difference",
         (0.035, 0.105), "half of the published gap to one and a half of it", ("paper",),
     )  # fmt: skip
     yield Claim(
         "A5", "A balancing loss of weight 0.1 instead of 0.01 raises the validation loss (“destabilises training”).",
         A, "A",
-        (("shakespeare_moe4_aux01", "shakespeare_moe4"),), _LOSS, "difference", ABOVE,
+        (("shakespeare_moe4_aux01", "shakespeare_moe4"),), DECIDING_LOSSES, "difference", ABOVE,
     )  # fmt: skip
     yield Claim(
         "A6", "Expert dropout does not improve the validation loss.", A, "A",
         _each(("shakespeare_moe4_expert_dropout", "shakespeare_moe4_inner_dropout"), "shakespeare_moe4"),
-        _LOSS, "difference", (-0.005, math.inf),
+        DECIDING_LOSSES, "difference", (-0.005, math.inf),
         "an improvement below 0.005 nats, about two standard deviations of the template's seeds, is none",
     )  # fmt: skip
     yield Claim(
@@ -654,7 +654,7 @@ def _claims_of_a():
             f"A{number}",
             f"On the head of {dataset.removesuffix('_head')} (not the data set), 4 experts have a higher best "
             "validation loss than the dense model.",
-            A, "A_summary", ((f"{dataset}_moe4", f"{dataset}_dense"),), _LOSS, "difference", ABOVE,
+            A, "A_summary", ((f"{dataset}_moe4", f"{dataset}_dense"),), DECIDING_LOSSES, "difference", ABOVE,
         )  # fmt: skip
 
 
