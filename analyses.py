@@ -322,15 +322,19 @@ def topic_of_rest(layer):
     return topic / rest if topic is not None and rest > 0.01 else None
 
 
+def most_of_frozen(layer, names):
+    """The same of a random router's expert on the same inputs."""
+    found = layer["frozen"]["about_given_character"]
+    return max((found[name]["mean"] for name in names if name in found), default=None)
+
+
 def given_character_above_frozen(*names):
-    """What these annotations tell beyond the character, less the same of a random router's on the same inputs."""
+    """What these annotations tell beyond the character, less what they tell of a random router's expert."""
 
     @over_layers
     def of_layer(layer):
-        frozen = layer["frozen"]["about_given_character"]
-        theirs = [frozen[name]["mean"] for name in names if name in frozen]
-        ours = most_given_character(layer, names)
-        return ours - max(theirs) if ours is not None and theirs else None
+        ours, theirs = most_given_character(layer, names), most_of_frozen(layer, names)
+        return None if ours is None or theirs is None else ours - theirs
 
     return of_layer
 

@@ -1,10 +1,10 @@
 """How fast a dense model and its mixtures of experts train and write: side by side, in one process.
 
-    python bench.py                                    the paper size on CUDA, the CPU size elsewhere
-    python bench.py --quick --compare=results/bench/NAME.json    in a minute: what became slower than that record
-    python bench.py --size=paper --tasks=decode --models=moe4    dense is always measured, for ratios are to it
-    python bench.py --models=all                       8 experts and paper B's other variants, too
-    python bench.py --profile --models=dense           traces, and what takes the time of a step
+    python bench.py                               the paper size on CUDA, the CPU size elsewhere
+    python bench.py --quick --compare=results/bench/NAME.json    in a minute: what became slower
+    python bench.py --size=paper --tasks=decode --models=moe4    dense is always beside it
+    python bench.py --models=all                  8 experts and paper B's other variants, too
+    python bench.py --profile --models=dense      traces, and what takes the time of a step
     python bench.py --json=results/bench/NAME.json     the record that plot_results.py reads
 
 First the outputs of all that is fast are checked against the plain ones; what fails is not timed. Then each round times
@@ -84,7 +84,7 @@ class BenchConfig:
     models: str = option(
         "", f"some of {', '.join(MODELS)}, with commas between, or {ALL}; empty = the first {USUAL}", group="What"
     )
-    tasks: str = option("", f"some of {', '.join(speed.TASKS)}, or {ALL}; empty = {ALL}", group="What")
+    tasks: str = option("", f"some of {', '.join(speed.TASKS)}; empty = all", group="What")
     quick: bool = option(False, "fewer rounds and shorter texts: to look, not to quote", group="What")
     seed: int = option(1337, "of weights, batches and samples", group="What", at_least=0, at_most=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
@@ -97,7 +97,7 @@ class BenchConfig:
     def problems(self):
         if self.size not in ("auto", *SIZES):
             yield ("size",), _size_problem(self.size)
-        for key, known in (("models", (*MODELS, ALL)), ("tasks", (*speed.TASKS, ALL))):
+        for key, known in (("models", (*MODELS, ALL)), ("tasks", speed.TASKS)):
             for word in _words(getattr(self, key)):
                 if word not in known:
                     guess = nearest(word, known)
@@ -113,8 +113,8 @@ class BenchConfig:
 
     def chosen_tasks(self):
         """In the order of speed.TASKS."""
-        words = _words(self.tasks) or [ALL]
-        return [name for name in speed.TASKS if name in words or ALL in words]
+        words = _words(self.tasks)
+        return [name for name in speed.TASKS if name in words or not words]
 
 
 def _words(text):

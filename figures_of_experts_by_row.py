@@ -105,12 +105,7 @@ def frozen_share(names) -> Callable:
     of the one among several that tells most beyond it."""
     if names == ("character",):
         return analyses.over_layers(lambda layer: layer["frozen"]["about"]["character"]["mean"])
-
-    def most(layer):
-        found = layer["frozen"]["about_given_character"]
-        return max((found[name]["mean"] for name in names if name in found), default=None)
-
-    return analyses.over_layers(most)
+    return analyses.over_layers(lambda layer: analyses.most_of_frozen(layer, names))
 
 
 @styled

@@ -225,7 +225,7 @@ def compiled(function):
     Models share their code, and torch compiles one piece of code only so often: several models in a process must not
     count as one. Nor must a number in which they differ, such as a capacity, become an unknown of the graph: shapes
     that depend on it cannot be compiled. A backward pass is computed outside of autocast, as it is called: inside, the
-    router's would be in the precision of the matrix products.
+    router's would be in the precision of the matrix products. torch has that setting for a process, not for a function.
     """
     torch._functorch.config.backward_pass_autocast = "off"
     options = dict(fullgraph=True, dynamic=False)

@@ -3,7 +3,7 @@
     python sample.py --out_dir=out/shakespeare_moe4-cpu-s1337
     python sample.py --out_dir=… --start="ROMEO:" --temperature=0.7 --max_new_tokens=300
     python sample.py --out_dir=… --start=FILE:prompt.txt
-    python sample.py --out_dir=… --show_experts --layer=2       each character on the colour of its expert in block 2
+    python sample.py --out_dir=… --show_experts --layer=2     coloured by the experts of block 2
 
 The first --seed gives the first sample, the next seed the second, and so on: a sample depends on its own seed alone.
 A character's colour is the expert with its largest gate; where colours cannot be shown (no terminal, or NO_COLOR is

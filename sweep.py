@@ -78,7 +78,7 @@ except (ValueError, RuntimeError) as error:
 
 @dataclass(frozen=True)
 class Options:
-    """What follows the table's name; further keys are train.py's."""
+    """What follows the tables' names; further keys are train.py's."""
 
     seeds: int = option(SEEDS_FOR_A_VERDICT, f"how many, counted from {FIRST_SEED}", at_least=1, at_most=1000)
     scale: Literal["auto", "paper", "cpu"] = option("auto", "auto: paper on a CUDA device, else cpu")
@@ -166,7 +166,9 @@ def divided(argv):
     cut = argv.index("--") if "--" in argv else len(argv)
     names, ours, theirs, before = [], [], argv[cut + 1 :], ""
     for word in argv[:cut]:
-        may_be_value = before.startswith("-") and "=" not in before  # "--seeds 3", of which the configurator complains
+        # "--seeds 3", of which the configurator complains; a flag such as --list takes no value
+        key = options_of(Options).get(before.removeprefix("--"))
+        may_be_value = before.startswith("-") and "=" not in before and not (key and bool in key.kinds)
         if word in (*TABLES, "all") or not (word.startswith("-") or may_be_value):
             names.append(word)
         else:

@@ -1,10 +1,10 @@
 """Train a character-level GPT, dense or Mixture of Experts.
 
-    python train.py config/shakespeare_moe4.py                       the papers' run, on a GPU
-    python train.py config/shakespeare_moe4.py config/cpu.py         the same at CPU size
+    python train.py config/shakespeare_moe4.py                  at the papers' size, on a GPU
+    python train.py config/shakespeare_moe4.py config/cpu.py    the same at CPU size
     python train.py config/shakespeare_dense.py --n_layer=4 --seed=2
-    torchrun --nproc_per_node=4 train.py config/shakespeare_moe4.py  the same run by four processes, a GPU each
-    python train.py --help                                           every key
+    torchrun --nproc_per_node=4 train.py config/shakespeare_moe4.py    by four processes, a GPU each
+    python train.py --help                                      every key
 
 A run lives in its out_dir: config.json, metrics.jsonl (a line a log or evaluation), ckpt.pt (the last state), best.pt
 (the best weights on the clean measure), and summary.json once it is complete. Ctrl-C saves; the same command with
@@ -89,7 +89,8 @@ def seconds_needed(model, batches, dataset, config, machine, ranks, steps):
         for _ in range(2):
             started = time.perf_counter()
             with machine.autocast():
-                model.train()(x, y).objective.backward()
+                objective = model.train()(x, y).objective
+            objective.backward()
             seconds = time.perf_counter() - started
     windows = dataset.sizes["val"] / (config.batch_size * config.block_size)
     forwards = (2 * config.eval_iters + windows) * (steps // config.eval_interval + 1) / ranks.count
@@ -185,10 +186,8 @@ class Screen:
 def evaluation_text(line, config, is_best=False):
     nats, bpc, train = line["clean"]["nats"], line["clean"]["bpc"], line["paper"]["train"]
     best = " (best so far)" if is_best else ""
-    return (
-        f"step {line['step']:,} of {config.max_iters:,}: train {train:.4f}, validation {nats:.4f} nats, {bpc:.4f} bpc"
-        f"{best}"
-    )
+    found = f"validation {nats:.4f} nats, {bpc:.4f} bpc{best}; {config.eval_iters} batches of train {train:.4f} nats"
+    return f"step {line['step']:,} of {config.max_iters:,}: {found}"
 
 
 def evaluation_line(model, dataset, config, machine, ranks, step):

@@ -203,9 +203,10 @@ def compile_model(model, x, y, machine, evaluated=None) -> Compiled:
     with undone(model):
         try:
             with machine.autocast():
-                compiled.train()(x, y).objective.backward()
-                with torch.no_grad():
-                    compiled.eval()(*(evaluated or (x, y)))
+                objective = compiled.train()(x, y).objective
+            objective.backward()
+            with machine.autocast(), torch.no_grad():
+                compiled.eval()(*(evaluated or (x, y)))
         except torch.OutOfMemoryError:
             raise  # would not fit without compiling either
         except Exception as error:  # whatever a compiler raises, training can go on without it

@@ -101,11 +101,13 @@ def test_the_step_compiles_into_one_graph_before_it_is_captured(kind, monkeypatc
                 return super().capture()
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(kernels, "AVAILABLE", True)
     monkeypatch.setattr(kernels, "uses_triton", lambda x: False)
     decoder = Captured(float_gpt(kind), 2, CPU._replace(compile=True))
     assert decoder.how.startswith("compiled") and decoder.made[0].isfinite().all()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert decoder.length == decoder.position.item() == 0
 
 

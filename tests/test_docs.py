@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import moe
-from configurator import EXPERIMENT, Message, choices_of, options_of
+import sweep
+from configurator import EXPERIMENT, PAGE_WIDTH, Message, choices_of, options_of
 from experiments import TABLES
 from settings import Config
 
@@ -60,9 +61,21 @@ def test_what_may_change_when_a_run_goes_on_is_listed():
 
 
 @pytest.mark.parametrize("script, words", COMMANDS, ids=lambda part: part.strip())
-def test_every_command_of_the_readme_has_options_that_its_script_takes(script, words, monkeypatch):
+def test_a_command_of_the_readme_has_options_that_its_script_takes(script, words, monkeypatch):
+    """Of the scripts that take options of ours."""
     monkeypatch.chdir(ROOT)
     words = [word for word in shlex.split(words) if word not in ("--help", "--print-config")]
     with pytest.raises(Message) as caught:
         importlib.import_module(script).main([*words, "--print-config"])
     assert " = " in caught.value.text
+    if script == "sweep":
+        names, _, handed_on = sweep.divided(words)
+        sweep.check_tables(names, "paper")
+        sweep.changes_of(handed_on)
+
+
+@pytest.mark.parametrize("script", sorted({script for script, _ in COMMANDS}))
+def test_a_help_page_is_no_wider_than_it_says(script):
+    with pytest.raises(Message) as caught:
+        importlib.import_module(script).main(["--help"])
+    assert [line for line in caught.value.text.splitlines() if len(line) > PAGE_WIDTH] == []

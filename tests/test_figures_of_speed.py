@@ -56,7 +56,9 @@ def test_caption_and_alt_stand_alone(case):
 @pytest.mark.parametrize("case", CASES)
 def test_the_picture_can_be_read_and_stands_alone(case):
     assert_readable(case, drawing_of(case).figure, points=8)
-    assert_stands_alone(case, figures.svg(drawing_of(case).figure))
+    picture = figures.svg(drawing_of(case).figure)
+    assert_stands_alone(case, picture)
+    assert not re.search(r">[^<]*\b(nan|inf|None)\b", picture)
 
 
 def test_a_fresh_process_draws_the_same_bytes_and_needs_no_torch():

@@ -1034,3 +1034,11 @@ def test_whatever_becomes_of_best_pt_the_test_split_is_read_from_the_best_weight
     at_step(lambda: best.write_bytes(b"gone"), 12)
     assert train_tiny(words, tmp_path / "run") == 0
     assert record_of(tmp_path / "run")["test"] == record_of(dense_run)["test"]
+
+
+def test_an_evaluation_is_told_with_both_measures_named():
+    line = {"step": 250, "clean": {"nats": 1.5, "bpc": 2.164}, "paper": {"train": 1.25, "val": 1.75}}
+    told = train.evaluation_text(line, tiny(max_iters=2000, eval_iters=7), is_best=True)
+    assert told == (
+        "step 250 of 2,000: validation 1.5000 nats, 2.1640 bpc (best so far); 7 batches of train 1.2500 nats"
+    )
