@@ -518,8 +518,10 @@ def check_can_run(here):
 
 def run_all(states, budget_minutes, argv):
     """-> exit code"""
-    if machines.git_state()["dirty"]:
-        print("There are uncommitted changes: records made now are shown in tables, but count in no mean.")
+    dirty = machines.git_state()["dirty"]
+    if dirty is not False:
+        why = "There are uncommitted changes" if dirty else "git knows no commit of this code"
+        print(f"{why}: records made now are shown in tables, but count in no mean.")
     print(counted(states), flush=True)
     print_reasons(states, sys.stderr)
     deadline = time.monotonic() + 60 * budget_minutes if budget_minutes else math.inf

@@ -217,6 +217,17 @@ def test_several_tables_get_a_seed_of_every_row_before_the_next_seed(place, capf
     assert f"{shown} at scale cpu, 2 seeds" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "dirty, told",
+    [(True, "There are uncommitted changes: "), (None, "git knows no commit of this code: "), (False, "")],
+)
+def test_code_whose_records_will_not_count_is_told_before_they_are_made(place, monkeypatch, capfd, dirty, told):
+    monkeypatch.setattr(machines, "git_state", lambda: {"commit": None if dirty is None else "0" * 40, "dirty": dirty})
+    assert place.main("T", "--seeds=1") == 0
+    shown = capfd.readouterr().out
+    assert told in shown and ("count in no mean" in shown) == bool(told)
+
+
 def test_keys_of_the_machine_are_handed_on(place):
     assert place.main("T", "--seeds=1", "--log_interval=3", "--", "--device=cpu") == 0
     assert all({"--log_interval=3", "--device=cpu"} <= {*words} for _, _, words in place.calls())
