@@ -26,30 +26,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import ablation
-import analyses
-import checkpoint
-import configurator
-import console
-import decoding
-import figures
-import figures_of_experts
-import gradients
-import information
-import machine as machines
 import moe
-import probe
-import records
-import runs
-from analyses import CONTEXT, SYNTAX, TOPIC
-from annotation import annotate, class_of, name_of
-from checkpoint import CheckpointError
-from configurator import ConfigError, option
+from analysis import ablation, analyses, gradients, information, probe
+from analysis.analyses import CONTEXT, SYNTAX, TOPIC
+from analysis.annotation import annotate, class_of, name_of
 from data.common import DataError, Dataset, find
-from evaluate import drop_rate_by_class
 from model import IGNORED
+from report import figures, figures_of_run
 from routing import balanced_table, mix
-from trained import CHECKPOINTS, load, model_in, read
+from run import records, run_folder
+from run.checkpoint import CheckpointError
+from run.evaluate import drop_rate_by_class
+from run.trained import CHECKPOINTS, load, model_in, read
+from speed import decoding
+from support import configurator, console, files, machines
+from support.files import FileError
+from support.options import ConfigError, option
 
 # Batches of an analysis come from another stream than those of training and of evaluation with the same seed.
 ANALYSIS_STREAM = 2**33
@@ -132,7 +124,7 @@ class Subject:
         config = self.config
         dataset = Dataset.open(find(config.dataset), self.machine.device).train_on_first(config.train_characters)
         if saved["dataset"] != dataset.describe() or saved["vocabulary"] != dataset.vocabulary.to_dict():
-            differing = runs.texts(saved["dataset"], dataset.describe())
+            differing = run_folder.texts(saved["dataset"], dataset.describe())
             raise CheckpointError(
                 f"{self.folder} was trained on another text than {config.dataset} is now: {differing}"
             )
@@ -158,7 +150,7 @@ class Subject:
 def analysis_of(subject, bar_title):
     """All of it, as analyses.SCHEMA says."""
     started, config, options, model = time.perf_counter(), subject.config, subject.options, subject.model
-    snapshots = runs.snapshots_in(subject.folder) if model.moe_layers() else []
+    snapshots = run_folder.snapshots_in(subject.folder) if model.moe_layers() else []
     has_ablation = options.ablation and bool(model.moe_layers())
     bar = Bar(bar_title, 4 + len(snapshots) + (ablation.count(model) if has_ablation else 0))
     with bar.bar:
@@ -394,7 +386,7 @@ def evolution_of(folder, config):
     """The load of every evaluation, from metrics.jsonl; None where that is not there."""
     found = {}
     try:
-        text = configurator.read_whole(folder / "metrics.jsonl", configurator.LARGEST_JSON).decode()
+        text = files.read_whole(folder / "metrics.jsonl", files.LARGEST_JSON).decode()
     except (OSError, ValueError):
         return None
     for line in text.splitlines():
@@ -545,16 +537,16 @@ COLUMNS = (  # heading, of (analysis, number of the layer), as text
 def write(folder, analysis, options):
     """analysis.json and its figures into the run's folder, and where options.results says. -> a line that says so"""
     text = analyses.text_of(analysis)
-    checkpoint.write_atomically(folder / "analysis.json", text.encode())
-    drawings = figures_of_experts.of_run(analysis)
+    files.write_atomically(folder / "analysis.json", text.encode())
+    drawings = figures_of_run.of_run(analysis)
     for name, drawing in drawings.items():
-        checkpoint.write_atomically(folder / f"analysis_{name}.svg", figures.svg(drawing.figure).encode())
+        files.write_atomically(folder / f"analysis_{name}.svg", figures.svg(drawing.figure).encode())
     said = f"  wrote {os.path.relpath(folder)}/analysis.json and analysis_{{{','.join(drawings)}}}.svg"
     if options.results:
         kept = Path(options.results) / records.ANALYSIS / f"{folder.resolve().name}.json"
-        with checkpoint.writing(kept):
+        with files.writing(kept):
             kept.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(kept, text.encode())
+        files.write_atomically(kept, text.encode())
         said += f", and {os.path.relpath(kept)}"
     return f"{said} after {records.duration(analysis['seconds'])}"
 
@@ -575,7 +567,7 @@ def main(argv):
         try:
             subject = Subject(folder, options, machine)
             analysis = analysis_of(subject, folder.name)
-        except (ConfigError, DataError, CheckpointError) as error:
+        except (ConfigError, DataError, FileError) as error:
             problems.append(error)
             if len(folders) > 1:
                 print(f"left out: {error}", file=sys.stderr)
@@ -588,4 +580,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    console.run(main, (ConfigError, DataError, CheckpointError))
+    console.run(main, (ConfigError, DataError, FileError))

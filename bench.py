@@ -30,21 +30,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import checkpoint
-import configurator
-import console
-import kernels
-import machine as machines
-import speed
-import trials
-from checkpoint import CheckpointError
-from configurator import ConfigError, nearest, option
 from data.common import DataError, Dataset, find
 from model import GPT
 from moe import MoE
-from records import RecordError
-from settings import Config
-from trials import Subject, Unit, Writing, is_right, spread
+from run.records import RecordError
+from run.settings import Config
+from speed import bench_records, kernels, timing
+from speed.timing import Subject, Unit, Writing, is_right, spread
+from support import configurator, console, files, machines
+from support.files import FileError
+from support.options import ConfigError, nearest, option
 
 SIZES = {"paper": (), "cpu": ("cpu",)}  # what comes over a model's own config file
 MODELS = {  # name -> title, config file, what is changed in it
@@ -71,7 +66,7 @@ class Effort(NamedTuple):
     characters: int  # of a text of the papers' protocol
     texts: int = 10  # of that protocol, at most
     rounds: int = 100  # of the other tasks, at most
-    at_least: int = speed.FEWEST  # rounds: from fewer nothing is compared
+    at_least: int = bench_records.FEWEST  # rounds: from fewer nothing is compared
 
 
 FULL = Effort({"train": 45, "prefill": 6, "decode": 10, "papers": 45}, characters=500)
@@ -84,7 +79,7 @@ class BenchConfig:
     models: str = option(
         "", f"some of {', '.join(MODELS)}, with commas between, or {ALL}; empty = the first {USUAL}", group="What"
     )
-    tasks: str = option("", f"some of {', '.join(speed.TASKS)}; empty = all", group="What")
+    tasks: str = option("", f"some of {', '.join(bench_records.TASKS)}; empty = all", group="What")
     quick: bool = option(False, "fewer rounds and shorter texts: to look, not to quote", group="What")
     seed: int = option(1337, "of weights, batches and samples", group="What", at_least=0, at_most=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
@@ -97,7 +92,7 @@ class BenchConfig:
     def problems(self):
         if self.size not in ("auto", *SIZES):
             yield ("size",), _size_problem(self.size)
-        for key, known in (("models", (*MODELS, ALL)), ("tasks", speed.TASKS)):
+        for key, known in (("models", (*MODELS, ALL)), ("tasks", bench_records.TASKS)):
             for word in _words(getattr(self, key)):
                 if word not in known:
                     guess = nearest(word, known)
@@ -108,13 +103,13 @@ class BenchConfig:
 
     def chosen_models(self):
         """In the order of MODELS, with the dense one, to which ratios are."""
-        words = [*_words(self.models), speed.DENSE] if self.models else list(MODELS)[:USUAL]
+        words = [*_words(self.models), bench_records.DENSE] if self.models else list(MODELS)[:USUAL]
         return [name for name in MODELS if name in words or ALL in words]
 
     def chosen_tasks(self):
-        """In the order of speed.TASKS."""
+        """In the order of bench_records.TASKS."""
         words = _words(self.tasks)
-        return [name for name in speed.TASKS if name in words or not words]
+        return [name for name in bench_records.TASKS if name in words or not words]
 
 
 def _words(text):
@@ -190,7 +185,7 @@ def check_memory(names, size, machine, config, tasks, symbols):
     free = machines.free_memory(machine)
     if free is None or needed(names, size) <= free:
         return
-    others = [(names, other) for other in SIZES if other != size] + [([speed.DENSE], size)]
+    others = [(names, other) for other in SIZES if other != size] + [([bench_records.DENSE], size)]
     fitting = [
         f"--size={other}" + ("" if some == names else f" --models={','.join(some)}") + f" ({gb(needed(some, other))})"
         for some, other in others
@@ -235,14 +230,14 @@ class Bench:
             failure = subject.compile() if self.machine.compile and not subject.is_reference else None
             if failure:
                 print(f"{subject.title} is not compiled, for torch.compile failed: {failure}")
-        self.keep_right(trials.check_training)
+        self.keep_right(timing.check_training)
         config = self.subjects[0].config
         units = {subject: Unit(subject.train) for subject in self.subjects}
         self.measure("train", config.batch_size, config.batch_size * config.block_size, units)
 
     def write(self, batch_size, tasks):
         writings = {subject: Writing(subject, batch_size) for subject in self.subjects}
-        self.keep_right(lambda subject: trials.check_decoding(subject, writings[subject].decoder, batch_size))
+        self.keep_right(lambda subject: timing.check_decoding(subject, writings[subject].decoder, batch_size))
         half = self.subjects[0].config.block_size // 2
         for task, tokens in (("prefill", batch_size * half), ("decode", batch_size)):
             if task in tasks:
@@ -261,17 +256,17 @@ class Bench:
             self.wrong.append(f"{subject.title} is wrong and was not timed: {said}")
             print(self.wrong[-1], file=sys.stderr, flush=True)
             self.subjects = [other for other in self.subjects if other is not subject]
-            if subject.name == speed.DENSE:
+            if subject.name == bench_records.DENSE:
                 raise NothingToCompare
 
     def measure(self, task, batch_size, tokens, units, held=None):
         """units: {subject: Unit}; tokens: of one unit; held: device memory of each subject beside its weights."""
         effort, by_name = self.effort, {subject.name: unit for subject, unit in units.items()}
         at_most = effort.texts if task == "papers" else effort.rounds
-        times = trials.timings(by_name, self.machine, effort.seconds[task], effort.at_least, at_most, task)
+        times = timing.timings(by_name, self.machine, effort.seconds[task], effort.at_least, at_most, task)
         rows = []
         for subject, unit in units.items():
-            mine, dense = times[subject.name], times[speed.DENSE]
+            mine, dense = times[subject.name], times[bench_records.DENSE]
             seconds, holds = spread(mine), subject.bytes_held(task == "train") + (held[subject] if held else 0)
             rows.append(
                 {
@@ -282,8 +277,8 @@ class Bench:
                     "seconds": seconds,
                     "ratio": None if mine is dense else spread([a / b for a, b in zip(mine, dense)]),
                     "tokens_per_second": tokens / seconds["median"],
-                    "floor": trials.floor_of(subject, task, batch_size, tokens, self.ceilings),
-                    "peak_memory_bytes": trials.peak_bytes(self.machine, unit, holds),
+                    "floor": timing.floor_of(subject, task, batch_size, tokens, self.ceilings),
+                    "peak_memory_bytes": timing.peak_bytes(self.machine, unit, holds),
                 }
             )
         self.measurements += rows
@@ -291,10 +286,10 @@ class Bench:
 
 
 def record_of(bench, subjects, config, size, machine, neighbours, seconds):
-    """What speed.py reads, of those subjects of which anything was measured."""
+    """What bench_records.py reads, of those subjects of which anything was measured."""
     measured = {row["model"] for row in bench.measurements}
     return {
-        "format": speed.FORMAT,
+        "format": bench_records.FORMAT,
         "size": size,
         "quick": config.quick,
         "machine": machines.describe(machine._replace(compile=any(subject.is_compiled for subject in subjects))),
@@ -332,7 +327,7 @@ HEADINGS = {
 
 def table(rows):
     """The lines of one task's measurements, in a unit that suits the dense model."""
-    first, median = rows[0], next(row for row in rows if row["model"] == speed.DENSE)["seconds"]["median"]
+    first, median = rows[0], next(row for row in rows if row["model"] == bench_records.DENSE)["seconds"]["median"]
     unit, scale = ("µs", 1e6) if median < 1e-3 else ("ms", 1e3) if median < 1 else ("s", 1)
     heading = HEADINGS[first["task"]].format(B=first["batch_size"], T=first["tokens"] // first["batch_size"])
     memory = "  memory" if first["peak_memory_bytes"] is not None else ""
@@ -342,12 +337,12 @@ def table(rows):
     )
     for row in rows:
         seconds, ratio, total = row["seconds"], row["ratio"], row["tokens_per_second"]
-        median, *ends = (speed.significant(scale * seconds[key]) for key in ("median", "p10", "p90"))
+        median, *ends = (bench_records.significant(scale * seconds[key]) for key in ("median", "p10", "p90"))
         speeds, reached = (total / row["batch_size"], total), row["floor"]["seconds"] / seconds["median"]
         ratio, *ratio_ends = (f"{ratio[key]:.2f}" for key in ("median", "p10", "p90")) if ratio else ("1", "")
         yield (
             f"  {MODELS[row['model']][0]:<34}{median:>8} {'–'.join(ends):>15}  {ratio:>7} {'–'.join(ratio_ends):>11}"
-            f"  {speed.significant(speeds[0]):>9} {speed.significant(speeds[1]):>9}  {reached:>8.1%}"
+            f"  {bench_records.significant(speeds[0]):>9} {bench_records.significant(speeds[1]):>9}  {reached:>8.1%}"
             f"  {seconds['n']:>3}" + (f" {gb(row['peak_memory_bytes']):>7}" if memory else "")
         )
 
@@ -373,12 +368,14 @@ def legend(record):
 
 
 def others(record):
-    share, held = speed.cpu_share(record), record["others"]["device_bytes"]
+    share, held = bench_records.cpu_share(record), record["others"]["device_bytes"]
     if record["machine"]["device_type"] == "cuda":
         found = "not known" if held is None else f"held up to {gb(held)} of the device's memory"
     else:
         found = "not known" if share is None else f"took {share:.1%} of the cores' time"
-    return found + ("" if speed.is_exclusive(record) else "; the ratios are paired, but the times are no evidence")
+    return found + (
+        "" if bench_records.is_exclusive(record) else "; the ratios are paired, but the times are no evidence"
+    )
 
 
 def profiled(subject, task, unit, folder):
@@ -394,7 +391,7 @@ def profiled(subject, task, unit, folder):
     spent = {row: getattr(row, own) / 1000 / unit.repeats for row in profiler.key_averages()}  # ms
     total = sum(spent.values()) or 1
     where = "kernels" if on_device else "operations"
-    yield f"{subject.title}, {task}: {speed.significant(total)} ms in {where}; trace: {path}"
+    yield f"{subject.title}, {task}: {bench_records.significant(total)} ms in {where}; trace: {path}"
     for row in sorted(spent, key=spent.get, reverse=True)[:10]:
         calls = f"{row.count / unit.repeats:,.0f}"
         yield f"  {spent[row] / total:>6.1%} {spent[row]:>9.3f} ms {calls:>6} ×  {row.key[:70]}"
@@ -410,10 +407,10 @@ def profile_all(subjects, size):
 
 
 def compared(path, old, new):
-    slower = speed.slower(old, new)
+    slower = bench_records.slower(old, new)
     yield f"Slower than {path}:" if slower else f"Nothing became slower than in {path}, as far as it can be compared."
     yield from (f"  {line}" for line in slower)
-    missing = speed.not_compared(old, new)
+    missing = bench_records.not_compared(old, new)
     if missing:
         yield "Not compared:"
         yield from (f"  {line}" for line in missing)
@@ -425,7 +422,7 @@ def main(argv):
     machine = machines.choose(config.device, config.dtype, config.compile)
     machines.keep_freed_memory()
     size = config.size if config.size != "auto" else "paper" if machine.device.type == "cuda" else "cpu"
-    old = speed.read(config.compare) if config.compare else None
+    old = bench_records.read(config.compare) if config.compare else None
     print(f"{size} size; {machine.reason}")
     for note in notes(machine):
         print(note)
@@ -434,15 +431,15 @@ def main(argv):
     tasks = config.chosen_tasks()
     check_memory(names, size, machine, config, tasks, dataset.vocabulary.size)
     if config.json:  # before minutes are spent on what could not be written
-        with checkpoint.writing(config.json):
+        with files.writing(config.json):
             Path(config.json).parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=Path(config.json).parent).close()
 
     neighbours = machines.Neighbours(machine)
     configs = {name: config_of(name, size, machine, config.seed) for name in names}
     subjects = [Subject(name, MODELS[name][0], configs[name], dataset, machine) for name in names]
-    dense = subjects[names.index(speed.DENSE)]
-    bench = Bench(subjects, machine, QUICK if config.quick else FULL, trials.ceilings(machine, dense.model))
+    dense = subjects[names.index(bench_records.DENSE)]
+    bench = Bench(subjects, machine, QUICK if config.quick else FULL, timing.ceilings(machine, dense.model))
     try:
         bench.run(tasks)
     except NothingToCompare:
@@ -459,7 +456,7 @@ def main(argv):
     if old:
         print("\n" + "\n".join(compared(config.compare, old, record)))
     if config.json:
-        checkpoint.write_json(Path(config.json), record)
+        files.write_json(Path(config.json), record)
         print(f"written to {config.json}")
     elif not config.quick:
         name = re.sub("[^a-z0-9]+", "-", f"{record['machine']['device']}-{record['machine']['threads']}-{size}".lower())
@@ -472,5 +469,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    mistakes = (ConfigError, DataError, CheckpointError, RecordError)
+    mistakes = (ConfigError, DataError, FileError, RecordError)
     console.run(main, mistakes, "--size=cpu, or fewer --models, takes less")

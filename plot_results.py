@@ -1,6 +1,6 @@
 """Records -> tables, figures, verdicts, one page.
 
-    python plot_results.py                          results/*/*.json -> results/{summary.md,report.html,tables,figures}
+    python plot_results.py                          results/*/*.json -> results/{summary.md,page.html,tables,figures}
     python plot_results.py --check                  say what of it is stale, and write nothing
     python plot_results.py --latest out/A out/B …   curves of local runs, also while they train -> curves.png
 
@@ -17,24 +17,18 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import analyses
-import console
-import experiments
-import figures
-import figures_of_experts
-import figures_of_experts_by_row
-import figures_of_speed
-import records
-import report
-import speed
-import tables
-import verdicts
-from configurator import EXPERIMENT, LARGEST_JSON, SCHEDULE, one_line, read_json, read_whole
-from experiments import CLAIMS, SCALES, TABLES, Comparison
-from records import COUNT, FITS, NUMBER, RecordError
-from settings import Config
+from analysis import analyses
+from papers import experiments
+from papers.experiments import CLAIMS, SCALES, TABLES, Comparison
+from report import cells, figures, figures_of_rows, figures_of_run, figures_of_speed, page, verdicts
+from run import records
+from run.records import COUNT, FITS, NUMBER, RecordError
+from run.settings import Config
+from speed import bench_records
+from support import console
+from support.files import LARGEST_JSON, ROOT, one_line, read_json, read_whole
+from support.options import EXPERIMENT, SCHEDULE
 
-ROOT = Path(__file__).resolve().parent
 DRAWN = ("tables", "figures")  # folders of results/ that are written here; the others hold records
 
 # The figures of a table, in order.
@@ -58,8 +52,8 @@ class Part(NamedTuple):
 
     comparison: Comparison
     rulings: list[verdicts.Verdict]
-    grids: list[report.Grid]
-    pictures: dict[str, report.Picture]  # by file name
+    grids: list[page.Grid]
+    pictures: dict[str, page.Picture]  # by file name
     shown: list[dict]  # an analysis or none, to be looked at by itself
 
     @property
@@ -96,19 +90,19 @@ def part_of(comparison, number):
     drawings["differences"] = differences(comparison)
     shown = shown_of(comparison)
     for analysis in shown:
-        drawings |= figures_of_experts.of_run(analysis)
+        drawings |= figures_of_run.of_run(analysis)
     pictures = {}
     for name, drawing in drawings.items():
         if drawing:
             suffix = f"_{number}" if number > 1 else ""
             svg = figures.svg(drawing.figure)
-            pictures[f"{table.name}_{scale}_{name}{suffix}.svg"] = report.Picture(svg, drawing.caption, drawing.alt)
-    return Part(comparison, rulings, [tables.grid_of(comparison, view) for view in table.views], pictures, shown)
+            pictures[f"{table.name}_{scale}_{name}{suffix}.svg"] = page.Picture(svg, drawing.caption, drawing.alt)
+    return Part(comparison, rulings, [cells.grid_of(comparison, view) for view in table.views], pictures, shown)
 
 
 def drawer(name):
     """The function that draws a figure of a table."""
-    return getattr(figures, name, None) or getattr(figures_of_experts_by_row, name)
+    return getattr(figures, name, None) or getattr(figures_of_rows, name)
 
 
 def shown_of(comparison):
@@ -162,24 +156,25 @@ class Bench(NamedTuple):
     """What there is to say of one bench."""
 
     record: dict
-    grids: list[report.Grid]
-    pictures: dict[str, report.Picture]  # by file name
+    grids: list[page.Grid]
+    pictures: dict[str, page.Picture]  # by file name
 
     @property
     def title(self):
-        return f"Speed ({speed.size_title(self.record)}, {self.record['machine']['device']})"
+        return f"Speed ({bench_records.size_title(self.record)}, {self.record['machine']['device']})"
 
     @property
     def about(self):
         record, ceilings = self.record, self.record["ceilings"]
-        doubts = [f"**{sentence}**" for sentence in speed.doubts(record)]
+        doubts = [f"**{sentence}**" for sentence in bench_records.doubts(record)]
         limits = f"{rate(ceilings['flops_per_second'], 'FLOP/s')} and {rate(ceilings['bytes_per_second'], 'B/s')}"
         return " ".join(
             [
                 *doubts,
-                f"{speed.about(record)}. Every model is timed in turn with the others, in one process. A cell is the "
-                "median of the timings [10th, 90th percentile]; time ÷ dense's is that of the ratios of pairs, above "
-                "1 where a model is slower. Of the floor: the least time for what must be computed and moved, at the "
+                f"{bench_records.about(record)}. Every model is timed in turn with the others, in one process. "
+                "A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is that of the ratios "
+                "of pairs, above 1 where a model is slower. Of the floor: the least time for what must be computed "
+                "and moved, at the "
                 f"ceilings measured in the same bench ({limits}), over the time that it took.",
                 f"Machine: {records.machine_of(record)}. The bench took {records.duration(record['seconds'])}.",
             ]
@@ -189,11 +184,11 @@ class Bench(NamedTuple):
 def rate(value, unit):
     """'180 GFLOP/s'"""
     prefix, scale = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
-    return f"{speed.significant(value / scale)} {prefix}{unit}"
+    return f"{bench_records.significant(value / scale)} {prefix}{unit}"
 
 
 def benches_of(found):
-    """found: records that speed.py read. Known sizes first; several of one size are numbered."""
+    """found: records that bench_records.py read. Known sizes first; several of one size are numbered."""
     order = [*SCALES, *sorted({record["size"] for record in found} - {*SCALES})]
     benches, counts = [], {}
     for record in sorted(found, key=lambda record: (order.index(record["size"]), records.machine_of(record))):
@@ -203,8 +198,8 @@ def benches_of(found):
         pictures = {}
         if drawing:
             svg = figures.svg(drawing.figure)
-            pictures[f"speed_{size}{suffix}.svg"] = report.Picture(svg, drawing.caption, drawing.alt)
-        benches.append(Bench(record, tables.speed_grids(record), pictures))
+            pictures[f"speed_{size}{suffix}.svg"] = page.Picture(svg, drawing.caption, drawing.alt)
+        benches.append(Bench(record, cells.speed_grids(record), pictures))
     return benches
 
 
@@ -217,10 +212,10 @@ def lines_of(verdict, measure):
     claim, comparison = verdict.claim, verdict.comparison
     table, lines = comparison.table, []
     for finding in verdict.findings[measure]:
-        names = tables.labelled(comparison, table.row(finding.row))
+        names = cells.labelled(comparison, table.row(finding.row))
         if finding.against:
             sign = {"difference": "−", "ratio": "÷"}[claim.effect]
-            names += f" {sign} {tables.labelled(comparison, table.row(finding.against))}"
+            names += f" {sign} {cells.labelled(comparison, table.row(finding.against))}"
         lines.append(f"{names}: {verdicts.shown(finding.effect, measure, claim.effect)}")
     return lines
 
@@ -246,8 +241,8 @@ def effect_of(verdict):
     deciding = [finding for finding in verdict.findings[first] if finding.status == verdict.status]
     finding = max(deciding, key=contradiction)
     text = verdicts.shown(finding.effect, first, verdict.claim.effect)
-    label = tables.labelled(verdict.comparison, verdict.comparison.table.row(finding.row))
-    if finding.effect and (len(verdict.findings[first]) > 1 or tables.DAGGER in label):
+    label = cells.labelled(verdict.comparison, verdict.comparison.table.row(finding.row))
+    if finding.effect and (len(verdict.findings[first]) > 1 or cells.DAGGER in label):
         text = f"{label}: {text}"
     if verdict.status == verdicts.NOT_RUN:
         text = f"`{verdict.comparison.table.command(verdict.comparison.scale)}`"
@@ -309,7 +304,7 @@ def summary_of(parts, rulings, benches, found, left_out):
 
 
 def grid_lines(part):
-    return [line for grid in part.grids for line in (tables.markdown(grid), "")]
+    return [line for grid in part.grids for line in (cells.markdown(grid), "")]
 
 
 def picture_lines(part):
@@ -327,20 +322,20 @@ def report_of(parts, rulings, benches, found, left_out):
     """results/report.html"""
     sections = []
     for part in parts:
-        blocks = [report.Text(part.about), *explanation_of(part), *part.grids, *part.pictures.values()]
+        blocks = [page.Text(part.about), *explanation_of(part), *part.grids, *part.pictures.values()]
         blocks += [passage for analysis in part.shown for passage in passages_of(analysis)]
         blocks += [ruling_of(verdict) for verdict in part.rulings]
-        sections.append(report.Section(part.title, blocks))
+        sections.append(page.Section(part.title, blocks))
     for bench in benches:
-        blocks = [report.Text(bench.about), *bench.pictures.values(), *bench.grids]
-        sections.append(report.Section(bench.title, blocks))
+        blocks = [page.Text(bench.about), *bench.pictures.values(), *bench.grids]
+        sections.append(page.Section(bench.title, blocks))
     alone = [verdict for verdict in rulings if not verdict.comparison.machine]
     if alone:
-        sections.append(report.Section("Not run yet", [ruling_of(verdict) for verdict in alone]))
+        sections.append(page.Section("Not run yet", [ruling_of(verdict) for verdict in alone]))
     if left_out:
-        sections.append(report.Section("Records left out", [report.Text(why) for why in left_out]))
-    lead = [report.Text(headline(parts, found)), report.Text(HOW_TO_READ)]
-    return report.page("charmoe: what was measured", lead, sections)
+        sections.append(page.Section("Records left out", [page.Text(why) for why in left_out]))
+    lead = [page.Text(headline(parts, found)), page.Text(HOW_TO_READ)]
+    return page.page("charmoe: what was measured", lead, sections)
 
 
 HOW_EXPERTS_ARE_READ = (
@@ -360,7 +355,7 @@ HOW_EXPERTS_ARE_READ = (
 
 def explanation_of(part):
     """For a reader who meets experts for the first time."""
-    return [report.Text(text) for text in HOW_EXPERTS_ARE_READ if part.comparison.table.of == "analyses"]
+    return [page.Text(text) for text in HOW_EXPERTS_ARE_READ if part.comparison.table.of == "analyses"]
 
 
 def passages_of(analysis):
@@ -368,14 +363,14 @@ def passages_of(analysis):
     blocks = []
     for layer, experts in zip(analysis["layers"], analysis["sample"]["experts"]):
         title = f"Block {layer['block']}: text written by the model, each character on the colour of its expert"
-        blocks.append(report.Passage(title, analysis["sample"]["text"], experts, layer["n_expert"]))
+        blocks.append(page.Passage(title, analysis["sample"]["text"], experts, layer["n_expert"]))
     label = f"Written by {analysis['title']}, seed {analysis['config']['seed']}"
-    return [report.Text(f"**{label}**, as `python sample.py --show_experts` shows it."), *blocks] if blocks else []
+    return [page.Text(f"**{label}**, as `python sample.py --show_experts` shows it."), *blocks] if blocks else []
 
 
 def ruling_of(verdict):
     claim, table = verdict.claim, verdict.comparison.table
-    return report.Ruling(
+    return page.Ruling(
         claim.id,
         verdict.status,
         claim.sentence,
@@ -396,7 +391,7 @@ def collect(folder):
     if not folder.is_dir():
         return [], [], [], [f"{folder} is not there, so there are no records"]
     pairs, left_out = records.read_all(folder)
-    benches, of_benches = speed.read_all(folder)
+    benches, of_benches = bench_records.read_all(folder)
     analysed, of_analyses = analyses.read_all(folder)
     left_out += of_benches + of_analyses
     hashes = {
@@ -434,13 +429,13 @@ def outputs_of(folder):
     for part in parts:
         by_table.setdefault((part.comparison.table.name, part.comparison.scale), []).append(part)
     for (table, scale), of in by_table.items():
-        outputs[f"tables/{table}_{scale}.csv"] = tables.csv_of([part.comparison for part in of])
-        grids = [tables.latex(grid) for part in of for grid in part.grids]
+        outputs[f"tables/{table}_{scale}.csv"] = cells.csv_of([part.comparison for part in of])
+        grids = [cells.latex(grid) for part in of for grid in part.grids]
         outputs[f"tables/{table}_{scale}.tex"] = "\n\n".join(grids) + "\n"
     for size in dict.fromkeys(bench.record["size"] for bench in benches):
         of = [bench for bench in benches if bench.record["size"] == size]
-        outputs[f"tables/speed_{size}.csv"] = tables.speed_csv([bench.record for bench in of])
-        grids = [tables.latex(grid) for bench in of for grid in bench.grids]
+        outputs[f"tables/speed_{size}.csv"] = cells.speed_csv([bench.record for bench in of])
+        grids = [cells.latex(grid) for bench in of for grid in bench.grids]
         outputs[f"tables/speed_{size}.tex"] = "\n\n".join(grids) + "\n"
     return outputs, left_out
 

@@ -19,15 +19,13 @@ from typing import Literal
 
 import torch
 
-import configurator
-import console
-import decoding
-import machine as machines
-from checkpoint import CheckpointError
-from configurator import ConfigError, option
 from data.common import DataError
-from report import EXPERT_COLOURS
-from trained import CHECKPOINTS, load
+from run.trained import CHECKPOINTS, load
+from speed import decoding
+from support import configurator, console, files, machines
+from support.files import FileError
+from support.options import ConfigError, option
+from support.palette import EXPERT_COLOURS
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def prompt_text(start, vocabulary):
     if start.startswith("FILE:"):
         path = Path(start.removeprefix("FILE:"))
         try:
-            start = configurator.read_whole(path).decode().replace("\r\n", "\n")
+            start = files.read_whole(path).decode().replace("\r\n", "\n")
         except UnicodeDecodeError:
             raise DataError(f"{path} is not UTF-8 text") from None
     if start:
@@ -200,4 +198,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    console.run(main, (ConfigError, DataError, CheckpointError))
+    console.run(main, (ConfigError, DataError, FileError))

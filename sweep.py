@@ -39,18 +39,15 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-import checkpoint
-import configurator
-import console
-import machine as machines
 import model
-import records
-from checkpoint import CheckpointError
-from configurator import MACHINE, ROOT, ConfigError, option, options_of, shown_path
 from data.common import DataError, find, is_prepared
-from experiments import FIRST_SEED, SCALES, SEEDS_FOR_A_VERDICT, TABLES
-from records import RecordError
-from settings import Config
+from papers.experiments import FIRST_SEED, SCALES, SEEDS_FOR_A_VERDICT, TABLES
+from run import checkpoint, records
+from run.records import RecordError
+from run.settings import Config
+from support import configurator, console, files, machines
+from support.files import ROOT, FileError, shown_path
+from support.options import MACHINE, ConfigError, option, options_of
 
 try:
     import fcntl
@@ -66,11 +63,12 @@ CHARACTERS_WRITTEN = 500  # of each text of inference_samples
 KINDS = ("finished", "to be copied", "running elsewhere", "cut", "missing", "failed", "cannot be run")
 # Run in a process of its own: a CUDA context of ours would be memory that others hold, to the runs that we measure.
 DESCRIBE = """
-import json, sys
-import machine
+import json
+import sys
+from support import machines
 
 try:
-    print(json.dumps(machine.describe(machine.choose(*json.loads(sys.argv[1])))))
+    print(json.dumps(machines.describe(machines.choose(*json.loads(sys.argv[1])))))
 except (ValueError, RuntimeError) as error:
     sys.exit(str(error).partition("\\n")[0])
 """
@@ -96,7 +94,7 @@ class Here(NamedTuple):
     results: Path
     words: list[str]  # for train.py
     changes: dict  # of its Config, that they make
-    machine: dict  # as machine.describe does it
+    machine: dict  # as machines.describe does it
 
 
 @dataclass(frozen=True, eq=False)
@@ -657,7 +655,7 @@ def keep_record(cell):
     source, path = cell.folder / "summary.json", record_path(cell)
     record = records.read(source)
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(path, source.read_bytes())
+    files.write_atomically(path, source.read_bytes())
     text = f"{record['clean']['best']['nats']:.4f} nats in {records.duration(record['seconds']['total'])}"
     return State("finished", f"{text}, kept as {shown_path(path)}", cell.config.max_iters)
 
@@ -697,4 +695,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    console.run(main, (ConfigError, CheckpointError, RecordError))
+    console.run(main, (ConfigError, FileError, RecordError))

@@ -27,22 +27,19 @@ import time
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import configurator
-import console
-import evaluate
-import machine as machines
 import moe
-import records
-from checkpoint import CheckpointError
-from configurator import ConfigError
 from data.common import DataError, Dataset, find, is_prepared
 from model import GPT
-from ranks import Ranks, is_loss_of_another
 from routing import mix
-from runs import RunFolder, check_resumable, difference
-from settings import Config
-from update import Sums, Updater, compile_model, random_state, set_random_state, undone
+from run import evaluate, records
+from run.checkpoint import CheckpointError
+from run.processes import Ranks, is_loss_of_another
+from run.run_folder import RunFolder, check_resumable, difference
+from run.settings import Config
+from run.update import Sums, Updater, compile_model, random_state, set_random_state, undone
+from support import configurator, console, files, machines
+from support.files import FileError
+from support.options import ConfigError
 
 SLOW_SECONDS = 900  # a run that would take longer than this on a CPU is told so, and of config/cpu.py
 SECONDS_BETWEEN_LINES = 30  # of progress, where the output is not a terminal
@@ -229,7 +226,7 @@ def start_wandb(config):
         print("wandb_log=True, but wandb is not installed (pip install wandb): metrics go to metrics.jsonl only")
         return None
     except Exception as error:  # not logged in, no network, …: a tracker must not stop what it tracks
-        print(f"wandb_log=True, but wandb says: {checkpoint.first_line(error)}; metrics go to metrics.jsonl only")
+        print(f"wandb_log=True, but wandb says: {files.first_line(error)}; metrics go to metrics.jsonl only")
         return None
     is_well = True
 
@@ -241,7 +238,7 @@ def start_wandb(config):
                 wandb.log(numbers, step=line["step"])
         except Exception as error:
             is_well = False
-            print(f"wandb says: {checkpoint.first_line(error)}; from here on metrics go to metrics.jsonl only")
+            print(f"wandb says: {files.first_line(error)}; from here on metrics go to metrics.jsonl only")
 
     return log
 
@@ -301,9 +298,7 @@ class Training:
             self.model.load_state_dict(saved["model"])
             self.updater.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"the checkpoint does not fit its own config: {checkpoint.first_line(error)}"
-            ) from error
+            raise CheckpointError(f"the checkpoint does not fit its own config: {files.first_line(error)}") from error
         git, before = self.progress["git"], saved["progress"]["git"]
         is_clean = before["dirty"] is False and git["dirty"] is False
         is_clean = is_clean and machines.same_code(before["commit"], git["commit"])
@@ -630,7 +625,7 @@ def main(argv):
         except RuntimeError as error:
             if ranks.count == 1 or not is_loss_of_another(error):
                 raise
-            said = checkpoint.first_line(error)[:120]
+            said = files.first_line(error)[:120]
             raise console.Failure(
                 f"another of the {ranks.count} processes of this run has ended, or is lost ({said}): torchrun "
                 f"says more below. What was saved is in {config.out_dir}; to go on: {resume_command(argv, ranks)}",
@@ -690,6 +685,6 @@ def train(config, ranks, machine, argv):
 if __name__ == "__main__":
     console.run(
         main,
-        (ConfigError, DataError, CheckpointError),
+        (ConfigError, DataError, FileError),
         "a smaller batch_size with gradient_accumulation_steps gives nearly the same updates",
     )

@@ -37,7 +37,6 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import read_whole
 from data.common import BYTE, CHARACTER, FORMAT_VERSION, SPLITS, TOKEN, DataError, Vocabulary
 from data.download import (
     DiskError,
@@ -53,6 +52,7 @@ from data.download import (
     write,
     write_whole,
 )
+from support.files import read_whole
 
 try:
     import fcntl

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import is_utf8, one_line, read_json, shown
+from support.files import is_utf8, one_line, read_json, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT_VERSION = 1

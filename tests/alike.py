@@ -4,7 +4,7 @@ import json
 
 import torch
 
-import checkpoint
+from run import checkpoint
 
 # Everything random, and everything that is summed up between two log lines, at once.
 HARD = dict(

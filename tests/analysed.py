@@ -7,8 +7,8 @@ analysed(n_expert=0)                                a dense model's
 
 import numpy as np
 
-import analyses
-from settings import Config
+from analysis import analyses
+from run.settings import Config
 
 SYMBOLS = ["newline", "space", "!", *"ABcdeaio"]
 COUNTS = [120, 900, 60, 70, 51, 300, 400, 800, 500, 200, 49]  # the last is too rare to be drawn

@@ -7,8 +7,8 @@ bench("paper", {"device": "NVIDIA H200"})      on a GPU
 import copy
 import dataclasses
 
-import speed
-from experiments import TABLES
+from papers.experiments import TABLES
+from speed import bench_records
 
 SYMBOLS = 65
 ROWS = {
@@ -47,7 +47,7 @@ def bench(size="cpu", machine=CPU, n=40, wide=0.06):
         for name, (_, table, row, changes) in ROWS.items()
     }
     record = {
-        "format": speed.FORMAT,
+        "format": bench_records.FORMAT,
         "size": size,
         "quick": False,
         "machine": copy.deepcopy(machine),
@@ -101,13 +101,13 @@ def model(config, title):
 def measurement(record, config, name, task, batch_size, seconds, ratio, spread):
     one = {"model": name, "task": task, "batch_size": batch_size, "tokens": 500}
     one["batch_size"] = batch_size = config.batch_size if task == "train" else batch_size
-    one["tokens"] = tokens = speed.tokens_of(one, config)
+    one["tokens"] = tokens = bench_records.tokens_of(one, config)
     flops, bytes_ = 4e6 * tokens, 3.2e6
     ceilings = record["ceilings"]
     return {
         **one,
         "seconds": spread(seconds * ratio),
-        "ratio": None if name == speed.DENSE else spread(ratio),
+        "ratio": None if name == bench_records.DENSE else spread(ratio),
         "tokens_per_second": tokens / (seconds * ratio),
         "floor": {
             "flops": flops,

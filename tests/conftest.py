@@ -13,9 +13,9 @@ import pytest
 import torch
 from alike import HARD
 
-import update
 from data.build import TRAIN_VAL_TEST, TextSpec, prepare
-from settings import Config
+from run import update
+from run.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(

@@ -5,6 +5,7 @@
 
 Each variant is trained like the baseline (4 experts, top-1, config/cpu.py, in one process with one thread) but for one
 thing that should not matter, for each of some seeds; what is told is how far the weights and the validation loss are
+from support import files
 from the baseline's at the end. README.md ("Determinism") has the table.
 """
 
@@ -23,8 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-import machine as machines  # noqa: E402
+from run import checkpoint  # noqa: E402
+from support import files, machines  # noqa: E402
 
 STEPS = 500
 BASE = ["config/cpu.py", f"--max_iters={STEPS}", "--eval_interval=250", "--eval_iters=20", "--inference_samples=0"]
@@ -112,7 +113,7 @@ def main():
     }
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(options.json, said)
+        files.write_json(options.json, said)
     print(
         "\n| against one process with one thread | weights | largest difference of a weight | of the final loss, nats |"
     )

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from matplotlib.text import Text
 
-import figures
+from report import figures
 
-ROOT = Path(figures.__file__).resolve().parent
+ROOT = Path(figures.__file__).resolve().parents[1]
 
 
 def assert_readable(name, figure, points):

@@ -11,7 +11,7 @@ from conftest import tiny
 from test_moe import GRID, SYMBOLS, name_of
 from test_probe import CPU, assert_same, characters, model_of, windows_of
 
-from ablation import (
+from analysis.ablation import (
     TableRouter,
     ablations,
     cost,
@@ -29,8 +29,8 @@ from ablation import (
     tabled,
     with_top_k,
 )
+from analysis.probe import Seen, see
 from data.common import Vocabulary
-from probe import Seen, see
 from routing import balanced_table, choices_per_expert, gates_per_expert
 
 VOCABULARY = Vocabulary("character", tuple("abcdefg"))
@@ -375,7 +375,7 @@ def test_merging_experts_that_are_the_same_but_for_the_order_of_their_units_cost
     assert torch.equal(order[matching(model.moe_layers()[1].experts, 2, 0)], torch.arange(len(order)))
     after = see(merged(model, 1, 2, 0, torch.tensor([3.0, 0, 1, 0])), windows, CPU)
     np.testing.assert_allclose(after.nats_N, before.nats_N, atol=1e-4)
-    monkeypatch.setattr("ablation.matching", lambda experts, a, b: torch.arange(len(order)))
+    monkeypatch.setattr("analysis.ablation.matching", lambda experts, a, b: torch.arange(len(order)))
     unmatched = see(merged(model, 1, 2, 0, torch.tensor([3.0, 0, 1, 0])), windows, CPU)
     assert np.abs(unmatched.nats_N - before.nats_N).max() > 1e-2
     assert_same(see(model, windows, CPU), before)

@@ -9,13 +9,12 @@ import pytest
 from analysed import analysed as analysed_by_hand
 from conftest import english, prepare_text, train_tiny
 
-import analyses
 import analyze
-import information
-import records
-from checkpoint import CheckpointError
-from configurator import ConfigError
+from analysis import analyses, information
 from data.common import DataError
+from run import records
+from run.checkpoint import CheckpointError
+from support.options import ConfigError
 
 EXPERTS = dict(n_expert=4, expert_top_k=1)
 FAST = ("--gradient_batches=2", "--sample_characters=40", "--pass_characters=640")

@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import analyses
-import annotation
-from annotation import annotate
+from analysis import analyses, annotation
+from analysis.annotation import annotate
 from data.common import Vocabulary
 
 SCENE = """\

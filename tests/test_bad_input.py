@@ -25,34 +25,24 @@ from conftest import thorough, tiny, train_tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-import decoding
-import experiments
-import machine as machines
 import moe
 import plot_results
-import records
 import sample
-import speed
-import tables
-from checkpoint import CheckpointError
-from configurator import (
-    LARGEST_FLOAT,
-    LARGEST_INT,
-    SMALLEST_FLOAT,
-    ConfigError,
-    Message,
-    choices_of,
-    is_utf8,
-    options_of,
-    parse,
-)
 from data.build import TRAIN_VAL, TextSpec, prepare
 from data.common import DataError, Dataset, Vocabulary, find
 from model import GPT
-from records import RecordError
+from papers import experiments
+from report import cells
+from run import checkpoint, records
+from run.checkpoint import CheckpointError
+from run.records import RecordError
+from run.settings import Config
 from sample import SampleConfig
-from settings import Config
+from speed import bench_records, decoding
+from support import machines
+from support.configurator import Message, parse
+from support.files import is_utf8
+from support.options import LARGEST_FLOAT, LARGEST_INT, SMALLEST_FLOAT, ConfigError, choices_of, options_of
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 2000  # characters of a problem
@@ -540,7 +530,7 @@ def as_file(tmp_path, dense_run, words):
         "meta": (tmp_path / "words" / "meta.json", lambda: Dataset.open(tmp_path / "words")),
         "bin": (tmp_path / "words" / "val.bin", lambda: Dataset.open(tmp_path / "words")),
         "record": (tmp_path / "results" / "B" / "a-s1.json", lambda: records.read(tmp_path / "results/B/a-s1.json")),
-        "bench": (tmp_path / "bench.json", lambda: speed.read(tmp_path / "bench.json")),
+        "bench": (tmp_path / "bench.json", lambda: bench_records.read(tmp_path / "bench.json")),
         "checkpoint": (tmp_path / "run" / "best.pt", lambda: sample.main([run, "--device=cpu"])),
         "prompt": (prompt, lambda: sample.main([run, "--device=cpu", "--max_new_tokens=1", f"--start=FILE:{prompt}"])),
         "metrics": (tmp_path / "run" / "metrics.jsonl", lambda: plot_results.read_run(tmp_path / "run")),
@@ -842,22 +832,22 @@ def shown_everywhere(record):
     for table in experiments.TABLES.values():
         for comparison in experiments.gather(table, experiments.in_cells(table, [record], []), "cpu"):
             for view in table.views:
-                grid = tables.grid_of(comparison, view)
-                assert tables.markdown(grid).encode() and tables.latex(grid).encode()
-            assert tables.csv_of([comparison]).encode()
+                grid = cells.grid_of(comparison, view)
+                assert cells.markdown(grid).encode() and cells.latex(grid).encode()
+            assert cells.csv_of([comparison]).encode()
 
 
 def benches_shown_everywhere(record):
     told = [
-        *speed.slower(BENCH, record),
-        *speed.not_compared(BENCH, record),
-        *speed.doubts(record),
-        speed.about(record),
+        *bench_records.slower(BENCH, record),
+        *bench_records.not_compared(BENCH, record),
+        *bench_records.doubts(record),
+        bench_records.about(record),
     ]
     assert not any("\n" in line for line in told)
-    for grid in tables.speed_grids(record):
-        assert tables.markdown(grid).encode() and tables.latex(grid).encode()
-    assert tables.speed_csv([record]).encode()
+    for grid in cells.speed_grids(record):
+        assert cells.markdown(grid).encode() and cells.latex(grid).encode()
+    assert cells.speed_csv([record]).encode()
 
 
 RECORD = json.loads((ROOT / "results" / "B" / "shakespeare_top2_cap05-cpu-s1337.json").read_text())
@@ -869,7 +859,7 @@ BENCH = json.loads((ROOT / "results" / "bench" / "amd-epyc-2-cpu.json").read_tex
 @pytest.mark.parametrize("kind", ["run", "bench"])
 def test_a_changed_record_is_refused_or_can_be_drawn(n, kind, tmp_path):
     wholes = [RECORD, DENSE_RECORD] if kind == "run" else [BENCH]
-    read, show = (records.read, shown_everywhere) if kind == "run" else (speed.read, benches_shown_everywhere)
+    read, show = (records.read, shown_everywhere) if kind == "run" else (bench_records.read, benches_shown_everywhere)
     path = tmp_path / "a-s1337.json"
     values = st.sampled_from(wholes).flatmap(altered).map(lambda pair: json_of(pair[0]))
     contents = st.one_of(values, values, st.sampled_from(wholes).map(json_of).flatmap(damaged), JUNK.map(json_of))

@@ -14,17 +14,16 @@ from conftest import tiny
 
 import backends
 import bench
-import configurator
-import decoding
-import machine
-import speed
-from configurator import ConfigError, Message
 from data.common import DataError
 from model import GPT, Decoder
-from records import RecordError
+from run.records import RecordError
+from speed import bench_records, decoding
+from support import configurator, machines
+from support.configurator import Message
+from support.options import ConfigError
 
-CPU = machine.choose("cpu", "float32", False)
-SHORT = bench.Effort(dict.fromkeys(speed.TASKS, 0.01), characters=20)
+CPU = machines.choose("cpu", "float32", False)
+SHORT = bench.Effort(dict.fromkeys(bench_records.TASKS, 0.01), characters=20)
 TINY = {key: getattr(tiny(), key) for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}
 TASKS = [("train", 4)] + [(task, size) for size in (1, 8, 32) for task in ("prefill", "decode")] + [("papers", 1)]
 config_of = bench.config_of
@@ -36,7 +35,7 @@ def make_small(patch, words):
     patch.setattr(bench, "find", lambda name: words)
     patch.setattr(bench, "FULL", SHORT)
     patch.setattr(bench, "QUICK", SHORT)
-    patch.setattr(bench.trials, "PATIENCE", 1e9)  # always speed.FEWEST rounds
+    patch.setattr(bench.timing, "PATIENCE", 1e9)  # always bench_records.FEWEST rounds
 
 
 @pytest.fixture(autouse=True)
@@ -80,24 +79,24 @@ def refused(kind, *options):
 
 def test_everything_is_measured_and_the_record_is_one(whole):
     _, path = whole
-    record = speed.read(path)
-    assert speed.problems(record) == [] and record["size"] == "cpu" and record["quick"] is False
+    record = bench_records.read(path)
+    assert bench_records.problems(record) == [] and record["size"] == "cpu" and record["quick"] is False
     assert list(record["models"]) == list(bench.MODELS)
     found = [(row["task"], row["batch_size"], row["model"]) for row in record["measurements"]]
     assert found == [(*task, name) for task in TASKS for name in bench.MODELS]
-    assert all(row["seconds"]["n"] >= speed.FEWEST for row in record["measurements"])
+    assert all(row["seconds"]["n"] >= bench_records.FEWEST for row in record["measurements"])
     assert [row["model"] for row in record["measurements"] if row["ratio"] is None] == ["dense"] * len(TASKS)
 
 
 def test_what_is_fast_was_checked_at_every_batch_size(whole):
     _, path = whole
-    for name, model in speed.read(path)["models"].items():
+    for name, model in bench_records.read(path)["models"].items():
         assert len(model["checks"]) == (0 if name.startswith("reference") else 4)
 
 
 def test_the_page_has_a_row_for_each_measurement_and_says_what_ran(whole):
     page, path = whole
-    record = speed.read(path)
+    record = bench_records.read(path)
     rows = [line for line in page.splitlines() if line.startswith("  ") and line.rstrip().endswith((" 10", " 100"))]
     for model in record["models"].values():
         assert model["title"] in page and model["backend"]["train"] in page and model["backend"]["decode"] in page
@@ -122,12 +121,12 @@ def test_unless_asked_for_others_the_usual_models_are_measured():
         ("--models=moe8",): ["dense", "moe8"],
     }.items():
         config = configurator.parse(bench.BenchConfig, list(words))
-        assert config.chosen_models() == names and config.chosen_tasks() == list(speed.TASKS)
+        assert config.chosen_models() == names and config.chosen_tasks() == list(bench_records.TASKS)
 
 
 def test_dense_is_always_there_and_tasks_can_be_chosen(run, tmp_path):
     code, _, _ = run("--models=moe4", "--tasks=decode", f"--json={tmp_path / 'r.json'}")
-    record = speed.read(tmp_path / "r.json")
+    record = bench_records.read(tmp_path / "r.json")
     assert code == 0 and list(record["models"]) == ["dense", "moe4"]
     assert {row["task"] for row in record["measurements"]} == {"decode"}
 
@@ -211,7 +210,7 @@ def test_a_model_that_trains_wrongly_is_told_and_left_out(run, tmp_path, monkeyp
     code, page, error = run("--quick", "--models=moe4,reference_moe4", "--tasks=train", f"--json={tmp_path / 'r.json'}")
     assert code == 3 and "4 experts, top-1 is wrong and was not timed: training" in error
     assert "4 experts, top-1" not in page and "4 experts, eager script" in page
-    assert list(speed.read(tmp_path / "r.json")["models"]) == ["dense", "reference_moe4"]
+    assert list(bench_records.read(tmp_path / "r.json")["models"]) == ["dense", "reference_moe4"]
 
 
 class Shifted(Decoder):
@@ -227,14 +226,14 @@ def test_a_model_that_writes_wrongly_keeps_what_was_measured_of_it_in_training(r
     code, _, error = run("--models=moe4", "--tasks=train,decode", f"--json={tmp_path / 'r.json'}")
     assert code == 3 and "4 experts, top-1 is wrong and was not timed: decoding at batch 1" in error
     assert "batch 8" not in error  # it was left out by then
-    rows = speed.read(tmp_path / "r.json")["measurements"]
+    rows = bench_records.read(tmp_path / "r.json")["measurements"]
     assert [row["task"] for row in rows if row["model"] == "moe4"] == ["train"]
     assert sum(row["task"] == "decode" for row in rows) == 3
 
 
 def test_without_the_dense_model_there_is_nothing_to_compare(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        bench.trials, "check_training", lambda subject: {"what": "it", "error": float("nan"), "limit": 1}
+        bench.timing, "check_training", lambda subject: {"what": "it", "error": float("nan"), "limit": 1}
     )
     code, page, error = run("--models=moe4", f"--json={tmp_path / 'r.json'}")
     assert code == 3 and "Dense is wrong" in error and "nothing to compare with" in error
@@ -283,11 +282,11 @@ def test_the_text_is_shakespeare(monkeypatch):
 
 def test_a_size_that_does_not_fit_says_how_much_and_what_would(monkeypatch):
     monkeypatch.setattr(bench, "config_of", config_of)
-    monkeypatch.setattr(machine, "free_memory", lambda machine: int(2e9))
+    monkeypatch.setattr(machines, "free_memory", lambda machine: int(2e9))
     message = refused(ConfigError, "--size=paper")
     assert "size=paper needs about" in message and "cpu has 2 GB free" in message
     assert "what fits: --size=cpu (0." in message
-    monkeypatch.setattr(machine, "free_memory", lambda machine: int(1e6))
+    monkeypatch.setattr(machines, "free_memory", lambda machine: int(1e6))
     assert "what fits: nothing of this bench" in refused(ConfigError, "--size=cpu")
 
 

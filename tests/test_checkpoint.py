@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import thorough
 
-import checkpoint
-from checkpoint import CheckpointError
+from run import checkpoint
+from run.checkpoint import CheckpointError
+from support import files
+from support.files import FileError
 
 STATE = {
     "model": {"weight": torch.arange(5000, dtype=torch.float32), "half": torch.ones(3, dtype=torch.bfloat16)},
@@ -62,7 +64,7 @@ def full(*arguments):
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_previous_checkpoint(saved, monkeypatch, failing):
     before = saved.read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
+    with monkeypatch.context() as patch, pytest.raises(FileError) as caught:
         patch.setattr(os, failing, full)
         checkpoint.save(saved, {"progress": {"step": 8}})
     for word in (str(saved), "disk is full", "bytes were needed", "saved before is untouched"):
@@ -76,7 +78,7 @@ def test_a_first_save_that_fails_claims_no_previous_one(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", denied)
-    with pytest.raises(CheckpointError, match="Input/output error") as caught:
+    with pytest.raises(FileError, match="Input/output error") as caught:
         checkpoint.save(tmp_path / "ckpt.pt", STATE)
     assert "previous" not in str(caught.value) and os.listdir(tmp_path) == []
 
@@ -98,15 +100,15 @@ def test_a_process_killed_while_writing_leaves_the_previous_checkpoint(saved, mo
 
 def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="could not be written"):
+    with pytest.raises(FileError, match="could not be written"):
         checkpoint.save(tmp_path / "file" / "ckpt.pt", STATE)
 
 
 def test_json_refuses_nan_and_leaves_the_file(tmp_path):
     path = tmp_path / "summary.json"
-    checkpoint.write_json(path, {"loss": 1.5})
+    files.write_json(path, {"loss": 1.5})
     with pytest.raises(ValueError):
-        checkpoint.write_json(path, {"loss": float("nan")})
+        files.write_json(path, {"loss": float("nan")})
     assert path.read_text() == '{\n "loss": 1.5\n}\n'
 
 
@@ -224,7 +226,7 @@ def test_torch_reads_a_sealed_file_too(saved):
 def test_a_disk_without_room_is_told_before_anything_is_written(saved, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 99, 1))
     monkeypatch.setattr("builtins.open", lambda *arguments: pytest.fail("something was opened"))
-    with pytest.raises(CheckpointError, match="the disk is full .* bytes were needed"):
+    with pytest.raises(FileError, match="the disk is full .* bytes were needed"):
         checkpoint.save(saved, {"progress": {"step": 8}})
 
 
@@ -236,7 +238,7 @@ def test_what_the_disk_does_not_give_back_as_it_was_does_not_replace_the_last_on
         fsync(descriptor)
         os.pwrite(descriptor, b"x", 1000)
 
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="something else than what was written"):
+    with monkeypatch.context() as patch, pytest.raises(FileError, match="something else than what was written"):
         patch.setattr(os, "fsync", damage)
         checkpoint.save(saved, {**STATE, "progress": {"step": 8}})
     assert checkpoint.load(saved)["progress"]["step"] == 7 and os.listdir(saved.parent) == ["ckpt.pt"]

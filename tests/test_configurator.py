@@ -16,16 +16,9 @@ import routing
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import (  # noqa: E402
-    EXPERIMENT,
-    SCHEDULE,
-    ConfigError,
-    Message,
-    option,
-    options_of,
-    parse,
-)
-from settings import Config  # noqa: E402
+from run.settings import Config  # noqa: E402
+from support.configurator import Message, parse  # noqa: E402
+from support.options import EXPERIMENT, SCHEDULE, ConfigError, option, options_of  # noqa: E402
 
 CONFIG_FILES = sorted((ROOT / "config").glob("*.py"))
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import console
-from configurator import ConfigError, Message
+from support import console
+from support.configurator import Message
+from support.options import ConfigError
 
 
 def ending(monkeypatch, capsys, error, **options):
@@ -70,7 +71,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, error):
 def test_a_terminal_without_the_letters_is_no_error(way):
     """As over a serial line, or with LANG=C."""
     statement = way.format("'é ⏎ \\udcff 🧪'")
-    code = f"import console\n\ndef main(argv):\n    {statement}\n\nconsole.run(main, (ValueError,))\n"
+    code = f"from support import console\n\ndef main(argv):\n    {statement}\n\nconsole.run(main, (ValueError,))\n"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=environment)
     assert done.returncode == (2 if "raise" in way else 0) and b"Traceback" not in done.stderr
@@ -78,7 +79,8 @@ def test_a_terminal_without_the_letters_is_no_error(way):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    code = "import console\n\ndef main(argv):\n    while True:\n        print('x' * 1000)\n\nconsole.run(main)\n"
+    code = "from support import console\n\n"
+    code += "def main(argv):\n    while True:\n        print('x' * 1000)\n\nconsole.run(main)\n"
     done = subprocess.run(["sh", "-c", f'{sys.executable} -c "{code}" | head -1'], cwd=ROOT, capture_output=True)
     assert done.stderr == b""
 
@@ -165,7 +167,8 @@ def test_a_second_ctrl_c_ends_the_program_on_the_spot(processes):
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">/dev/full", ">&- 2>&-"])
 def test_a_script_needs_nobody_who_listens(closed):
-    code = "import console, sys\n\ndef main(argv):\n    print('hello', file=console.Lasting(sys.stdout), flush=True)\n"
+    code = "import sys; from support import console\n\n"
+    code += "def main(argv):\n    print('hello', file=console.Lasting(sys.stdout), flush=True)\n"
     code += "    return 3\n\nconsole.run(main)\n"
     done = subprocess.run(["sh", "-c", f'{sys.executable} -c "{code}" {closed}'], cwd=ROOT, capture_output=True)
     assert done.returncode == 3 and done.stderr == b""

@@ -7,10 +7,9 @@ import pytest
 import torch
 from test_model import CAUSAL, KINDS, gpt, tokens
 
-import decoding
-import kernels
-import machine as machines
 from model import Decoder, KVCache
+from speed import decoding, kernels
+from support import machines
 
 CPU = machines.Machine(torch.device("cpu"), torch.float32, compile=False, reason="")
 STATIC = [kind for kind in CAUSAL if not decoding.looks_back(gpt(**KINDS[kind]))]

@@ -9,9 +9,10 @@ import pytest
 
 import moe
 import sweep
-from configurator import EXPERIMENT, PAGE_WIDTH, Message, choices_of, options_of
-from experiments import TABLES
-from settings import Config
+from papers.experiments import TABLES
+from run.settings import Config
+from support.configurator import PAGE_WIDTH, Message
+from support.options import EXPERIMENT, choices_of, options_of
 
 ROOT = Path(moe.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny
 
-import evaluate
-import machine
 import moe
 from data.common import Dataset, Vocabulary, character_class
 from model import GPT
+from run import evaluate
+from support import machines
 
-CPU = machine.choose("cpu", "float32", False)
+CPU = machines.choose("cpu", "float32", False)
 DENSE = {}
 MOE = dict(n_expert=4, expert_top_k=2, capacity_factor=0.5, aux_loss_coef=0.1, z_loss_coef=0.01)
 

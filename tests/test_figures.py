@@ -9,10 +9,9 @@ import pytest
 from matplotlib.collections import PolyCollection
 from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of, panel_over
 
-import figures
-import report
-from experiments import TABLES, Comparison
-from verdicts import interval_of_difference
+from papers.experiments import TABLES, Comparison
+from report import figures, page
+from support.intervals import interval_of_difference
 
 DENSE, MOE4 = "shakespeare_dense", "shakespeare_moe4"
 MACHINE = "AMD EPYC, 2 cores, 2 threads, torch 2.13.0+cpu, float32"
@@ -308,4 +307,4 @@ def test_letters_in_a_square_can_be_read():
 
 
 def test_pictures_stand_on_the_ground_of_the_report():
-    assert (figures.PAPER, figures.PAPER_ON_DARK) == (report.LIGHT["paper"], report.DARK["paper"])
+    assert (figures.PAPER, figures.PAPER_ON_DARK) == (page.LIGHT["paper"], page.DARK["paper"])

@@ -9,12 +9,11 @@ import pytest
 from analysed import COUNTS, SYMBOLS, analysed
 from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of, marks, panel
 
-import analyses
-import figures
-import figures_of_experts
-import records
-from analyses import net
-from figures_of_experts import of_run
+from analysis import analyses
+from analysis.analyses import net
+from report import figures, figures_of_run
+from report.figures_of_run import of_run
+from run import records
 
 MACHINE = "AMD EPYC, 1 core, 1 thread, torch 2.13.0+cpu, float32"
 RUN = ("experts", "load", "stability", "information", "ablation", "gradients")
@@ -57,12 +56,12 @@ def test_whatever_is_missing_the_rest_is_drawn(case):
 
 def test_without_their_numbers_there_are_no_pictures():
     for part, name in {"stability": "stability", "ablation": "ablation", "evolution": "load"}.items():
-        assert getattr(figures_of_experts, name)(analysed() | {part: None}) is None
-    assert figures_of_experts.gradients(analysed() | {"router_gradients": [None, None], "conflicts": []}) is None
+        assert getattr(figures_of_run, name)(analysed() | {part: None}) is None
+    assert figures_of_run.gradients(analysed() | {"router_gradients": [None, None], "conflicts": []}) is None
     rare = analysed()
     for layer in rare["layers"]:
         layer["counts"] = [[min(49, sum(of))] + [0] * 3 for of in layer["counts"]]
-    assert figures_of_experts.experts(rare) is None
+    assert figures_of_run.experts(rare) is None
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,7 +97,7 @@ def test_what_is_not_comparable_has_a_dagger_and_its_reason():
     other = {"canonical": False}
     for drawing, reason in (
         *((drawing, "† routing that sees later characters") for drawing in drawings("eight blocks").values()),
-        (figures_of_experts.load(analysed(**other)), "† a text that is not the published data set (shakespeare_char)"),
+        (figures_of_run.load(analysed(**other)), "† a text that is not the published data set (shakespeare_char)"),
     ):
         title = drawing.figure.get_suptitle().replace("\n", " ")
         assert f"{reason}." in drawing.caption and ", seed 1 †" in title and title.endswith(reason)
@@ -121,7 +120,7 @@ def tiles_of(axes):
 
 def test_a_tile_is_the_share_of_a_characters_occurrences():
     analysis = analysed()
-    drawing = figures_of_experts.experts(analysis)
+    drawing = figures_of_run.experts(analysis)
     names = [label.get_text() for label in drawing.figure.axes[0].get_yticklabels()]
     places = drawing.figure.axes[0].get_yticks()
     for block, layer in enumerate(analysis["layers"]):
@@ -144,7 +143,7 @@ def test_characters_are_in_groups_of_class_and_then_of_their_expert():
     for name, of in {"a": (0, 0, 200, 100), "e": (0, 0, 700, 100), "i": (500, 0, 0, 0), "c": (0, 9, 0, 291)}.items():
         counts[SYMBOLS.index(name)] = list(of)
     counts[SYMBOLS.index("d")] = [0, 400, 0, 0]
-    drawing = figures_of_experts.experts(analysis)
+    drawing = figures_of_run.experts(analysis)
     names = [label.get_text() for label in drawing.figure.axes[0].get_yticklabels()]
     # i goes to expert 0; e and a go to 2, e more so; d to 1, c to 3. o, with 49 occurrences, is not there.
     assert names == ["i", "e", "a", "d", "c", "A", "B", "space", "newline", "!"]
@@ -157,20 +156,20 @@ def test_characters_are_in_groups_of_class_and_then_of_their_expert():
 
 
 def test_only_the_commonest_characters_are_drawn(monkeypatch):
-    monkeypatch.setattr(figures_of_experts, "MOST_CHARACTERS", 3)
-    drawing = figures_of_experts.experts(analysed())
+    monkeypatch.setattr(figures_of_run, "MOST_CHARACTERS", 3)
+    drawing = figures_of_run.experts(analysed())
     names = {label.get_text() for label in drawing.figure.axes[0].get_yticklabels()}
     assert names == {"space", "e", "a"} and "the most frequent" in drawing.caption
 
 
 def test_a_names_class_is_its_symbols():
-    import annotation  # which needs torch
+    from analysis import annotation  # which needs torch
 
     symbols = [*map(chr, range(0x20, 0x7F)), "\n", "\t", "é", "世", "\u0301", "\x07"]
     for kind, values in (("characters", symbols), ("bytes", range(256))):
         for symbol in values:
             expected = annotation.character_class(symbol)
-            assert figures_of_experts.class_of_name(annotation.name_of(symbol)) == expected, (kind, symbol)
+            assert figures_of_run.class_of_name(annotation.name_of(symbol)) == expected, (kind, symbol)
 
 
 def test_load_is_every_experts_share_and_the_use_of_them_all():
@@ -180,7 +179,7 @@ def test_load_is_every_experts_share_and_the_use_of_them_all():
         "steps": [0, 100, 200],
         "loads": [[[0.5, 0.5]] * 2, [[0.75, 0.25]] * 2, [[0.99, 0.01]] * 2],
     }
-    drawing = figures_of_experts.load(analysis)
+    drawing = figures_of_run.load(analysis)
     assert "The router of block 1 had collapsed at step 200, and was at the end." in drawing.caption
     even, first, second = lines_of(panel(drawing, "block 0"))
     assert even[0][1] == 50 and first == [(0, 50), (100, 75), (200, 99)] and second[2] == (200, pytest.approx(1))
@@ -201,7 +200,7 @@ def test_without_a_choice_there_is_no_use_to_draw():
 
 def test_stability_is_agreement_its_chance_and_churn():
     analysis = analysed()
-    drawing = figures_of_experts.stability(analysis)
+    drawing = figures_of_run.stability(analysis)
     agreement, churn, character, _ = drawing.figure.axes
     of = analysis["stability"]["layers"][1]
     _, _, ours, chance = lines_of(agreement)
@@ -216,7 +215,7 @@ def test_stability_is_agreement_its_chance_and_churn():
 
 def test_bars_are_net_of_chance_beside_both_controls():
     analysis = analysed()
-    drawing = figures_of_experts.information(analysis)
+    drawing = figures_of_run.information(analysis)
     labels = [label.get_text() for label in panel(drawing, "block 0").get_yticklabels()]
     for block, layer in enumerate(analysis["layers"]):
         axes = panel(drawing, f"block {block}")
@@ -242,7 +241,7 @@ def test_bars_are_net_of_chance_beside_both_controls():
 
 def test_removals_and_what_is_done_to_all_layers():
     analysis = analysed()
-    drawing = figures_of_experts.ablation(analysis)
+    drawing = figures_of_run.ablation(analysis)
     for block in (0, 1):
         axes = panel(drawing, f"block {block}")
         points = [line[0] for line in lines_of(axes) if len(line) == 1]
@@ -257,7 +256,7 @@ def test_removals_and_what_is_done_to_all_layers():
     assert costs["k = 2"] == -0.04 and list(costs)[-1] == "all experts for each character"
     assert "−0.040 ± 0.003" in [text.get_text() for text in together.texts]
     analysis["ablation"] |= {"top_k": None, "hashed_all": None}
-    fewer = figures_of_experts.ablation(analysis).figure.axes[-1].get_yticklabels()
+    fewer = figures_of_run.ablation(analysis).figure.axes[-1].get_yticklabels()
     assert len(fewer) == len(labels) - 3
 
 
@@ -267,7 +266,7 @@ def test_of_one_expert_only_other_numbers_of_experts_are_drawn():
 
 def test_cosines_stand_beside_their_nulls():
     analysis = analysed()
-    pulls, tokens = figures_of_experts.gradients(analysis).figure.axes
+    pulls, tokens = figures_of_run.gradients(analysis).figure.axes
     assert marks(pulls, "o") == [(0.1, 0), (pytest.approx(0.05), 1)]
     nulls = {(round(bar.get_x(), 6), round(bar.get_x() + bar.get_width(), 6)) for bar in pulls.patches}
     assert nulls == {(-0.09, 0.11), (-0.04, 0.05)}
@@ -291,5 +290,5 @@ def test_a_dense_models_gradients_are_called_so():
 
 
 def test_a_frozen_router_has_tokens_gradients_alone():
-    drawing = figures_of_experts.gradients(analysed() | {"router_gradients": [None, None]})
+    drawing = figures_of_run.gradients(analysed() | {"router_gradients": [None, None]})
     assert len(drawing.figure.axes) == 1 and "balancing" not in drawing.caption

@@ -9,11 +9,10 @@ import pytest
 from analysed import analysed
 from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of, marks, panel
 
-import analyses
-import figures
-import figures_of_experts_by_row
-import records
-from experiments import TABLES, Comparison
+from analysis import analyses
+from papers.experiments import TABLES, Comparison
+from report import figures, figures_of_rows
+from run import records
 
 MACHINE = "AMD EPYC, 1 core, 1 thread, torch 2.13.0+cpu, float32"
 ACROSS = ("information_by_row", "stability_by_row", "ablation_by_row", "load_by_row")
@@ -37,7 +36,7 @@ def comparison(table="A", seeds=(1, 2), missing=(), change=lambda analysis, row:
 def drawings(table):
     """{name: Drawing}"""
     of = comparison(table, seeds=(1,) if table == "C" else (1, 2))
-    return {name: getattr(figures_of_experts_by_row, name)(of) for name in ACROSS}
+    return {name: getattr(figures_of_rows, name)(of) for name in ACROSS}
 
 
 def digest(table):
@@ -72,13 +71,13 @@ def test_without_analyses_of_experts_nothing_is_drawn():
     dense = comparison(missing={row.name for row in ROWS})
     nothing = comparison(missing={row.name for row in TABLES["A"].rows_at("cpu")})
     for of in (dense, nothing):
-        assert [getattr(figures_of_experts_by_row, name)(of) for name in ACROSS] == [None] * 4
+        assert [getattr(figures_of_rows, name)(of) for name in ACROSS] == [None] * 4
 
 
 def test_rows_that_are_missing_are_named_and_dense_ones_left_out():
     of = comparison(missing={ROWS[2].name})
     for name in ACROSS:
-        drawing = getattr(figures_of_experts_by_row, name)(of)
+        drawing = getattr(figures_of_rows, name)(of)
         assert f"Not analysed: {ROWS[2].label}." in drawing.caption and "Not run" not in drawing.caption, name
         assert (
             "dense" not in drawing.alt and f"{ROWS[0].label}" in drawing.alt and "n = 2 seeds a row" in drawing.caption
@@ -89,8 +88,8 @@ def test_rows_that_are_missing_are_named_and_dense_ones_left_out():
 
 def test_information_of_rows_is_each_seeds_their_mean_and_the_frozen_control():
     of = comparison()
-    drawing = figures_of_experts_by_row.information_by_row(of)
-    for title, names in figures_of_experts_by_row.ASKED.items():
+    drawing = figures_of_rows.information_by_row(of)
+    for title, names in figures_of_rows.ASKED.items():
         axes = panel(drawing, title.replace("\n", " "))
         for y, row in enumerate(ROWS):
             runs = of.cells[row.name]
@@ -112,7 +111,7 @@ def test_agreement_of_rows_is_the_mean_over_layers_and_seeds():
         for layer in analysis["stability"]["layers"] if analysis["stability"] else ():
             layer["agreement"] = [value - 0.1 * (analysis["config"]["seed"] == 2) for value in layer["agreement"]]
 
-    drawing = figures_of_experts_by_row.stability_by_row(comparison(change=change))
+    drawing = figures_of_rows.stability_by_row(comparison(change=change))
     agreement, character = drawing.figure.axes
     first, second, mean, chance = lines_of(agreement)[:4]
     assert [line[0][1] for line in (first, second, mean, chance)] == pytest.approx([37.5, 27.5, 32.5, 25])
@@ -127,8 +126,8 @@ def test_rows_without_snapshots_are_left_out_of_stability_alone():
             analysis["stability"] = None
 
     of = comparison(change=change)
-    assert ROWS[0].label not in figures_of_experts_by_row.stability_by_row(of).alt
-    assert ROWS[0].label in figures_of_experts_by_row.ablation_by_row(of).alt
+    assert ROWS[0].label not in figures_of_rows.stability_by_row(of).alt
+    assert ROWS[0].label in figures_of_rows.ablation_by_row(of).alt
 
 
 def test_costs_of_rows():
@@ -137,7 +136,7 @@ def test_costs_of_rows():
             analysis["ablation"]["shuffled_all"]["nats"] += 0.1 * analysis["config"]["seed"]
             analysis["ablation"]["merged_all"] = None
 
-    drawing = figures_of_experts_by_row.ablation_by_row(comparison(change=change))
+    drawing = figures_of_rows.ablation_by_row(comparison(change=change))
     assert [axes.get_title() for axes in drawing.figure.axes] == ["shuffled", "hashed", "by table", "one removed"]
     drawn = [x for line in lines_of(panel(drawing, "shuffled")) for x, y in line if y == 0 and x > 0]
     assert drawn == pytest.approx([1.35, 1.45, 1.4]) and "shuffled +1.400, hashed +1.200" in drawing.alt
@@ -149,7 +148,7 @@ def test_use_of_experts_of_rows_beside_the_bound():
             analysis["layers"][1]["load"]["load"] = [1.0, 0.0, 0.0, 0.0]
 
     of = comparison(change=change)
-    (axes,) = figures_of_experts_by_row.load_by_row(of).figure.axes
+    (axes,) = figures_of_rows.load_by_row(of).figure.axes
     assert [records.COLLAPSED_BELOW] * 2 in [list(line.get_xdata()) for line in axes.get_lines()]
     drawn = [x for line in lines_of(axes) for x, y in line if y == 1 and x != records.COLLAPSED_BELOW]
     used = analyses.utilisation(of.cells[ROWS[0].name][0])
@@ -162,6 +161,6 @@ def test_a_leaky_row_has_its_dagger():
         analysis["leaky"] = row == ROWS[1].name
 
     for name in ACROSS:
-        drawing = getattr(figures_of_experts_by_row, name)(comparison(change=change))
+        drawing = getattr(figures_of_rows, name)(comparison(change=change))
         assert f"{ROWS[1].label} †" in drawing.alt and f"{ROWS[0].label} †" not in drawing.alt, name
         assert "† routing that sees later characters." in drawing.caption, name

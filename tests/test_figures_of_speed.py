@@ -8,8 +8,8 @@ import pytest
 from benches import CPU, GPU, bench, find
 from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of, panel_over
 
-import figures
-from figures_of_speed import relative_time
+from report import figures
+from report.figures_of_speed import relative_time
 
 MODELS = ("dense", "moe4", "moe4_linear")
 CASES = {

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny
 
-import gradients
-import machine as machines
 import moe
-from gradients import SHARED, Layer, Tokens
+from analysis import gradients
+from analysis.gradients import SHARED, Layer, Tokens
 from model import GPT, IGNORED
 from routing import gates_per_expert
+from support import machines
 
 SYMBOLS = 5
 CLASSES = [0, 1, 0, 1, 2]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-import information
-from information import (
+from analysis import information
+from analysis.information import (
     BLOCKS,
     SHIFTED,
     SHUFFLED,

@@ -16,8 +16,8 @@ from conftest import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import backends
-import kernels
 import moe
+from speed import kernels
 
 GATES = ["softmax", "sigmoid"]
 SHAPES = [  # N, E, K, D, H: K of 1, 2 and E; no more choices than experts, and more; widths that fill no block

@@ -54,9 +54,8 @@ class Reaper:
 
     def watch(self):
         """Announce what touches the run's files: before, after, and when half of a write is done; and every batch."""
-        import checkpoint
-        import runs
         from data.common import Dataset
+        from run import checkpoint, run_folder
 
         reaper, fsync = self, os.fsync
 
@@ -81,7 +80,7 @@ class Reaper:
                 if not file.closed and file.fileno() == descriptor:
                     file.durable = os.fstat(descriptor).st_size
 
-        checkpoint.open = runs.open = opened
+        checkpoint.open = run_folder.open = opened
         os.fsync = self.around(synced)
         for name in ("replace", "link", "unlink"):
             setattr(os, name, self.around(getattr(os, name)))

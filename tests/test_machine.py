@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import machine
-from configurator import ConfigError
+from support import machines
+from support.options import ConfigError
 
-CPU = machine.choose("cpu", "float32", False)
+CPU = machines.choose("cpu", "float32", False)
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
 
@@ -40,13 +40,13 @@ def bare(monkeypatch):
 
 def refused(*arguments):
     with pytest.raises(ConfigError) as caught:
-        machine.choose(*arguments)
+        machines.choose(*arguments)
     assert len(caught.value.problems) == 1
     return caught.value.problems[0]
 
 
 def test_auto_without_a_gpu_is_the_cpu_and_says_why(bare):
-    chosen = machine.choose()
+    chosen = machines.choose()
     assert (chosen.device.type, chosen.dtype, chosen.compile) == ("cpu", torch.float32, False)
     assert chosen.reason == (
         "device cpu (auto: no GPU found), dtype float32 (auto: on cpu), not compiled (auto compiles on CUDA only)"
@@ -55,29 +55,29 @@ def test_auto_without_a_gpu_is_the_cpu_and_says_why(bare):
 
 def test_auto_on_a_new_gpu_is_bfloat16_and_compiled(gpu):
     gpu((9, 0))
-    chosen = machine.choose()
+    chosen = machines.choose()
     assert (chosen.device.type, chosen.dtype, chosen.compile) == ("cuda", torch.bfloat16, True)
     assert chosen.reason == "device cuda (auto: found), dtype bfloat16 (auto: on CUDA), compiled (pays on CUDA)"
 
 
 def test_an_old_gpu_gets_float32_even_when_bfloat16_is_asked_for(gpu):
     gpu((7, 5))
-    assert machine.choose().dtype == torch.float32
-    chosen = machine.choose(dtype="bfloat16")
+    assert machines.choose().dtype == torch.float32
+    chosen = machines.choose(dtype="bfloat16")
     assert chosen.dtype == torch.float32
     assert "bfloat16 was asked for" in chosen.reason and "no units" in chosen.reason
 
 
 def test_what_is_asked_for_is_what_one_gets(bare):
-    chosen = machine.choose("cpu", "bfloat16", True)
+    chosen = machines.choose("cpu", "bfloat16", True)
     assert (chosen.device.type, chosen.dtype, chosen.compile) == ("cpu", torch.bfloat16, True)
     assert chosen.reason.count("asked for") == 3
-    assert machine.choose("cpu", "bfloat16", False).compile is False
+    assert machines.choose("cpu", "bfloat16", False).compile is False
 
 
 def test_compile_false_is_kept_on_a_gpu(gpu):
     gpu((9, 0))
-    chosen = machine.choose(compile=False)
+    chosen = machines.choose(compile=False)
     assert chosen.compile is False and "not compiled (asked for)" in chosen.reason
 
 
@@ -107,14 +107,14 @@ def test_a_device_that_is_none_is_refused_with_the_choices(bare):
 
 def test_autocast_changes_matrix_products_only_where_it_was_chosen():
     square = torch.ones(2, 2)
-    with machine.choose("cpu", "float32").autocast():
+    with machines.choose("cpu", "float32").autocast():
         assert (square @ square).dtype == torch.float32
-    with machine.choose("cpu", "bfloat16").autocast():
+    with machines.choose("cpu", "bfloat16").autocast():
         assert (square @ square).dtype == torch.bfloat16
 
 
 def test_describe_is_numbers_and_names_that_records_need():
-    described = machine.describe(machine.choose("cpu", "float32", False))
+    described = machines.describe(machines.choose("cpu", "float32", False))
     assert set(described) == {
         "device",
         "device_type",
@@ -136,9 +136,15 @@ def test_describe_is_numbers_and_names_that_records_need():
 def test_describe_gives_away_no_path_host_or_user(monkeypatch):
     monkeypatch.setattr(platform, "node", lambda: "secrethost")
     monkeypatch.setenv("HOSTNAME", "secrethost")
-    values = [value for value in machine.describe(machine.choose("cpu")).values() if isinstance(value, str)]
+    values = [value for value in machines.describe(machines.choose("cpu")).values() if isinstance(value, str)]
     everything = json.dumps(values)
-    for secret in (platform.node(), os.uname().nodename, str(machine.ROOT), os.path.expanduser("~"), getpass.getuser()):
+    for secret in (
+        platform.node(),
+        os.uname().nodename,
+        str(machines.ROOT),
+        os.path.expanduser("~"),
+        getpass.getuser(),
+    ):
         assert secret not in values and (len(secret) < 5 or secret not in everything)
 
 
@@ -146,12 +152,12 @@ def test_a_cpu_without_proc_still_has_a_name(monkeypatch):
     def absent(*arguments, **options):
         raise FileNotFoundError
 
-    monkeypatch.setattr(machine.Path, "read_text", absent)
-    assert machine._cpu_name()
+    monkeypatch.setattr(machines.Path, "read_text", absent)
+    assert machines._cpu_name()
 
 
 def test_peak_memory_is_bytes():
-    peak = machine.peak_memory(machine.choose("cpu"))
+    peak = machines.peak_memory(machines.choose("cpu"))
     if platform.system() == "Linux":
         assert 50e6 < peak < 1e12  # torch alone takes more than 50 MB; kB taken for bytes would not
     else:
@@ -169,7 +175,7 @@ def git(folder, *arguments):
 @pytest.fixture
 def committed(tmp_path, monkeypatch):
     """A function that writes {path: text} into the repository that is the code's, and commits it all. -> the commit"""
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(machines, "ROOT", tmp_path)
     git(tmp_path, "init", "-q")
 
     def commit(files):
@@ -185,72 +191,72 @@ def committed(tmp_path, monkeypatch):
 
 def test_git_state_tells_the_commit_and_whether_tracked_code_differs(tmp_path, committed):
     commit = committed({"code.py": "1\n", "config/one.py": "1\n", "results/report.html": "1\n"})
-    assert machine.git_state() == {"commit": commit, "dirty": False}
+    assert machines.git_state() == {"commit": commit, "dirty": False}
     (tmp_path / "notes.py").write_text("1\n")  # not tracked
     (tmp_path / "results" / "report.html").write_text("2\n")  # drawn again: not code
-    assert machine.git_state() == {"commit": commit, "dirty": False}
+    assert machines.git_state() == {"commit": commit, "dirty": False}
     (tmp_path / "config" / "one.py").write_text("2\n")
-    assert machine.git_state() == {"commit": commit, "dirty": True}
+    assert machines.git_state() == {"commit": commit, "dirty": True}
 
 
 def test_commits_are_of_the_same_code_where_no_code_differs(committed):
     first = committed({"code.py": "1\n", "config/one.py": "1\n"})
     results = committed({"results/report.html": "1\n"})
     other = committed({"config/one.py": "2\n"})
-    assert machine.same_code(first, results) and machine.same_code(first, first)
-    assert not machine.same_code(first, other) and not machine.same_code(results, other)
+    assert machines.same_code(first, results) and machines.same_code(first, first)
+    assert not machines.same_code(first, other) and not machines.same_code(results, other)
 
 
 def test_code_that_nobody_knows_is_not_the_same(tmp_path, committed, monkeypatch):
     commit = committed({"code.py": "1\n"})
     for unknown in (None, "", "0" * 40, f"--output={tmp_path / 'made'}"):  # the last one may be a stranger's
-        assert not machine.same_code(unknown, commit) and not machine.same_code(commit, unknown)
-    assert not machine.same_code(None, None) and not (tmp_path / "made").exists()
+        assert not machines.same_code(unknown, commit) and not machines.same_code(commit, unknown)
+    assert not machines.same_code(None, None) and not (tmp_path / "made").exists()
     monkeypatch.setenv("PATH", "")
-    assert not machine.same_code(commit, commit)
+    assert not machines.same_code(commit, commit)
 
 
 def test_without_a_repository_or_without_git_nothing_is_claimed(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
-    assert machine.git_state() == {"commit": None, "dirty": None}
+    monkeypatch.setattr(machines, "ROOT", tmp_path)
+    assert machines.git_state() == {"commit": None, "dirty": None}
     monkeypatch.setenv("PATH", "")
-    assert machine.git_state() == {"commit": None, "dirty": None}
+    assert machines.git_state() == {"commit": None, "dirty": None}
 
 
 def test_neighbours_are_those_who_work_on_the_same_cores(monkeypatch):
     """0.5 core-seconds of somebody else's beside 2 of our own; an earlier session's are added."""
     clock = {"busy": 100.0, "own": 10.0}
-    monkeypatch.setattr(machine, "_busy_seconds", lambda: clock["busy"])
-    monkeypatch.setattr(machine, "_own_seconds", lambda: clock["own"])
-    neighbours = machine.Neighbours(CPU)
+    monkeypatch.setattr(machines, "_busy_seconds", lambda: clock["busy"])
+    monkeypatch.setattr(machines, "_own_seconds", lambda: clock["own"])
+    neighbours = machines.Neighbours(CPU)
     clock |= {"busy": 102.5, "own": 12.0}
     assert neighbours.so_far() == {"core_seconds": 0.5, "device_bytes": None}
-    assert machine.Neighbours(CPU, neighbours.so_far()).so_far()["core_seconds"] == 0.5
+    assert machines.Neighbours(CPU, neighbours.so_far()).so_far()["core_seconds"] == 0.5
     clock["own"] = 12.6  # the two clocks tick apart
     assert neighbours.so_far()["core_seconds"] == 0
     clock["own"] = 12.7  # the system's clock is not that of our cores
     assert neighbours.so_far()["core_seconds"] is None
-    monkeypatch.setattr(machine, "_busy_seconds", lambda: None)
+    monkeypatch.setattr(machines, "_busy_seconds", lambda: None)
     assert neighbours.so_far()["core_seconds"] is None
-    assert machine.Neighbours(CPU).so_far()["core_seconds"] is None
+    assert machines.Neighbours(CPU).so_far()["core_seconds"] is None
 
 
 def test_what_an_earlier_session_could_not_tell_stays_unknown(monkeypatch):
-    monkeypatch.setattr(machine, "_busy_seconds", lambda: 100.0)
-    monkeypatch.setattr(machine, "_own_seconds", lambda: 10.0)
-    assert machine.Neighbours(CPU).so_far()["core_seconds"] == 0
-    assert machine.Neighbours(CPU, machine.UNKNOWN).so_far() == machine.UNKNOWN
+    monkeypatch.setattr(machines, "_busy_seconds", lambda: 100.0)
+    monkeypatch.setattr(machines, "_own_seconds", lambda: 10.0)
+    assert machines.Neighbours(CPU).so_far()["core_seconds"] == 0
+    assert machines.Neighbours(CPU, machines.UNKNOWN).so_far() == machines.UNKNOWN
 
 
 def test_busy_cores_are_known_only_where_the_system_tells_of_each(monkeypatch):
     """A container may show another machine's /proc/stat, or a part of it."""
     shown = "cpu  9 0 0 9 0 0 0 0 0 0\ncpu0 100 20 30 999 999 0 0 50 7 7\ncpu2 100 0 0 999 0 0 0 0 0 0\nintr 5\n"
-    monkeypatch.setattr(machine.Path, "read_text", lambda path: shown)
+    monkeypatch.setattr(machines.Path, "read_text", lambda path: shown)
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     for cores, seconds in (({0}, 2.0), ({0, 2}, 3.0), ({0, 1}, None), ({1}, None)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: cores, raising=False)
-        assert machine._busy_seconds() == seconds
+        assert machines._busy_seconds() == seconds
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux")
@@ -259,7 +265,7 @@ def test_a_busy_process_on_our_core_is_a_neighbour():
     cores = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(cores)})
-        neighbours, started = machine.Neighbours(CPU), time.perf_counter()
+        neighbours, started = machines.Neighbours(CPU), time.perf_counter()
         subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"])
         # Waited for, it became a child whose time is ours, so it is no neighbour; one that still runs is.
         other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -274,10 +280,12 @@ def test_a_busy_process_on_our_core_is_a_neighbour():
 
 
 FAULTS = """
-import resource, sys, torch
+import resource
+import sys
+import torch
 sys.path.insert(0, {root!r})
-import machine
-assert machine.keep_freed_memory()
+from support import machines
+assert machines.keep_freed_memory()
 def step():
     return [torch.ones(6_000_000) for _ in range(8)]
 for _ in range(5):
@@ -294,17 +302,17 @@ def test_memory_that_is_kept_is_not_asked_for_again():
     """192 MB a step are 46,875 pages of 4 kB. Without keep_freed_memory some processes ask for all of them in each of
     20 steps, and some, by the chance of what lies where, for none: hence several."""
     for _ in range(4):
-        program = FAULTS.format(root=str(machine.ROOT))
+        program = FAULTS.format(root=str(machines.ROOT))
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert int(done.stdout) < 10_000
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
 def test_free_memory_is_what_the_system_or_a_container_can_still_give(monkeypatch):
-    free = machine.free_memory(CPU)
+    free = machines.free_memory(CPU)
     assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    monkeypatch.setattr(machine, "_container_bytes_free", lambda: 1000)
-    assert machine.free_memory(CPU) == 1000
-    monkeypatch.setattr(machine, "_system_bytes_free", lambda: None)
-    monkeypatch.setattr(machine, "_container_bytes_free", lambda: None)
-    assert machine.free_memory(CPU) is None
+    monkeypatch.setattr(machines, "_container_bytes_free", lambda: 1000)
+    assert machines.free_memory(CPU) == 1000
+    monkeypatch.setattr(machines, "_system_bytes_free", lambda: None)
+    monkeypatch.setattr(machines, "_container_bytes_free", lambda: None)
+    assert machines.free_memory(CPU) is None

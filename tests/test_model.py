@@ -13,12 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import backends
-import configurator
-import machine
 from model import GPT, IGNORED, KVCache, dense_equal_active, dense_equal_total, sample, uniforms
-from settings import Config
+from run.settings import Config
+from support import configurator, machines
 
-ROOT = Path(configurator.__file__).parent
+ROOT = Path(configurator.__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "cpu.py")
 VOCABULARY = 11
 
@@ -419,7 +418,7 @@ def test_what_auto_chooses_on_cuda_compiles_into_one_graph_with_the_gradients_of
         model = GPT(tiny(n_expert=4, moe_backend=backend, **keys), VOCABULARY)
         x, y = tokens(2, 16), tokens(2, 16)
         gradients = []
-        for run_model in (model, machine.compiled(model)):
+        for run_model in (model, machines.compiled(model)):
             model.zero_grad(set_to_none=True)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 objective = run_model(x, y).objective
@@ -435,7 +434,7 @@ def test_a_shipped_config_compiles_on_cuda_without_a_break_or_a_synchronisation(
     torch._dynamo.reset()
     config = dataclasses.replace(configurator.parse(Config, [str(path)]), n_layer=2, batch_size=4)
     model = GPT(config, 65).cuda()
-    compiled = machine.compiled(model)
+    compiled = machines.compiled(model)
     x, y = torch.randint(65, (2, 4, 256), device="cuda")
 
     def step(number):

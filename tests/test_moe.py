@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 import backends
 import moe
 import routing as routing_module
-from configurator import choices_of, options_of
 from model import MLP
-from settings import Config
+from run.settings import Config
+from support.options import choices_of, options_of
 
 CHOICES = {
     "router": list(moe.ROUTERS),

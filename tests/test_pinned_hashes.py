@@ -10,9 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # when this file is run as a script
 
-import configurator  # noqa: E402
-from experiments import TABLES  # noqa: E402
-from settings import Config  # noqa: E402
+from papers.experiments import TABLES  # noqa: E402
+from run.settings import Config  # noqa: E402
+from support import configurator  # noqa: E402
 
 PINNED = Path(__file__).with_name("pinned_hashes.json")
 

@@ -11,11 +11,11 @@ from analysed import analysed
 from benches import GPU, bench
 from conftest import TINY
 
-import analyses
 import plot_results
 import train
-from experiments import ABOVE, BELOW, OURS, Claim, Row, Table, View
-from settings import Config
+from analysis import analyses
+from papers.experiments import ABOVE, BELOW, OURS, Claim, Row, Table, View
+from run.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (1, 2)

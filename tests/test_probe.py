@@ -8,14 +8,14 @@ import torch
 from conftest import tiny
 from test_moe import GRID, SYMBOLS, name_of
 
-import evaluate
-import machine
+from analysis.probe import Wrapper, altered, random_routers, rerouted, router_inputs, see
 from data.common import Dataset
 from model import GPT, IGNORED
-from probe import Wrapper, altered, random_routers, rerouted, router_inputs, see
 from routing import LEVELS, main_expert, mix
+from run import evaluate
+from support import machines
 
-CPU = machine.choose("cpu", "float32", False)
+CPU = machines.choose("cpu", "float32", False)
 MOE = dict(n_expert=4, expert_top_k=2, capacity_factor=0.5)
 
 

@@ -14,9 +14,9 @@ import torch
 from alike import HARD, assert_same_run, lines_of, record_of, weights_of
 from conftest import ROOT, TINY, tiny, train_tiny
 
-import checkpoint
-from configurator import ConfigError
-from ranks import Ranks
+from run import checkpoint
+from run.processes import Ranks
+from support.options import ConfigError
 
 # One process or two: what is random within a step (dropout, noise) would differ.
 SHARED = dict(dropout=0.0, batch_size=4, max_iters=20, n_embd=24)
@@ -88,7 +88,7 @@ def test_an_environment_that_torchrun_did_not_make_is_one_message(tmp_path, monk
 def child(number, count, port, options, log, dies_at, number_to_raise):
     """Process `number` of train.py's `count`. dies_at, number_to_raise: an update before which it gets this signal."""
     import train
-    import update
+    from run import update
 
     about = {"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": count}
     os.environ.update(

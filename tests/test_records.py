@@ -13,9 +13,9 @@ from conftest import english, prepare_text, train_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import records
-from records import RecordError
-from settings import Config
+from run import records
+from run.records import RecordError
+from run.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -111,7 +111,7 @@ def refusal(path):
 
 
 def test_records_are_read_where_torch_is_not_installed():
-    code = "import sys; sys.modules['torch'] = None; import records"
+    code = "import sys; sys.modules['torch'] = None; from run import records"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-import report
-from report import Folded, Grid, Picture, Ruling, Section, Text
+from report import page
+from report.page import Folded, Grid, Picture, Ruling, Section, Text
 
 EVIL = "<script>alert(1)</script>&\"'><b onload=x>"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><path id="a" d="M0 0h9"/></svg>'
@@ -62,7 +62,7 @@ def ruling(id="A1", status="held", **more):
 
 def whole(text="text"):
     """A page with every kind of block, each of whose texts is `text`."""
-    return report.page(
+    return page.page(
         text,
         [Text(text)],
         [
@@ -75,7 +75,7 @@ def whole(text="text"):
                     Folded(text, [Text(f"`{text}`"), Picture(SVG, text, text)]),
                 ],
             ),
-            Section(text, [Ruling(text, status, text) for status in report.STATUSES]),
+            Section(text, [Ruling(text, status, text) for status in page.STATUSES]),
         ],
     )
 
@@ -94,15 +94,15 @@ def test_what_is_escaped_is_still_read():
 
 
 def test_code_and_bold():
-    page = report.page("", [Text("a `b<c` **d `e`** `**f**` 2 ** 3 * 4")], [])
-    assert "<p>a <code>b&lt;c</code> <b>d <code>e</code></b> <code>**f**</code> 2 ** 3 * 4</p>" in page
+    html = page.page("", [Text("a `b<c` **d `e`** `**f**` 2 ** 3 * 4")], [])
+    assert "<p>a <code>b&lt;c</code> <b>d <code>e</code></b> <code>**f**</code> 2 ** 3 * 4</p>" in html
 
 
 def test_a_command_reads_as_it_was_written():
-    """Copied from the page, it runs: nothing invisible is put between its letters."""
+    """Copied from the html, it runs: nothing invisible is put between its letters."""
     command = "python train.py config/a.py --seed=1 '--title=a b' --out_dir=out/a-s1 [0, 1]"
-    page = report.page("", [Text(f"`{command}`")], [])
-    assert command in Tree(page).text and "<span>--s</span>eed" in page
+    html = page.page("", [Text(f"`{command}`")], [])
+    assert command in Tree(html).text and "<span>--s</span>eed" in html
 
 
 def test_ids_are_unique_and_every_link_leads_somewhere():
@@ -119,7 +119,7 @@ def test_nothing_is_fetched_and_nothing_runs():
     assert all(source.startswith("data:image/svg+xml;base64,") for source in tree.all("src"))
     assert not tree.tags("script", "link", "iframe", "object", "base", "form")
     assert not [name for name in tree.names if name.startswith("on")]
-    style = report.COLOURS + report.LAYOUT
+    style = page.COLOURS + page.LAYOUT
     assert "url(" not in style and "@import" not in style and "<" not in style
 
 
@@ -127,18 +127,18 @@ def test_the_same_blocks_give_the_same_bytes():
     assert whole() == whole()
 
 
-@pytest.mark.parametrize("status", report.STATUSES)
+@pytest.mark.parametrize("status", page.STATUSES)
 def test_a_verdict_is_a_word_and_a_shape_in_list_and_detail(status):
-    page = report.page("", [], [Section("S", [ruling(status=status)])])
-    body = page.partition("<main>")[2]
+    html = page.page("", [], [Section("S", [ruling(status=status)])])
+    body = html.partition("<main>")[2]
     assert len(re.findall(rf"<svg.+?</svg>{status}", body)) == 2
-    shapes = [shape for _, shape in report.STATUSES.values()]
+    shapes = [shape for _, shape in page.STATUSES.values()]
     assert len({re.sub("var.*?[)]", "", shape) for shape in shapes}) == len(shapes) and "<text" not in "".join(shapes)
 
 
 def test_a_provisional_verdict_says_so_wherever_it_is():
     sections = [Section("S", [ruling("A1", provisional=True), ruling("A2")])]
-    header, _, body = report.page("", [], sections).partition("<main>")
+    header, _, body = page.page("", [], sections).partition("<main>")
     assert "<b>2</b>" in header and "1 provisional" in header and body.count("provisional") == 2
 
 
@@ -148,20 +148,20 @@ def test_verdicts_are_counted_over_all_sections_and_listed_under_theirs():
         Section("None", [Text("no claims")]),
         Section("Two", [ruling("A1")]),
     ]
-    page = report.page("", [], sections)
-    assert [int(count) for count in re.findall(r"<b>(\d+)</b>", page)] == [2, 0, 0, 1]
-    overview = page.partition('<table class="overview"')[2].partition("</table>")[0]
+    html = page.page("", [], sections)
+    assert [int(count) for count in re.findall(r"<b>(\d+)</b>", html)] == [2, 0, 0, 1]
+    overview = html.partition('<table class="overview"')[2].partition("</table>")[0]
     assert re.findall(r'href="#([^"]+)"', overview) == ["one", "claim-a1", "claim-a2", "two", "claim-a1-2"]
 
 
 def test_a_status_that_no_reader_knows_is_refused():
     with pytest.raises(KeyError):
-        report.page("", [], [Section("S", [ruling(status="perhaps")])])
+        page.page("", [], [Section("S", [ruling(status="perhaps")])])
 
 
 def test_a_row_that_does_not_fit_its_columns_is_refused():
     with pytest.raises(AssertionError, match="T: a row"):
-        report.page("", [Grid("T", ["a", "b"], [["1"]])], [])
+        page.page("", [Grid("T", ["a", "b"], [["1"]])], [])
 
 
 def test_every_picture_has_a_number_a_caption_and_an_alt():
@@ -173,7 +173,7 @@ def test_every_picture_has_a_number_a_caption_and_an_alt():
 def test_a_picture_without_dark_colours_stands_on_white():
     own = SVG.replace("<path", "<style>@media (prefers-color-scheme: dark) {path {stroke: #fff}}</style><path")
     for svg, plate in ((SVG, True), (own, False)):
-        assert ('class="plate"' in report.page("", [Picture(svg, "", "")], [])) == plate
+        assert ('class="plate"' in page.page("", [Picture(svg, "", "")], [])) == plate
 
 
 def test_tables_have_captions_and_scopes():
@@ -198,11 +198,9 @@ def test_the_head_says_what_browsers_need():
 
 
 def test_empty_lists_are_a_page():
-    tree = Tree(report.page("T", [], []))
+    tree = Tree(page.page("T", [], []))
     assert not tree.tags("nav", "table", "ul") and "T" in tree.text
-    Tree(
-        report.page("T", [], [Section("S", []), Section("S", [Grid("", [], []), Grid("", ["a"], []), Folded("", [])])])
-    )
+    Tree(page.page("T", [], [Section("S", []), Section("S", [Grid("", [], []), Grid("", ["a"], []), Folded("", [])])]))
 
 
 def luminance(colour):
@@ -211,30 +209,30 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("palette", [report.LIGHT, report.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("palette", [page.LIGHT, page.DARK], ids=["light", "dark"])
 def test_every_text_colour_can_be_read_on_every_background(palette):
     """WCAG 2 AA: 4.5 for text of any size."""
     grounds, lines = {"paper", "panel"}, {"line"}
     texts = set(palette) - grounds - lines
-    used = set(re.findall(r"[^-]color: var\(--(\w+)\)", report.LAYOUT)) - {"status"}
-    assert used | {colour for colour, _ in report.STATUSES.values()} == texts
-    assert set(re.findall(r"background: var\(--(\w+)\)", report.LAYOUT)) == grounds
+    used = set(re.findall(r"[^-]color: var\(--(\w+)\)", page.LAYOUT)) - {"status"}
+    assert used | {colour for colour, _ in page.STATUSES.values()} == texts
+    assert set(re.findall(r"background: var\(--(\w+)\)", page.LAYOUT)) == grounds
     for text, ground in itertools.product(texts, grounds):
         bright, dim = sorted((luminance(palette[text]), luminance(palette[ground])), reverse=True)
         assert (bright + 0.05) / (dim + 0.05) >= 4.5, (text, ground)
 
 
 def test_nothing_on_a_screen_is_smaller_than_15_px():
-    screen = report.LAYOUT.partition("@media print")[0]
+    screen = page.LAYOUT.partition("@media print")[0]
     sizes = re.findall(r"(?:font-size|font): (?:max\()?([\d.]+)(\w+)", screen)
     assert len(sizes) > 5 and all(unit == "rem" and float(size) * 16 >= 15 for size, unit in sizes)
 
 
 def test_paper_is_light_and_does_not_scroll():
-    style = report.COLOURS + report.LAYOUT
+    style = page.COLOURS + page.LAYOUT
     assert (
         style.count("prefers-color-scheme: dark") == style.count("@media screen and (prefers-color-scheme: dark)") == 2
     )
-    paper = report.LAYOUT.partition("@media print")[2]
+    paper = page.LAYOUT.partition("@media print")[2]
     assert ".scroll { overflow: visible;" in paper
     assert "figure, tr, .ruling, .counts { break-inside: avoid; page-break-inside: avoid; }" in paper

@@ -9,7 +9,7 @@ from conftest import tiny
 
 import moe
 import routing
-from settings import Config
+from run.settings import Config
 
 SYMBOLS = 7
 

@@ -17,11 +17,10 @@ import torch
 from alike import HARD, assert_same_run, essence, lines_of, record_of, steps_of, weights_of
 from conftest import ROOT, TINY, as_script, contents, english, interrupt, prepare_text, train_tiny
 
-import checkpoint
-import runs
 import train
-from checkpoint import CheckpointError
-from configurator import ConfigError
+from run import checkpoint, run_folder
+from run.checkpoint import CheckpointError
+from support.options import ConfigError
 
 
 @pytest.fixture
@@ -371,7 +370,7 @@ def test_a_file_system_without_locks_is_told_and_used(words, tmp_path, monkeypat
     def no_locks(*arguments):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
     assert train_tiny(words, tmp_path / "run") == 0
     assert capsys.readouterr().out.count("has no locks") == 1
     assert_same_run(dense_run, tmp_path / "run")

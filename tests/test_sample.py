@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import english, prepare_text, train_tiny
 
-import checkpoint
 import sample
-from checkpoint import CheckpointError
-from configurator import ConfigError
 from data.common import DataError, Vocabulary
 from routing import main_expert
+from run import checkpoint
+from run.checkpoint import CheckpointError
+from support.options import ConfigError
 
 RULE = "\n" + "-" * 40 + "\n"
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")

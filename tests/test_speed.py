@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_records import VALUES, case, changed, doubled, leaves, mutated, without, written
 
-import records
-import speed
-import tables
-from experiments import TABLES
-from records import RecordError
+from papers.experiments import TABLES
+from report import cells
+from run import records
+from run.records import RecordError
+from speed import bench_records
 
-ROOT = Path(speed.__file__).resolve().parent
+ROOT = Path(bench_records.__file__).resolve().parents[1]
 CPU_BENCH, GPU_BENCH = bench(), bench("paper", GPU)
 
 
@@ -31,10 +31,10 @@ def at(model, task="train", batch_size=None, record=CPU_BENCH):
 def refusal(path):
     """What `read` says against the file, without its path and the way out."""
     with pytest.raises(RecordError) as caught:
-        speed.read(path)
+        bench_records.read(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
-    return message.removeprefix(f"{path}: ").removesuffix(f"; {speed.WAY_OUT}")
+    return message.removeprefix(f"{path}: ").removesuffix(f"; {bench_records.WAY_OUT}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def refusal(path):
 
 @pytest.mark.parametrize("record", [CPU_BENCH, GPU_BENCH], ids=["cpu", "cuda"])
 def test_the_records_that_these_tests_change_are_whole(record, tmp_path):
-    assert speed.read(written(tmp_path, record)) == record
+    assert bench_records.read(written(tmp_path, record)) == record
 
 
 @pytest.mark.parametrize("size", ["cpu", "paper"])
@@ -57,7 +57,7 @@ def test_they_count_what_a_model_counts(size):
 
 
 def test_records_are_read_where_torch_is_not_installed():
-    code = "import sys; sys.modules['torch'] = None; import speed"
+    code = "import sys; sys.modules['torch'] = None; from speed import bench_records"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
@@ -65,20 +65,20 @@ def test_records_are_read_where_torch_is_not_installed():
 def test_what_is_not_known_may_be_null():
     unknown = {"git": {"commit": None, "dirty": None}, "others": {"core_seconds": None, "device_bytes": None}}
     peaks = {f"measurements.{i}.peak_memory_bytes": None for i in range(len(GPU_BENCH["measurements"]))}
-    assert speed.problems(changed(GPU_BENCH, {**unknown, **peaks})) == []
+    assert bench_records.problems(changed(GPU_BENCH, {**unknown, **peaks})) == []
 
 
 def test_a_part_of_a_bench_is_a_bench(tmp_path):
     """Some tasks of some models; the dense one is always there."""
     some = [one for one in CPU_BENCH["measurements"] if one["model"] in ("dense", "moe4") and one["task"] == "decode"]
     models = {name: CPU_BENCH["models"][name] for name in ("dense", "moe4")}
-    assert speed.problems(changed(CPU_BENCH, {"models": models, "measurements": some})) == []
+    assert bench_records.problems(changed(CPU_BENCH, {"models": models, "measurements": some})) == []
 
 
 def test_numbers_may_be_rounded():
     place = at("moe4")
     rounded = {f"{place}.tokens_per_second": lambda value: float(f"{value:.4g}")}
-    assert speed.problems(changed(CPU_BENCH, rounded)) == []
+    assert bench_records.problems(changed(CPU_BENCH, rounded)) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,13 +139,13 @@ KINDS = [
 
 @pytest.mark.parametrize("changes, message", KINDS, ids=str)
 def test_a_field_of_another_kind_is_refused(changes, message):
-    assert message in speed.problems(changed(CPU_BENCH, changes))[0]
+    assert message in bench_records.problems(changed(CPU_BENCH, changes))[0]
 
 
 @pytest.mark.parametrize("path", ["size", "git.commit", "models.dense.flops_per_token", "measurements.0.floor"])
 def test_a_missing_field_is_refused(path):
     *above, name = path.replace(".0", "[0]").split(".")
-    found = speed.problems(without(CPU_BENCH, path))
+    found = bench_records.problems(without(CPU_BENCH, path))
     assert found == [f"missing field {name!r} in {'.'.join(above) or 'the record'}"]
 
 
@@ -200,7 +200,7 @@ CONTRADICTIONS = [
 
 @pytest.mark.parametrize("changes, message", CONTRADICTIONS, ids=lambda value: case(value)[:60])
 def test_a_contradiction_is_refused(changes, message):
-    found = speed.problems(changed(CPU_BENCH, changes))
+    found = bench_records.problems(changed(CPU_BENCH, changes))
     assert any(message in problem for problem in found), found
 
 
@@ -213,12 +213,17 @@ def test_any_change_is_refused_in_a_line_or_can_be_shown(tmp_path_factory, data)
     file = tmp_path_factory.getbasetemp() / "changed.json"
     file.write_text(json.dumps(other))
     try:
-        read = speed.read(file)
+        read = bench_records.read(file)
     except RecordError as error:
         assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
     else:
-        assert tables.speed_grids(read) and tables.speed_csv([read])
-        told = [*speed.slower(record, read), *speed.not_compared(record, read), *speed.doubts(read), speed.about(read)]
+        assert cells.speed_grids(read) and cells.speed_csv([read])
+        told = [
+            *bench_records.slower(record, read),
+            *bench_records.not_compared(record, read),
+            *bench_records.doubts(read),
+            bench_records.about(read),
+        ]
         assert not any("\n" in line for line in told)
 
 
@@ -239,7 +244,7 @@ def test_benches_come_sorted_and_what_is_no_evidence_is_named(tmp_path):
     }
     for name, record in files.items():
         written(folder, record, name)
-    pairs, left_out = speed.read_all(folder)
+    pairs, left_out = bench_records.read_all(folder)
     assert [path.name for path, _ in pairs] == ["a-paper.json", "b-cpu.json"]
     assert [record for _, record in pairs] == [GPU_BENCH, CPU_BENCH]
     assert left_out[:2] == [
@@ -250,11 +255,11 @@ def test_benches_come_sorted_and_what_is_no_evidence_is_named(tmp_path):
 
 
 def test_without_a_folder_there_are_no_benches(tmp_path):
-    assert speed.read_all(tmp_path / "absent") == speed.read_all(str(tmp_path)) == ([], [])
+    assert bench_records.read_all(tmp_path / "absent") == bench_records.read_all(str(tmp_path)) == ([], [])
 
 
 def test_a_quick_bench_can_be_read_to_be_compared(tmp_path):
-    assert speed.read(written(tmp_path, changed(CPU_BENCH, {"quick": True})))["quick"]
+    assert bench_records.read(written(tmp_path, changed(CPU_BENCH, {"quick": True})))["quick"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,24 +267,26 @@ def test_a_quick_bench_can_be_read_to_be_compared(tmp_path):
 
 
 def test_numbers_have_three_digits_and_a_spread_as_many_as_its_median():
-    assert [speed.significant(value) for value in (0.01234, 1.2345, 98.76, 1234.5, 0)] == [
+    assert [bench_records.significant(value) for value in (0.01234, 1.2345, 98.76, 1234.5, 0)] == [
         "0.0123", "1.23", "98.8", "1,234", "0",
     ]  # fmt: skip
-    assert speed.spread_text({"median": 0.98, "p10": 0.9519, "p90": 1.0141}) == "0.980 [0.952, 1.014]"
+    assert bench_records.spread_text({"median": 0.98, "p10": 0.9519, "p90": 1.0141}) == "0.980 [0.952, 1.014]"
 
 
 def test_the_inverse_of_a_ratio_turns_its_ends_round():
-    assert speed.inverse({"median": 2.0, "p10": 1.0, "p90": 4.0, "n": 7}) == {
+    assert bench_records.inverse({"median": 2.0, "p10": 1.0, "p90": 4.0, "n": 7}) == {
         "median": 0.5, "p10": 0.25, "p90": 1.0, "n": 7,
     }  # fmt: skip
 
 
 def test_a_model_finds_the_published_row_of_its_kind():
-    rows = {name: speed.published_row(model) for name, model in CPU_BENCH["models"].items()}
+    rows = {name: bench_records.published_row(model) for name, model in CPU_BENCH["models"].items()}
     assert {name: row.label for name, row in rows.items() if row} == {
         "reference": "Baseline", "dense": "Baseline", "moe4_linear": "MoE Top-2",
     }  # fmt: skip
-    ratios = {measure: speed.published_ratios(measure).values() for measure in ("train_seconds", "inference_speed")}
+    ratios = {
+        measure: bench_records.published_ratios(measure).values() for measure in ("train_seconds", "inference_speed")
+    }
     assert [round(value, 2) for value in ratios["train_seconds"]] == [1.51, 1.60, 1.61, 1.61]
     assert [round(value, 2) for value in ratios["inference_speed"]] == [0.57, 0.51, 0.45, 0.44]
 
@@ -297,7 +304,7 @@ def test_a_model_finds_the_published_row_of_its_kind():
     ],
 )
 def test_what_makes_a_bench_weaker_evidence_is_told(record, changes, doubts):
-    found = speed.doubts(changed(record, changes))
+    found = bench_records.doubts(changed(record, changes))
     assert len(found) == len(doubts) and all(text.startswith(start) for text, start in zip(found, doubts))
 
 
@@ -316,16 +323,16 @@ def slowed(record, factor, *places, also_times=True):
 
 
 def test_the_same_bench_is_not_slower_and_all_of_it_can_be_compared():
-    assert speed.slower(CPU_BENCH, CPU_BENCH) == speed.not_compared(CPU_BENCH, CPU_BENCH) == []
+    assert bench_records.slower(CPU_BENCH, CPU_BENCH) == bench_records.not_compared(CPU_BENCH, CPU_BENCH) == []
 
 
 def test_a_ratio_that_became_worse_is_told_with_what_it_was():
     old, new = CPU_BENCH, changed(slowed(CPU_BENCH, 1.2, MOE4), ELSEWHERE)
-    assert speed.slower(old, new) == [
+    assert bench_records.slower(old, new) == [
         "moe4, training, batch 12: 1.46 [1.42, 1.51] × dense, was 1.22 [1.18, 1.26] × dense"
     ]
-    assert speed.slower(new, old) == []  # faster
-    assert speed.not_compared(old, new) == [
+    assert bench_records.slower(new, old) == []  # faster
+    assert bench_records.not_compared(old, new) == [
         "times: the machine is Another CPU, 2 cores, 2 threads, torch 2.13.0+cpu, float32, was AMD EPYC, 2 cores, "
         "2 threads, torch 2.13.0+cpu, float32"
     ]
@@ -339,17 +346,19 @@ def test_a_ratio_that_became_worse_is_told_with_what_it_was():
 def test_slower_is_more_than_a_tenth_with_ranges_that_do_not_overlap(factor, wide, is_slower):
     old = changed(bench(wide=wide), ELSEWHERE)
     new = changed(slowed(bench(wide=wide), factor, WRITING), {})
-    assert bool(speed.slower(old, new)) is is_slower
+    assert bool(bench_records.slower(old, new)) is is_slower
 
 
 def test_times_count_on_the_same_machine_left_alone_and_by_a_wider_margin():
     a_little, much = (slowed(CPU_BENCH, factor, MOE4) for factor in (1.2, 1.3))
-    assert "ms" not in speed.slower(CPU_BENCH, a_little)[0]
-    assert speed.slower(CPU_BENCH, much)[0].endswith("; 71.4 [69.2, 73.5] ms, was 54.9 [53.3, 56.5] ms")
+    assert "ms" not in bench_records.slower(CPU_BENCH, a_little)[0]
+    assert bench_records.slower(CPU_BENCH, much)[0].endswith("; 71.4 [69.2, 73.5] ms, was 54.9 [53.3, 56.5] ms")
     busy = changed(much, {"others.core_seconds": 300.0})
-    assert "ms" not in speed.slower(CPU_BENCH, busy)[0]
-    assert speed.not_compared(CPU_BENCH, busy) == ["times: others used the machine during the new bench, or may have"]
-    assert "the old and the new bench" in speed.not_compared(busy, busy)[0]
+    assert "ms" not in bench_records.slower(CPU_BENCH, busy)[0]
+    assert bench_records.not_compared(CPU_BENCH, busy) == [
+        "times: others used the machine during the new bench, or may have"
+    ]
+    assert "the old and the new bench" in bench_records.not_compared(busy, busy)[0]
 
 
 def test_a_dense_model_is_judged_by_the_reference():
@@ -357,11 +366,11 @@ def test_a_dense_model_is_judged_by_the_reference():
     names = [name for name in ROWS if name not in ("dense", "reference")]
     new = changed(CPU_BENCH, {f"{DENSE}.seconds": scaled(1.2), f"{at('reference')}.ratio": scaled(1 / 1.2)})
     new = changed(new, {f"{at(name)}.seconds": scaled(1.2) for name in names})
-    assert speed.slower(CPU_BENCH, new) == [
+    assert bench_records.slower(CPU_BENCH, new) == [
         "dense, training, batch 12: 1.11 [1.08, 1.15] × the reference, was 0.926 [0.899, 0.955] × the reference"
     ]
     faster = slowed(CPU_BENCH, 1.5, at("reference"), at("reference_moe4"))  # nobody works on it
-    assert speed.slower(CPU_BENCH, faster) == []
+    assert bench_records.slower(CPU_BENCH, faster) == []
 
 
 def test_without_a_reference_a_dense_model_cannot_be_judged_elsewhere():
@@ -369,9 +378,9 @@ def test_without_a_reference_a_dense_model_cannot_be_judged_elsewhere():
         some = [one for one in record["measurements"] if not one["model"].startswith("reference")]
         return changed(record, {"measurements": some})
 
-    told = speed.not_compared(alone(CPU_BENCH), changed(alone(CPU_BENCH), ELSEWHERE))
+    told = bench_records.not_compared(alone(CPU_BENCH), changed(alone(CPU_BENCH), ELSEWHERE))
     assert "training, batch 12: without reference in both, nothing tells of it but times (dense)" in told
-    assert speed.slower(alone(CPU_BENCH), alone(slowed(CPU_BENCH, 1.2, MOE4)))
+    assert bench_records.slower(alone(CPU_BENCH), alone(slowed(CPU_BENCH, 1.2, MOE4)))
 
 
 @pytest.mark.parametrize(
@@ -389,10 +398,10 @@ def test_without_a_reference_a_dense_model_cannot_be_judged_elsewhere():
 )
 def test_what_cannot_be_compared_is_told_and_not_called_slower(changes, line):
     new = changed(CPU_BENCH, changes)
-    assert speed.not_compared(CPU_BENCH, new) == ([line] if line else [])
+    assert bench_records.not_compared(CPU_BENCH, new) == ([line] if line else [])
     slow = slowed(new, 2, MOE4, at("moe4", "papers"))
-    assert bool(speed.slower(CPU_BENCH, slow)) is (line is None or "moe4)" in line)
-    assert len(speed.slower(CPU_BENCH, slow)) == (2 if line is None else 1 if "(moe4)" in line else 0)
+    assert bool(bench_records.slower(CPU_BENCH, slow)) is (line is None or "moe4)" in line)
+    assert len(bench_records.slower(CPU_BENCH, slow)) == (2 if line is None else 1 if "(moe4)" in line else 0)
 
 
 def test_what_only_one_bench_has_is_told():
@@ -402,5 +411,5 @@ def test_what_only_one_bench_has_is_told():
     lines = [f"{task}, batch 32: not measured {{}} (reference, dense, moe4, moe4_linear, reference_moe4)"
              for task in ("reading the prompt", "decoding")]  # fmt: skip
     for old, new, when in ((CPU_BENCH, part, "now"), (part, CPU_BENCH, "before")):
-        told = speed.not_compared(old, new)
+        told = bench_records.not_compared(old, new)
         assert told == [f"moe4_top2: not measured {when}", *(line.format(when) for line in lines)]

@@ -18,23 +18,27 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-import configurator
-import machine as machines
-import records
 import sweep
-from configurator import ROOT, ConfigError
 from data.common import DataError, find
-from experiments import Row, Table
-from settings import Config
+from papers.experiments import Row, Table
+from run import records
+from run.settings import Config
+from support import configurator, machines
+from support.files import ROOT
+from support.options import ConfigError
 
 # Stands in for train.py: notes that it was called, takes its time, and copies the record of a real run.
 PRETENDER = """
-    import json, os, signal, sys, time
+    import json
+    import os
+    import signal
+    import sys
+    import time
     from pathlib import Path
 
     sys.path.insert(0, {root!r})
-    import configurator
-    from settings import Config
+    from support import configurator
+    from run.settings import Config
 
     here = Path(__file__).parent
     config = configurator.parse(Config, sys.argv[1:])

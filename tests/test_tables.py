@@ -8,10 +8,10 @@ import pytest
 from benches import GPU, bench
 from test_experiments import record as skeleton
 
-import experiments
-import tables
-from experiments import View, gather
-from report import Grid
+from papers import experiments
+from papers.experiments import View, gather
+from report import cells
+from report.page import Grid
 
 TABLE = experiments.TABLES["C"]
 LOSS = View("Loss", ("clean",))
@@ -34,19 +34,19 @@ def gathered(*found, table=TABLE, scale="cpu"):
     return gather(table, found, scale)[0]
 
 
-def cells(comparison, view=LOSS):
-    return {row[0]: row[1:] for row in tables.grid_of(comparison, view).rows}
+def cells_by_row(comparison, view=LOSS):
+    return {row[0]: row[1:] for row in cells.grid_of(comparison, view).rows}
 
 
 def test_a_cell_is_mean_sample_sd_and_n():
     found = [record(seed=seed, nats=nats) for seed, nats in enumerate((1.5, 1.6, 1.8))]
-    assert cells(gathered(*found))["learned"] == ["1.6333 ± 0.1528 (3)"]
+    assert cells_by_row(gathered(*found))["learned"] == ["1.6333 ± 0.1528 (3)"]
 
 
 def test_one_seed_and_none_are_told_and_how_to_run_what_is_missing():
     comparison = gathered(record(nats=1.5))
-    assert cells(comparison) == {"learned": ["1.5000 (n = 1)"], "frozen": ["not run"], "random": ["not run"]}
-    assert tables.grid_of(comparison, LOSS).notes == [
+    assert cells_by_row(comparison) == {"learned": ["1.5000 (n = 1)"], "frozen": ["not run"], "random": ["not run"]}
+    assert cells.grid_of(comparison, LOSS).notes == [
         "not run: frozen; random: `python sweep.py C --scale=cpu --seeds=5`"
     ]
 
@@ -56,23 +56,23 @@ def test_times_of_busy_machines_are_left_out_and_told():
         record(seed=1), record(seed=2, exclusive=False), record("shakespeare_moe4_frozen", exclusive=False)
     )
     view = View("Cost", ("train_seconds", "total_parameters"))
-    assert cells(comparison, view)["learned"] == ["100.0 (n = 1)", "1,234,567"]
-    assert cells(comparison, view)["frozen"][0] == "not timed alone"
+    assert cells_by_row(comparison, view)["learned"] == ["100.0 (n = 1)", "1,234,567"]
+    assert cells_by_row(comparison, view)["frozen"][0] == "not timed alone"
     note = "training: 2 of 3 runs not known to be alone on their cores are left out"
-    assert note in tables.grid_of(comparison, view).notes
-    assert not any("left out" in note for note in tables.grid_of(comparison, LOSS).notes)
+    assert note in cells.grid_of(comparison, view).notes
+    assert not any("left out" in note for note in cells.grid_of(comparison, LOSS).notes)
 
 
 def test_a_dagger_marks_what_cannot_be_compared():
     comparison = gathered(record(leaky=True), record("shakespeare_moe4_frozen"))
-    assert list(cells(comparison)) == ["learned †", "frozen", "random"]
-    assert tables.grid_of(comparison, LOSS).notes[0].startswith("† ")
+    assert list(cells_by_row(comparison)) == ["learned †", "frozen", "random"]
+    assert cells.grid_of(comparison, LOSS).notes[0].startswith("† ")
 
 
 def test_runs_with_uncommitted_changes_are_listed_and_not_averaged():
     comparison = gathered(record(seed=1, nats=1.5), record(seed=2, nats=9.0, dirty=True))
-    assert cells(comparison)["learned"] == ["1.5000 (n = 1)"]
-    assert any("learned, seed 2, 9.0000 nats" in note for note in tables.grid_of(comparison, LOSS).notes)
+    assert cells_by_row(comparison)["learned"] == ["1.5000 (n = 1)"]
+    assert any("learned, seed 2, 9.0000 nats" in note for note in cells.grid_of(comparison, LOSS).notes)
 
 
 def paper_a(**changes):
@@ -81,7 +81,7 @@ def paper_a(**changes):
 
 
 def test_the_published_number_stands_beside_ours_with_the_difference():
-    grid = tables.grid_of(gathered(paper_a(), table=experiments.TABLES["A"], scale="paper"), View("Loss", ("paper",)))
+    grid = cells.grid_of(gathered(paper_a(), table=experiments.TABLES["A"], scale="paper"), View("Loss", ("paper",)))
     assert grid.columns == ["row", "best validation, the papers' way, nats", "published", "ours − published"]
     rows = {row[0]: row[1:] for row in grid.rows}
     assert rows["4 experts, aux 0.01"] == ["1.5000 (n = 1)", "1.53", "-0.0300"]
@@ -89,7 +89,7 @@ def test_the_published_number_stands_beside_ours_with_the_difference():
 
 
 def test_another_size_is_not_subtracted_from_a_published_number():
-    grid = tables.grid_of(gathered(table=experiments.TABLES["A"]), View("Loss", ("paper",)))
+    grid = cells.grid_of(gathered(table=experiments.TABLES["A"]), View("Loss", ("paper",)))
     assert grid.columns[1:] == ["best validation, the papers' way, nats", "published (paper size)"]
 
 
@@ -102,7 +102,7 @@ def test_relative_cells_are_ratios_with_intervals_beside_the_published_ratio():
             made = record(seed=seed) | {"run_id": config.run_id, "config": config.to_dict()}
             found.append(made | {"seconds": {"train": value}})
     view = View("Relative", ("train_seconds",), relative=True)
-    grid = tables.grid_of(gathered(*found, table=table), view)
+    grid = cells.grid_of(gathered(*found, table=table), view)
     rows = {row[0]: row[1:] for row in grid.rows}
     assert grid.columns[1:] == ["training ÷ baseline", "the same, published"]
     assert rows["Baseline"] == ["1", "1"]
@@ -111,26 +111,26 @@ def test_relative_cells_are_ratios_with_intervals_beside_the_published_ratio():
     assert rows["MoE Capacity 0.5 (top-2)"] == ["not run", "1.609"]
 
 
-@pytest.mark.parametrize("write", [tables.markdown, tables.latex])
+@pytest.mark.parametrize("write", [cells.markdown, cells.latex])
 def test_text_keeps_every_cell_in_its_column(write):
     grid = Grid("T. 5% & more", ["row", "a|b"], [["x_1 & 2", "1 ± 2"], ["†", "3"]], ["a note"])
     text = write(grid)
     assert text.count("a note") == 1 and "5% & more" in text
     lines = [line for line in text.splitlines() if line.startswith("| ") or line.endswith("\\\\")]
     separators = [
-        line.replace("\\|", "").count("|") - 1 if write is tables.markdown else line.replace(r"\&", "").count("&") + 1
+        line.replace("\\|", "").count("|") - 1 if write is cells.markdown else line.replace(r"\&", "").count("&") + 1
         for line in lines
     ]
-    assert set(separators) == {2} and len(lines) == (4 if write is tables.markdown else 3)
+    assert set(separators) == {2} and len(lines) == (4 if write is cells.markdown else 3)
 
 
 def test_latex_escapes_what_latex_would_read():
-    text = tables.latex(Grid("T", ["row"], [["50% of $x_1 ± {2}"]], []))
+    text = cells.latex(Grid("T", ["row"], [["50% of $x_1 ± {2}"]], []))
     assert r"50\% of \$x\_1 $\pm$ \{2\} \\" in text
 
 
 def test_csv_has_a_line_a_row_and_measure_with_what_is_not_known_left_empty():
-    text = tables.csv_of([gathered(record(seed=1, nats=1.5), record(seed=2, nats=1.7))])
+    text = cells.csv_of([gathered(record(seed=1, nats=1.5), record(seed=2, nats=1.7))])
     lines = list(csv.DictReader(io.StringIO(text)))
     measures = {measure for view in TABLE.views for measure in view.measures}
     assert len(lines) == len(TABLE.rows) * len(measures)
@@ -147,7 +147,7 @@ def test_csv_has_a_line_a_row_and_measure_with_what_is_not_known_left_empty():
 
 def speed_grid(record, title):
     """(columns, {label: cells}, notes) of the grid whose title goes on so."""
-    grid = next(grid for grid in tables.speed_grids(record) if grid.title.startswith(f"Speed. {title}"))
+    grid = next(grid for grid in cells.speed_grids(record) if grid.title.startswith(f"Speed. {title}"))
     rows = {row[0]: row[1:] for row in grid.rows}
     assert len(rows) == len(grid.rows) and {len(row) for row in grid.rows} == {len(grid.columns)}
     return grid.columns, rows, grid.notes
@@ -193,13 +193,13 @@ def test_what_ran_is_told_with_the_check_that_was_worst():
 def test_tables_of_tasks_that_were_not_measured_are_not_there():
     record = bench()
     record["measurements"] = [one for one in record["measurements"] if one["task"] == "decode"]
-    titles = [grid.title for grid in tables.speed_grids(record)]
+    titles = [grid.title for grid in cells.speed_grids(record)]
     assert titles == ["Speed. Decoding: a step gives each sequence a character", "Speed. What ran"]
 
 
 def test_csv_of_benches_has_a_line_a_measurement():
     record = bench()
-    lines = list(csv.DictReader(io.StringIO(tables.speed_csv([record, bench("paper", GPU)]))))
+    lines = list(csv.DictReader(io.StringIO(cells.speed_csv([record, bench("paper", GPU)]))))
     assert len(lines) == 2 * len(record["measurements"])
     line = next(line for line in lines if (line["model"], line["task"]) == ("moe4", "train"))
     assert float(line["seconds"]) == pytest.approx(0.0549) and float(line["ratio"]) == pytest.approx(1.22)

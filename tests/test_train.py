@@ -17,19 +17,16 @@ import torch
 from alike import HARD, STATEFUL, assert_same_run, essence, lines_of, record_of, steps_of, weights_of
 from conftest import TINY, as_script, contents, english, interrupt, prepare_text, tiny, train_tiny
 
-import checkpoint
-import evaluate
-import machine
-import records
 import routing
-import runs
 import train
-import update
-from checkpoint import CheckpointError
-from configurator import ConfigError
 from data.common import DataError, Dataset
 from model import GPT
-from settings import Config
+from run import checkpoint, evaluate, records, run_folder, update
+from run.checkpoint import CheckpointError
+from run.settings import Config
+from support import machines
+from support.files import FileError
+from support.options import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json"}
@@ -148,7 +145,7 @@ def test_the_best_is_the_minimum_of_the_evaluations_and_test_is_read_from_it(wor
     config, dataset = Config.from_dict(record["config"]), Dataset.open(words)
     model = GPT(config, dataset.vocabulary.size)
     model.load_state_dict(weights_of(tmp_path / "run", "best.pt"))
-    assert record["test"]["nats"] == evaluate.clean(model, dataset, "test", config, machine.choose("cpu")).nats
+    assert record["test"]["nats"] == evaluate.clean(model, dataset, "test", config, machines.choose("cpu")).nats
     assert record["test"]["nats"] < record["clean"]["final"]["nats"] - 0.1
 
 
@@ -387,7 +384,7 @@ def test_metrics_that_lost_lines_are_not_gone_on_with(words, tmp_path, at_step):
 
 
 def snapshot_steps(folder):
-    return [step for step, _ in runs.snapshots_in(folder)]
+    return [step for step, _ in run_folder.snapshots_in(folder)]
 
 
 def test_snapshots_are_the_weights_of_their_steps_the_first_and_the_last_among_them(words, tmp_path):
@@ -535,10 +532,12 @@ def test_a_resumed_run_is_clean_where_one_code_made_it_all(
 ):
     """The record is of the last session's commit, whose code must be that of all sessions."""
     compared = []
-    monkeypatch.setattr(machine, "same_code", lambda *commits: compared.append(commits) or same)
+    monkeypatch.setattr(machines, "same_code", lambda *commits: compared.append(commits) or same)
     at_step(interrupt(), 2)
     for (commit, dirty), options in ((before, {}), (now, dict(init_from="resume"))):
-        monkeypatch.setattr(machine, "git_state", lambda commit=commit, dirty=dirty: {"commit": commit, "dirty": dirty})
+        monkeypatch.setattr(
+            machines, "git_state", lambda commit=commit, dirty=dirty: {"commit": commit, "dirty": dirty}
+        )
         train_tiny(words, tmp_path / "run", max_iters=4, **options)
     record = record_of(tmp_path / "run")
     assert record["resumed"] == 1 and record["git"] == {"commit": found[0], "dirty": found[1]}
@@ -549,8 +548,8 @@ def test_a_resumed_run_is_clean_where_one_code_made_it_all(
 def others(monkeypatch):
     """{"core_seconds": what others have taken so far}, in place of what they really did."""
     clock = {"core_seconds": 0.0}
-    monkeypatch.setattr(machine, "_busy_seconds", lambda: clock["core_seconds"])
-    monkeypatch.setattr(machine, "_own_seconds", lambda: 0.0)
+    monkeypatch.setattr(machines, "_busy_seconds", lambda: clock["core_seconds"])
+    monkeypatch.setattr(machines, "_own_seconds", lambda: 0.0)
     return clock
 
 
@@ -559,7 +558,7 @@ def test_times_of_a_run_that_changed_machines_do_not_count(words, tmp_path, at_s
     at_step(interrupt(), 2)
     assert train_tiny(words, tmp_path / "run", max_iters=4) == 130
     state = checkpoint.load(tmp_path / "run" / "ckpt.pt")
-    here = {**machine.describe(machine.choose("cpu")), "processes": 1}
+    here = {**machines.describe(machines.choose("cpu")), "processes": 1}
     assert state["progress"]["machine"] == here
     if where == "another":
         state["progress"]["machine"] |= {"cores": 999, "python": "2.7"}
@@ -892,7 +891,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(words, tmp_path, at_step, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     at_step(lambda: monkeypatch.setattr(os, "fsync", full), 7)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(FileError) as caught:
         train_tiny(words, tmp_path / "run")
     assert str(tmp_path / "run") in str(caught.value) and "disk is full" in str(caught.value)
     assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] == 0
@@ -903,7 +902,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(words, tmp_path, at_
         raise OSError(errno.ENOSPC, "No space left on device")
 
     at_step(lambda: monkeypatch.setattr(os, "replace", full), 7)
-    with pytest.raises(CheckpointError, match="disk is full") as caught:
+    with pytest.raises(FileError, match="disk is full") as caught:
         train_tiny(words, tmp_path / "run")
     assert "saved before is untouched" in str(caught.value) and ".pt" in str(caught.value)
     assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] == 0
@@ -1006,7 +1005,7 @@ def test_ctrl_c_before_the_first_step_exits_130_without_a_traceback(monkeypatch)
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(machine, "choose", interrupted)
+    monkeypatch.setattr(machines, "choose", interrupted)
     assert as_script(monkeypatch) == 130
 
 

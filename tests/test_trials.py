@@ -7,15 +7,14 @@ import torch
 from conftest import tiny, train_tiny
 
 import backends
-import checkpoint
-import decoding
-import machine
-import trials
 from data.common import Dataset
 from model import GPT, Decoder, uniforms
-from settings import Config
+from run import checkpoint
+from run.settings import Config
+from speed import decoding, timing
+from support import machines
 
-CPU = machine.choose("cpu", "float32", False)
+CPU = machines.choose("cpu", "float32", False)
 KINDS = {
     "dense": dict(),
     "moe4": dict(n_expert=4),
@@ -33,7 +32,7 @@ def dataset(words):
 
 
 def subject(dataset, name, **changes):
-    return trials.Subject(name, name, tiny(**{**KINDS[name], **changes}), dataset, CPU)
+    return timing.Subject(name, name, tiny(**{**KINDS[name], **changes}), dataset, CPU)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,7 +44,7 @@ def test_a_subject_trains_as_train_py_does(words, dataset, tmp_path, name):
     """Bit for bit: the same weights, the same batches, the same updates."""
     assert train_tiny(words, tmp_path / "run", max_iters=5, dropout=0.2, **KINDS[name]) == 0
     saved = checkpoint.load(tmp_path / "run" / "ckpt.pt")
-    one = trials.Subject(name, name, Config.from_dict(saved["config"]), dataset, CPU)
+    one = timing.Subject(name, name, Config.from_dict(saved["config"]), dataset, CPU)
     for _ in range(5):
         one.train()
     assert one.steps_made == 5
@@ -65,8 +64,8 @@ def test_a_reference_trains_too(dataset, name):
 
 def test_a_reference_writes_the_same_text_without_a_cache(dataset):
     one = subject(dataset, "reference_moe4")
-    plain, cached = one.decoder(3), Decoder(one.model, 3, trials.TEMPERATURE, trials.TOP_K)
-    assert isinstance(plain, trials.Uncached)
+    plain, cached = one.decoder(3), Decoder(one.model, 3, timing.TEMPERATURE, timing.TOP_K)
+    assert isinstance(plain, timing.Uncached)
     tokens, other = one.text(3)[:, :5], one.text(3)[:, :5]
     for number in uniforms(9):
         tokens, other = (d.next(t, number.expand(3)).tokens[:, None] for d, t in ((plain, tokens), (cached, other)))
@@ -78,7 +77,7 @@ def test_a_reference_writes_the_same_text_without_a_cache(dataset):
 
 @pytest.mark.parametrize("name", ["dense", "reference"])
 def test_steps_of_decoding_have_half_a_block_before_them_on_average(dataset, name):
-    writing, lengths = trials.Writing(subject(dataset, name), 2), []
+    writing, lengths = timing.Writing(subject(dataset, name), 2), []
     next_ = writing.decoder.next
     unit = writing.decode()
     for _ in range(12):
@@ -92,7 +91,7 @@ def test_steps_of_decoding_have_half_a_block_before_them_on_average(dataset, nam
 
 
 def test_prefill_reads_half_a_block_into_an_empty_cache(dataset):
-    writing = trials.Writing(subject(dataset, "moe4"), 3)
+    writing = timing.Writing(subject(dataset, "moe4"), 3)
     for _ in range(2):
         unit = writing.prefill()
         unit.prepare()
@@ -118,25 +117,25 @@ def test_a_subject_says_what_ran(dataset):
 @pytest.mark.parametrize("name", FAST)
 def test_what_is_right_passes(dataset, name):
     one = subject(dataset, name, dropout=0.2)
-    assert trials.is_right(trials.check_training(one))
+    assert timing.is_right(timing.check_training(one))
     for _ in range(3):
         one.train()
     for batch_size in (1, 3):
-        row = trials.check_decoding(one, trials.Writing(one, batch_size).decoder, batch_size)
-        assert trials.is_right(row) and f"batch {batch_size}" in row["what"]
-    assert trials.is_right(trials.check_training(one))
+        row = timing.check_decoding(one, timing.Writing(one, batch_size).decoder, batch_size)
+        assert timing.is_right(row) and f"batch {batch_size}" in row["what"]
+    assert timing.is_right(timing.check_training(one))
 
 
 @pytest.mark.parametrize("backend", sorted(set(backends.BACKENDS) - {"reference"}))
 @pytest.mark.parametrize("name", ["moe4", "moe4_linear"])
 def test_every_backend_passes(dataset, backend, name):
-    assert trials.is_right(trials.check_training(subject(dataset, name, moe_backend=backend)))
+    assert timing.is_right(timing.check_training(subject(dataset, name, moe_backend=backend)))
 
 
 def test_a_check_leaves_nothing_behind(dataset):
     one, other = subject(dataset, "moe4", dropout=0.2), subject(dataset, "moe4", dropout=0.2)
     torch.manual_seed(5)
-    trials.check_training(one)
+    timing.check_training(one)
     one.train()
     torch.manual_seed(5)
     other.train()
@@ -159,7 +158,7 @@ def not_a_number(x_ND, routing, experts):
 @pytest.mark.parametrize("wrong", [gates_without_gradient, off_by_a_thousandth, not_a_number])
 def test_a_wrong_backend_is_found(dataset, monkeypatch, wrong):
     monkeypatch.setitem(backends.BACKENDS, "sliced", wrong)
-    assert not trials.is_right(trials.check_training(subject(dataset, "moe4", moe_backend="sliced")))
+    assert not timing.is_right(timing.check_training(subject(dataset, "moe4", moe_backend="sliced")))
 
 
 class Forgetful(Decoder):
@@ -176,17 +175,17 @@ def test_a_wrong_decoder_is_found(dataset):
     for parameter in one.model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     one.model.eval()
-    assert trials.is_right(trials.check_decoding(one, Decoder(one.model, 2), 2))
-    assert not trials.is_right(trials.check_decoding(one, Forgetful(one.model, 2), 2))
+    assert timing.is_right(timing.check_decoding(one, Decoder(one.model, 2), 2))
+    assert not timing.is_right(timing.check_decoding(one, Forgetful(one.model, 2), 2))
 
 
 def test_errors_are_relative_and_the_worst_tensor_counts():
     exact = [torch.tensor([3.0, 4.0]), torch.tensor([100.0])]
     found = [torch.tensor([3.0, 4.2]), torch.tensor([101.0])]
     plain = [torch.tensor([3.0, 4.1]), torch.tensor([100.0])]
-    row = trials.check("it", found, plain, exact, torch.float32)
+    row = timing.check("it", found, plain, exact, torch.float32)
     assert row == {"what": "it", "error": pytest.approx(0.01), "limit": pytest.approx(1e-5)}  # the second
-    assert not trials.is_right(row) and trials.is_right(trials.check("it", plain, plain, exact, torch.float32))
+    assert not timing.is_right(row) and timing.is_right(timing.check("it", plain, plain, exact, torch.float32))
 
 
 def test_many_models_can_be_compiled_in_one_process(dataset, monkeypatch):
@@ -197,7 +196,7 @@ def test_many_models_can_be_compiled_in_one_process(dataset, monkeypatch):
     for _ in range(4):
         one = subject(dataset, "dense", n_layer=1, dropout=0.1)
         assert one.compile() is None and one.is_compiled and one.backends()["train"] == "compiled"
-        assert trials.is_right(trials.check_training(one))
+        assert timing.is_right(timing.check_training(one))
         with torch._dynamo.config.patch(error_on_recompile=True):
             one.train()
 
@@ -210,7 +209,7 @@ def test_many_models_can_be_compiled_in_one_process(dataset, monkeypatch):
 def clock(monkeypatch):
     """A clock that only `clock(seconds)` moves."""
     now = [0.0]
-    monkeypatch.setattr(trials.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 
@@ -218,10 +217,10 @@ def test_units_are_timed_in_turn_and_each_round_starts_with_another(clock):
     ran = []
 
     def unit(name, seconds):
-        return trials.Unit(lambda: (ran.append(name), clock(seconds)), lambda: clock(100.0), repeats=4)
+        return timing.Unit(lambda: (ran.append(name), clock(seconds)), lambda: clock(100.0), repeats=4)
 
     units = {"a": unit("a", 4.0), "b": unit("b", 8.0), "c": unit("c", 12.0)}
-    times = trials.timings(units, CPU, seconds=1e6, at_most=3)
+    times = timing.timings(units, CPU, seconds=1e6, at_most=3)
     assert times == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [3.0] * 3}  # of one repeat, without what prepares it
     assert "".join(ran[-9:]) == "abc" + "bca" + "cab" and len(ran) == 9 + 6  # after two rounds to warm up
 
@@ -233,13 +232,13 @@ def test_units_are_timed_in_turn_and_each_round_starts_with_another(clock):
 )
 def test_how_many_rounds(clock, seconds, rounds, warm):
     ran = []
-    unit = trials.Unit(lambda: (ran.append(1), clock(1.0)))
-    times = trials.timings({"a": unit}, CPU, seconds, at_least=10, at_most=1000)
+    unit = timing.Unit(lambda: (ran.append(1), clock(1.0)))
+    times = timing.timings({"a": unit}, CPU, seconds, at_least=10, at_most=1000)
     assert len(times["a"]) == rounds and len(ran) == rounds + warm
 
 
 def test_spread_is_the_median_between_deciles():
-    assert trials.spread(list(range(1, 12))) == {"median": 6, "p10": 2, "p90": 10, "n": 11}
+    assert timing.spread(list(range(1, 12))) == {"median": 6, "p10": 2, "p90": 10, "n": 11}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,22 +270,22 @@ def accounted(monkeypatch):
 def test_the_floor_is_the_accounting_over_the_ceilings(dataset, accounted, task, batch_size, tokens, flops, moved):
     """A block has 16 positions: prefill reads 8, decoding has 8 before it, a text of 18 meets a full window twice."""
     one = subject(dataset, "dense")
-    found = trials.floor_of(one, task, batch_size, tokens, {"flops_per_second": 10.0, "bytes_per_second": 1e9})
+    found = timing.floor_of(one, task, batch_size, tokens, {"flops_per_second": 10.0, "bytes_per_second": 1e9})
     assert found == {"flops": flops, "bytes": moved, "seconds": flops / 10}
-    found = trials.floor_of(one, task, batch_size, tokens, {"flops_per_second": 1e9, "bytes_per_second": 10.0})
+    found = timing.floor_of(one, task, batch_size, tokens, {"flops_per_second": 1e9, "bytes_per_second": 10.0})
     assert found["seconds"] == moved / 10
 
 
 def test_ceilings_are_numbers_of_this_machine(dataset, monkeypatch):
-    monkeypatch.setattr(trials, "best_rate", lambda call, amount, machine: (call(), amount)[1])
+    monkeypatch.setattr(timing, "best_rate", lambda call, amount, machine: (call(), amount)[1])
     model = subject(dataset, "dense").model
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert trials.ceilings(CPU, model) == {"flops_per_second": 2 * 1024**3, "bytes_per_second": 2 * 4 * count}
+    assert timing.ceilings(CPU, model) == {"flops_per_second": 2 * 1024**3, "bytes_per_second": 2 * 4 * count}
 
 
 def test_the_best_rate_is_that_of_the_fastest_try(clock):
     durations = iter([9.0, 2.0, 1.0, 4.0, 4.0, 4.0])
-    assert trials.best_rate(lambda: clock(next(durations)), 12, CPU, seconds=10) == 12.0
+    assert timing.best_rate(lambda: clock(next(durations)), 12, CPU, seconds=10) == 12.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,15 +296,15 @@ def test_the_best_rate_is_that_of_the_fastest_try(clock):
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", FAST)
 def test_what_is_fast_on_cuda_is_right_and_its_memory_is_counted(words, name, is_compiled):
-    gpu = machine.choose("cuda", compile=is_compiled)
+    gpu = machines.choose("cuda", compile=is_compiled)
     config = Config(**{**KINDS[name], "n_layer": 2, "n_embd": 64, "n_head": 2, "block_size": 64, "batch_size": 4})
-    one = trials.Subject(name, name, dataclasses.replace(config, dropout=0.1), Dataset.open(words, "cuda"), gpu)
+    one = timing.Subject(name, name, dataclasses.replace(config, dropout=0.1), Dataset.open(words, "cuda"), gpu)
     if is_compiled:
         assert one.compile() is None
-    assert trials.is_right(trials.check_training(one))
+    assert timing.is_right(timing.check_training(one))
     one.train()
-    assert trials.peak_bytes(gpu, trials.Unit(one.train), one.bytes_held(True)) > one.bytes_held(True)
+    assert timing.peak_bytes(gpu, timing.Unit(one.train), one.bytes_held(True)) > one.bytes_held(True)
     for batch_size in (1, 8):
-        writing = trials.Writing(one, batch_size)
-        assert trials.is_right(trials.check_decoding(one, writing.decoder, batch_size))
+        writing = timing.Writing(one, batch_size)
+        assert timing.is_right(timing.check_decoding(one, writing.decoder, batch_size))
         assert isinstance(writing.decoder, decoding.CapturedDecoder), writing.decoder.how

@@ -10,12 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import machine
-import update
 from model import GPT
-from settings import Config
+from run import update
+from run.settings import Config
+from support import machines
 
-CPU = machine.choose("cpu", "float32", False)
+CPU = machines.choose("cpu", "float32", False)
 VOCABULARY = 11
 KINDS = {
     "dense": dict(),
@@ -285,7 +285,7 @@ def test_compiled_steps_are_one_graph_that_is_made_once(kind):
 def test_a_step_on_cuda_waits_for_nothing_and_keeps_no_memory(kind, is_compiled):
     torch._dynamo.reset()
     config = Config(n_layer=2, batch_size=4, gradient_accumulation_steps=2, **KINDS[kind])
-    updater, step = stepper(config, machine.choose("cuda"), symbols=65)
+    updater, step = stepper(config, machines.choose("cuda"), symbols=65)
     if is_compiled:
         compiled = update.compile_model(updater.model, *rows(config, 1, 65, "cuda"), updater.machine)
         assert compiled.failure is None

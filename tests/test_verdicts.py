@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import experiments
-import verdicts
-from experiments import OURS, Claim, Comparison, Row, Table
-from verdicts import HELD, NOISE, NOT_HELD, NOT_RUN, Effect
+from papers import experiments
+from papers.experiments import OURS, Claim, Comparison, Row, Table
+from report import verdicts
+from report.verdicts import HELD, NOISE, NOT_HELD, NOT_RUN
+from support import intervals
+from support.intervals import Effect
 
 TABLE = Table("T", "a table", OURS, "", (Row("base", "base", ""), Row("new", "new", ""), Row("other", "other", "")), ())
 
@@ -39,7 +41,7 @@ def test_the_interval_of_a_difference_is_welchs(n, n_against):
     generator = np.random.default_rng(n)
     ours, theirs = generator.normal(1, 0.1, n).tolist(), generator.normal(1.2, 0.5, n_against).tolist()
     expected = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
-    effect = verdicts.interval_of_difference(ours, theirs)
+    effect = intervals.interval_of_difference(ours, theirs)
     assert effect.mean == pytest.approx(statistics.mean(ours) - statistics.mean(theirs))
     assert (effect.low, effect.high) == pytest.approx((expected.low, expected.high))
     assert (effect.n, effect.n_against) == (n, n_against)
@@ -48,25 +50,25 @@ def test_the_interval_of_a_difference_is_welchs(n, n_against):
 def test_the_interval_of_a_mean_is_students():
     values = [1.0, 1.5, 1.2]
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    effect = verdicts.interval_of_mean(values)
+    effect = intervals.interval_of_mean(values)
     assert (effect.low, effect.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     generator = np.random.default_rng(0)
     draws = (generator.normal([[0.0], [1.0]], 0.3, (2, 3)).tolist() for _ in range(2000))
-    effects = [verdicts.interval_of_difference(*draw) for draw in draws]
+    effects = [intervals.interval_of_difference(*draw) for draw in draws]
     assert 0.93 < sum(effect.low < -1 < effect.high for effect in effects) / len(effects) < 0.98
 
 
 def test_one_seed_gives_no_interval_and_no_verdict():
-    for effect in (verdicts.interval_of_mean([1.0]), verdicts.interval_of_difference([1.0], [2.0, 3.0])):
+    for effect in (intervals.interval_of_mean([1.0]), intervals.interval_of_difference([1.0], [2.0, 3.0])):
         assert effect.low is None and effect.high is None
         assert verdicts.status_of(effect, experiments.BELOW) == NOISE
 
 
 def test_a_count_that_never_varies_is_its_own_interval():
-    effect = verdicts.interval_of_difference([3.0, 3.0], [3.0, 3.0])
+    effect = intervals.interval_of_difference([3.0, 3.0], [3.0, 3.0])
     assert (effect.mean, effect.low, effect.high) == (0, 0, 0)
     assert verdicts.status_of(effect, experiments.ABOVE) == NOT_HELD  # equal is not more
 
@@ -111,7 +113,7 @@ def test_measures_from_batches_that_a_seed_shares_are_paired_over_common_seeds()
     for record in cells.cells["new"]:
         record["paper"]["best_val"] += 0.01 * record["config"]["seed"]
     effect = verdicts.effect_of(cells, "paper", "new", "base", "difference")
-    expected = verdicts.interval_of_mean([0.1, 0.11, 0.12])
+    expected = intervals.interval_of_mean([0.1, 0.11, 0.12])
     assert effect[:4] == pytest.approx(expected[:4]) and effect.n == 3
     welch = verdicts.effect_of(cells, "clean", "new", "base", "difference")
     assert welch.high - welch.low > 5 * (effect.high - effect.low) and welch.n_against == 4
@@ -119,7 +121,7 @@ def test_measures_from_batches_that_a_seed_shares_are_paired_over_common_seeds()
 
 def test_ratios_are_of_geometric_means():
     effect = verdicts.effect_of(comparison(base=[1.0, 4.0], new=[2.0, 8.0]), "clean", "new", "base", "ratio")
-    logs = verdicts.interval_of_difference([math.log(2), math.log(8)], [0.0, math.log(4)])
+    logs = intervals.interval_of_difference([math.log(2), math.log(8)], [0.0, math.log(4)])
     assert effect.mean == pytest.approx(2) and effect.low == pytest.approx(math.exp(logs.low))
     assert verdicts.effect_of(comparison(base=[0.0, 1.0], new=[1.0, 1.0]), "clean", "new", "base", "ratio") is None
 

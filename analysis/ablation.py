@@ -1,0 +1,385 @@
+"""What the loss becomes when experts are removed, merged, shuffled, hashed, or more of them used: without training.
+
+    with removed(model, layer=0, experts=[2]):
+        after = see(model, windows, machine)
+    cost(before, after, block_size, classes_N, names)         # nats per character, with a standard error
+
+Every cost is a difference to the intact model on the same characters, so what makes a text hard cancels. `ablations`
+does all of it. Layers are counted among the MoE layers; the letters are those of `moe.py` and `probe.py`.
+"""
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from analysis.annotation import name_of
+from analysis.probe import Wrapper, altered, first_choice, rerouted, see
+from model import GPT, IGNORED
+from routing import GATES, Routing, balanced_table, mix
+
+SHUFFLE_STREAM, TABLE_STREAM = 2, 3  # what is drawn from a seed
+
+
+class Cost(NamedTuple):
+    """What an intervention adds to the loss, nats per character; negative where it helps."""
+
+    nats: float
+    se: float | None  # of nats, over windows; None with fewer than two
+    by_class: dict[str, float]  # the same over the characters of a class, without the classes that do not occur
+
+
+def cost(before, after, block_size, classes_N, names) -> Cost:
+    """The mean of after - before (both a Seen) over all characters, and over those of each class.
+
+    classes_N (N,): each character's class, an index into `names`. The standard error takes windows of block_size
+    characters as the unit, for neighbouring characters are alike: that of a ratio of sums over windows, since the last
+    one may be shorter (Cochran 1977, equation 2.47; of equal windows it is SD / √windows). That windows of one text may
+    be alike too it does not know.
+    """
+    change_N = after.nats_N - before.nats_N
+    starts = np.arange(0, len(change_N), block_size)
+    sums_W, sizes_W = np.add.reduceat(change_N, starts), np.diff([*starts, len(change_N)])
+    mean, W = float(change_N.mean()), len(starts)
+    spread = ((sums_W - mean * sizes_W) ** 2).sum()
+    by_class = {name: change_N[classes_N == i].mean() for i, name in enumerate(names) if (classes_N == i).any()}
+    return Cost(
+        nats=mean,
+        se=math.sqrt(W / (W - 1) * spread) / len(change_N) if W > 1 else None,
+        by_class={name: float(value) for name, value in by_class.items()},
+    )
+
+
+def suffering(before, after, ids_N, vocabulary, most=5, at_least=100):
+    """[[symbol, nats per occurrence that the intervention adds, occurrences], …]: the `most` symbols after which the
+    prediction suffers most, per occurrence, of symbols with at_least so many; none that gains."""
+    change_V = np.bincount(ids_N, after.nats_N - before.nats_N, minlength=vocabulary.size)
+    count_V = np.bincount(ids_N, minlength=vocabulary.size)
+    mean_V = change_V / np.maximum(count_V, 1)
+    rank_V = np.where(count_V >= at_least, mean_V, 0.0)
+    order = [i for i in np.argsort(-rank_V, kind="stable")[:most] if rank_V[i] > 0]
+    return [[name_of(vocabulary.symbols[i]), float(mean_V[i]), int(count_V[i])] for i in order]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other logits
+
+
+def removed(model, layer, experts):
+    """A context without these experts of a layer: their logits are -inf, so that their tokens go to the next best one,
+    and the gate function shares the gates out among those left (a sigmoid gate stays what it is).
+
+    A hash router has no next best: tokens of a removed expert get none, and pass the layer by. Raises ValueError where
+    no expert would be left.
+    """
+    return removed_all(model, {layer: experts})
+
+
+def removed_all(model, experts):
+    """`removed` in several layers at once: {layer: experts}."""
+    return altered(model, {layer: without(model.moe_layers()[layer].config, gone) for layer, gone in experts.items()})
+
+
+def without(config, experts):
+    """The change of logits that removes these experts of a layer with this config."""
+    gone = sorted(set(experts))
+    if not set(gone) <= set(range(config.n_expert)):
+        raise ValueError(f"experts {gone} cannot be removed: the layer's are 0 to {config.n_expert - 1}")
+    if len(gone) == config.n_expert:
+        raise ValueError(f"all {config.n_expert} experts of a layer cannot be removed: none would be left to go to")
+
+    def change(logits_BTE, ids_BT):
+        index = torch.tensor(gone, dtype=torch.int64, device=logits_BTE.device)
+        return logits_BTE.index_fill(-1, index, -math.inf)
+
+    return change
+
+
+@contextlib.contextmanager
+def shuffled(model, layers, seed):
+    """A context in which the rows of logits of these layers are dealt out anew among a batch's characters: the same
+    load and the same gates (but for what a capacity drops), without any relation to the text. It looks into the
+    future, so it is a control and no model. Padding at the end of the text keeps its own rows."""
+    is_real = {}
+
+    def note_targets(model, arguments):
+        is_real["N"] = (arguments[1] != IGNORED).reshape(-1) if len(arguments) > 1 else None
+
+    def change_of(layer):
+        generator = torch.Generator().manual_seed(mix(seed, layer, SHUFFLE_STREAM))
+
+        def change(logits_BTE, ids_BT):
+            logits_NE, real_N = logits_BTE.flatten(0, 1).clone(), is_real["N"]
+            rows = torch.arange(len(logits_NE)) if real_N is None else torch.where(real_N)[0].cpu()
+            dealt = rows[torch.randperm(len(rows), generator=generator)]
+            logits_NE[rows.to(logits_NE.device)] = logits_NE[dealt.to(logits_NE.device)]
+            return logits_NE.view_as(logits_BTE)
+
+        return change
+
+    hook = model.register_forward_pre_hook(note_targets)
+    try:
+        with altered(model, {layer: change_of(layer) for layer in layers}):
+            yield model
+    finally:
+        hook.remove()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts by a table
+
+
+class TableRouter(Wrapper):
+    """The inner router, whose first choice changes places with the expert that a table (V,) gives for the token's
+    symbol: logit, gate and place among the choices. All else, the size of the gate above all, is the router's.
+
+    layer: the MoE that the router is of, for how its logits become choices.
+    """
+
+    def __init__(self, layer, table_V):
+        super().__init__(layer.router)
+        self.register_buffer("temperature", layer.temperature)
+        self.register_buffer("balance_bias", layer.balance_bias)
+        self.register_buffer("table", table_V.to(layer.temperature.device))
+
+    def forward(self, x_BTD, ids_BS):
+        logits_BTE = self.inner(x_BTD, ids_BS)
+        own = self.choices(logits_BTE)
+        first_N1 = first_choice(own, self)[:, None]
+        table_N1 = self.table[ids_BS[:, -x_BTD.size(1) :]].reshape(-1, 1)
+        places_NE = torch.arange(own.logits.size(1), device=first_N1.device).repeat(len(first_N1), 1)
+        places_NE.scatter_(1, first_N1, table_N1).scatter_(1, table_N1, first_N1)  # its own inverse
+        self.chosen = places_NE.gather(1, own.experts), own.chosen
+        return own.logits.gather(1, places_NE).view_as(logits_BTE)
+
+    def choices(self, logits_BTE):
+        """The Routing that the layer makes of these logits in eval mode, before capacity and without gates."""
+        config, logits_NE = self.config, logits_BTE.flatten(0, 1)
+        cooled_NE = logits_NE / self.temperature if config.router_temperature_is_used else logits_NE
+        scores_NE, probs_NE = GATES[config.gate](cooled_NE)
+        preference_NE = scores_NE + self.balance_bias if config.router_bias_rate else self.preference(cooled_NE)
+        experts_NK, chosen_NK = self.inner.select(probs_NE, preference_NE, len(logits_BTE))
+        return Routing(logits_NE, probs_NE, experts_NK, None, chosen_NK, None, len(logits_NE))
+
+    def select(self, probs_NE, preference_NE, n_sequences):
+        return self.chosen
+
+
+def tabled(model, tables):
+    """A context in which the characters' first experts come from tables {layer: (V,) int64}: see TableRouter."""
+    return rerouted(
+        model, {number: lambda layer, t=table_V: TableRouter(layer, t) for number, table_V in tables.items()}
+    )
+
+
+def hash_tables(model, layers, counts_V, seed):
+    """{layer: (V,)}: hash tables as HashRouter has them, balanced over counts_V, the symbols' counts in training."""
+    tables, counts_V = {}, torch.as_tensor(counts_V).cpu()
+    for layer in layers:
+        generator = torch.Generator().manual_seed(mix(seed, layer, TABLE_STREAM))
+        blur_V = 1 + 0.2 * torch.rand(len(counts_V), generator=generator, dtype=torch.float64, device="cpu")
+        tables[layer] = balanced_table(counts_V, blur_V, model.moe_layers()[layer].config.n_expert)
+    return tables
+
+
+def favourite_tables(model, layers, seen, ids_N, vocab_size):
+    """{layer: (V,)}: the expert that the intact model's router (`seen`) most often chooses first for each symbol; the
+    lowest of several, 0 for a symbol that does not occur."""
+    tables = {}
+    for layer in layers:
+        E = model.moe_layers()[layer].config.n_expert
+        counts_VE = np.bincount(ids_N * E + seen.first[layer], minlength=vocab_size * E).reshape(vocab_size, E)
+        tables[layer] = torch.from_numpy(counts_VE.argmax(axis=1))
+    return tables
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other models
+
+
+def with_top_k(model, k):
+    """A copy of the model that uses k experts a token (0 = all; in two_level, of the best group). The gates are what
+    the config makes of k choices: without gate_renormalize they no longer add up to what training saw. Under a capacity
+    each expert's room grows with k. Raises ValueError where k means nothing: see `other_top_ks`."""
+    config, largest = model.config, max(model.config.expert_counts())
+    if not 0 <= k <= largest:
+        raise ValueError(f"{k} experts a token cannot be used: the model has {largest}")
+    if config.expert_top_k != k and not top_k_matters(config):
+        raise ValueError(f"{k} experts a token: this model's routing is made for {config.expert_top_k} alone")
+    k = k or (largest if config.capacity_factor else 0)  # a capacity is so many times k
+    weight = model.token_embedding.weight
+    with torch.random.fork_rng(devices=[]):  # the first weights are drawn, and then overwritten
+        other = GPT(dataclasses.replace(config, expert_top_k=k), len(weight))
+    other.to(weight.device, weight.dtype).load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def top_k_matters(config):
+    """Whether a token can use another number of experts: not with a table's only one, or a gate made for one."""
+    return config.router not in ("hash", "ngram_hash") and not config.gate_straight_through
+
+
+def other_top_ks(config):
+    """The powers of two below the number of experts that can be chosen, and 0 for all, without the trained one."""
+    largest = max(config.expert_counts()) if config.moe_layers else 0
+    if config.router == "two_level":
+        largest //= config.n_expert_group
+    if largest < 2 or not top_k_matters(config):
+        return []
+    trained = 0 if config.expert_top_k >= largest else config.expert_top_k
+    return [k for k in (*(2**i for i in range(15) if 2**i < largest), 0) if k != trained]
+
+
+def merged(model, layer, a, b, loads_E):
+    """A copy of the model in which experts a and b of a layer are one: each has the mean of both, weighted by their
+    loads, and is still chosen, weighted and limited by its own logit, gate and capacity.
+
+    First the hidden units of b are put in the order in which they are most like those of a (weights in, bias and
+    weights out; Ainsworth et al. 2023, "Git Re-Basin", section 3.2), for the order is arbitrary and a mean of unlike
+    units is none. Units of linear_sum have the order of the output layer, which all experts share. Where layers share
+    their experts, only this layer's are merged.
+    """
+    if a == b:
+        raise ValueError(f"expert {a} cannot be merged with itself")
+    model = copy.deepcopy(model)
+    moe_layer = model.moe_layers()[layer]
+    moe_layer.experts = experts = copy.deepcopy(moe_layer.experts)
+    share_a = float(loads_E[a] / (loads_E[a] + loads_E[b])) if loads_E[a] + loads_E[b] else 0.5
+    order = matching(experts, a, b)
+    with torch.no_grad():
+        for name in experts.stacked:
+            weight = getattr(experts, name)
+            if weight is not None:
+                of_b = weight[b] if name == "bias_out" else weight[b, order]
+                weight[[a, b]] = share_a * weight[a] + (1 - share_a) * of_b
+    return model
+
+
+def matching(experts, a, b):
+    """(H,) int64: the hidden unit of expert b that belongs to each of expert a."""
+    if experts.w_out is None:
+        return torch.arange(experts.w_in.size(1), device=experts.w_in.device)
+    units_EHX = torch.cat((experts.w_in, experts.w_out), dim=2)
+    if experts.bias_in is not None:
+        units_EHX = torch.cat((units_EHX, experts.bias_in[:, :, None]), dim=2)
+    likeness_HH = units_EHX[a].double() @ units_EHX[b].double().t()
+    _, order = linear_sum_assignment(likeness_HH.detach().cpu().numpy(), maximize=True)
+    return torch.from_numpy(order).to(experts.w_in.device)
+
+
+def heir(before, after, layer, expert):
+    """The expert that takes over most of a removed one's tokens; where none does, since a hash router has no next best,
+    the one with the least load."""
+    moved = after.experts[layer][before.experts[layer] == expert]
+    moved = moved[moved >= 0]
+    if len(moved):
+        return int(np.bincount(moved).argmax())
+    load_E = before.stats[layer].load.clone()
+    load_E[expert] = math.inf
+    return int(load_E.argmin())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+def count(model):
+    """How many passes over the text `ablations` makes."""
+    sizes = [layer.config.n_expert for layer in model.moe_layers() if layer.config.n_expert > 1]
+    if not sizes:
+        return 0
+    per_layer, at_once = sum(sizes) + 3 * len(sizes), 5
+    return per_layer + at_once + len(other_top_ks(model.config))
+
+
+def ablations(model, windows, machine, seen, ids_N, classes, vocabulary, counts_V, seed, progress=None) -> dict:
+    """Every intervention on every layer, as plain JSON values.
+
+    seen: see(model, windows, machine); ids_N: the N characters; classes: (classes_N, names), as `cost` takes them;
+    counts_V: the symbols' counts in training; progress() is called after each pass, `count(model)` times.
+
+    A Cost is {"nats", "se", "by_class"}. A list has an entry per MoE layer; None stands where an intervention makes no
+    sense: layers with one expert, other k for a hash router.
+      removed       [[a Cost + "share" of the tokens whose main expert it was + "suffer" (see `suffering`), per expert]]
+      removed_all   a Cost + "experts": the cheapest of each layer, all at once; chosen on the text that it is told of,
+                    and so a little too cheap, like what is merged
+      merged        [a Cost + "expert", the layer's cheapest, + "into", its heir], merged_all all at once
+      shuffled, tabulated   [Cost]; shuffled_all, tabulated_all, hashed_all: in all layers at once
+      top_k         {k: Cost}, "0" for all
+    """
+    block_size, (classes_N, names) = windows[0][0].size(1), classes
+    layers = model.moe_layers()
+    several = [number for number, layer in enumerate(layers) if layer.config.n_expert > 1]
+
+    def passed(model):
+        after = see(model, windows, machine)
+        if progress:
+            progress()
+        return after
+
+    def cost_of(after):
+        return cost(seen, after, block_size, classes_N, names)._asdict()
+
+    def cost_within(context):
+        with context:
+            return cost_of(passed(model))
+
+    def per_layer(cost_of_layer):
+        return [cost_of_layer(number) if number in several else None for number in range(len(layers))]
+
+    def together(cost_of_all):
+        return cost_of_all() if several else None
+
+    heirs = collections.defaultdict(dict)
+
+    def removal(layer, expert):
+        with removed(model, layer, [expert]):
+            after = passed(model)
+        heirs[layer][expert] = heir(seen, after, layer, expert)
+        share = float((seen.experts[layer] == expert).mean())
+        return cost_of(after) | {"share": share, "suffer": suffering(seen, after, ids_N, vocabulary)}
+
+    removals = per_layer(lambda layer: [removal(layer, expert) for expert in range(layers[layer].config.n_expert)])
+    cheapest = per_layer(
+        lambda layer: min(range(len(removals[layer])), key=lambda expert: removals[layer][expert]["nats"])
+    )
+    hashes = hash_tables(model, several, counts_V, seed)
+    favourites = favourite_tables(model, several, seen, ids_N, vocabulary.size)
+
+    def merge(model, layer):
+        expert = cheapest[layer]
+        return merged(model, layer, heirs[layer][expert], expert, seen.stats[layer].load)
+
+    def merge_all():
+        other = model
+        for layer in several:
+            other = merge(other, layer)
+        return other
+
+    return {
+        "removed": removals,
+        "removed_all": together(
+            lambda: (
+                {"experts": cheapest} | cost_within(removed_all(model, {layer: [cheapest[layer]] for layer in several}))
+            )
+        ),
+        "merged": per_layer(
+            lambda layer: (
+                {"into": heirs[layer][cheapest[layer]], "expert": cheapest[layer]}
+                | cost_of(passed(merge(model, layer)))
+            )
+        ),
+        "merged_all": together(lambda: cost_of(passed(merge_all()))),
+        "shuffled": per_layer(lambda layer: cost_within(shuffled(model, [layer], seed))),
+        "shuffled_all": together(lambda: cost_within(shuffled(model, several, seed))),
+        "hashed_all": together(lambda: cost_within(tabled(model, hashes))),
+        "tabulated": per_layer(lambda layer: cost_within(tabled(model, {layer: favourites[layer]}))),
+        "tabulated_all": together(lambda: cost_within(tabled(model, favourites))),
+        "top_k": {str(k): cost_of(passed(with_top_k(model, k))) for k in other_top_ks(model.config)} or None,
+    }

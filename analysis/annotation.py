@@ -1,0 +1,236 @@
+"""What each character of a text is: the labels that information.py holds against the experts.
+
+    of = annotate(ids_N, vocabulary, dataset.symbol_counts("train"), context=config.block_size)
+    of["speaker"].labels, of["speaker"].names
+
+SYNTAX says what a character is in its word and line, CONTEXT what stands before it, TOPIC what the text is about there.
+All of SYNTAX and CONTEXT is causal: it depends on the character and on what precedes it. TOPIC is not: `JULIET:` is
+labelled Juliet from its J on.
+
+Everything is per symbol of the vocabulary. Where that is the byte, a letter outside ASCII is several.
+
+Shapes: N characters of the text; V vocabulary size.
+"""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from analysis.analyses import CONTEXT
+from analysis.information import dense
+from data.common import character_class
+from run.records import CLASSES
+
+BANDS = ("commonest quarter", "second quarter", "third quarter", "rarest quarter")
+PLACES_IN_WORD = ("no letter", "first letter", "second letter", "third letter", "fourth letter", "fifth or later")
+PLACES_IN_LINE = {0: "first of the line", 1: "2nd to 4th", 4: "5th to 16th", 16: "17th to 40th", 40: "41st or later"}
+PASSAGES = 16
+MOST_NAMES = 1000  # more than that nobody reads
+
+NAME_LINE = re.compile(r"(?:\A\n?|(?<=\n\n))([A-Z][^\n:]{0,39}):(?=\n)")
+PARAGRAPH = re.compile(r"(?:\A\n?|(?<=\n\n))(?=[^\n])")
+PAGE = re.compile(r"<page>(?:\s*<title>([^<\n]{0,200})</title>)?")
+
+# tinyshakespeare's plays in its order, by the words they open with; it marks them in no other way.
+PLAYS = {
+    "Coriolanus": "First Citizen:\nBefore we proceed any further, hear me speak.",
+    "Richard III": "GLOUCESTER:\nNow is the winter of our discontent",
+    "Richard II": "KING RICHARD II:\nOld John of Gaunt, time-honour'd Lancaster,",
+    "Romeo and Juliet": "SAMPSON:\nGregory, o' my word, we'll not carry coals.",  # the file lacks the prologue
+    "Henry VI, part 3": "WARWICK:\nI wonder how the king escaped our hands.",
+    "The Winter's Tale": "ARCHIDAMUS:\nIf you shall chance, Camillo, to visit Bohemia,",
+    "Measure for Measure": "DUKE VINCENTIO:\nEscalus.\n\nESCALUS:\nMy lord.",
+    "The Taming of the Shrew": "SLY:\nI'll pheeze you, in faith.",
+    "The Tempest": "Master:\nBoatswain!\n\nBoatswain:\nHere, master: what cheer?",
+}
+
+
+class Annotation(NamedTuple):
+    labels: np.ndarray  # (N,) int64, >= 0
+    names: list[str] | None  # what value i is called; None where nobody would read so many
+
+
+def annotate(ids_N, vocabulary, counts_V, context=None) -> dict[str, Annotation]:
+    """What each character of a text is, by name of the annotation; what makes no sense for this text is left out.
+
+    ids_N      the text, ids of `vocabulary`
+    counts_V   how often each symbol occurs in the training split, which frequency bands are made of
+    context    the model's block_size, where the text was read in windows of that length: what precedes a character in
+               another window was not seen, and counts as nothing before it; None: all of the text was seen
+
+    - character, class, frequency band (`frequency_bands`): of the symbol itself.
+    - place in the word: of letters, by how many of the word's precede it. A word is a run of ASCII letters, apostrophes
+      that follow a letter, and symbols above 127.
+    - place in the line: characters since the newline, in ranges. Without where the text has no newline.
+    - previous character, previous two, previous three: without the character itself; places with fewer before them have
+      codes of their own.
+    - speaker, play, article: where the text marks them (`speakers`, `plays`, `articles`), from each mark to the next.
+    - passage: 16 equal stretches of the text, a stand-in for topic where nothing is marked.
+    """
+    ids_N = np.asarray(ids_N, dtype=np.int64)
+    classes_V, class_names = class_of(vocabulary)
+    codes_V = np.array([symbol if isinstance(symbol, int) else ord(symbol) for symbol in vocabulary.symbols])
+    codes_N = codes_V[ids_N]
+    # A character a symbol, so that places in it are places in the text; a byte becomes the character of its number.
+    text = codes_N.astype("<u4").tobytes().decode("utf-32-le")
+    found = {
+        "character": Annotation(ids_N, _few([name_of(symbol) for symbol in vocabulary.symbols])),
+        "class": Annotation(classes_V[ids_N], class_names),
+        "frequency band": Annotation(frequency_bands(counts_V)[ids_N], list(BANDS)),
+        "place in the word": Annotation(places_in_word(codes_N), list(PLACES_IN_WORD)),
+        "place in the line": places_in_line(codes_N),
+        **previous(ids_N, vocabulary, context),
+        "speaker": speakers(text, vocabulary.unit),
+        "play": plays(text),
+        "article": articles(text, vocabulary.unit),
+        "passage": passages(len(ids_N)),
+    }
+    return {name: annotation for name, annotation in found.items() if annotation}
+
+
+def name_of(symbol: str | int) -> str:
+    """A symbol of a vocabulary as a figure can show it: itself, space, newline, tab, U+0301 or byte 0xC3."""
+    character = chr(symbol) if isinstance(symbol, int) else symbol
+    known = {" ": "space", "\n": "newline", "\t": "tab"}
+    if character in known or (character.isascii() and character.isprintable()):
+        return known.get(character, character)
+    if isinstance(symbol, int):
+        return f"byte 0x{symbol:02X}"
+    return character if character.isalnum() else f"U+{ord(character):04X}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of the symbol
+
+
+def class_of(vocabulary) -> tuple[np.ndarray, list[str]]:
+    """Each symbol's class (V,) int64, and what class i is called."""
+    classes = [CLASSES.index(character_class(symbol)) for symbol in vocabulary.symbols]
+    return np.array(classes, dtype=np.int64), list(CLASSES)
+
+
+def frequency_bands(counts_V) -> np.ndarray:
+    """Each symbol's place in BANDS: (V,) int64.
+
+    With the symbols of the training text laid side by side, the commonest first (of equals the smaller id first), a
+    symbol belongs to the quarter in which the middle of its own stretch lies. A band holds about a quarter of the text,
+    to within half of a symbol at either end; symbols that do not occur in training are in the last.
+    """
+    counts_V = np.asarray(counts_V, dtype=np.int64)
+    order = np.argsort(-counts_V, kind="stable")
+    ends = np.cumsum(counts_V[order])
+    twice_middles = 2 * ends - counts_V[order]
+    bands_V = np.empty(len(counts_V), dtype=np.int64)
+    bands_V[order] = np.where(counts_V[order] > 0, 2 * twice_middles // max(int(ends[-1]), 1), 3)
+    return bands_V
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of its place
+
+
+def places_in_word(codes_N) -> np.ndarray:
+    """Each character's place in PLACES_IN_WORD, from the code of each: (N,) int64. The text's beginning counts as a
+    word's."""
+    lower_N = codes_N | 32  # of the capitals; nothing else becomes an ASCII letter
+    letter_N = ((lower_N >= ord("a")) & (lower_N <= ord("z"))) | (codes_N > 127)
+    in_word_N = letter_N.copy()
+    in_word_N[1:] |= (codes_N[1:] == ord("'")) & letter_N[:-1]
+    return np.minimum(_since(~in_word_N), len(PLACES_IN_WORD) - 1)
+
+
+def places_in_line(codes_N) -> Annotation | None:
+    """The text's beginning counts as a line's. A newline belongs to the line that it ends."""
+    newline_N = codes_N == ord("\n")
+    if not newline_N.any():
+        return None
+    before_N = np.concatenate(([0], _since(newline_N)[:-1]))
+    labels_N = np.searchsorted(list(PLACES_IN_LINE), before_N, side="right") - 1
+    return Annotation(labels_N, list(PLACES_IN_LINE.values()))
+
+
+def _since(marks_N) -> np.ndarray:
+    """How many characters ago the last mark was, 0 at a mark; the text is preceded by one."""
+    places_N = np.arange(len(marks_N))
+    return places_N - np.maximum.accumulate(np.where(marks_N, places_N, -1))
+
+
+def previous(ids_N, vocabulary, context) -> dict[str, Annotation]:
+    """The n characters before each, as far as its window of `context` reaches."""
+    nothing = vocabulary.size  # an id more
+    seen_N = np.arange(len(ids_N)) % (context or max(1, len(ids_N)))  # characters before it in its window
+    found, codes_N = {}, np.zeros_like(ids_N)
+    for n, name in enumerate(CONTEXT, start=1):
+        nth_N = np.concatenate((np.full(n, nothing), ids_N))[: len(ids_N)]
+        nth_N[seen_N < n] = nothing
+        codes_N, count = dense(codes_N * (nothing + 1) + nth_N)
+        found[name] = Annotation(codes_N, None)
+        if n == 1:
+            values = np.zeros(count, dtype=np.int64)
+            values[codes_N] = nth_N
+            names = [*map(name_of, vocabulary.symbols), "nothing"]
+            found[name] = Annotation(codes_N, _few([names[value] for value in values]))
+    return found
+
+
+def passages(length) -> Annotation:
+    return Annotation(np.arange(length) * PASSAGES // max(1, length), [f"passage {i + 1}" for i in range(PASSAGES)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of what the text is about
+
+
+def speakers(text, unit) -> Annotation | None:
+    """Who speaks, where a play gives it in a line `Name:` alone, after a blank line or at the text's start.
+
+    None where there are fewer than 2, or where the paragraphs that begin so are less than half of the text: prose has
+    such lines here and there. A name that occurs in two plays is one value.
+    """
+    marks = [(match.start(1), match[1]) for match in NAME_LINE.finditer(text)]
+    names = sorted({name for _, name in marks})
+    starts = [match.end() for match in PARAGRAPH.finditer(text)]
+    sizes = dict(zip(starts, np.diff([*starts, len(text)]).tolist()))
+    if len(names) < 2 or 2 * sum(sizes[start] for start, _ in marks) < len(text):
+        return None
+    values = [(start, names.index(name)) for start, name in marks]
+    names = [_readable(name, unit) for name in names]
+    return _held(values, names, "before the first speaker", len(text))
+
+
+def plays(text) -> Annotation | None:
+    """The play, by the opening words in PLAYS; what precedes the first that is found belongs to the play before it in
+    the table. None where there are fewer than 2."""
+    names = list(PLAYS)
+    marks = sorted((text.find(words), names.index(name)) for name, words in PLAYS.items() if words in text)
+    if marks and marks[0][0] > 0 and marks[0][1] > 0:
+        marks.insert(0, (0, marks[0][1] - 1))
+    return _held(marks, names, "before the first play", len(text)) if len(marks) > 1 else None
+
+
+def articles(text, unit) -> Annotation | None:
+    """The article of a Wikipedia dump, from each `<page>` on. None where there are fewer than 2."""
+    found = list(PAGE.finditer(text))
+    if len(found) < 2:
+        return None
+    names = [_readable(match[1], unit) if match[1] else f"article {i + 1}" for i, match in enumerate(found)]
+    return _held([(match.start(), i) for i, match in enumerate(found)], names, "before the first article", len(text))
+
+
+def _held(marks, names, before, length) -> Annotation:
+    """Each mark's value (place, value) from its place to the next's; `before` is another value, if it is needed."""
+    if marks[0][0] > 0:
+        marks, names = [(0, len(names)), *marks], [*names, before]
+    places, values = np.array(marks).T
+    labels_N = np.repeat(values, np.diff([*places, length]))
+    return Annotation(labels_N, _few(names))
+
+
+def _few(names) -> list[str] | None:
+    return names if len(names) <= MOST_NAMES else None
+
+
+def _readable(name, unit) -> str:
+    """A name found in the text, whose characters stand for bytes if that is the unit."""
+    return name.encode("latin-1").decode("utf-8", errors="replace") if unit == "byte" else name

@@ -1,0 +1,136 @@
+"""The picture of a bench: how long each model takes over the dense one, beside what was published.
+
+    drawing = relative_time(bench)                      # of a record that bench_records.py reads; None without a ratio
+    path.write_text(figures.svg(drawing.figure))
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+from report.figures import (
+    ERROR_BARS,
+    INK,
+    Drawing,
+    beside,
+    number,
+    panels_of,
+    row_axis,
+    row_style,
+    rows_height,
+    styled,
+)
+from run import records
+from speed import bench_records
+
+BAND = {"color": INK, "alpha": 0.13, "linewidth": 0}  # from the lowest published ratio to the highest
+RATIO_TICKS = (  # from near together to far apart; each has 1 in it
+    [tick / 20 for tick in range(10, 40)],
+    [tick / 10 for tick in range(3, 50)],
+    [0.4, 0.6, 0.8, 1, 1.2, 1.5, 2, 2.5, 3, 4],
+    [0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10],
+    [digit * 10.0**power for power in range(-2, 4) for digit in (1, 2, 5)],
+    [10.0**power for power in range(-2, 7)],
+)
+MOST_TICKS = 6
+
+
+@styled
+def relative_time(bench: dict) -> Drawing | None:
+    """Time over that of the dense model in the same bench: of an update, and of a step of decoding by batch size.
+    bench: a record that bench_records.py reads."""
+    places = [(task, batch) for task in ("train", "decode") for batch in bench_records.batch_sizes(bench, task)]
+    found = {
+        key: one["ratio"] for key, one in bench_records.measured(bench).items() if one["ratio"] and key[1:] in places
+    }
+    names = [name for name in bench["models"] if name in {key[0] for key in found}]
+    if not names:
+        return None
+    labels = [bench["models"][name]["title"] for name in names]
+    figure, panels, _ = panels_of(len(places), height=1.1 + rows_height(labels, least=0.32))
+    beyond = False
+    for panel, (task, batch) in zip(panels, places):
+        ratio_axis(panel, [*edges_of(found, task), *published_times(task)])
+        if task == "train" or batch == 1:  # as the paper has it
+            draw_published(panel, published_times(task))
+        for y, name in enumerate(names):
+            if (name, task, batch) in found:
+                style = row_style(list(bench["models"]).index(name))
+                beyond |= draw_ratio(panel, y, found[name, task, batch], style)
+        panel.set_xlabel(f"{place_of(task, batch)}: time / dense's\n(right of 1: slower)")
+        row_axis(panel, labels)
+    n = bench_records.from_to(ratio["n"] for ratio in found.values())
+    sentences = [
+        f"Time over that of {bench['models'][bench_records.DENSE]['title']} (the line at 1) in the same bench: "
+        "of one update, and of one step of decoding, which gives each sequence a character. Logarithmic axes.",
+        f"Mark: median of n = {n} pairs that were timed in turn; whisker: their 10th to 90th "
+        "percentile." + (" Arrow: beyond the axis." if beyond else ""),
+        f"Grey: the MoE variants of {bench_records.PUBLISHED.source}, for the papers' size and machine; their "
+        "inference is eager, one text at a time, without a cache.",
+        *bench_records.note_of_references(bench),
+        *bench_records.doubts(bench),
+        f"{bench_records.about(bench)}; {records.machine_of(bench)}.",
+    ]
+    spoken = []
+    for label, name in zip(labels, names):
+        here = [(found[name, *place]["median"], place_of(*place)) for place in places if (name, *place) in found]
+        spoken.append(f"{label} " + ", ".join(f"{bench_records.significant(ratio)} ({place})" for ratio, place in here))
+    return Drawing(figure, " ".join(sentences), f"Marks of time over the dense model's. {'; '.join(spoken)}.")
+
+
+def place_of(task, batch) -> str:
+    return "training" if task == "train" else f"decoding, batch {batch}"
+
+
+def edges_of(found, task) -> list[float]:
+    """What the panels of one task must have room for. References, which may be far slower, get an arrow instead."""
+    ratios = [
+        ratio for key, ratio in found.items() if key[1] == task and not key[0].startswith(bench_records.REFERENCE)
+    ]
+    return [ratio[end] for ratio in ratios for end in ("p10", "p90")]
+
+
+def published_times(task) -> list[float]:
+    """MoE over baseline, of the paper that prints times."""
+    if task == "train":
+        return list(bench_records.published_ratios("train_seconds").values())
+    return [1 / ratio for ratio in bench_records.published_ratios("inference_speed").values()]
+
+
+def draw_published(axes, ratios) -> None:
+    low, high = min(ratios), max(ratios)
+    axes.axvspan(low, high, **BAND)
+    above = {"xytext": (0, 3), "textcoords": "offset points", "xycoords": ("data", "axes fraction"), "ha": "center"}
+    axes.annotate(f"published: {number(low, 2)}–{number(high, 2)}", (math.sqrt(low * high), 1), **above)
+
+
+def draw_ratio(axes, y, ratio, style) -> bool:
+    """A bench's ratio with its percentiles; whether it is beyond the axis."""
+    low, high = axes.get_xlim()
+    beyond = not low < ratio["median"] < high
+    if beyond:
+        edge, marker = (0.03, "<") if ratio["median"] < low else (0.97, ">")
+        axes.plot(edge, y, color=style.colour, marker=marker, markersize=7, transform=axes.get_yaxis_transform())
+    else:
+        ends = [[ratio["median"] - ratio["p10"]], [ratio["p90"] - ratio["median"]]]
+        axes.errorbar(
+            ratio["median"], y, xerr=ends, color=style.colour, marker=style.marker, markersize=6, **ERROR_BARS
+        )
+    beside(axes, bench_records.significant(ratio["median"]), y)
+    return beyond
+
+
+def ratio_axis(axes, ratios) -> None:
+    """A logarithmic x axis that has 1 and these in it, and a few ticks."""
+    low, high = min(*ratios, 0.9), max(*ratios, 1.1)  # so that a small difference looks small
+    margin = (high / low) ** 0.06
+    low, high = low / margin, high * margin
+    inside = [[tick for tick in ticks if low <= tick <= high] for ticks in RATIO_TICKS]
+    ticks = next((ticks for ticks in inside if len(ticks) <= MOST_TICKS), inside[-1])
+    axes.axvline(1, color=INK, linewidth=0.9)
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()

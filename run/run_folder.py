@@ -1,0 +1,299 @@
+"""The folder of a run: what it holds, who may write to it, and what is read back when the run goes on.
+
+    folder = RunFolder(config)
+    saved = folder.open()                        # what the run goes on from, or None; until here nothing is written
+    with folder.writable(config, saved) as metrics:
+        metrics.write(line)
+        folder.save(state, is_best=True)         # ckpt.pt, best.pt
+        folder.complete(record)                  # summary.json
+
+config.json       every key
+metrics.jsonl     a line a log or evaluation, appended; a checkpoint knows how long it was
+ckpt.pt           the whole state after some step, the best weights so far among it
+ckpt.previous.pt  the one before, in case the disk damages it; gone when the run is complete
+best.pt           the best weights so far, for sample.py; the run itself goes by those in ckpt.pt
+snapshots/        step-000100.pt, …: the weights after so many updates, with save_every, for analyze.py
+summary.json      the record, of a complete run only
+"""
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+
+from run import checkpoint
+from run.checkpoint import CheckpointError
+from run.settings import Config
+from support import files
+from support.options import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nothing keeps two runs apart
+    fcntl = None
+
+REFUSED = "ckpt.refused.pt"  # a ckpt.pt that was of no use, for whoever wants to look at it
+AGAIN = "--init_from=scratch --overwrite=True makes the run again"
+STATE = ("config", "dataset", "vocabulary", "model", "optimizer", "best", "progress", "processes")  # of a checkpoint
+
+
+class RunFolder:
+    """config: as asked for."""
+
+    def __init__(self, config):
+        self.config, self.path = config, Path(config.out_dir)
+        self.read = "ckpt.pt"  # which checkpoint the run goes on from
+        self.version = None  # of that file, by which it can be told from another one of its name
+        self.note = None  # why it is not ckpt.pt
+        self.file, self.is_locked = None, False  # metrics.jsonl while the run writes, and whether that keeps others out
+
+    def __str__(self):
+        return str(self.path)
+
+    def __truediv__(self, name):
+        return self.path / name
+
+    def held(self):
+        """Files of a run that are there; an empty metrics.jsonl holds nothing."""
+        files = [name for name in checkpoint.RUN_FILES if (self / name).exists()]
+        return [name for name in files if name != "metrics.jsonl" or (self / name).stat().st_size]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Before the run
+
+    def open(self):
+        """The checkpoint to go on from, or None for a new run. ConfigError or CheckpointError where that would destroy
+        something, or cannot be."""
+        config, held = self.config, self.held()
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError([f"out_dir={config.out_dir} is a file; expected a folder, or a name for a new one"])
+        has_checkpoint = "ckpt.pt" in held or "ckpt.previous.pt" in held
+        if config.init_from != "scratch" and config.overwrite:
+            raise ConfigError(
+                [f"--init_from={config.init_from} goes on with a run and --overwrite=True throws it away: choose one"]
+            )
+        if has_checkpoint and config.init_from != "scratch":
+            return self.newest_good()
+        if config.init_from == "resume":
+            raise CheckpointError(
+                f"{self} holds no ckpt.pt to resume from; start the run with --init_from=scratch"
+                + (" --overwrite=True" if held else "")
+            )
+        if config.init_from == "auto" and set(held) <= {"config.json", "metrics.jsonl"}:
+            return None  # nothing, or a run that was stopped before its first checkpoint
+        if held and not config.overwrite and not config.eval_only:
+            raise ConfigError(
+                [
+                    f"{self} holds {self.what_it_holds()}; nothing was changed. Choose one of:",
+                    *(["--init_from=resume goes on with it;"] if has_checkpoint else []),
+                    "--out_dir=… or another --seed=… makes this run elsewhere;",
+                    "--overwrite=True throws it away and starts again",
+                ]
+            )
+        return None
+
+    def newest_good(self):
+        """What ckpt.pt holds, or where it is of no use the one before it, as `note` tells then."""
+        problems = []
+        for self.read in ("ckpt.pt", "ckpt.previous.pt"):
+            if problems and not (self / self.read).exists():
+                break
+            self.version = version_of(self / self.read)  # before it is read
+            try:
+                saved = checkpoint.load(self / self.read)
+                self.check(saved)
+            except checkpoint.Unreadable:
+                raise
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                step = f"step {saved['progress']['step']:,}"
+                self.note = f"{problems[0]}. Going on from the checkpoint before it: {self / self.read}, of {step}."
+                self.note += f" The other stays, as {REFUSED}." if (self / "ckpt.pt").exists() else ""
+            return saved
+        raise CheckpointError(f"{'; and '.join(problems)}; {AGAIN}")
+
+    def check(self, saved):
+        """CheckpointError where a checkpoint is not all of one, or metrics.jsonl has lost lines that it knows of."""
+        missing = [name for name in STATE if name not in saved]
+        if missing:
+            raise CheckpointError(f"{self / self.read} is no checkpoint of a run: it lacks {', '.join(missing)}")
+        metrics, known = self / "metrics.jsonl", saved["progress"]["metrics_bytes"]
+        length = metrics.stat().st_size if metrics.exists() else 0
+        if length < known and not self.config.eval_only:
+            raise CheckpointError(
+                f"{metrics} is shorter than when {self.read} was written ({length:,} bytes, {known:,} then): "
+                "something else changed it"
+            )
+
+    def what_it_holds(self):
+        try:
+            title = json.loads((self / "config.json").read_text()).get("title") or "a run"
+        except (OSError, ValueError, AttributeError):
+            title = "a run"
+        if (self / "summary.json").exists():
+            return f"a complete run ({title})"
+        return f"an unfinished run ({title})"
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # During the run
+
+    @contextlib.contextmanager
+    def writable(self, config, saved):
+        """Inside it, the run of this config that goes on from `saved` (None: a new one) writes here, and no other one
+        can. -> its Metrics"""
+        with files.writing(self / "metrics.jsonl"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            files.sync_folder(self.path.parent)
+            file = open(self / "metrics.jsonl", "ab", buffering=0)
+        with file:
+            self.file, self.is_locked = file, lock(file, self)
+            # Another run may have come, or gone on with this one, while this one got ready.
+            if saved and version_of(self / self.read) != self.version or not saved and self.open():
+                raise CheckpointError(f"another run has been at work in {self} meanwhile; nothing was changed")
+            with files.writing(self.path):
+                if saved and self.read != "ckpt.pt":
+                    if (self / "ckpt.pt").exists():
+                        os.replace(self / "ckpt.pt", self / REFUSED)
+                    os.replace(self / self.read, self / "ckpt.pt")
+                gone = ["summary.json"] if saved else [name for name in checkpoint.RUN_FILES if name != "metrics.jsonl"]
+                for name in [*gone, *(f"{name}.partial" for name in checkpoint.RUN_FILES)]:
+                    (self / name).unlink(missing_ok=True)
+                for step, path in self.snapshots():
+                    if not saved or step > saved["progress"]["step"]:
+                        path.unlink()
+                file.truncate(saved["progress"]["metrics_bytes"] if saved else 0)  # what came later did not happen
+            files.write_json(self / "config.json", config.to_dict())
+            if saved and saved["best"]:
+                self.save_best(saved)  # the power may have failed before it was
+            yield Metrics(file)
+
+    def save(self, state, is_best):
+        """Replace ckpt.pt, which is kept as the previous one; is_best: and best.pt, which it describes."""
+        if version_of(self / "metrics.jsonl", is_growing=True) != version_of(self.file.fileno(), is_growing=True):
+            raise CheckpointError(f"{self} was deleted or replaced while this run went on: it writes there no more")
+        checkpoint.save(self / "ckpt.pt", state, previous=self / "ckpt.previous.pt")
+        if is_best:
+            self.save_best(state)
+
+    def save_best(self, state):
+        self.save_weights("best.pt", state, state["best"])
+
+    def save_weights(self, name, about, weights):
+        """about: a state, of which only what the weights are of is kept; weights: {"step", "model"}."""
+        kept = {name: about[name] for name in ("config", "dataset", "vocabulary")}
+        checkpoint.save(self / name, {**kept, **weights})
+
+    def save_snapshot(self, about, weights):
+        """Keep these weights, see save_weights; where they are there already, they are the same."""
+        with files.writing(self / "snapshots"):
+            (self / "snapshots").mkdir(exist_ok=True)
+        self.save_weights(f"snapshots/step-{weights['step']:06}.pt", about, weights)
+
+    def snapshots(self):
+        """[(step, path)] of those that are there, by step."""
+        return snapshots_in(self.path)
+
+    def complete(self, record):
+        """The run is done: write its record, after which nothing more is."""
+        (self / "ckpt.previous.pt").unlink(missing_ok=True)
+        files.write_json(self / "summary.json", record)
+
+
+def snapshots_in(folder):
+    """[(step, path)] of the weights that a run kept with save_every, by step."""
+    found = [(re.fullmatch(r"step-(\d{6,18})\.pt", path.name), path) for path in Path(folder, "snapshots").glob("*.pt")]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def lock(file, folder) -> bool:
+    """Until the file is closed, no other run has this lock; CheckpointError where one has it. -> whether this system,
+    and this file system, know locks at all"""
+    if not fcntl:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"{folder} is in use by another run that has not ended") from None
+    except OSError:
+        return False
+    return True
+
+
+def version_of(file, is_growing=False):
+    """What tells a file (a path, or a descriptor) from every other; and, unless it may be growing, from itself with
+    another content. None where there is none."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino, *(() if is_growing else (status.st_mtime_ns, status.st_size)))
+
+
+class Metrics:
+    """metrics.jsonl: one line a log or evaluation, appended. file: open for appending, in bytes, without a buffer."""
+
+    def __init__(self, file):
+        self.file, self.mirror = file, None
+
+    def write(self, line):
+        with files.writing(self.file.name):
+            content = (json.dumps(line, allow_nan=False) + "\n").encode()
+            while content:
+                content = content[self.file.write(content) :]
+        if self.mirror:
+            self.mirror(line)
+
+    def sync(self):
+        """Make it durable. -> its length in bytes"""
+        with files.writing(self.file.name):
+            os.fsync(self.file.fileno())
+        return self.file.seek(0, os.SEEK_END)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether a checkpoint is of this run
+
+
+def check_resumable(saved, config, dataset):
+    """A checkpoint goes on only as the experiment that it is, on the text that it knows. -> what may differ and does"""
+    theirs = Config.from_dict(saved["config"])
+    # The text is compared by its hash below, for the same data set can be named in several ways.
+    differing = [row for row in config.differences(theirs, ("experiment",)) if row[0] != "dataset"]
+    if differing:
+        raise CheckpointError(
+            f"{config.out_dir} holds another experiment:\n"
+            + "\n".join(f"  {key}={theirs!r} there, {ours!r} here" for key, ours, theirs in differing)
+            + "\nResume with the same settings, or choose another --out_dir."
+        )
+    if saved["dataset"] != dataset.describe():
+        raise CheckpointError(
+            f"{config.out_dir} was trained on another text: {texts(saved['dataset'], dataset.describe())}"
+        )
+    if saved["progress"]["step"] > config.max_iters:
+        made = f"{saved['progress']['step']:,}"
+        raise CheckpointError(
+            f"{config.out_dir} has already made {made} updates, more than max_iters={config.max_iters}"
+        )
+    return config.differences(theirs, ("schedule",))
+
+
+def texts(there, here):
+    """Of two descriptions of data sets, all in which they can differ."""
+    sides = (
+        f"{data['name']} ({data['vocab_size']} symbols, splits {data['splits']}, SHA-256 {data['sha256'][:8]}…)"
+        for data in (there, here)
+    )
+    return "{} there, {} here".format(*sides)
+
+
+def difference(there, here):
+    """Of two descriptions of machines: "cores 2, threads 2 there, cores 1, threads 1 here". there: None in a checkpoint
+    that is older than its description."""
+    if there is None:
+        return f"which one is not known, {here['device']} here"
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    sides = (", ".join(f"{name} {machine.get(name)}" for name in names) for machine in (there, here))
+    return "{} there, {} here".format(*sides)

@@ -1,0 +1,89 @@
+"""A run's weights as a model: what sample.py and analyze.py begin with.
+
+model, vocabulary, config = load("out/run", "best.pt", "cpu")
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.common import DataError, Vocabulary
+from model import GPT
+from run import checkpoint
+from run.checkpoint import CheckpointError
+from run.settings import Config
+from support import files
+from support.options import ConfigError
+
+CHECKPOINTS = {"best": "best.pt", "last": "ckpt.pt"}  # of a run: the weights that validated best, and the last
+
+
+class Trained(NamedTuple):
+    model: GPT  # in eval mode
+    vocabulary: Vocabulary
+    config: Config
+
+
+def load(out_dir, name, device) -> Trained:
+    """The weights in out_dir/name. ConfigError or CheckpointError where that is no run's, or does not fit itself."""
+    return model_in(read(out_dir, name), Path(out_dir) / name, device)
+
+
+def read(out_dir, name) -> dict:
+    """What the checkpoint out_dir/name holds, weights among it."""
+    folder = Path(out_dir)
+    if not str(out_dir):
+        raise ConfigError(["--out_dir=…: which run? It is the folder that train.py named at its end"])
+    if not (folder / name).is_file():
+        what = f"holds no {name}; is it the out_dir of a run?" if folder.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{folder}: {what}")
+    saved = checkpoint.load(folder / name)
+    missing = [key for key in ("config", "vocabulary", "model") if key not in saved]
+    if missing:
+        raise CheckpointError(f"{folder / name}: has no {', no '.join(missing)}; is it of another program?")
+    return saved
+
+
+def model_in(saved, path, device) -> Trained:
+    """saved: what the checkpoint at `path` holds."""
+    config = Config.from_dict(saved["config"], origin=str(path))
+    try:
+        vocabulary = Vocabulary.from_dict(saved["vocabulary"])
+        model = model_of(config, vocabulary, saved["model"])
+    except (DataError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {files.first_line(error)}") from None
+    return Trained(model.to(device).eval(), vocabulary, config)
+
+
+def model_of(config, vocabulary, weights):
+    """The model with these weights. RuntimeError where they do not fit it: sizes are compared before memory is taken
+    for a model of the config's size."""
+
+    def misfit(what):
+        return RuntimeError(f"its weights do not fit its own config: {what}")
+
+    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+        raise misfit("they are no tensors")
+    held, rows = sum(weight.numel() for weight in weights.values()), (config.block_size, *config.expert_counts())
+    if held < config.n_embd * max(rows):
+        raise misfit(f"they are {held:,} numbers, fewer than n_embd = {config.n_embd} times {max(rows)}")
+    try:
+        with torch.device("meta"):
+            expected = GPT(config, vocabulary.size).state_dict()
+    except (RuntimeError, TypeError) as error:  # beyond what 64 bits can count
+        raise misfit(files.first_line(error)) from None
+    for name in [*expected, *weights]:
+        if name not in weights or name not in expected:
+            raise misfit(f"{files.shown(name)} is {'missing' if name in expected else 'unknown'}")
+        wanted, found = ((w.dtype, w.layout, tuple(w.shape)) for w in (expected[name], weights[name]))
+        if found != wanted:
+            raise misfit(f"{name} is {found}, expected {wanted}")
+        floats = weights[name].is_floating_point()
+        # What is no float is the table of a hash router.
+        good = weights[name].isfinite() if floats else (weights[name] >= 0) & (weights[name] < max(rows[1:]))
+        if not good.all():
+            raise misfit(f"{name} has {'numbers that are not finite' if floats else 'experts that are not there'}")
+    model = GPT(config, vocabulary.size)
+    model.load_state_dict(weights)
+    return model

@@ -1,0 +1,250 @@
+"""From config files in Python and `--key=value` to a checked dataclass.
+
+    config = parse(Config, sys.argv[1:])      # train.py config/shakespeare_moe4.py config/cpu.py --seed=2
+
+- Files and options apply from left to right: the last word on a key counts.
+- A config file is Python with plain assignments. It may begin with `from config.shakespeare_dense import *` and
+  change what differs; the first line of its docstring is the run's title. The imported files run afresh every time:
+  nothing enters `sys.modules`, no bytecode is kept, so what counts is what the files say now.
+- Every problem is found before any is told: unknown keys, wrong types, values out of range, impossible combinations,
+  each with where it came from (`config/foo.py:12`, `--n_head=5`), what was expected and the nearest key.
+- `parse` works for any dataclass whose fields are made with `option`; `settings.Config` is the one for training.
+- `--help` and `--print-config` are raised as a `Message`, which a script prints before it exits 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import textwrap
+import types
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from support.config_files import ConfigFile, run_file
+from support.files import one_line, shown, shown_path
+from support.options import (
+    ConfigError,
+    Option,
+    accept_text,
+    accept_value,
+    choices_of,
+    expectation,
+    fitted,
+    nearest,
+    options_of,
+)
+
+PAGE_WIDTH = 100  # columns of --help
+
+
+class Message(Exception):
+    """What the user asked to read (--help, --print-config): the script prints `text` and exits 0."""
+
+    def __init__(self, text: str):
+        self.text = text
+        super().__init__(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From arguments to an instance
+
+
+def parse(cls: type, argv: list[str], *, usage: str = "", description: str = "") -> Any:
+    """An instance of the dataclass `cls` from command-line arguments (without the program's name).
+
+    Every field of `cls` is made with `option`. The class may have
+    - `takes_files = True` (a ClassVar): arguments that are no options are config files;
+    - `problems(self)`: yields (keys, message) for each combination of keys that cannot be;
+    - `completed(self, files)`: the instance with the values that follow from its ConfigFiles.
+
+    Raises ConfigError with all problems at once, and Message for --help and --print-config.
+    """
+    if "--help" in argv or "-h" in argv:
+        raise Message(help_page(cls, usage, description))
+    reading = Reading(options_of(cls))
+    read_arguments(reading, [a for a in argv if a != "--print-config"], getattr(cls, "takes_files", False))
+    instance = reading.finish(cls)
+    completed = instance.completed(reading.files) if hasattr(cls, "completed") else instance
+    if "--print-config" in argv:
+        derived = [name for name in reading.options if getattr(completed, name) != getattr(instance, name)]
+        raise Message(config_page(completed, reading.options, reading.origins | dict.fromkeys(derived, "derived")))
+    return completed
+
+
+class Reading:
+    """The assignments met so far, each with its origin, and every problem found on the way."""
+
+    def __init__(self, options: dict[str, Option]):
+        self.options = options
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        self.files: list[ConfigFile] = []
+        self.problems: list[str] = []
+        self.broken: set[str] = set()  # keys without a trustworthy value: no combination is judged by them
+        self.file_failed = False  # then no key's value is known
+
+    def assign(self, name: str, raw: Any, origin: str, accept: Callable[[Any, Any], Any]) -> None:
+        """Takes `raw` as the key's value, read by `accept` (`accept_text` or `accept_value`), or notes the problem."""
+        if name not in self.options:
+            self.refuse_unknown(name, origin)
+            return
+        option = self.options[name]
+        try:
+            self.values[name] = fitted(option, raw, accept)
+        except (ValueError, OverflowError) as error:
+            guess = nearest(raw, choices_of(option)) if isinstance(raw, str) else None
+            hint = f"; nearest: {guess!r}" if guess else f", and {error}" if isinstance(error, OverflowError) else ""
+            self.refuse(f"{origin}: {name} is {shown(raw)}; expected {expectation(option)}{hint}", name)
+        else:
+            self.origins[name] = origin
+            self.broken.discard(name)
+
+    def refuse(self, problem: str, name: str) -> None:
+        self.problems.append(problem)
+        self.broken.add(name)
+
+    def refuse_unknown(self, name: str, origin: str) -> None:
+        guess = nearest(name, (*self.options, "help", "print-config"))
+        hint = f"nearest key: {guess}" if guess else "--help lists the keys"
+        self.refuse(f"{origin}: unknown key {name!r}; {hint}", guess or name)
+
+    def finish(self, cls: type) -> Any:
+        """The instance, once its combinations have been checked too; ConfigError with all that was wrong."""
+        instance = cls(**self.values)
+        if hasattr(cls, "problems") and not self.file_failed:
+            self.problems += [
+                f"{self.origin_of(keys)}: {message}"
+                for keys, message in instance.problems()
+                if not self.broken.intersection(keys)
+            ]
+        if self.problems:
+            raise ConfigError(self.problems)
+        return instance
+
+    def origin_of(self, keys: Iterable[str]) -> str:
+        """Where the keys were set; those at their default go without saying, unless all are."""
+        origins = dict.fromkeys(self.origins[key] for key in keys if key in self.origins)
+        return ", ".join(origins) or "default"
+
+
+def read_arguments(reading: Reading, argv: list[str], takes_files: bool) -> None:
+    """Applies the arguments to the reading, from left to right."""
+    waiting = list(argv)
+    while waiting:
+        argument = waiting.pop(0)
+        name, equals, text = argument.lstrip("-").partition("=")
+        if argument.startswith("--") and equals:
+            reading.assign(name, text, argument, accept_text)
+        elif argument.startswith("--"):
+            read_bare(reading, name, waiting)
+        elif argument.startswith("-") or (equals and not argument.endswith(".py")):
+            reading.refuse(f"{argument}: expected {'--' + name + equals + text if equals else '--key=value'}", name)
+        elif takes_files:
+            read_file(reading, Path(os.path.abspath(argument)))
+        else:
+            reading.problems.append(f"{argument}: expected --key=value; no config files are taken here")
+
+
+def read_bare(reading: Reading, name: str, waiting: list[str]) -> None:
+    """`--flag` sets a bool; `--key value` is told to use `=`, and its value is not taken for a file."""
+    option = reading.options.get(name)
+    if option is None:
+        reading.refuse_unknown(name, f"--{name}")
+        return
+    following = waiting[0] if waiting and not waiting[0].startswith("--") else None
+    if following is not None and is_meant_as_value(option, following):
+        waiting.pop(0)
+        reading.refuse(f"--{name} {following}: expected --{name}={following}", name)
+    elif bool in option.kinds:
+        reading.assign(name, True, f"--{name}", accept_value)
+    else:
+        reading.refuse(f"--{name}: has no value; expected --{name}=VALUE, {expectation(option)}", name)
+
+
+def is_meant_as_value(option: Option, following: str) -> bool:
+    """Whether the argument after a bare --key is its value: after a flag, only what the flag would accept."""
+    if bool not in option.kinds:
+        return not following.endswith(".py")
+    try:
+        fitted(option, following, accept_text)
+    except (ValueError, OverflowError):
+        return False
+    return True
+
+
+def read_file(reading: Reading, path: Path) -> None:
+    """Runs a config file and takes its names as keys: all but modules, functions and classes, which help it along."""
+    try:
+        file = run_file(path)
+    except ConfigError as error:
+        reading.problems += error.problems
+        reading.file_failed = True
+        return
+    reading.files.append(file)
+    for name, value in file.values.items():
+        # `seed = max` is a mistake and not a helper, so a helper's name must be no key.
+        if name in reading.options or not (callable(value) or isinstance(value, types.ModuleType)):
+            reading.assign(name, value, file.origins.get(name, shown_path(path)), accept_value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages to read
+
+
+def help_page(cls: type, usage: str, description: str) -> str:
+    """--help: every key with its default, type and one line of help, by group."""
+    takes_files = getattr(cls, "takes_files", False)
+    usage = usage or ("[config/FILE.py ...] " if takes_files else "") + "[--key=value ...]"
+    options = options_of(cls)
+    settings = {name: f"  --{name}={option.default or repr(option.default)}" for name, option in options.items()}
+    setting_width = max(map(len, settings.values())) + 2
+    type_width = max(len(type_name(option)) for option in options.values()) + 2
+    lines = [f"usage: {usage}", ""]
+    for is_prose, rows in itertools.groupby(description.strip().splitlines(), lambda row: row[:1].strip() != ""):
+        block = list(rows)
+        lines += textwrap.wrap(" ".join(block), PAGE_WIDTH) if is_prose else block
+    lines += [""] if description else []
+    lines += ["The last value given for a key counts. Shown are the defaults."]
+    lines += ["--help shows this page, --print-config the resolved values and where each came from."]
+    for group, members in by_group(options):
+        lines += ["", group]
+        for option in members:
+            start = settings[option.name].ljust(setting_width) + type_name(option).ljust(type_width)
+            lines += help_rows(start, option)
+    return "\n".join(lines)
+
+
+def help_rows(start: str, option: Option) -> list[str]:
+    """The lines of one key: `start`, then the help, wrapped in a column of its own."""
+    choices = choices_of(option) if len(option.kinds) == 1 else []
+    text = option.help + (f" {{{', '.join(choices)}}}" if choices else "")
+    rows = textwrap.wrap(text, PAGE_WIDTH - len(start))
+    return [(start if i == 0 else " " * len(start)) + row for i, row in enumerate(rows)]
+
+
+def type_name(option: Option) -> str:
+    """int, bool, choice, …; where there are several kinds, the choices by name: bool|auto."""
+    if len(option.kinds) == 1 and choices_of(option):
+        return "choice"
+    return "|".join([kind.__name__ for kind in option.kinds if isinstance(kind, type)] + choices_of(option))
+
+
+def by_group(options: dict[str, Option]) -> Iterator[tuple[str, list[Option]]]:
+    """The options of each group, groups in the order in which they first appear."""
+    for group in dict.fromkeys(option.group for option in options.values()):
+        yield group, [option for option in options.values() if option.group == group]
+
+
+def config_page(instance: Any, options: dict[str, Option], origins: dict[str, str]) -> str:
+    """--print-config: the resolved values with their origins; the page is itself a config file."""
+    settings = {name: f"{name} = {getattr(instance, name)!r}" for name in options}
+    width = min(40, max(map(len, settings.values())))
+    lines = []
+    for group, members in by_group(options):
+        lines += ["", f"# {group}"]
+        for option in members:
+            origin = one_line(origins.get(option.name, "default"))
+            lines.append(f"{settings[option.name].ljust(width)}  # {origin}")
+    return "\n".join(lines[1:])

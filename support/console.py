@@ -1,0 +1,140 @@
+"""The edges of a script: what it was asked to print, one message for a mistake, its exit code; and the signals that
+wait until nothing is half done."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from support.configurator import Message
+from support.files import one_line
+
+MISTAKE = 2  # exit codes; stopped by signal number n: 128 + n
+NOT_FINITE = 3
+LEFT_ALONE = 4  # another process of the run ended
+MEMORY_WORDS = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed", "Overflow when")
+
+
+class Failure(Exception):
+    """Why a script ends early, for which the user is not to blame, and its exit code."""
+
+    def __init__(self, text, code):
+        super().__init__(text)
+        self.code = code
+
+
+def run(main, mistakes=(), out_of_memory="take something smaller"):
+    """Calls main(argv) -> exit code, and ends the program. mistakes: the exceptions that are the user's to mend, told
+    in one message; out_of_memory: what takes less."""
+    name = Path(sys.argv[0]).name
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started us
+            setattr(sys, stream, open(os.devnull, "w"))
+        with contextlib.suppress(AttributeError):
+            getattr(sys, stream).reconfigure(errors="backslashreplace")  # a terminal may lack a name's letters
+    try:
+        code = main(sys.argv[1:])
+    except Message as message:
+        code = tell(message, sys.stdout, 0)
+    except Failure as failure:
+        code = tell(f"{name}: {failure}", sys.stderr, failure.code)
+    except tuple(mistakes) as error:
+        lines = map(one_line, str(error).splitlines())  # names of files may have anything in them
+        code = tell(f"{name}: " + "\n".join(lines), sys.stderr, MISTAKE)
+    except BrokenPipeError:  # whoever read what was printed has seen enough
+        code = 0
+    except OSError as error:
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        code = tell(f"{name}: {one_line(what)}", sys.stderr, MISTAKE)
+    except KeyboardInterrupt:
+        code = tell(f"{name}: stopped", sys.stderr, 128 + signal.SIGINT)
+    except (MemoryError, RuntimeError, TypeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+        is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not is_memory and not any(words in str(error) for words in MEMORY_WORDS):
+            raise
+        said = (str(error).strip().splitlines() or ["no more is to be had"])[0]
+        code = tell(f"{name}: out of memory ({said}); {out_of_memory}", sys.stderr, MISTAKE)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def tell(text, stream, code):
+    """Print the last words of a script. One process of several leaves them to the first, as long as that has any: the
+    launcher ends the others when one has ended."""
+    number = os.environ.get("RANK", "0")
+    if number != "0":
+        time.sleep(3)
+        text = f"process {number}: {text}"
+    with contextlib.suppress(OSError):  # nobody is there any more to read it
+        print(text, file=stream, flush=True)
+    return code
+
+
+class Lasting:
+    """A stream to write to whose reader may go (a closed terminal, a pipe to head): what it then does not take is lost,
+    and nothing else is."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def stopping_signals():
+    """Those that ask a program to end: Ctrl-C, kill, Slurm's USR1 before the time is over, a terminal that closes; but
+    not the last where somebody told the system to ignore it (nohup)."""
+    kinds = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+    return [n for n in kinds if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
+
+
+class Stopped(Exception):
+    """A signal came while nothing was half done."""
+
+
+class StopSignals:
+    """Inside it, the stopping_signals do not stop the program: `caught` lists them for the loop to look at. A second
+    Ctrl-C stops it on the spot; of the others some launchers send several."""
+
+    def __enter__(self):
+        self.caught, self.raising = [], False
+        self.before = {number: signal.signal(number, self._catch) for number in stopping_signals()}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number, frame):
+        self.caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        if self.raising:
+            self.raising = False
+            raise Stopped
+
+    def unless_stopped(self, function, at_once=True):
+        """What function() returns; None where a signal came meanwhile, which ends it at once (at_once=False: which
+        waits)."""
+        try:
+            self.raising = at_once
+            result = function()
+            self.raising = False
+            return result
+        except Stopped:
+            return None
+        finally:
+            self.raising = False

@@ -1,0 +1,183 @@
+"""Files and text: the project's root, atomic writes, careful reads, and values as a message can show them.
+
+write_atomically("out/run/ckpt.pt", content)     # the old file or the new one, never half of one
+read_json("out/run/summary.json")                # OSError or ValueError, also for pipes, giants, fields named twice
+one_line(text)                                   # what a terminal can show
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]  # of the project
+LONGEST_LINE = 1900  # characters of a message, whatever it quotes
+# Bytes of what a person writes, as a config file or a prompt, and of what a program does, as a record.
+LARGEST_TEXT, LARGEST_JSON = 1 << 20, 1 << 26
+DISK_FAULTS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+
+
+class FileError(ValueError):
+    """A file that cannot be written or used: which, why, and the way out."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text for messages
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can encode it: what comes of other bytes on a command line is half of a character each."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """A value as a problem quotes it: on one line, and not for pages."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an integer of thousands of digits, a list in a list a thousand times, an object of the user's
+        return f"<{type(value).__name__} that cannot be shown>"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_line(text: str) -> str:
+    """`text` as every terminal can show it: on one line, with what cannot be printed as \\n, \\x1b or \\udcff, and
+    without the middle of what goes on for pages."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.strip())
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or ["no reason given"])[0]
+
+
+def shown_path(path: Path) -> str:
+    """The path from the current folder when it lies there, else in full."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading what others wrote
+
+
+def read_whole(path: str | Path, largest: int = LARGEST_TEXT) -> bytes:
+    """What the file at `path` holds. OSError, too, for pipes and devices, which may never end, and for what is larger
+    than such a file can be."""
+    try:
+        status = os.stat(path)
+    except ValueError:  # NUL or half a character is in it
+        raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
+    problem = None
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        problem = "it is a pipe or a device, not a file"
+    elif status.st_size > largest:
+        problem = f"it has {status.st_size:,} bytes; at most {largest:,} are read"
+    if problem:
+        raise OSError(errno.EINVAL, problem, str(path))
+    return Path(path).read_bytes()  # IsADirectoryError for a folder
+
+
+def read_json(path: str | Path) -> Any:
+    """What the JSON file at `path` says. OSError where it cannot be read; ValueError where it is no JSON, or has twice
+    the same name in one object, or numbers that are none."""
+    try:
+        text = read_whole(path, LARGEST_JSON).decode()
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_twins)
+    except RecursionError:
+        raise ValueError("its objects and lists are nested too deep") from None
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is in it, which is no number")
+
+
+def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        twin = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"the field {shown(twin)} is in one object twice")
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@contextlib.contextmanager
+def writing(path, size=None):
+    """Writing to `path` (size: bytes) inside: a full or read-only disk becomes one FileError that names it."""
+    try:
+        yield
+    except OSError as error:
+        needed = f" ({size:,} bytes were needed)" if size else ""
+        reason = DISK_FAULTS.get(error.errno, error.strerror) + (needed if error.errno in DISK_FAULTS else "")
+        raise FileError(f"{path} could not be written: {reason}; what was saved before is untouched") from error
+
+
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Replace `path` by content in one step, once content lies on the disk as it should: a reader, or a machine that
+    loses power, finds the old file or the new one. previous: where the old file is kept."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with writing(path, len(content)):
+        if shutil.disk_usage(path.parent).free < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if not _holds(partial, content):
+                raise OSError(errno.EIO, "the disk gives back something else than what was written")
+            if previous and path.exists():
+                _keep(path, Path(previous))
+            os.replace(partial, path)
+            sync_folder(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+
+
+def _holds(path, content):
+    """Whether the file has this content: read from the disk, where the system can be asked to forget its copy."""
+    with open(path, "rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").digest() == hashlib.sha256(content).digest()
+
+
+def _keep(path, previous):
+    """Give the file at `path` the name `previous` as well: it is at no time without a name."""
+    link = previous.with_name(previous.name + ".partial")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, previous)
+        link.unlink(missing_ok=True)  # where both were names of one file, that renamed nothing
+    except OSError:  # no hard links on this file system
+        os.replace(path, previous)
+
+
+def sync_folder(folder):
+    """Make a rename durable, where the file system knows how: it has happened in any case."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, value) -> None:
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())

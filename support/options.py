@@ -1,0 +1,194 @@
+"""The options of a dataclass: what a key's type accepts, its range, and how a problem with it reads.
+
+    steps: int = option(5000, "training steps", at_least=1)     # a field; its annotation gives the type
+
+`configurator.py` reads files and command lines into such dataclasses; `run/settings.py` is the one for training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from support.files import one_line
+
+# What tensors can hold: of int64, of float32 (where less than the smallest becomes 0).
+LARGEST_INT, LARGEST_FLOAT, SMALLEST_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127, 2.0**-126
+
+# Each key has a scope, which says what a different value means:
+EXPERIMENT = "experiment"  # another result: in the hash, must match when a run is resumed
+SCHEDULE = "schedule"  # a longer or finer look at the same run: in the hash, may change on resume
+MACHINE = "machine"  # where and how the run is made: not in the hash
+SCOPES = (EXPERIMENT, SCHEDULE, MACHINE)
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration: `problems` holds all of it, one line each."""
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = [one_line(problem) for problem in problems]
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Option:
+    """One key. `kinds` are the types it may have: bool, int, float, str, or a Literal of strings."""
+
+    name: str
+    kinds: tuple
+    default: Any
+    help: str
+    group: str
+    scope: str
+    at_least: float | None
+    at_most: float | None
+    below: float | None
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str = "Options",
+    scope: str = MACHINE,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field that `parse` understands; its annotation gives the type, and the choices as a Literal."""
+    assert scope in SCOPES, scope
+    about = dict(help=help, group=group, scope=scope, at_least=at_least, at_most=at_most, below=below)
+    return dataclasses.field(default=default, metadata=about)
+
+
+@functools.cache
+def options_of(cls: type) -> dict[str, Option]:
+    """The options of a dataclass by name, in the order in which it declares them."""
+    hints = typing.get_type_hints(cls)
+    return {
+        field.name: Option(field.name, union_members(hints[field.name]), field.default, **field.metadata)
+        for field in dataclasses.fields(cls)
+    }
+
+
+def union_members(annotation: Any) -> tuple:
+    """The types that an annotation allows: `bool | Literal["auto"]` has two, a plain type is its only one."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def choices_of(option: Option) -> list[str]:
+    """The strings that the Literal types of an option list; none for other types."""
+    return [choice for kind in option.kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that looks most like `word`, or has it for initials (lr: learning_rate), if any does."""
+    known = list(known)
+    by_initials = [other for other in known if "_" in other and word == "".join(part[:1] for part in other.split("_"))]
+    matches = by_initials or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values: one rule for what a type accepts, from a file or from the command line
+
+
+def accept_value(kind: Any, value: Any) -> Any:
+    """`value` as a value of `kind`: an integer is a fine float, a bool is no number, text is neither. Else ValueError,
+    or OverflowError for a number that no tensor can hold."""
+    if typing.get_origin(kind) is Literal:
+        if type(value) is str and value in typing.get_args(kind):
+            return value
+    elif kind is float and type(value) in (int, float):
+        if value and math.isfinite(value) and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+            raise OverflowError("one that 32 bits can hold")
+        if math.isfinite(value):
+            return float(value)
+    elif kind is int and (type(value) is int or (type(value) is float and value.is_integer())):  # max_iters = 1e5
+        if abs(value) > LARGEST_INT:
+            raise OverflowError("one that 64 bits can hold")
+        return int(value)
+    elif kind is str and type(value) is str:
+        if "\0" not in value:  # which no name of a file can have
+            return value
+    elif type(value) is kind:
+        return value
+    raise ValueError
+
+
+def accept_text(kind: Any, text: str) -> Any:
+    """What the command line's `text` means for a `kind`, or ValueError."""
+    readers = {bool: bool_from_text, int: int_from_text, float: float}
+    return accept_value(kind, readers.get(kind, unquoted)(text))
+
+
+def bool_from_text(text: str) -> bool:
+    word = text.lower()
+    if word in ("true", "yes", "1"):
+        return True
+    if word in ("false", "no", "0"):
+        return False
+    raise ValueError
+
+
+def int_from_text(text: str) -> int | float:
+    """5, 1_000 and 1e5; a float that is no integer is for `accept_value` to refuse."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def unquoted(text: str) -> str:
+    """--dataset='text8' reaches us with its quotes when no shell has taken them off."""
+    quoted = len(text) >= 2 and text[0] in "'\"" and text[-1] == text[0] and text[0] not in text[1:-1]
+    return text[1:-1] if quoted else text
+
+
+def fitted(option: Option, raw: Any, accept: Callable[[Any, Any], Any]) -> Any:
+    """`raw` as the first of the option's kinds that accepts it within the option's range. If none does: ValueError, or
+    OverflowError where only a tensor's precision is in the way."""
+    overflow = None
+    for kind in option.kinds:
+        try:
+            value = accept(kind, raw)
+        except OverflowError as error:
+            overflow = error
+        except ValueError:
+            pass
+        else:
+            if in_range(option, value):
+                return value
+    raise overflow or ValueError
+
+
+def in_range(option: Option, value: Any) -> bool:
+    if isinstance(value, (bool, str)):
+        return True
+    return (
+        (option.at_least is None or value >= option.at_least)
+        and (option.at_most is None or value <= option.at_most)
+        and (option.below is None or value < option.below)
+    )
+
+
+def expectation(option: Option) -> str:
+    """What a value of the option must be, in words."""
+    limits = ", ".join(
+        f"{preposition} {limit}"
+        for preposition, limit in (("from", option.at_least), ("up to", option.at_most), ("below", option.below))
+        if limit is not None
+    )
+    names = {bool: "True or False", int: f"an integer {limits}", float: f"a number {limits}", str: "text without NUL"}
+    words = [names[kind].strip() for kind in option.kinds if kind in names]
+    words += [repr(choice) for choice in choices_of(option)]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
