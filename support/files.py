@@ -114,14 +114,14 @@ def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def writing(path, size=None):
-    """Writing to `path` (size: bytes) inside: a full or read-only disk becomes one FileError that names it."""
+def writing(path, size=None, way_out="what was saved before is untouched"):
+    """A context that turns the system's refusal to write `path` (size: bytes) into one FileError."""
     try:
         yield
     except OSError as error:
         needed = f" ({size:,} bytes were needed)" if size else ""
         reason = DISK_FAULTS.get(error.errno, error.strerror) + (needed if error.errno in DISK_FAULTS else "")
-        raise FileError(f"{path} could not be written: {reason}; what was saved before is untouched") from error
+        raise FileError(one_line(f"{path} could not be written: {reason}; {way_out}")) from error
 
 
 def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
