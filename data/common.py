@@ -229,11 +229,17 @@ class Dataset:
         sizes = {split: len(array) for split, array in tokens.items()}
         dtype = np.dtype(np.uint8 if vocabulary.size <= 256 else np.int32)
         if resident is None:
-            resident = sum(sizes.values()) * dtype.itemsize <= _resident_limit(device)
+            on_cuda = device.type == "cuda"
+            limit = CUDA_RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0] if on_cuda else CPU_RESIDENT_LIMIT
+            resident = sum(sizes.values()) * dtype.itemsize <= limit
         if resident:
             tokens = {split: torch.from_numpy(array.astype(dtype)).to(device) for split, array in tokens.items()}
         source_sha256 = meta["source"]["sha256"]
         return cls(meta["name"], meta["canonical"], vocabulary, sizes, source_sha256, resident, device, tokens)
+
+    @property
+    def unit(self) -> str:
+        return self.vocabulary.unit
 
     def train_on_first(self, count: int) -> Dataset:
         """The same data set with only the first `count` tokens for training; 0 leaves it as it is."""
@@ -289,7 +295,7 @@ class Dataset:
 
     def describe(self) -> dict:
         """The data set as a record describes it."""
-        return dict(name=self.name, canonical=self.canonical, sha256=self.source_sha256, unit=self.vocabulary.unit,
+        return dict(name=self.name, canonical=self.canonical, sha256=self.source_sha256, unit=self.unit,
                     vocab_size=self.vocabulary.size, splits=dict(self.sizes))  # fmt: skip
 
     def _size(self, split: str) -> int:
@@ -324,12 +330,6 @@ def window_starts(split: str, seed: int, step: int, batch_size: int, positions: 
     counter = np.array([0, 0, step, 0], dtype=np.uint64)  # the words below `step` count within one step's stream
     raw = np.random.Philox(key=key, counter=counter).random_raw(batch_size)
     return (raw % np.uint64(positions)).astype(np.int64)
-
-
-def _resident_limit(device: torch.device) -> float:
-    if device.type == "cuda":
-        return CUDA_RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-    return CPU_RESIDENT_LIMIT
 
 
 # ---------------------------------------------------------------------------------------------------------------------
