@@ -87,7 +87,7 @@ class TextSpec:
 
 
 @dataclass(frozen=True)
-class Text:
+class RawText:
     """A raw text and the file or address that it came from."""
 
     content: bytes
@@ -103,7 +103,7 @@ class Source:
     """A place where the text may be found."""
 
     label: str
-    read: Callable[[], Text]  # raises DataError
+    read: Callable[[], RawText]  # raises DataError
     published: bool = False  # must be the published text, whatever --allow-partial says
 
 
@@ -196,7 +196,7 @@ def _lock(folder: Path, say: Say) -> Iterator[None]:
 # Sources
 
 
-def obtain_text(spec: TextSpec, home: Path, folder: Path, source: str | None, allow_partial: bool, say: Say) -> Text:
+def obtain_text(spec: TextSpec, home: Path, folder: Path, source: str | None, allow_partial: bool, say: Say) -> RawText:
     """The text of the first source that works. Raises one DataError that lists why each source failed."""
     failures = []
     for candidate in _sources(spec, home, folder, source, say):
@@ -238,7 +238,7 @@ def _raw_files(spec: TextSpec, folder: Path) -> list[Path]:
     return [folder / name for name in names if os.path.isfile(folder / name)]  # also of paths too long
 
 
-def _read_path(spec: TextSpec, path: Path) -> Text:
+def _read_path(spec: TextSpec, path: Path) -> RawText:
     try:
         if path.is_file():
             return read_text(spec, path)
@@ -262,7 +262,7 @@ def _only_file(folder: Path) -> list[Path]:
     return found if len(found) == 1 else []
 
 
-def _read_address(spec: TextSpec, remote: Remote, folder: Path, say: Say) -> Text:
+def _read_address(spec: TextSpec, remote: Remote, folder: Path, say: Say) -> RawText:
     """Download and check a text. The published one, or your own, is kept under the raw file's name."""
     ending = Path(re.split("[?#]", remote.url)[0]).suffix
     target = folder / (spec.filenames[0] + (ending if ending in ARCHIVES else ""))
@@ -274,7 +274,7 @@ def _read_address(spec: TextSpec, remote: Remote, folder: Path, say: Say) -> Tex
     except DataError as error:
         remove(part)
         raise DataError(str(error).replace(str(part), remote.url)) from error
-    text = Text(content, remote.url)
+    text = RawText(content, remote.url)
     if text.sha256 == spec.sha256 or (spec.sha256 is None and not target.exists()):
         rename(part, target)
     else:
@@ -282,14 +282,14 @@ def _read_address(spec: TextSpec, remote: Remote, folder: Path, say: Say) -> Tex
     return text
 
 
-def _read_rebuild(spec: TextSpec, folder: Path, say: Say) -> Text:
-    text = Text(spec.rebuild(folder, say), "rebuild")
+def _read_rebuild(spec: TextSpec, folder: Path, say: Say) -> RawText:
+    text = RawText(spec.rebuild(folder, say), "rebuild")
     if text.sha256 == spec.sha256:
         write_atomically(folder / spec.filenames[0], text.content)
     return text
 
 
-def read_text(spec: TextSpec, path: Path) -> Text:
+def read_text(spec: TextSpec, path: Path) -> RawText:
     """Read a text file, or the text in a gzip or zip archive, which is recognised by its first bytes.
 
     Raises DataError when it cannot be read, is damaged, or is empty.
@@ -304,7 +304,7 @@ def read_text(spec: TextSpec, path: Path) -> Text:
         raise DataError(f"{path}: a damaged, cut or unreadable archive ({error}); fetch it again") from error
     if not content:
         raise DataError(f"{path}: empty")
-    return Text(content, str(path))
+    return RawText(content, str(path))
 
 
 def _unpack(spec: TextSpec, path: Path) -> bytes:
@@ -333,7 +333,7 @@ def _member(spec: TextSpec, path: Path, archive: zipfile.ZipFile) -> str:
 # Which text is it?
 
 
-def identify(spec: TextSpec, text: Text, allow_partial: bool) -> tuple[str, bool]:
+def identify(spec: TextSpec, text: RawText, allow_partial: bool) -> tuple[str, bool]:
     """(name, canonical) of a text. Raises DataError for another text than the published one, unless allowed."""
     if spec.sha256 is None:
         return spec.name, False

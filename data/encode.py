@@ -76,7 +76,7 @@ def _sync(file) -> None:
 def vocabulary_of(content: bytes, unit: str) -> tuple[Vocabulary, int]:
     """The distinct symbols of a text, sorted, and how many symbols it has in all."""
     seen, count = np.zeros(_code_space(unit), dtype=bool), 0
-    for codes in _codes(content, unit):
+    for codes in _code_pieces(content, unit):
         seen[codes] = True
         count += len(codes)
     present = np.flatnonzero(seen).tolist()
@@ -95,7 +95,7 @@ def split_sizes(splits: Mapping[str, int], count: int) -> dict[str, int]:
 
 def _write_parts(content: bytes, vocabulary: Vocabulary, sizes: dict[str, int], folder: Path) -> dict[str, str]:
     """Encode the text into one file a split and return the SHA-256 of each."""
-    digests, ids, rest = {}, _ids(content, vocabulary), np.zeros(0, dtype=TOKEN)
+    digests, ids, rest = {}, _id_pieces(content, vocabulary), np.zeros(0, dtype=TOKEN)
     for split, missing in sizes.items():
         part, digest = folder / f"{split}.bin.part", hashlib.sha256()
         with writing(part), open(part, "wb") as file:
@@ -110,12 +110,12 @@ def _write_parts(content: bytes, vocabulary: Vocabulary, sizes: dict[str, int], 
     return digests
 
 
-def _ids(content: bytes, vocabulary: Vocabulary) -> Iterator[np.ndarray]:
+def _id_pieces(content: bytes, vocabulary: Vocabulary) -> Iterator[np.ndarray]:
     """The ids of the text, a piece at a time."""
     symbols = vocabulary.symbols if vocabulary.unit == BYTE else [ord(symbol) for symbol in vocabulary.symbols]
     table = np.zeros(_code_space(vocabulary.unit), dtype=TOKEN)
     table[list(symbols)] = np.arange(vocabulary.size)
-    for codes in _codes(content, vocabulary.unit):
+    for codes in _code_pieces(content, vocabulary.unit):
         yield table[codes]
 
 
@@ -123,7 +123,7 @@ def _code_space(unit: str) -> int:
     return 256 if unit == BYTE else 0x110000
 
 
-def _codes(content: bytes, unit: str) -> Iterator[np.ndarray]:
+def _code_pieces(content: bytes, unit: str) -> Iterator[np.ndarray]:
     """The bytes or code points of the text, a piece at a time."""
     utf8 = codecs.getincrementaldecoder("utf-8")()  # holds back a character that the end of a piece cuts in two
     for start in range(0, len(content), PIECE):
