@@ -1,12 +1,12 @@
-"""The record of a bench: what it holds, checked and read, and what became slower from one bench to the next.
+"""The record of a bench: what it holds, how it is checked and read, and what became slower between two benches.
 
     pairs, left_out = read_all("results")                   # results/bench/*.json
-    record = read("bench.json")                             # or RecordError, if damaged or in contradiction
-    slower(read("results/bench/epyc-cpu.json"), record)     # a line each; not_compared says what could not be told
+    record = read("bench.json")                             # RecordError where it is not a valid record
+    slower(read("results/bench/epyc-cpu.json"), record)     # a line each; not_compared lists the rest
 
-A unit of a task is one update, one reading of a prompt, one step of decoding, one text. Every number is a number; what
-is not known is null. `ratio` is a model's time over the dense model's, pair by pair: above 1 is slower. Nothing here
-needs torch.
+A unit of a task is one update, one prompt read, one decoding step or one text. Every number is a number; an unknown one
+is null. `ratio` is a model's time over the dense model's, in pairs timed one after the other: above 1 is slower.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -17,33 +17,32 @@ from pathlib import Path
 
 from papers.experiments import SCALES, TABLES, Row
 from run import records
-from run.records import COMMIT, COUNT, FLAG, LINE, NAME, NUMBER, OBJECT, TEXT, machine_of
+from run.records import machine_of
 from run.settings import Config
 from support.files import shown
 from support.options import EXPERIMENT, nearest, options_of
+from support.schema import ABOVE_ZERO, COMMIT, COUNT, FITS, FLAG, LINE, NAME, NUMBER, OBJECT, POSITIVE, TEXT, mismatches
 
 FORMAT = "charmoe bench 1"
 WAY_OUT = "make it again with bench.py"
-DENSE = "dense"  # what ratios are to
-REFERENCE = "reference"  # dense without what makes it fast, as an eager script runs it; so begin all such models' names
+DENSE = "dense"  # the model that ratios are to
+REFERENCE = "reference"  # begins the names of models that run as in a plain eager script
 TASKS = {"train": "training", "prefill": "reading the prompt", "decode": "decoding", "papers": "the papers' protocol"}
 PUBLISHED = TABLES["B"]  # the paper that prints times
-SLACK = 1.25  # between the ratio of a middling pair and what the times of both models leave room for
-# When a number became worse: see slower.
-WORSE_RATIO, WORSE_TIME = 1.10, 1.25
-FEWEST = 10
+WORSE_RATIO, WORSE_TIME = 1.10, 1.25  # a median that grew by such a factor may count as slower: see slower
+FEWEST = 10  # timings of a measurement that can be compared
 SIZE_OF_A_BATCH = ("batch_size", "block_size", "gradient_accumulation_steps")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a record holds, in the words of records.py
+# What a record holds: see support/schema.py for how to read this
 
-SPREAD = {"median": NUMBER, "p10": NUMBER, "p90": NUMBER, "n": COUNT}
+SPREAD = {"median": ABOVE_ZERO, "p10": ABOVE_ZERO, "p90": ABOVE_ZERO, "n": POSITIVE}
 MODEL = {
     "title": LINE,
     "config": OBJECT,  # settings.Config knows its keys
     "parameters": dict.fromkeys(("total", "active", *records.KINDS_OF_PARAMETERS), COUNT),
     "flops_per_token": COUNT,  # in training
-    "backend": {"train": LINE, "decode": LINE},  # which ran
+    "backend": {"train": LINE, "decode": LINE},  # that ran
     "checks": [{"what": LINE, "error": NUMBER, "limit": NUMBER}],
     "compile_seconds": {"train": (NUMBER, None), "decode": (NUMBER, None)},  # null where nothing was compiled
 }
@@ -54,19 +53,19 @@ SCHEMA = {
     "machine": records.SCHEMA["machine"],
     "git": {"commit": (COMMIT, None), "dirty": (FLAG, None)},
     "others": {"core_seconds": (NUMBER, None), "device_bytes": (COUNT, None)},  # over the whole bench
-    "seconds": NUMBER,  # of the whole bench
-    "ceilings": {"flops_per_second": NUMBER, "bytes_per_second": NUMBER},  # measured on the spot
+    "seconds": ABOVE_ZERO,  # of the whole bench
+    "ceilings": {"flops_per_second": ABOVE_ZERO, "bytes_per_second": ABOVE_ZERO},  # measured in the same bench
     "models": OBJECT,  # name -> MODEL, in the order of the tables
     "measurements": [
         {
             "model": TEXT,
             "task": TEXT,
-            "batch_size": COUNT,
-            "tokens": COUNT,  # of one unit, over all sequences
+            "batch_size": POSITIVE,
+            "tokens": POSITIVE,  # of one unit, over all sequences
             "seconds": SPREAD,  # of one unit
             "ratio": (SPREAD, None),  # null for dense itself
             "tokens_per_second": NUMBER,  # in total, from the median
-            "floor": {"flops": NUMBER, "bytes": NUMBER, "seconds": NUMBER},  # what must be computed and moved
+            "floor": {"flops": NUMBER, "bytes": NUMBER, "seconds": NUMBER},  # the least that a unit can take
             "peak_memory_bytes": (COUNT, None),
         }
     ],
@@ -194,139 +193,51 @@ def published_ratios(measure) -> dict[str, float]:
 
 
 def problems(record) -> list[str]:
-    """All that is wrong with a record, a line each: with the fields and their kinds; where these are right, with the
-    configs; where they are right too, with what else contradicts itself."""
+    """Everything that is wrong with a record, a line each. Contradictions are looked for only where all fields are of
+    the right kind and the configs are valid."""
     if not isinstance(record, dict):
         return [f"{shown(record)} is no record of bench.py; expected {OBJECT}"]
     if record.get("format") != FORMAT:
         return [records.format_problem(record.get("format"), FORMAT)]
-    wrong = list(records.mismatches(record, SCHEMA))
+    wrong = list(mismatches(record, SCHEMA))
     models = record["models"].items() if not wrong else ()
     for name, model in models:
-        wrong += [] if records.FITS[NAME](name) else [f"models has {shown(name)}; expected {NAME}"]
-        wrong += records.mismatches(model, MODEL, f"models.{name}")
-    if wrong:
-        return wrong
-    configs = {}
-    for name, model in models:
-        configs[name], why = records.config_in(model["config"], f"models.{name}.config")
-        wrong += why
-    if wrong:
-        return wrong
-    rules = [rule for rules_of in RULES for rule in rules_of(record, configs)]
-    return [message for holds, message in rules if not holds]
+        wrong += [] if FITS[NAME](name) else [f"models has {shown(name)}; expected {NAME}"]
+        wrong += mismatches(model, MODEL, f"models.{name}")
+    for name, model in models if not wrong else ():
+        wrong += records.config_in(model["config"], f"models.{name}.config")[1]
+    return wrong or [message for holds, message in [*model_rules(record), *measurement_rules(record)] if not holds]
 
 
-# What must hold: (record, {model: its Config}) -> (whether it does, what to say if not)
-
-
-def bench_rules(record, configs):
-    yield from records.hardware_rules(record["machine"], record["others"])
-    for name, value in record["ceilings"].items():
-        yield value > 0, f"ceilings.{name} is 0"
-    # Half of the timings of each measurement took its median or longer.
-    least = sum(one["seconds"]["n"] * one["seconds"]["median"] / 2 for one in record["measurements"])
-    yield record["seconds"] >= least, f"seconds is {record['seconds']}, less than the measurements took"
-    yield record["measurements"], "measurements is empty"
-    yield DENSE in configs, f"models has no {DENSE!r}, which ratios are to"
-
-
-def model_rules(record, configs):
-    for name, config in configs.items():
-        where, model = f"models.{name}", record["models"][name]
-        counts, is_dense = model["parameters"], name in (DENSE, REFERENCE)
-        message = f"{where}.config.n_expert is {config.n_expert}, but the model is called {name}"
-        yield not (is_dense and config.n_expert), message
-        yield records.active_rule(counts, f"{where}.parameters")
-        # What was counted with is not in the record: as many symbols as the embedding has room for.
-        size = records.recomputed_size(counts, counts["embedding"] // config.n_embd - config.block_size, config)
-        expected = {"parameters": size["parameters"]}
-        if "training_flops_per_token" in size:
-            expected["flops_per_token"] = size["training_flops_per_token"]
-        yield from ((False, message) for message in records.differences(model, expected, where))
+def model_rules(record):
+    """(whether it holds, what to say if not) of each rule for the models."""
+    yield DENSE in record["models"], f"models has no {DENSE!r}, which ratios are to"
+    for name, model in record["models"].items():
         for number, check in enumerate(model["checks"]):
-            message = f"{where}.checks[{number}].error is {check['error']}, above its limit, {check['limit']}"
-            yield check["error"] <= check["limit"], f"{message}: {check['what']}"
+            error, limit = check["error"], check["limit"]
+            where = f"models.{name}.checks[{number}]"
+            yield error <= limit, f"{where}.error is {error}, above its limit, {limit}: {check['what']}"
 
 
-def measurement_rules(record, configs):
-    seen, is_cuda = set(), record["machine"]["device_type"] == "cuda"
+def measurement_rules(record):
+    """(whether it holds, what to say if not) of each rule for the measurements."""
+    found = measured(record)
+    yield len(found) == len(record["measurements"]) > 0, "measurements: expected one or more, no two of them alike"
     for number, one in enumerate(record["measurements"]):
-        where, name, task = f"measurements[{number}]", one["model"], one["task"]
-        for key, value, known in (("model", name, configs), ("task", task, TASKS)):
+        where, name, task, ratio = f"measurements[{number}]", one["model"], one["task"], one["ratio"]
+        for key, value, known in (("model", name, record["models"]), ("task", task, TASKS)):
             guess = nearest(value, known)
             hint = f"; nearest: {guess}" if guess else ""
             yield value in known, f"{where}.{key} is {shown(value)}; expected {' or '.join(known)}{hint}"
-        yield one["batch_size"] > 0, f"{where}.batch_size is 0"
-        key = name, task, one["batch_size"]
-        yield key not in seen, f"{where} is of {name}, {task}, batch {one['batch_size']}, as one before it"
-        seen.add(key)
-        if name in configs and task in TASKS:
-            tokens = tokens_of(one, configs[name])
-            yield one["tokens"] == tokens, f"{where}.tokens is {one['tokens']}; expected {tokens} of {task}"
-        message = f"{where}.batch_size is {one['batch_size']}; expected 1 of the papers' protocol"
-        yield task != "papers" or one["batch_size"] == 1, message
-        message = f"{where}.peak_memory_bytes is {one['peak_memory_bytes']}, but the device is not CUDA"
-        yield is_cuda or one["peak_memory_bytes"] is None, message
-
-
-def tokens_of(measurement, config):
-    """Characters of one unit of the task, over all sequences."""
-    return {
-        "train": measurement["batch_size"] * config.block_size * config.gradient_accumulation_steps,
-        "prefill": measurement["batch_size"] * (config.block_size // 2),
-        "decode": measurement["batch_size"],
-        "papers": max(1, measurement["tokens"]),  # a text, as long as it was asked for
-    }[measurement["task"]]
-
-
-def time_rules(record, configs):
-    found = measured(record)
-    for number, one in enumerate(record["measurements"]):
-        where, seconds, ratio, floor = f"measurements[{number}]", one["seconds"], one["ratio"], one["floor"]
-        yield from spread_rules(seconds, f"{where}.seconds")
-        rate = one["tokens"] / (seconds["median"] or math.inf)
-        message = f"{where}.tokens_per_second is {one['tokens_per_second']}, but tokens / seconds.median is {rate}"
-        yield close(one["tokens_per_second"], rate), message
-        ceilings = record["ceilings"]
-        least = max(
-            floor["flops"] / (ceilings["flops_per_second"] or math.inf),
-            floor["bytes"] / (ceilings["bytes_per_second"] or math.inf),
-        )
-        message = f"{where}.floor.seconds is {floor['seconds']}, but its flops, bytes and the ceilings make it {least}"
-        yield close(floor["seconds"], least), message
-        is_dense = one["model"] == DENSE
-        yield is_dense or ratio, f"{where}.ratio is null; expected that of {one['model']} to {DENSE}"
-        yield not (is_dense and ratio), f"{where}.ratio is there; expected null, for {DENSE} is what ratios are to"
-        if ratio and not is_dense:
-            yield from spread_rules(ratio, f"{where}.ratio")
-            yield from ratio_rules(one, found.get((DENSE, one["task"], one["batch_size"])), where)
-
-
-def spread_rules(spread, where):
-    low, median, high = spread["p10"], spread["median"], spread["p90"]
-    yield 0 < low <= median <= high, f"{where} has p10 {low}, median {median}, p90 {high}; expected them to rise from 0"
-    yield spread["n"] > 0, f"{where}.n is 0"
-
-
-def ratio_rules(one, dense, where):
-    """dense: the measurement that the ratio of this one is to; None where there is none."""
-    yield dense, f"{where}.ratio is there, but {DENSE} was not measured at {one['task']}, batch {one['batch_size']}"
-    if dense:
-        # Where a middling pair's ratio must lie. The slack is for what drifts between pairs, and for few of them.
-        ours, theirs, ratio = one["seconds"], dense["seconds"], one["ratio"]["median"]
-        low = ours["p10"] / (theirs["p90"] or math.inf) / SLACK
-        high = ours["p90"] / (theirs["p10"] or math.inf) * SLACK
-        message = f"{where}.ratio.median is {ratio}, but the seconds of both make it {low:.3g} to {high:.3g}"
-        yield low <= ratio <= high, message
-
-
-RULES = (bench_rules, model_rules, measurement_rules, time_rules)
-
-
-def close(a, b):
-    """Equal but for rounding to 4 digits."""
-    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-12)
+        yield (name == DENSE) == (ratio is None), f"{where}.ratio: expected null for {DENSE}, and only for it"
+        missing = f"{where}: {DENSE} was not measured at {task}, batch {one['batch_size']}, so there is no ratio to it"
+        yield (DENSE, task, one["batch_size"]) in found, missing
+        for key in ("seconds", "ratio"):
+            low, median, high = ((one[key] or {}).get(end, 1) for end in ("p10", "median", "p90"))
+            yield low <= median <= high, f"{where}.{key}: p10 {low}, median {median}, p90 {high} do not rise"
+        speed, rate = one["tokens_per_second"], one["tokens"] / one["seconds"]["median"]
+        message = f"{where}.tokens_per_second is {speed}, but tokens / seconds.median is {rate}"
+        yield math.isclose(speed, rate, rel_tol=1e-3), message
 
 
 # ---------------------------------------------------------------------------------------------------------------------

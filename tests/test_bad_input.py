@@ -33,7 +33,7 @@ from data.common import DataError, Dataset, Vocabulary, find
 from model import GPT
 from papers import experiments
 from report import cells
-from run import checkpoint, records
+from run import checkpoint, records, screen_report
 from run.checkpoint import CheckpointError
 from run.records import RecordError
 from run.settings import Config
@@ -828,7 +828,7 @@ def test_a_checkpoint_of_other_content_is_refused_or_can_write(n, dense_run, moe
 
 def shown_everywhere(record):
     """All that a single record is drawn in, but for figures."""
-    assert records.report(record).encode() and records.machine_of(record)
+    assert screen_report.final_report(record).encode() and records.machine_of(record)
     for table in experiments.TABLES.values():
         for comparison in experiments.gather(table, experiments.in_cells(table, [record], []), "cpu"):
             for view in table.views:
