@@ -76,7 +76,7 @@ SCHEMA = {
 # What a record says
 
 
-def measured(record) -> dict[tuple[str, str, int], dict]:
+def measurements_of(record) -> dict[tuple[str, str, int], dict]:
     """(model, task, batch size) -> its measurement."""
     return {(one["model"], one["task"], one["batch_size"]): one for one in record["measurements"]}
 
@@ -85,13 +85,13 @@ def batch_sizes(record, task) -> list[int]:
     return sorted({one["batch_size"] for one in record["measurements"] if one["task"] == task})
 
 
-def inverse(ratio) -> dict:
-    """Of speeds, where `ratio` is of times."""
+def inverse_ratio(ratio) -> dict:
+    """The ratio of speeds, from a ratio of times."""
     return {"median": 1 / ratio["median"], "p10": 1 / ratio["p90"], "p90": 1 / ratio["p10"], "n": ratio["n"]}
 
 
-def about(record) -> str:
-    """What was benched, in a line: "CPU size: 4 layers, 128 wide, context 64, commit 0123456"."""
+def headline(record) -> str:
+    """Size, shape and commit, in a line: "CPU size: 4 layers, 128 wide, context 64, commit 0123456"."""
     size, config, commit = size_title(record), config_of(record["models"][DENSE]), record["git"]["commit"]
     shape = f"{config.n_layer} layers, {config.n_embd} wide, context {config.block_size}"
     return f"{size[0].upper()}{size[1:]}: {shape}, " + (f"commit {commit[:7]}" if commit else "commit not known")
@@ -104,7 +104,7 @@ def size_title(record) -> str:
 
 
 def doubts(record) -> list[str]:
-    """Sentences on what makes a bench weaker evidence; none where nothing does."""
+    """Reasons to trust a bench less, a sentence each."""
     found, machine, held = [], record["machine"], record["others"]["device_bytes"]
     if not records.is_clean(record):
         found.append("The code had uncommitted changes." if record["git"]["dirty"] else "No commit says what code ran.")
@@ -120,7 +120,7 @@ def doubts(record) -> list[str]:
 
 
 def note_of_references(record) -> list[str]:
-    """A sentence on those that decode another way, where there are any."""
+    """A sentence on the references, which decode without a cache, if any were measured."""
     measured_too = {one["model"] for one in record["measurements"] if one["task"] == "decode"}
     titles = [
         model["title"]
@@ -138,30 +138,30 @@ def from_to(numbers) -> str:
 
 
 def spread_text(spread, scale=1) -> str:
-    """'1.22 [1.18, 1.26]': the median, the 10th and the 90th percentile"""
+    """'1.22 [1.18, 1.26]': the median, the 10th and the 90th percentile."""
     digits = digits_of(scale * spread["median"])
     median, low, high = (f"{scale * spread[key]:,.{digits}f}" for key in ("median", "p10", "p90"))
     return f"{median} [{low}, {high}]"
 
 
 def significant(value) -> str:
-    """'0.0123', '1.23', '1,235': to three digits, or to whole numbers"""
+    """'0.0123', '1.23', '1,235': three significant digits, or a whole number."""
     return f"{value:,.{digits_of(value)}f}"
 
 
 def digits_of(value):
-    """After the point, for three that count."""
+    """Digits after the point of a number with three significant ones."""
     return max(0, 2 - math.floor(math.log10(value))) if value else 0
 
 
 def is_exclusive(record) -> bool:
-    """Whether others left the hardware to the bench; not known counts as no."""
+    """Whether other programs left the hardware to the bench; false where it is unknown."""
     machine, others = record["machine"], record["others"]
     return records.is_exclusive(machine["device_type"], cpu_share(record), others["device_bytes"])
 
 
 def cpu_share(record):
-    """Of the time of all cores, the share that others took; None where it is not known."""
+    """Share of all cores' time that other programs took; None where it is unknown."""
     return records.cpu_share(record["others"], record["seconds"], record["machine"])
 
 
@@ -221,7 +221,7 @@ def model_rules(record):
 
 def measurement_rules(record):
     """(whether it holds, what to say if not) of each rule for the measurements."""
-    found = measured(record)
+    found = measurements_of(record)
     yield len(found) == len(record["measurements"]) > 0, "measurements: expected one or more, no two of them alike"
     for number, one in enumerate(record["measurements"]):
         where, name, task, ratio = f"measurements[{number}]", one["model"], one["task"], one["ratio"]
@@ -245,13 +245,13 @@ def measurement_rules(record):
 
 
 def read(path, name=None) -> dict:
-    """The record in the file at `path`, which messages call `name`. RecordError: what is wrong with it, in a line."""
+    """The record in a file, which messages call `name`. RecordError: what is wrong with it, in a line."""
     return records.read(path, name, problems, WAY_OUT)
 
 
 def read_all(folder) -> tuple[list[tuple[Path, dict]], list[str]]:
-    """(path, record) of the benches in folder/bench/*.json, sorted by path; and what is left out of them, a line each,
-    with paths from the folder's parent. Left out are files that `read` refuses, quick benches, and copies."""
+    """(path, record) of each bench in folder/bench/*.json, sorted by path; and a line for each that is left out: an
+    invalid record, a quick bench, or a copy."""
     folder = Path(folder)
     pairs, left_out = [], []
     paths = sorted((folder / records.BENCH).glob("*.json"))
@@ -271,25 +271,25 @@ def read_all(folder) -> tuple[list[tuple[Path, dict]], list[str]]:
 
 
 def slower(old, new) -> list[str]:
-    """What is slower in the new bench than in the old one, a line each; what cannot be told is not_compared's.
+    """What became slower in the new bench, a line each. not_compared lists what this cannot tell.
 
-    A number is worse where the two p10–p90 ranges do not overlap and the median is worse by more than 10% (ratios) or
-    25% (times), from at least 10 timings each. A model is judged by its ratio to dense, and dense by its ratio to the
-    eager reference, for what disturbs the machine disturbs both of a pair. What dense and the reference share shows in
-    times alone. Those are judged only where both benches had the same machine to themselves, and by the wider margin.
+    A number is worse if its two p10–p90 ranges do not overlap and its median grew by more than 10% (ratios) or 25%
+    (times), each from at least 10 timings. A model is judged by its ratio to the dense model, and the dense model by
+    its ratio to the eager reference, since a disturbance of the machine reaches both of a pair. A slowdown that all
+    models share shows only in times, which are compared only if both benches had the same machine to themselves.
 
-    Why: 16 processes timed unchanged code (train and decode, one thread) on a core that others used as well. Of their
-    240 ordered pairs, this rule calls no ratio slower from 40 or 20 timings, at most 2% from 10, and up to 8% from 5;
-    without the ranges, the 10% alone would call up to 9% slower from 40 and 24% from 5. Medians of seconds differed
-    fourfold: a quarter of the pairs would be called slower, whatever the margin. The price is that a slowdown smaller
-    than the spread is not seen; ranges of ratios were 12% to 22% wide in training, and 24% to 41% in decoding.
+    Why these limits: 16 processes timed unchanged code (train and decode, one thread) on a core that others used too.
+    Of their 240 ordered pairs, this rule calls no ratio slower from 40 or 20 timings, at most 2% from 10, and up to 8%
+    from 5. Without the ranges, the 10% alone would call up to 9% slower from 40 timings and 24% from 5. Medians of
+    seconds differed fourfold: a quarter of the pairs would be called slower, whatever the limit. The price: a slowdown
+    smaller than the spread is not seen. Ranges of ratios were 12% to 22% wide in training, and 24% to 41% in decoding.
     """
     lines = []
-    for key in shared(old, new):
+    for key in comparable_keys(old, new):
         name, task, batch_size = key
         worse = [
-            f"{written(after, unit)}, was {written(before, unit)}"
-            for before, after, unit, margin in judged(old, new, key)
+            f"{spread_with_unit(after, unit)}, was {spread_with_unit(before, unit)}"
+            for before, after, unit, margin in compared_numbers(old, new, key)
             if after["p10"] > before["p90"] and after["median"] > margin * before["median"]
         ]
         if worse:
@@ -298,53 +298,60 @@ def slower(old, new) -> list[str]:
 
 
 def not_compared(old, new) -> list[str]:
-    """What of two benches cannot be compared, and why, a line each."""
-    whole = whole_reason(old, new)
+    """What cannot be compared between two benches, and why, a line each."""
+    whole = why_nothing_is_compared(old, new)
     if whole:
         return [f"nothing is compared: {whole}"]
-    reason, lines = times_reason(old, new), []
+    reason, lines = why_times_are_not_compared(old, new), []
     for name in dict.fromkeys([*old["models"], *new["models"]]):
-        changes = unlike(old, new, name)
+        changes = config_changes(old, new, name)
         lines += [f"{name}: {'; '.join(changes)}"] if changes else []
     models = {}  # (task, batch size, why) -> of which
-    for key in dict.fromkeys([*measured(old), *measured(new)]):
+    for key in dict.fromkeys([*measurements_of(old), *measurements_of(new)]):
         name, task, batch_size = key
-        why = "" if unlike(old, new, name) else key_reason(old, new, key)
+        why = "" if config_changes(old, new, name) else why_not_compared(old, new, key)
         if why:
             models.setdefault((TASKS[task], batch_size, why), []).append(name)
     lines += [f"{task}, batch {batch}: {why} ({', '.join(names)})" for (task, batch, why), names in models.items()]
     return [*lines, f"times: {reason}"] if reason else lines
 
 
-def shared(old, new) -> list[tuple[str, str, int]]:
-    """(model, task, batch size) of all that can be compared, but for the references, which nobody works on."""
-    if whole_reason(old, new):
+def comparable_keys(old, new) -> list[tuple[str, str, int]]:
+    """(model, task, batch size) of each comparable measurement. Without the references, which nobody makes faster."""
+    if why_nothing_is_compared(old, new):
         return []
     return [
         key
-        for key in measured(old)
-        if not key[0].startswith(REFERENCE) and not unlike(old, new, key[0]) and not key_reason(old, new, key)
+        for key in measurements_of(old)
+        if not key[0].startswith(REFERENCE)
+        and not config_changes(old, new, key[0])
+        and not why_not_compared(old, new, key)
     ]
 
 
-def judged(old, new, key) -> Iterator[tuple[dict, dict, str, float]]:
-    """(spread before, spread after, unit, how many times as much is worse) of each number that tells of a model."""
+def compared_numbers(old, new, key) -> Iterator[tuple[dict, dict, str, float]]:
+    """(spread before, spread after, unit, factor from which it is worse) of each number to compare of a measurement."""
     name, *where = key
-    was, now, reference = measured(old), measured(new), (REFERENCE, *where)
+    was, now, reference = measurements_of(old), measurements_of(new), (REFERENCE, *where)
     if name != DENSE:
         yield was[key]["ratio"], now[key]["ratio"], "× dense", WORSE_RATIO
     elif reference in was and reference in now:
-        yield inverse(was[reference]["ratio"]), inverse(now[reference]["ratio"]), "× the reference", WORSE_RATIO
-    if not times_reason(old, new):
+        yield (
+            inverse_ratio(was[reference]["ratio"]),
+            inverse_ratio(now[reference]["ratio"]),
+            "× the reference",
+            WORSE_RATIO,
+        )
+    if not why_times_are_not_compared(old, new):
         yield was[key]["seconds"], now[key]["seconds"], "ms", WORSE_TIME
 
 
-def written(spread, unit):
+def spread_with_unit(spread, unit):
     return f"{spread_text(spread, 1000 if unit == 'ms' else 1)} {unit}"
 
 
-def whole_reason(old, new) -> str:
-    """Why nothing of two benches can be compared; empty where something can."""
+def why_nothing_is_compared(old, new) -> str:
+    """Why two benches cannot be compared at all; "" where they can."""
     for what, before, after in (
         ("size", old["size"], new["size"]),
         ("device", old["machine"]["device_type"], new["machine"]["device_type"]),
@@ -354,16 +361,16 @@ def whole_reason(old, new) -> str:
     return ""
 
 
-def times_reason(old, new) -> str:
-    """Why times of two benches cannot be compared; empty where they can."""
+def why_times_are_not_compared(old, new) -> str:
+    """Why the times of two benches cannot be compared; "" where they can."""
     if machine_of(old) != machine_of(new):
         return f"the machine is {machine_of(new)}, was {machine_of(old)}"
     busy = [which for which, record in (("old", old), ("new", new)) if not is_exclusive(record)]
     return f"others used the machine during the {' and the '.join(busy)} bench, or may have" if busy else ""
 
 
-def unlike(old, new, name) -> list[str]:
-    """Why what both call by this name is not one model; empty where it is."""
+def config_changes(old, new, name) -> list[str]:
+    """Why a name stands for different models in two benches, a line each; [] where it is the same."""
     missing = [when for when, record in (("before", old), ("now", new)) if name not in record["models"]]
     if missing:
         return [f"not measured {missing[0]}"]
@@ -375,13 +382,13 @@ def unlike(old, new, name) -> list[str]:
     ]
 
 
-def key_reason(old, new, key) -> str:
-    """Why a measurement of one model cannot be compared; empty where it can."""
-    was, now = measured(old), measured(new)
+def why_not_compared(old, new, key) -> str:
+    """Why one measurement cannot be compared; "" where it can."""
+    was, now = measurements_of(old), measurements_of(new)
     if key not in was or key not in now:
         return f"not measured {'before' if key not in was else 'now'}"
     if was[key]["tokens"] != now[key]["tokens"]:
         return f"{now[key]['tokens']} characters, was {was[key]['tokens']}"
     if min(found[key]["seconds"]["n"] for found in (was, now)) < FEWEST:
         return f"timed fewer than {FEWEST} times"
-    return "" if any(judged(old, new, key)) else f"without {REFERENCE} in both, nothing tells of it but times"
+    return "" if any(compared_numbers(old, new, key)) else f"without {REFERENCE} in both, nothing tells of it but times"

@@ -185,7 +185,7 @@ def test_any_change_is_refused_in_one_line_or_can_be_shown(tmp_path_factory, dat
             *bench_records.slower(record, read),
             *bench_records.not_compared(record, read),
             *bench_records.doubts(read),
-            bench_records.about(read),
+            bench_records.headline(read),
         ]
         assert not any("\n" in line for line in told)
 
@@ -237,7 +237,7 @@ def test_numbers_have_three_digits_and_a_spread_as_many_as_its_median():
 
 
 def test_the_inverse_of_a_ratio_swaps_its_percentiles():
-    assert bench_records.inverse({"median": 2.0, "p10": 1.0, "p90": 4.0, "n": 7}) == {
+    assert bench_records.inverse_ratio({"median": 2.0, "p10": 1.0, "p90": 4.0, "n": 7}) == {
         "median": 0.5, "p10": 0.25, "p90": 1.0, "n": 7,
     }  # fmt: skip
 
