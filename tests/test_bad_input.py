@@ -33,7 +33,7 @@ from data.common import DataError, Dataset, Vocabulary, find
 from model import GPT
 from papers import experiments
 from report import cells
-from run import checkpoint, records
+from run import checkpoint, records, screen_report
 from run.checkpoint import CheckpointError
 from run.records import RecordError
 from run.settings import Config
@@ -814,7 +814,7 @@ def test_a_checkpoint_with_changed_content_is_refused_or_can_be_sampled(n, dense
 
 def shown_everywhere(record):
     """Draw everything that shows a single record, except figures."""
-    assert records.report(record).encode() and records.machine_of(record)
+    assert screen_report.final_report(record).encode() and records.machine_of(record)
     for table in experiments.TABLES.values():
         for comparison in experiments.gather(table, experiments.in_cells(table, [record], []), "cpu"):
             for view in table.views:
@@ -828,7 +828,7 @@ def benches_shown_everywhere(record):
         *bench_records.slower(BENCH, record),
         *bench_records.not_compared(BENCH, record),
         *bench_records.doubts(record),
-        bench_records.about(record),
+        bench_records.headline(record),
     ]
     assert not any("\n" in line for line in told)
     for grid in cells.speed_grids(record):

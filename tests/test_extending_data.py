@@ -1,4 +1,4 @@
-"""The recipes for a config and a data set of one's own, followed literally in a copy of the project."""
+"""The recipes of docs/extending.md for a config and a data set, followed literally in a copy of the project."""
 
 import json
 import os
@@ -12,11 +12,12 @@ from conftest import english
 
 from support.files import ROOT
 
-CONFIG = '''"""Two small experts on my own text"""
+RECIPES = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+CONFIG = '''"""My text, two small experts"""
 
 from config.shakespeare_moe4 import *
 
-dataset = "mine"
+dataset = "mytext"
 n_expert = 2
 n_layer, n_head, n_embd, block_size, batch_size = 1, 1, 8, 8, 2
 max_iters, warmup_iters, eval_interval, log_interval, eval_iters = 2, 1, 1, 1, 1
@@ -31,21 +32,20 @@ def project(tmp_path):
     return tmp_path / "project"
 
 
-def test_a_config_and_a_data_set_of_ones_own_can_be_trained(project):
+def test_a_config_and_a_data_set_made_by_the_recipes_are_trained_on(project):
     """train.py prepares the new data set by itself; the record names both."""
-    recipe = (project / "data" / "text8" / "prepare.py").read_text()
-    spec = 'SPEC = TextSpec(name="mine", unit="character", filenames=("input.txt",), splits=TRAIN_VAL_TEST)\n'
-    (project / "data" / "mine").mkdir()
-    (project / "data" / "mine" / "prepare.py").write_text(re.sub(r"(?ms)^SPEC = .*?^\)\n", spec, recipe))
-    (project / "data" / "mine" / "input.txt").write_text(english(300, seed=1))
-    (project / "config" / "mine.py").write_text(CONFIG)
+    prepare = re.search(r"## A data set\n.*?```python\n(.*?)```", RECIPES, re.DOTALL)[1]
+    (project / "data" / "mytext").mkdir()
+    (project / "data" / "mytext" / "prepare.py").write_text(prepare)
+    (project / "data" / "mytext" / "input.txt").write_text(english(300, seed=1))
+    (project / "config" / "mytext.py").write_text(CONFIG)
 
-    command = [sys.executable, "train.py", "config/mine.py", "--device=cpu", "--inference_samples=0"]
+    command = [sys.executable, "train.py", "config/mytext.py", "--device=cpu", "--inference_samples=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
-    record = json.loads((project / "out" / "mine-s1337" / "summary.json").read_text())
-    assert record["config"]["title"] == "Two small experts on my own text" and record["config"]["n_expert"] == 2
-    assert (record["dataset"]["name"], record["dataset"]["canonical"]) == ("mine", False)
-    assert set(record["dataset"]["splits"]) == {"train", "val", "test"}
+    record = json.loads((project / "out" / "mytext-s1337" / "summary.json").read_text())
+    assert record["config"]["title"] == "My text, two small experts" and record["config"]["n_expert"] == 2
+    assert (record["dataset"]["name"], record["dataset"]["canonical"]) == ("mytext", False)
+    assert set(record["dataset"]["splits"]) == {"train", "val"}
