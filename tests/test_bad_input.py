@@ -29,7 +29,7 @@ import moe
 import plot_results
 import sample
 from data.build import TRAIN_VAL, TextSpec, prepare
-from data.common import DataError, Dataset, Vocabulary, find
+from data.common import DataError, Dataset, Vocabulary, find_dataset
 from model import GPT
 from papers import experiments
 from report import cells
@@ -681,7 +681,7 @@ def test_a_random_dataset_name_is_found_or_refused(n):
 
     @for_all(n, name=names)
     def holds(name):
-        folder, why = outcome(lambda: find(name), DataError)
+        folder, why = outcome(lambda: find_dataset(name), DataError)
         assert why or folder.is_dir()
 
 

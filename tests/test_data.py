@@ -37,7 +37,7 @@ from conftest import thorough
 
 from data import build, download, encode
 from data.build import TRAIN_VAL, TRAIN_VAL_TEST, Remote, TextSpec, prepare
-from data.common import DataError, Dataset, Vocabulary, find, prepare_command, window_starts
+from data.common import DataError, Dataset, Vocabulary, find_dataset, prepare_command, window_starts
 from data.shakespeare_char import rebuild
 from support.files import ROOT, FileError
 
@@ -563,7 +563,7 @@ def test_a_folder_without_permissions_is_one_message():
             message_of(lambda: prepare(TOY, unwritable, place / "own", source=str(closed))),
             message_of(lambda: prepare(TOY, unwritable, place / "own", source=str(closed / "toy.txt"))),
             message_of(lambda: Dataset.open(closed)),
-            message_of(lambda: find(f"{closed}/toy")),
+            message_of(lambda: find_dataset(f"{closed}/toy")),
         ]
 
     with tempfile.TemporaryDirectory() as name:  # pytest's folders are closed to others themselves
@@ -625,7 +625,7 @@ def test_a_path_that_is_too_long_is_one_message(tmp_path, toy, name):
     assert "could not be written: File name too long; " in told(TOY, toy, "--out", long)
     message = told(TOY, toy, "--source", long)
     assert ": cannot be read (File name too long)\n" in message and f"- {str(long)[:400]}" in message
-    for action in (Dataset.open, lambda path: find(str(path))):
+    for action in (Dataset.open, lambda path: find_dataset(str(path))):
         with pytest.raises(DataError, match="File name too long|there is no such folder"):
             action(long)
     assert Dataset.open(toy).canonical
@@ -650,7 +650,7 @@ def test_a_path_near_the_length_limit_is_used_or_refused(tmp_path, toy, capsys, 
 def test_a_tilde_of_an_unknown_user_is_a_folder_name(tmp_path, toy, monkeypatch):
     monkeypatch.chdir(tmp_path)
     build.main(TOY, toy, ["--out", "~nobody-here/toy"], say=download.silent)
-    assert Dataset.open(find("~nobody-here/toy")).canonical
+    assert Dataset.open(find_dataset("~nobody-here/toy")).canonical
     assert "no such file or folder" in told(TOY, toy, "--source", "~nobody-there/toy.txt")
 
 
@@ -841,7 +841,6 @@ def change(path: Path) -> None:
     [
         (Path.unlink, "missing"),
         (lambda path: path.write_bytes(b""), "empty, 0 bytes, meta.json expects 10,000"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "9,999 bytes, an odd number, expected 10,000"),
         (shorten, "cut short, 9,998 bytes, meta.json expects 10,000"),
         (lambda path: path.write_bytes(path.read_bytes() * 2), "too long"),
         (change, "its SHA-256 is .* meta.json expects .*: changed, or of another data set"),
@@ -920,15 +919,15 @@ def test_an_unprepared_folder_is_refused_with_the_command_that_prepares_it(tmp_p
 
 
 def test_data_sets_are_found_by_name_or_path_with_a_hint_for_a_misspelt_one(tmp_path):
-    assert [find(name) for name in NAMES] == [ROOT / "data" / name for name in NAMES]
-    assert find(str(tmp_path)) == tmp_path
+    assert [find_dataset(name) for name in NAMES] == [ROOT / "data" / name for name in NAMES]
+    assert find_dataset(str(tmp_path)) == tmp_path
     with pytest.raises(DataError, match="did you mean shakespeare_char"):
-        find("shakespere_char")
+        find_dataset("shakespere_char")
     for wrong in ("..", "", "__pycache__", "openwebtext"):
         with pytest.raises(DataError, match="unknown under"):
-            find(wrong)
+            find_dataset(wrong)
     with pytest.raises(DataError, match="no such folder"):
-        find(str(tmp_path / "nothing"))
+        find_dataset(str(tmp_path / "nothing"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
