@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from papers.experiments import SCALES, Comparison, Row
-from report.style import NO_BREAK, Style, row_style
+from report.style import Style, row_style
 from run import records
+
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 class Cell(NamedTuple):
@@ -144,3 +146,22 @@ def add_heading(figure, analysis) -> None:
 
 def block_name(layer) -> str:
     return f"block {layer['block']}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def number(value, digits=3, sign="") -> str:
+    """A number with the minus sign of print, and none on a zero; sign="+" for a plus."""
+    text = f"{value:{sign}.{digits}f}"
+    return (text if float(text) else f"{0:.{digits}f}").replace("-", "−")
+
+
+def percent(share, digits=0) -> str:
+    return f"{number(100 * share, digits)}%"
+
+
+def interval_text(low, high, digits=3, sign="") -> str:
+    """' [0.010, 0.030]'; empty where one seed gives no interval."""
+    return "" if low is None else f" [{number(low, digits, sign)}, {number(high, digits, sign)}]"

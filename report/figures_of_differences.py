@@ -12,29 +12,21 @@ import math
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from papers.experiments import MEASURES, Comparison
-from report.captions import baseline_label, caption_of_table, cells_of, note_of_times, unit_of
-from report.style import (
-    BOUND,
-    ERROR_BARS,
-    INK,
-    Drawing,
-    include,
-    interval_text,
+from report.axes import (
     legend_mark,
     new_figure,
-    number,
-    reference_line,
     row_axes,
     row_axis,
     rows_height,
-    styled,
     text_above,
     text_beside,
     whiskers,
+    x_axis,
 )
+from report.captions import baseline_label, caption_of_table, cells_of, interval_text, note_of_times, number, unit_of
+from report.style import BOUND, ERROR_BARS, INK, ZERO, Drawing, styled
 from report.verdicts import effect_of
 from support.intervals import Effect
 from support.palette import BLUE, ORANGE, VERMILION
@@ -81,7 +73,7 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
     figure = new_figure(1.2 + rows_height(labels))
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, measure in zip(panels, shown):
-        reference_line(panel, 1)
+        panel.axvline(1, **ZERO)
         for y, cell in enumerate(cells):
             key = cell.row.name, measure
             if key in theirs:
@@ -90,10 +82,7 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
                 bars = {"xerr": whiskers(*effect[:3]), **ERROR_BARS}
                 panel.errorbar(effect.mean, y, **bars, **cell.style.mark, markersize=6)
                 text_beside(panel, number(effect.mean), y)
-        panel.set_xlabel(RATIOS[measure][0])
-        panel.margins(x=0.1)
-        include(panel, 0.9, 1.1)
-        panel.xaxis.set_major_locator(MaxNLocator(4))
+        x_axis(panel, RATIOS[measure][0], ticks=4, margin=0.1, reach=(0.9, 1.1))  # a small difference looks small
     row_axes(panels, labels)
     has_published = any((cell.row.name, measure) in theirs for cell in cells for measure in shown)
     if has_published:
@@ -129,7 +118,7 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
     labels = [cell.label for cell in cells]
     figure = new_figure(1.5 + rows_height(labels, least=0.55))
     axes = figure.subplots()
-    reference_line(axes)
+    axes.axvline(0, **ZERO)
     axes.use_sticky_edges = False  # which would put the longest bar on the edge
     counted = {"facecolor": ORANGE, "edgecolor": INK, "hatch": "////", "linewidth": 0.5}
     for y, (_, model, aux) in enumerate(parts):
@@ -146,8 +135,7 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
         axes.axvline(gap, **BOUND)
         text_above(axes, f"published: {text}{at_their_size}".replace("-", "−"), gap, offset=3 + 13 * place)
     row_axis(axes, labels)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel(f"validation loss minus that of {baseline},\nnats per {unit_of(cells)}")
+    x_axis(axes, f"validation loss minus that of {baseline},\nnats per {unit_of(cells)}", ticks=6)
     handles = [Patch(color=BLUE), Patch(**counted), legend_mark(**MEASURED)]
     names = ["the model's own", "auxiliary loss counted in", "sum"]
     figure.legend(handles, names, loc="outside lower center", ncols=3)
@@ -244,7 +232,7 @@ def differences(comparison: Comparison) -> Drawing | None:
     measure, labels = MEASURES["clean"], [cell.label for cell in cells]
     figure = new_figure(1.15 + rows_height(labels))
     axes = figure.subplots()
-    reference_line(axes)
+    axes.axvline(0, **ZERO)
     spoken, handles = [], []
     for y, cell in enumerate(cells):
         if pair := published_pair(comparison, cell.row, "paper"):
@@ -256,9 +244,7 @@ def differences(comparison: Comparison) -> Drawing | None:
         text_beside(axes, text, y)
         spoken.append(f"{cell.label} {text}")
     row_axis(axes, labels)
-    axes.margins(x=0.08)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel(f"{measure.heading}, minus baseline's, {measure.unit}\n(left of 0: better)")
+    x_axis(axes, f"{measure.heading}, minus baseline's, {measure.unit}\n(left of 0: better)", ticks=5, margin=0.08)
     if handles:
         figure.legend(handles, ["published"], loc="outside upper right")
     caption = caption_of_table(

@@ -7,36 +7,25 @@ Dense rows are left out, and so are runs without the numbers of a picture. Pictu
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 
-from matplotlib.ticker import MaxNLocator
-
 from analysis import analyses
 from analysis.analyses import TOPIC
-from report.captions import Cell, caption_of_rows, cells_of
-from report.figures_of_run import INTERVENTIONS
-from report.style import (
-    BOUND,
-    CHANCE,
-    CONTROL,
-    INK,
-    ONE_SEED,
-    Drawing,
-    include,
+from report.axes import (
     legend_below,
     legend_mark,
     new_figure,
-    number,
-    reference_line,
     row_axes,
     rows_height,
-    styled,
     text_above,
     text_beside,
     updates_axis,
+    x_axis,
 )
+from report.captions import Cell, caption_of_rows, cells_of, number
+from report.figures_of_run import INTERVENTIONS
+from report.style import BOUND, CHANCE, CONTROL, INK, ONE_SEED, ZERO, Drawing, styled
 from run import records
 
 MEAN_SIZE = 6.5  # points, the mark of a mean over seeds
@@ -134,7 +123,7 @@ def information_by_row(comparison) -> Drawing | None:
     figure, panels = panels_of_rows(cells, len(asked))
     spoken = [[] for _ in cells]
     for panel, (title, names) in zip(panels, asked.items()):
-        reference_line(panel)
+        panel.axvline(0, **ZERO)
         for texts, mean in zip(spoken, draw_seeds(panel, cells, explained_percent(names), -0.12)):
             if mean is not None:
                 texts.append(f"{title.replace(chr(10), ' ')} {number(mean, 1)}%")
@@ -142,10 +131,7 @@ def information_by_row(comparison) -> Drawing | None:
             if values := seed_values(cell, frozen_percent(names)):
                 panel.plot(statistics.fmean(values), y + 0.2, **CONTROL)
         panel.set_title(title)
-        panel.set_xlabel("% of H(expert)")
-        panel.margins(x=0.1)
-        include(panel, 0, -math.inf)
-        panel.xaxis.set_major_locator(MaxNLocator(3))
+        x_axis(panel, "% of H(expert)", ticks=3, margin=0.1, reach=(0, 0))
     mark = {"color": INK, "marker": "o", "linestyle": ""}
     handles = [legend_mark(**mark, markersize=MEAN_SIZE), legend_mark(**mark | ONE_SEED), legend_mark(**CONTROL)]
     legend_below(figure, handles, ["mean", "one seed", "random router instead"], grow=True)
@@ -227,15 +213,12 @@ def ablation_by_row(comparison) -> Drawing | None:
     spoken = [[] for _ in cells]
     for panel, key in zip(panels, shown):
         _, name = INTERVENTIONS[key]
-        reference_line(panel)
+        panel.axvline(0, **ZERO)
         for texts, mean in zip(spoken, draw_seeds(panel, cells, analyses.ablated(key))):
             if mean is not None:
                 texts.append(f"{name} {number(mean, 3, '+')}")
         panel.set_title(name)
-        panel.set_xlabel("nats")
-        panel.margins(x=0.15)
-        include(panel, -0.01, 0.01)
-        panel.xaxis.set_major_locator(MaxNLocator(2))
+        x_axis(panel, "nats", ticks=2, margin=0.15, reach=(-0.01, 0.01))  # a small cost looks small
     what = "; ".join(f"{short}: {label}" for label, short in (INTERVENTIONS[key] for key in shown))
     caption = caption_of_rows(
         comparison,

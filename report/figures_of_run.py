@@ -15,35 +15,23 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from analysis import analyses
-from report.captions import add_heading, block_name, caption_of_run
-from report.figures_of_specialisation import expert_map, information_bars
-from report.style import (
-    BOUND,
-    CHANCE,
-    CONTROL,
-    ERROR_BARS,
-    INK,
-    SMALL,
-    Drawing,
+from report.axes import (
     block_panels,
-    expert_styles,
-    interval_text,
     legend_below,
     legend_height,
     legend_mark,
     new_figure,
-    number,
-    percent,
-    reference_line,
     row_axis,
-    row_style,
     rows_height,
     rows_of_panels,
-    styled,
     text_beside,
     updates_axis,
     whiskers,
+    x_axis,
 )
+from report.captions import add_heading, block_name, caption_of_run, interval_text, number, percent
+from report.figures_of_specialisation import expert_map, information_bars
+from report.style import BOUND, CHANCE, CONTROL, ERROR_BARS, INK, SMALL, ZERO, Drawing, expert_styles, row_style, styled
 from run import records
 from support.palette import BLUE, GREEN, VERMILION
 
@@ -270,14 +258,12 @@ def draw_removals(figure, removed, names) -> None:
 
 def draw_interventions(figure, costs) -> None:
     axes = figure.subplots()
-    reference_line(axes)
+    axes.axvline(0, **ZERO)
     for y, cost in enumerate(costs.values()):
         axes.errorbar(cost["nats"], y, xerr=cost["se"], color=BLUE, marker="o", markersize=6, **ERROR_BARS)
         text_beside(axes, number(cost["nats"], 3, "+") + ("" if cost["se"] is None else f" ± {cost['se']:.3f}"), y)
     row_axis(axes, list(costs))
-    axes.margins(x=0.06)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("cost in all layers at once, nats per character")
+    x_axis(axes, "cost in all layers at once, nats per character", ticks=5, margin=0.06)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +323,7 @@ def gradient_cosines(analysis) -> Drawing | None:
 
 def draw_router_cosines(axes, pulls) -> dict:
     """-> {label: handle}"""
-    reference_line(axes)
+    axes.axvline(0, **ZERO)
     axes.use_sticky_edges = False  # which would put the widest bar on the edge
     handles = {"router": legend_mark(**ROUTER, linestyle="")}
     for y, one in enumerate(pulls):
@@ -348,15 +334,13 @@ def draw_router_cosines(axes, pulls) -> dict:
                 handles[f"chance, {name}"] = Patch(**look)
         axes.errorbar(one["cosine"], y, xerr=whiskers(one["cosine"], one["low"], one["high"]), **ROUTER, **ERROR_BARS)
     row_axis(axes, [block_name(one) for one in pulls])
-    axes.margins(x=0.08)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("router's cosine: cross-entropy\nand balancing loss")
+    x_axis(axes, "router's cosine: cross-entropy\nand balancing loss", ticks=5, margin=0.08)
     return handles
 
 
 def draw_token_cosines(axes, blocks) -> dict:
     """-> {label: handle}"""
-    reference_line(axes)
+    axes.axvline(0, **ZERO)
     handles = {}
     for y, one in enumerate(blocks):
         mean, (name, look) = one["mean"], TOKENS[one["kind"]]
@@ -366,10 +350,8 @@ def draw_token_cosines(axes, blocks) -> dict:
             axes.plot(mean["chance"]["mean"], y, **CONTROL)
             handles["chance, errors"] = legend_mark(**CONTROL)
     row_axis(axes, [block_name(one) for one in blocks])
-    axes.margins(x=0.08)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    x_axis(axes, "cosine of two characters' gradients", ticks=4, margin=0.08)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
-    axes.set_xlabel("cosine of two characters' gradients")
     return handles
 
 

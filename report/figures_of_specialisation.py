@@ -15,24 +15,18 @@ from matplotlib.path import Path
 from matplotlib.transforms import ScaledTranslation
 
 from analysis.analyses import TOPIC, net
-from report.captions import add_heading, block_name, caption_of_run
-from report.style import (
-    CONTROL,
-    INK,
-    SMALL,
+from report.axes import (
     WIDTH,
-    Drawing,
     block_panels,
     legend_below,
     legend_height,
     legend_mark,
     new_figure,
-    number,
-    percent,
     row_axis,
     rows_of_panels,
-    styled,
 )
+from report.captions import add_heading, block_name, caption_of_run, number, percent
+from report.style import CONTROL, INK, SMALL, Drawing, styled
 from run import records
 from support.palette import SKY, VERMILION
 

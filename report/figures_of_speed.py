@@ -10,21 +10,9 @@ from __future__ import annotations
 
 import math
 
-from report.style import (
-    ERROR_BARS,
-    INK,
-    Drawing,
-    number,
-    panels_of,
-    reference_line,
-    row_axis,
-    row_style,
-    rows_height,
-    styled,
-    text_above,
-    text_beside,
-    whiskers,
-)
+from report.axes import panels_of, row_axis, rows_height, text_above, text_beside, whiskers
+from report.captions import number
+from report.style import ERROR_BARS, INK, ZERO, Drawing, row_style, styled
 from run import records
 from speed import bench_records
 
@@ -131,7 +119,7 @@ def ratio_axis(axes, ratios) -> None:
     low, high = low / margin, high * margin
     inside = [[tick for tick in ticks if low <= tick <= high] for ticks in RATIO_TICKS]
     ticks = next((ticks for ticks in inside if len(ticks) <= MOST_TICKS), inside[-1])
-    reference_line(axes, 1)
+    axes.axvline(1, **ZERO)
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

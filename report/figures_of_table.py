@@ -17,22 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from papers.experiments import MEASURES, Comparison
-from report.captions import caption_of_table, cells_of, exclusive, note_of_times, unit_of
-from report.style import (
-    ERROR_BARS,
-    INK,
-    ONE_SEED,
-    Drawing,
-    bits_axis,
-    legend_in,
-    legend_mark,
-    new_figure,
-    number,
-    panels_of,
-    row_style,
-    styled,
-    thousands,
-)
+from report.axes import bits_axis, legend_in, legend_mark, new_figure, panels_of, thousands, x_axis
+from report.captions import caption_of_table, cells_of, exclusive, note_of_times, number, unit_of
+from report.style import ERROR_BARS, INK, ONE_SEED, Drawing, row_style, styled
 
 EARLY = 0.1  # of a run's steps: losses before do not widen the axis
 
@@ -99,9 +86,8 @@ def loss_curves(comparison: Comparison) -> Drawing | None:
         if by_clock:
             draw_curve(panels[2], by_clock.seconds, by_clock, cell.style)
     for panel, name in zip(panels, names):
-        panel.set_xlabel(name)
+        x_axis(panel, name, ticks=5)
         panel.set_xlim(left=0)
-        panel.xaxis.set_major_locator(MaxNLocator(5))
     panels[0].xaxis.set_major_formatter(thousands)
     panels[0].set_ylim(loss_limits((curve.steps, edge) for curve in curves for edge in (curve.low, curve.high)))
     for panel in panels[::2]:
@@ -174,8 +160,7 @@ def loss_against_cost(comparison: Comparison) -> Drawing | None:
     figure, panels, corner = panels_of(len(names))
     for panel, (measure, name) in zip(panels, names.items()):
         draw_cost(panel, comparison, cells, measure)
-        panel.set_xlabel(name)
-        panel.xaxis.set_major_locator(MaxNLocator(5))
+        x_axis(panel, name, ticks=5)
     for panel in panels[::2]:
         panel.set_ylabel(f"best validation loss,\nnats per {unit_of(cells)}")
     handles = [legend_mark(**cell.style.mark, markersize=6) for cell in cells]
