@@ -32,7 +32,7 @@ from analysis.analyses import CONTEXT, SYNTAX, TOPIC
 from analysis.annotation import annotate, class_of, name_of
 from data.common import DataError, Dataset, find_dataset
 from model import IGNORED
-from report import figures, figures_of_run
+from report import figures_of_run, style
 from routing import balanced_table, mix
 from run import records, run_folder
 from run.checkpoint import CheckpointError
@@ -542,7 +542,7 @@ def write(folder, analysis, options):
     files.write_atomically(folder / "analysis.json", text.encode())
     drawings = figures_of_run.of_run(analysis)
     for name, drawing in drawings.items():
-        files.write_atomically(folder / f"analysis_{name}.svg", figures.svg(drawing.figure).encode())
+        files.write_atomically(folder / f"analysis_{name}.svg", style.svg(drawing.figure).encode())
     said = f"  wrote {os.path.relpath(folder)}/analysis.json and analysis_{{{','.join(drawings)}}}.svg"
     if options.results:
         kept = Path(options.results) / records.ANALYSIS / f"{folder.resolve().name}.json"
