@@ -28,8 +28,7 @@ from tqdm import tqdm
 
 import moe
 from analysis import ablation, analyses, gradients, information, probe
-from analysis.analyses import CONTEXT, SYNTAX, TOPIC
-from analysis.annotation import annotate, class_of, name_of
+from analysis.annotation import CONTEXT, SYNTAX, TOPIC, annotate, class_of, name_of
 from data.common import DataError, Dataset, find
 from model import IGNORED
 from report import figures, figures_of_run

@@ -13,17 +13,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from analysis.annotation import CONTEXT, SYNTAX, TOPIC
 from run import records
 from run.records import COMMIT, COUNT, FLAG, LINE, LOSS_NUMBER, NUMBER, OBJECT, SHARE, SIGNED, TEXT
 
 FORMAT = "charmoe analysis 1"
 WAY_OUT = "run analyze.py on the run again"
-
-# Annotations, see annotation.py: what a character is in its word and line, what stands before it, what the text is
-# about there.
-SYNTAX = ("class", "place in the word", "place in the line")
-CONTEXT = ("previous character", "previous two", "previous three")
-TOPIC = ("speaker", "play", "article", "passage")
 
 MEASURED = {  # of information.measured
     "nats": SIGNED,

@@ -17,10 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analysis.analyses import CONTEXT
 from analysis.information import dense
-from data.common import character_class
-from run.records import CLASSES
+from data.characters import CLASSES, character_class
+
+# Names of annotations. SYNTAX: a character's place in its word and line. CONTEXT: the characters before it. TOPIC: what
+# the text is about at that place.
+SYNTAX = ("class", "place in the word", "place in the line")
+CONTEXT = ("previous character", "previous two", "previous three")
+TOPIC = ("speaker", "play", "article", "passage")
 
 BANDS = ("commonest quarter", "second quarter", "third quarter", "rarest quarter")
 PLACES_IN_WORD = ("no letter", "first letter", "second letter", "third letter", "fourth letter", "fifth or later")

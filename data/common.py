@@ -168,21 +168,6 @@ class Vocabulary:
         return text if len(start) == self.size else text + "…"
 
 
-def character_class(symbol: str | int) -> str:
-    """vowel, consonant, capital, digit, space, newline, punctuation or other (bytes above 127 among them)."""
-    character = chr(symbol) if isinstance(symbol, int) else symbol
-    if not character.isascii():
-        return "other"
-    if character.isupper():
-        return "capital"
-    if character.isalpha():
-        return "vowel" if character in "aeiou" else "consonant"
-    if character.isdigit():
-        return "digit"
-    blank = {"\n": "newline", " ": "space"}
-    return blank.get(character) or ("punctuation" if character.isprintable() else "other")
-
-
 def _is_symbol(symbol: object, unit: str) -> bool:
     if unit == CHARACTER:  # and no half of one, which no text has
         return isinstance(symbol, str) and len(symbol) == 1 and is_utf8(symbol)

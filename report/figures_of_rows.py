@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis import analyses
-from analysis.analyses import TOPIC
+from analysis.annotation import TOPIC
 from report.figures import (
     INK,
     NO_BREAK,

@@ -22,7 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from analysis import analyses
-from analysis.analyses import TOPIC, net
+from analysis.analyses import net
+from analysis.annotation import TOPIC
 from report.figures import (
     COLOURS,
     ERROR_BARS,
@@ -167,7 +168,7 @@ def updates(axes, last) -> None:
 
 
 def class_of_name(name: str) -> str:
-    """The class of a symbol that annotation.name_of called so, as data.common.character_class has it."""
+    """The class of a symbol that annotation.name_of called so, as data.characters.character_class has it."""
     if name in ("newline", "space"):
         return name
     if len(name) > 1 or not name.isascii():  # tab, byte 0xC3, U+0301

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+from data.characters import CLASSES
 from run.settings import Config
 from support.files import ROOT, is_utf8, one_line, read_json, shown
 from support.options import ConfigError, nearest
@@ -78,7 +79,6 @@ FITS = {
     COMMIT: lambda value: type(value) is str and re.fullmatch("[0-9a-f]{40,64}", value),
 }
 KINDS_OF_PARAMETERS = ("embedding", "attention", "mlp", "router", "experts", "norm")
-CLASSES = ("vowel", "consonant", "capital", "digit", "space", "newline", "punctuation", "other")  # of characters
 # {name: kind} is an object, where "name?" may be missing; [kind] is a list of it; (kind, None) is it or null.
 LOSS = {"nats": LOSS_NUMBER, "bpc": LOSS_NUMBER}
 LOSS_AT_STEP = {**LOSS, "step": COUNT}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import analyses, annotation
+from analysis import annotation
 from analysis.annotation import annotate
 from data.common import Vocabulary
 
@@ -54,9 +54,9 @@ def test_every_character_has_a_label_and_every_label_a_name(text, unit):
 
 def test_the_order_is_fixed_and_what_makes_no_sense_is_left_out():
     own = ["character", "class", "frequency band", "place in the word"]
-    assert list(annotated("only words")) == [*own, *analyses.CONTEXT, "passage"]
-    assert list(annotated(SCENE)) == [*own, "place in the line", *analyses.CONTEXT, "speaker", "passage"]
-    both = {*analyses.SYNTAX, *analyses.CONTEXT, *analyses.TOPIC, *own}
+    assert list(annotated("only words")) == [*own, *annotation.CONTEXT, "passage"]
+    assert list(annotated(SCENE)) == [*own, "place in the line", *annotation.CONTEXT, "speaker", "passage"]
+    both = {*annotation.SYNTAX, *annotation.CONTEXT, *annotation.TOPIC, *own}
     assert set(annotated(SCENE)) | {"play", "article"} == both
 
 
@@ -131,9 +131,9 @@ def test_what_syntax_and_context_say_of_a_character_does_not_depend_on_what_foll
     vocabulary = vocabulary_of(text, "character")
     ids_N, counts_V = vocabulary.encode(text), np.ones(vocabulary.size)
     whole, part = (annotate(ids, vocabulary, counts_V) for ids in (ids_N, ids_N[:length]))
-    for name in set(part) - set(analyses.TOPIC):
+    for name in set(part) - set(annotation.TOPIC):
         whole_N, part_N = whole[name].labels[:length], part[name].labels
-        if name in analyses.CONTEXT:  # whose codes are dense: the same partition
+        if name in annotation.CONTEXT:  # whose codes are dense: the same partition
             whole_N, part_N = (np.unique(of, return_inverse=True)[1] for of in (whole_N, part_N))
         assert np.array_equal(whole_N, part_N), name
 
@@ -148,7 +148,7 @@ def partition(keys):
 
 
 @pytest.mark.parametrize("context", [None, 1, 3, 7, 100])
-@pytest.mark.parametrize("n, name", list(enumerate(analyses.CONTEXT, start=1)))
+@pytest.mark.parametrize("n, name", list(enumerate(annotation.CONTEXT, start=1)))
 @pytest.mark.parametrize("unit", ["character", "byte"])
 def test_contexts_are_the_symbols_before_within_the_window(unit, n, name, context):
     text = "abracadabra, é bébé, abracadabra"
