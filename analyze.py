@@ -32,7 +32,7 @@ from analysis.annotation import CONTEXT, SYNTAX, TOPIC, annotate, class_of, name
 from data.common import DataError, Dataset, find
 from model import IGNORED
 from report import figures, figures_of_run
-from routing import balanced_table, mix
+from routing import hash_table, mix
 from run import records, run_folder
 from run.checkpoint import CheckpointError
 from run.evaluate import drop_rate_by_class
@@ -224,7 +224,8 @@ def layers_of(subject, seen):
     for number, (block, layer) in enumerate(zip(config.moe_layers, model.moe_layers())):
         n_expert = layer.config.n_expert
         chosen_N, character_N = seen.first[number], subject.about["character"].labels
-        tables = [hash_table(subject, block, n_expert, draw)[subject.ids_N] for draw in range(DRAWS)]
+        seeds = [mix(subject.seed, block, draw) for draw in range(DRAWS)]
+        tables = [hash_table(subject.counts_V, n_expert, seed).numpy()[subject.ids_N] for seed in seeds]
         load = moe.summarize(seen.stats[number], in_detail=True)
         load |= drop_rate_by_class(seen.stats[number], subject.vocabulary)
         load |= {"effective": float(information.effective_number(np.array(load["load"])))}
@@ -249,13 +250,6 @@ def layers_of(subject, seen):
             }
         )
     return layers
-
-
-def hash_table(subject, block, n_expert, draw):
-    """(V,): a balanced table, symbol -> expert, drawn as HashRouter draws its own."""
-    generator = torch.Generator().manual_seed(mix(subject.seed, block, draw))
-    blur = 1 + 0.2 * torch.rand(subject.vocabulary.size, generator=generator, dtype=torch.float64)
-    return balanced_table(subject.counts_V.cpu(), blur, n_expert).numpy()
 
 
 def counts_of(ids_N, labels_N, n_symbols, n_expert):
