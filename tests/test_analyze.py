@@ -28,6 +28,12 @@ def analysed(words, folder, *options, **changes):
     return analyses.read(folder / "analysis.json")
 
 
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Figures take longer than a tiny analysis, and have tests of their own."""
+    monkeypatch.setattr(analyze.figures_of_run, "of_run", lambda analysis: {})
+
+
 @pytest.fixture(scope="module")
 def learned(words, tmp_path_factory):
     """(folder, analysis) of a learned router with snapshots. To be read only."""
@@ -83,7 +89,7 @@ def test_the_sample_has_an_expert_for_each_character(learned):
     assert {expert for experts in sample["experts"] for expert in experts} <= {0, 1, 2, 3}
 
 
-def test_a_hash_router_is_fully_explained_by_the_character(words, tmp_path):
+def test_a_hash_router_is_fully_explained_by_the_character(words, tmp_path, without_figures):
     analysis = analysed(words, tmp_path / "hash", router="hash", aux_loss="none", **EXPERTS)
     for layer in analysis["layers"]:
         assert layer["entropy_given_character"] == 0
@@ -95,7 +101,7 @@ def test_a_hash_router_is_fully_explained_by_the_character(words, tmp_path):
     assert analyses.unexplained(analysis) == 0
 
 
-def test_a_bigram_hash_router_is_fully_explained_by_two_characters(words, tmp_path):
+def test_a_bigram_hash_router_is_fully_explained_by_two_characters(words, tmp_path, without_figures):
     analysis = analysed(
         words, tmp_path / "ngram", *QUICK[:3], router="ngram_hash", router_ngram=2, aux_loss="none", **EXPERTS
     )
@@ -138,7 +144,7 @@ def check_layers(words, folder, changes):
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
-def test_every_kind_of_layer_is_analysed(words, tmp_path, changes, capsys):
+def test_every_kind_of_layer_is_analysed(words, tmp_path, changes, capsys, without_figures):
     check_layers(words, tmp_path / "run", changes)
     said = capsys.readouterr().out
     assert "No snapshots: train with --save_every=100" in said and " nan" not in said
@@ -158,7 +164,7 @@ def test_every_kind_of_layer_is_analysed(words, tmp_path, changes, capsys):
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
-def test_further_kinds_of_layer_are_analysed(words, tmp_path, changes):
+def test_further_kinds_of_layer_are_analysed(words, tmp_path, changes, without_figures):
     check_layers(words, tmp_path / "run", changes)
 
 
@@ -169,7 +175,7 @@ def test_a_single_expert_has_no_cost_and_no_empty_sentence(words, tmp_path, caps
     assert "  block   load   effective" in said and "cost in nats" not in said and "topic" not in said
 
 
-def test_non_causal_routing_is_marked_with_a_dagger_and_writes_no_text(words, tmp_path, capsys):
+def test_non_causal_routing_is_marked_with_a_dagger_and_writes_no_text(words, tmp_path, capsys, without_figures):
     changes = dict(router="expert_choice", capacity_factor=1.0, aux_loss="none")
     analysis = analysed(words, tmp_path / "run", *FAST, "--characters=1000", **EXPERTS, **changes)
     assert analysis["leaky"] and analysis["sample"] is None
@@ -184,12 +190,14 @@ def test_a_dense_model_has_loss_by_class_and_gradients(words, tmp_path, capsys):
     assert analyses.token_cosine(analysis) is not None and analyses.utilisation(analysis) is None
 
 
-def test_a_sample_of_bytes_has_an_expert_for_each_character(byte_words, tmp_path):
+def test_a_sample_of_bytes_has_an_expert_for_each_character(byte_words, tmp_path, without_figures):
     sample = analysed(byte_words, tmp_path / "run", *QUICK, "--sample_characters=40", **EXPERTS)["sample"]
     assert [len(experts) for experts in sample["experts"]] == [len(sample["text"])] * 2
 
 
-def test_the_best_weights_can_be_analysed_on_part_of_the_text_without_the_slow_parts(learned, tmp_path):
+def test_the_best_weights_can_be_analysed_on_part_of_the_text_without_the_slow_parts(
+    learned, tmp_path, without_figures
+):
     folder = shutil.copytree(learned[0], tmp_path / "run")
     assert analyze.main([str(folder), *QUICK, "--checkpoint=best"]) == 0
     analysis = analyses.read(folder / "analysis.json")
@@ -197,7 +205,7 @@ def test_the_best_weights_can_be_analysed_on_part_of_the_text_without_the_slow_p
     assert (analysis["ablation"], analysis["sample"], analysis["conflicts"]) == (None, None, [])
 
 
-def test_the_same_weights_give_the_same_analysis(learned, tmp_path):
+def test_the_same_weights_give_the_same_analysis(learned, tmp_path, without_figures):
     folder = shutil.copytree(learned[0], tmp_path / "run")
     assert analyze.main([str(folder), *FAST]) == 0
     again = analyses.read(folder / "analysis.json")
@@ -246,7 +254,7 @@ def test_snapshots_of_another_experiment_are_refused(learned, words, tmp_path):
         analyze.main([str(folder), *QUICK])
 
 
-def test_a_bad_folder_does_not_stop_the_others(learned, tmp_path, capsys):
+def test_a_bad_folder_does_not_stop_the_others(learned, tmp_path, capsys, without_figures):
     folder = shutil.copytree(learned[0], tmp_path / "run-s1337")
     (folder / "analysis.json").unlink()
     assert analyze.main([str(tmp_path / "nowhere"), str(folder), *QUICK, f"--results={tmp_path / 'results'}"]) == 1
