@@ -203,12 +203,12 @@ def print_list(states, kept, scale):
     for run, state in states.items():
         line = f"{run.name:<{width}}  {state.kind if state.kind == 'cannot be run' else state}"
         if run in times:
-            line += f", {records.duration(times[run][0])} {times[run][1]}"
+            line += f", {console.duration(times[run][0])} {times[run][1]}"
         elif state.kind in ("cut", "missing"):
             unknown += 1
         print(line)
     print_reasons(states, sys.stdout)
-    left = [records.duration(sum(seconds for seconds, _ in times.values()))] if times else []
+    left = [console.duration(sum(seconds for seconds, _ in times.values()))] if times else []
     left += [f"{how_many(unknown, 'run')} of unknown length"] if unknown else []
     kinds_of_machine = "; ".join(sorted({run.machine for run in states}))
     print(f"{totals(states)}; left: {' and '.join(left) or 'nothing'}, on {kinds_of_machine}")
@@ -425,7 +425,7 @@ def keep_record(run):
     record = records.read(source)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomically(path, source.read_bytes())
-    text = f"{record['clean']['best']['nats']:.4f} nats in {records.duration(record['seconds']['total'])}"
+    text = f"{record['clean']['best']['nats']:.4f} nats in {console.duration(record['seconds']['total'])}"
     return State("finished", f"{text}, kept as {shown_path(path)}", run.config.max_iters)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from analysis.annotation import CONTEXT, SYNTAX, TOPIC
 from run import records
-from run.records import COMMIT, COUNT, FLAG, LINE, LOSS_NUMBER, NUMBER, OBJECT, SHARE, SIGNED, TEXT
+from support import schema
+from support.schema import COMMIT, COUNT, FLAG, LINE, LOSS_NUMBER, NUMBER, OBJECT, SHARE, SIGNED, TEXT
 
 FORMAT = "charmoe analysis 1"
 WAY_OUT = "run analyze.py on the run again"
@@ -91,7 +92,7 @@ def problems(analysis) -> list[str]:
         return [f"expected {OBJECT}"]
     if analysis.get("format") != FORMAT:
         return [records.format_problem(analysis.get("format"), FORMAT)]
-    wrong = list(records.mismatches(analysis, SCHEMA))
+    wrong = list(schema.mismatches(analysis, SCHEMA))
     if wrong:
         return wrong
     config, wrong = records.config_in(analysis["config"], "config")

@@ -23,7 +23,7 @@ from data.common import DataError, find
 from papers import planned_runs
 from papers.experiments import Row, Table
 from run import records
-from support import configurator, machines
+from support import configurator, console, machines
 from support.files import ROOT
 from support.options import ConfigError
 
@@ -287,7 +287,7 @@ def test_no_third_record_joins_two_that_contradict_each_other(place, capfd):
     assert place.main("T", "--seeds=1") == 1
     assert place.names() == ["two-cpu-s1337"]
     told = capfd.readouterr().err
-    assert "records that differ" in told and "cannot be run: one-cpu-s1337: " in told and "left out; keep one" in told
+    assert "different records of one run" in told and "cannot be run: one-cpu-s1337: " in told and "left out; keep one" in told
 
 
 def test_a_run_with_a_misnamed_record_is_not_run_again(place, capfd):
@@ -585,7 +585,7 @@ def test_the_list_shows_states_and_time_left(place, capfd):
     assert lines[0].startswith("one-cpu-s1337  finished: ") and lines[0].endswith("results/T/one-cpu-s1337.json")
     assert lines[1].endswith(" (uncommitted changes)")
     writing = 10 * 500 / 99  # seconds that the record's total does not have in it
-    times = [records.duration((100 + writing) * part) for part in (0.5, 1, 1.5)]
+    times = [console.duration((100 + writing) * part) for part in (0.5, 1, 1.5)]
     assert lines[2] == f"one-cpu-s1338  cut: step 10 of 20, {times[0]} as measured"
     assert lines[3] == f"two-cpu-s1338  missing, {times[1]} by its FLOPs"
     assert lines[4] == f"4 runs: 2 finished, 1 cut, 1 missing; left: {times[2]}, on {place.first_run().machine}"
