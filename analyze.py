@@ -26,7 +26,7 @@ from analysis import ablation, analyses, parts, probe
 from analysis.analysed_run import AnalysedRun
 from analysis.annotation import CONTEXT, TOPIC, name_of
 from data.common import DataError
-from report import figures, figures_of_run
+from report import figures_of_run, style
 from run import records, run_folder
 from support import configurator, console, files, machines
 from support.files import FileError
@@ -230,7 +230,7 @@ def write(folder, analysis, options):
     files.write_atomically(folder / "analysis.json", text.encode())
     drawings = figures_of_run.of_run(analysis)
     for name, drawing in drawings.items():
-        files.write_atomically(folder / f"analysis_{name}.svg", figures.svg(drawing.figure).encode())
+        files.write_atomically(folder / f"analysis_{name}.svg", style.svg(drawing.figure).encode())
     said = f"  wrote {os.path.relpath(folder)}/analysis.json and analysis_{{{','.join(drawings)}}}.svg"
     if options.results:
         kept = Path(options.results) / records.ANALYSIS / f"{folder.resolve().name}.json"

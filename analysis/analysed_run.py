@@ -9,7 +9,7 @@ Shapes: N characters of the text; V vocabulary size.
 import numpy as np
 
 from analysis.annotation import annotate
-from data.common import Dataset, find
+from data.common import Dataset, find_dataset
 from model import IGNORED
 from routing import mix
 from run import run_folder
@@ -70,7 +70,9 @@ class AnalysedRun:
     def _dataset(self, saved):
         """The data set that the run was trained on. CheckpointError where another text has its name now."""
         config = self.config
-        dataset = Dataset.open(find(config.dataset), self.machine.device).train_on_first(config.train_characters)
+        dataset = Dataset.open(find_dataset(config.dataset), self.machine.device).train_on_first(
+            config.train_characters
+        )
         if saved["dataset"] != dataset.describe() or saved["vocabulary"] != dataset.vocabulary.to_dict():
             differing = run_folder.texts(saved["dataset"], dataset.describe())
             raise CheckpointError(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.common import DataError, find, is_prepared
+from data.common import DataError, find_dataset, is_prepared
 from papers.experiments import FIRST_SEED
 from run import checkpoint, records
 from run.records import RecordError
@@ -231,7 +231,7 @@ def data_problem(config):
     """Why train.py could not open its data set, or "". It prepares those with a prepare.py, if config.prepare."""
     dataset = config.dataset
     try:
-        folder = find(dataset)
+        folder = find_dataset(dataset)
     except DataError as error:
         base = dataset.removesuffix("_head")
         if base == dataset:

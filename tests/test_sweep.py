@@ -19,7 +19,7 @@ import pytest
 from conftest import TINY
 
 import sweep
-from data.common import DataError, find
+from data.common import DataError, find_dataset
 from papers import planned_runs
 from papers.experiments import Row, Table
 from run import records
@@ -308,7 +308,7 @@ def test_an_unprepared_data_set_is_reported_and_the_rest_is_run(place, capfd, mo
 
     tables = {"T": table("T", row("head", "enwik8_head"), a_row("one"))}
     monkeypatch.setattr(sweep, "TABLES", tables)
-    monkeypatch.setattr(planned_runs, "find", find)
+    monkeypatch.setattr(planned_runs, "find_dataset", find)
     assert place.main("T", "--seeds=2") == 1
     assert place.names() == ["one-cpu-s1337", "one-cpu-s1338"]
     command = "python data/enwik8/prepare.py --source FILE --allow-partial --out data/enwik8_head"
@@ -320,8 +320,8 @@ def test_with_prepare_false_an_unprepared_data_set_is_reported_and_not_started(p
     (tmp_path / "enwik8").mkdir()
     tables = {"T": table("T", row("large", "enwik8"), a_row("one"))}
     monkeypatch.setattr(sweep, "TABLES", tables)
-    found = lambda dataset: tmp_path / "enwik8" if dataset == "enwik8" else find(dataset)  # noqa: E731
-    monkeypatch.setattr(planned_runs, "find", found)
+    found = lambda dataset: tmp_path / "enwik8" if dataset == "enwik8" else find_dataset(dataset)  # noqa: E731
+    monkeypatch.setattr(planned_runs, "find_dataset", found)
     assert place.main("T", "--seeds=1", "--prepare=False") == 1
     assert place.names() == ["one-cpu-s1337"]
     assert "large-cpu-s1337: enwik8 is not prepared, and --prepare=False was given" in capfd.readouterr().err
