@@ -240,7 +240,7 @@ def is_clean(record) -> bool:
 
 
 def machine_of(record) -> str:
-    """Hardware and software, in one line: only runs with the same line are compared.
+    """Hardware and software, in one line. Only runs with the same line are compared.
 
     "AMD EPYC, 1 core, 1 thread, torch 2.13.0+cpu, float32", or "NVIDIA H200, torch 2.11.0+cu128, bfloat16, compiled,
     masked backend". An MoE model's backend is named unless it was chosen automatically. Also for records without a
@@ -298,7 +298,7 @@ def config_in(values, origin) -> tuple[Config | None, list[str]]:
 
 
 def contradictions(record, config) -> Iterator[str]:
-    """What a record says of itself and its config or its evaluations say otherwise, a line each."""
+    """Where a record's summary is not what its config and its evaluations make it, a line each."""
     evaluations, test = record["evaluations"], record["test"]
     steps = [line["step"] for line in evaluations]
     if [*steps[:1], *steps[-1:]] != [0, config.max_iters] or not all(a < b for a, b in pairwise(steps)):
