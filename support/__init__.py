@@ -1,4 +1,4 @@
-"""What any program of this kind needs: config parsing, careful files, schemas of JSON, the machine, exit codes and more.
+"""What any program of this kind needs: config parsing, careful files, JSON schemas, the machine, exit codes, colours.
 
 Knows no model, no run and no paper, and imports nothing of this project but itself.
 """
