@@ -435,7 +435,7 @@ def main(argv):
             Path(config.json).parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=Path(config.json).parent).close()
 
-    neighbours = machines.Neighbours(machine)
+    neighbours = machines.OtherLoad(machine)
     configs = {name: config_of(name, size, machine, config.seed) for name in names}
     subjects = [Subject(name, MODELS[name][0], configs[name], dataset, machine) for name in names]
     dense = subjects[names.index(bench_records.DENSE)]

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from model import GPT, Decoder
 from run import evaluate, update
+from run.totals import RunningTotals
 from speed import bench_records, decoding
 
 TEMPERATURE, TOP_K = 0.8, 200  # of writing, as sample.py's and the papers'
@@ -54,7 +55,7 @@ class Subject:
             options = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2))
             self.optimizer = torch.optim.AdamW(self.model.parameters(), **options, fused=machine.device.type == "cuda")
         else:
-            self.updater, self.sums = update.Updater(self.model, config, machine), update.Sums()
+            self.updater, self.totals = update.Updater(self.model, config, machine), RunningTotals()
             self.optimizer = self.updater.optimizer
         self.steps_made, self.checks, self.ways_to_write = 0, [], {}
         self.compile_seconds = {"train": None, "decode": None}
@@ -65,9 +66,9 @@ class Subject:
 
     def compile(self):
         """-> why it failed, or None"""
-        compiled = update.compile_model(self.model, *self.batch(0), self.machine)
+        compiled = self.updater.compile(*self.batch(0))
         if not compiled.failure:
-            self.updater.run_model, self.compile_seconds["train"] = compiled.model, compiled.seconds
+            self.compile_seconds["train"] = compiled.seconds
         return compiled.failure
 
     def batch(self, step):
@@ -82,7 +83,7 @@ class Subject:
             self._train_plainly(x, y)
         else:
             self.model.set_step(self.steps_made)
-            self.updater.update(self.steps_made, x, y, self.sums)
+            self.updater.update(self.steps_made, x, y, self.totals)
         self.steps_made += 1
 
     def _train_plainly(self, x, y):
@@ -220,7 +221,7 @@ def check(what, found, plain, exact, dtype):
 def twins(subject):
     """(the subject's model on the reference backend, the same in twice the precision), in eval mode"""
     config, machine = dataclasses.replace(subject.config, moe_backend="reference"), subject.machine
-    with update.undone(subject.model):  # initial weights, drawn and thrown away
+    with update.without_side_effects(subject.model):  # initial weights, drawn and thrown away
         plain = GPT(config, subject.dataset.vocabulary.size)
     plain.load_state_dict(subject.model.state_dict())
     exact = copy.deepcopy(plain).to(torch.float64 if machine.dtype == torch.float32 else torch.float32)
@@ -236,7 +237,7 @@ def check_training(subject):
 
     def gradients(run_model, model, context):
         ids, targets = (rows.to(model.token_embedding.weight.device) for rows in (x, y))
-        with update.undone(model):
+        with update.without_side_effects(model):
             with context:
                 objective = run_model.eval()(ids, targets).objective
             objective.backward()

@@ -106,7 +106,7 @@ def train_tiny(dataset, out_dir, *arguments, **changes):
 
 
 @pytest.fixture(scope="session")
-def processes():
+def forkserver():
     """A context whose processes have torch imported when they begin."""
     context = multiprocessing.get_context("forkserver")
     before = os.environ.get("PYTHONPATH")

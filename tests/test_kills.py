@@ -107,7 +107,7 @@ def child(options, n, is_power_cut, log):
 
 
 @pytest.fixture(scope="module")
-def runner(processes, words, tmp_path_factory):
+def runner(forkserver, words, tmp_path_factory):
     """A function that runs a KIND in a process: to its end, or until it is killed. -> (exit code, moments, seconds)"""
     log = tmp_path_factory.mktemp("logs") / "log"
 
@@ -122,7 +122,7 @@ def runner(processes, words, tmp_path_factory):
         }
         log.write_text("")
         started = time.monotonic()
-        process = processes.Process(target=child, args=(options, n, is_power_cut, log))
+        process = forkserver.Process(target=child, args=(options, n, is_power_cut, log))
         process.start()
         process.join(after)
         if after is not None and process.exitcode is None:

@@ -314,10 +314,10 @@ def child(options, log):
 
 
 @pytest.mark.parametrize("init_from", ["scratch", "auto"])
-def test_of_runs_that_start_at_once_in_one_folder_one_is_made(words, tmp_path, processes, uninterrupted, init_from):
+def test_of_runs_that_start_at_once_in_one_folder_one_is_made(words, tmp_path, forkserver, uninterrupted, init_from):
     options = {**TINY, "dataset": words, "out_dir": tmp_path / "run", "init_from": init_from, **HARD}
     logs = [tmp_path / f"log{i}" for i in range(4)]
-    rivals = [processes.Process(target=child, args=(options, log)) for log in logs]
+    rivals = [forkserver.Process(target=child, args=(options, log)) for log in logs]
     for rival in rivals:
         rival.start()
     for rival in rivals:

@@ -21,7 +21,8 @@ import routing
 import train
 from data.common import DataError, Dataset
 from model import GPT
-from run import checkpoint, evaluate, records, run_folder, update
+from run import checkpoint, evaluate, progress, records, run_folder, update
+from run import dataset as dataset_of_run
 from run.checkpoint import CheckpointError
 from run.settings import Config
 from support import machines
@@ -145,7 +146,7 @@ def test_the_best_is_the_minimum_of_the_evaluations_and_test_is_read_from_it(wor
     config, dataset = Config.from_dict(record["config"]), Dataset.open(words)
     model = GPT(config, dataset.vocabulary.size)
     model.load_state_dict(weights_of(tmp_path / "run", "best.pt"))
-    assert record["test"]["nats"] == evaluate.clean(model, dataset, "test", config, machines.choose("cpu")).nats
+    assert record["test"]["nats"] == evaluate.full_loss(model, dataset, "test", config, machines.choose("cpu")).nats
     assert record["test"]["nats"] < record["clean"]["final"]["nats"] - 0.1
 
 
@@ -326,8 +327,8 @@ def test_a_signal_in_the_last_step_loses_neither_the_step_nor_its_evaluation(wor
 def test_a_signal_during_an_evaluation_stops_at_once_and_it_is_made_again(
     words, tmp_path, uninterrupted, monkeypatch, call
 ):
-    """A run of 20 steps calls evaluate.clean at 0, 10 and 20, and for the test split."""
-    original, calls = evaluate.clean, []
+    """A run of 20 steps calls evaluate.full_loss at 0, 10 and 20, and for the test split."""
+    original, calls = evaluate.full_loss, []
 
     def clean(*arguments):
         calls.append(1)
@@ -335,7 +336,7 @@ def test_a_signal_during_an_evaluation_stops_at_once_and_it_is_made_again(
             os.kill(os.getpid(), signal.SIGINT)
         return original(*arguments)
 
-    monkeypatch.setattr(evaluate, "clean", clean)
+    monkeypatch.setattr(evaluate, "full_loss", clean)
     assert train_tiny(words, tmp_path / "run", **HARD) == 130
     assert len(calls) == call + 1 and not (tmp_path / "run" / "summary.json").exists()
     assert train_tiny(words, tmp_path / "run", init_from="resume", **HARD) == 0
@@ -485,8 +486,8 @@ def test_resume_as_another_experiment_is_refused_naming_each_key(words, dense_ru
 def test_resume_on_another_text_is_refused_and_shows_how_they_differ(words, dense_run, tmp_path, monkeypatch):
     """The same name and vocabulary, but other words: only the SHA-256 can tell the two apart."""
     dataset = prepare_text(tmp_path / "other", english(4500, seed=99))
-    original = train.find
-    monkeypatch.setattr(train, "find", lambda name: dataset if name == str(words) else original(name))
+    original = dataset_of_run.find
+    monkeypatch.setattr(dataset_of_run, "find", lambda name: dataset if name == str(words) else original(name))
     shutil.copytree(dense_run, tmp_path / "run")
     before = contents(tmp_path / "run")
     with pytest.raises(CheckpointError, match="another text") as caught:
@@ -764,7 +765,7 @@ def test_a_save_between_log_points_saves_no_bad_state(words, tmp_path, capsys, p
 @pytest.fixture
 def unprepared(tmp_path, monkeypatch):
     """A function that makes an unprepared data folder of the project, whose prepare.py is `script`."""
-    monkeypatch.setattr(train.machines, "ROOT", tmp_path)
+    monkeypatch.setattr(dataset_of_run, "ROOT", tmp_path)
 
     def make(script):
         folder = tmp_path / "data" / "unprepared"
@@ -911,11 +912,23 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(words, tmp_path, at_
     assert train_tiny(words, tmp_path / "run", init_from="resume") == 0
 
 
-def test_a_run_of_hours_on_a_cpu_is_told_so_once_with_a_way_out(words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "SLOW_SECONDS", 0.0)
-    train_tiny(words, tmp_path / "run")
+@pytest.mark.parametrize("is_small", [False, True], ids=["without cpu.py", "with cpu.py"])
+def test_a_long_run_on_a_cpu_is_told_once_with_the_command_for_cpu_size(words, tmp_path, monkeypatch, capsys, is_small):
+    monkeypatch.setattr(progress, "SLOW_SECONDS", 0.0)
+    overlay = [str(ROOT / "config" / "cpu.py")] if is_small else []
+    train_tiny(words, tmp_path / "run", *overlay, max_iters=30)
     out = capsys.readouterr().out
-    assert out.count("config/cpu.py") == 1 and "this run needs about" in out
+    assert out.count("At this speed the run needs") == 1
+    assert out.count("config/cpu.py") == (0 if is_small else 1)
+
+
+def test_a_config_file_after_cpu_py_that_changes_its_sizes_is_warned_of(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cpu, large = "config/cpu.py", "config/shakespeare_moe4.py"
+    told = progress.overridden_cpu_size(ROOT / "train.py", [cpu, "--seed=2", large])
+    assert f"{large} comes after {cpu}" in told and "n_layer=6" in told and f"train.py {large} {cpu}" in told
+    for words in ([large, cpu], [large], [cpu], [cpu, "--n_layer=6"], []):
+        assert progress.overridden_cpu_size(ROOT / "train.py", words) == ""
 
 
 def test_wandb_that_is_not_installed_is_said_and_not_needed(words, tmp_path, monkeypatch, capsys):
@@ -1037,7 +1050,7 @@ def test_whatever_becomes_of_best_pt_the_test_split_is_read_from_the_best_weight
 
 def test_an_evaluation_is_told_with_both_measures_named():
     line = {"step": 250, "clean": {"nats": 1.5, "bpc": 2.164}, "paper": {"train": 1.25, "val": 1.75}}
-    told = train.evaluation_text(line, tiny(max_iters=2000, eval_iters=7), is_best=True)
+    told = progress.evaluation_text(line, tiny(max_iters=2000, eval_iters=7), is_best=True)
     assert told == (
         "step 250 of 2,000: validation 1.5000 nats, 2.1640 bpc (best so far); 7 batches of train 1.2500 nats"
     )

@@ -15,7 +15,7 @@ from alike import HARD, assert_same_run, lines_of, record_of, weights_of
 from conftest import ROOT, TINY, tiny, train_tiny
 
 from run import checkpoint
-from run.processes import Ranks
+from run.processes import Processes
 from support.options import ConfigError
 
 # One process or two: what is random within a step (dropout, noise) would differ.
@@ -39,7 +39,7 @@ SHARES = {"whole micro-batches": 2, "parts of them": 1}  # gradient_accumulation
 def test_each_sequence_is_one_process_s(count, batch_size, accumulated):
     config = tiny(batch_size=batch_size, gradient_accumulation_steps=accumulated)
     rows = torch.arange(batch_size * accumulated)
-    shares = [Ranks(number, count).own(rows, config) for number in range(count)]
+    shares = [Processes(number, count).own_batches(rows, config) for number in range(count)]
     assert sorted(torch.cat([part for share in shares for part in share]).tolist()) == rows.tolist()
     assert len({tuple(map(len, share)) for share in shares}) == 1  # all do as much
     if accumulated % count == 0:  # and micro-batches stay whole
@@ -57,9 +57,9 @@ def test_each_sequence_is_one_process_s(count, batch_size, accumulated):
 )
 def test_what_cannot_be_shared_out_is_refused(count, changes, words):
     with pytest.raises(ConfigError) as caught:
-        Ranks(0, count).check(tiny(**changes))
+        Processes(0, count).check(tiny(**changes))
     assert len(caught.value.problems) == 1 and all(word in str(caught.value) for word in words)
-    Ranks().check(tiny(**changes))  # alone it is no problem
+    Processes().check(tiny(**changes))  # alone it is no problem
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def child(number, count, port, options, log, dies_at, number_to_raise):
 
 
 @pytest.fixture
-def together(processes, words, tmp_path):
+def together(forkserver, words, tmp_path):
     """A function that runs train.py in `count` processes. -> [(exit code, what it printed) of each]"""
 
     def run(out_dir, count=2, dies=None, at=None, by=signal.SIGTERM, **changes):
@@ -123,7 +123,7 @@ def together(processes, words, tmp_path):
         for number, log in enumerate(logs):
             log.write_text("")
             arguments = (number, count, port, options, log, at if number == dies else None, by)
-            family.append(processes.Process(target=child, args=arguments))
+            family.append(forkserver.Process(target=child, args=arguments))
             family[-1].start()
         for process in family:
             process.join(60)
