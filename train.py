@@ -27,7 +27,7 @@ import torch
 from data.common import DataError
 from model import GPT
 from routing import mix
-from run import evaluate, progress, records
+from run import evaluate, progress, records, screen_report
 from run.dataset import open_dataset, prepare
 from run.processes import Processes, is_lost_connection
 from run.run_folder import RunFolder, check_resumable, difference
@@ -88,7 +88,7 @@ def train(config, argv, machine, processes):
     changed = check_resumable(saved, config, dataset) if saved else []
     if saved and not changed and (folder / "summary.json").exists() and not config.eval_only:
         print(f"{folder} is complete: there is nothing to resume (a larger max_iters would go on).")
-        print(records.report(json.loads((folder / "summary.json").read_text())))
+        print(screen_report.final_report(json.loads((folder / "summary.json").read_text())))
         return 0
 
     # Model, optimiser and counters: new, or as the checkpoint has them.
@@ -325,7 +325,7 @@ class Run:
             record = records.record_of(self.config, self.dataset, self.model, state, test, writing, peak_memory)
             self.folder.complete(record)
             self.screen.bar.close()
-            self.screen.say(records.report(record))
+            self.screen.say(screen_report.final_report(record))
         return 0
 
     def test_loss_of_best(self):

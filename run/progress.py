@@ -15,7 +15,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from run import records
 from run.evaluate import bits
 from support import console, files
 from support.config_files import run_file
@@ -69,10 +68,10 @@ class Screen:
         self.bar.set_postfix_str(numbers, refresh=False)
         if self.slow_hint is not None and step - self.start >= STEPS_TO_TIME:
             if remaining > SLOW_SECONDS:
-                self.say(f"At this speed the run needs {records.duration(remaining)} more. {self.slow_hint}".strip())
+                self.say(f"At this speed the run needs {console.duration(remaining)} more. {self.slow_hint}".strip())
             self.slow_hint = None
         if self.bar.disable and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
-            self.say(f"step {step:,} of {self.bar.total:,}: {numbers}, {records.duration(remaining)} left")
+            self.say(f"step {step:,} of {self.bar.total:,}: {numbers}, {console.duration(remaining)} left")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

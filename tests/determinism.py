@@ -5,7 +5,7 @@
 
 Each variant is trained like the baseline (4 experts, top-1, config/cpu.py, in one process with one thread) but for one
 thing that should not matter, for each of some seeds. The table says how far the weights and the validation loss are
-from the baseline's at the end. README.md ("Determinism") has the table.
+from the baseline's at the end. docs/determinism.md has the table.
 """
 
 import argparse
