@@ -243,7 +243,10 @@ def uninterrupted_by_one(words, tmp_path_factory):
 # SIGTERM: resumed between two log lines; SIGKILL: resumed from an evaluation.
 @pytest.mark.parametrize(
     "first, second, by",
-    [(2, 1, signal.SIGTERM), soaked(1, 2, signal.SIGTERM), (1, 2, signal.SIGKILL), soaked(2, 1, signal.SIGKILL)],
+    [
+        (2, 1, signal.SIGTERM),
+        *(soaked(*case) for case in ((1, 2, signal.SIGTERM), (1, 2, signal.SIGKILL), (2, 1, signal.SIGKILL))),
+    ],
 )
 def test_another_number_of_processes_resumes_a_run(tmp_path, together, uninterrupted_by_one, first, second, by):
     """The sequences are the same; only rounding differs (and noise, where there is any)."""
@@ -269,6 +272,7 @@ def test_a_loss_that_is_not_finite_stops_all(tmp_path, together):
     assert "not finite" in ends[0][1] and ends[1][1] == ""
 
 
+@pytest.mark.soak
 def test_torchrun_starts_a_run(words, tmp_path):
     """The launcher itself, once."""
     options = {**TINY, "dataset": words, "out_dir": tmp_path / "run", "max_iters": 4, "n_expert": 4}
@@ -285,6 +289,7 @@ def test_torchrun_starts_a_run(words, tmp_path):
     assert record_of(tmp_path / "run")["machine"]["processes"] == 2
 
 
+@pytest.mark.soak
 def test_shared_batches_compile_without_a_graph_break(tmp_path, together):
     """The exchange within a forward pass, of batches that are shared."""
     (code, said), _ = together(tmp_path / "run", compile=True, max_iters=2, n_expert=4)
