@@ -9,13 +9,13 @@ import os
 import subprocess
 import sys
 
-from data.common import DataError, Dataset, find, is_prepared
+from data.common import DataError, Dataset, find_dataset, is_prepared
 from support.files import ROOT
 
 
 def prepare(config, say):
     """Make the data set's bins where they are missing and config.prepare allows it. DataError where that fails."""
-    folder = find(config.dataset)
+    folder = find_dataset(config.dataset)
     script = folder / "prepare.py"
     # Only a script of ours is run unasked. Bins without a meta.json are somebody else's: opening them reports that.
     is_ours = folder.parent == ROOT / "data" and script.exists()
@@ -31,7 +31,7 @@ def prepare(config, say):
 
 def open_dataset(config, device):
     """The prepared data set. DataError where a split is shorter than a block."""
-    dataset = Dataset.open(find(config.dataset), device).train_on_first(config.train_characters)
+    dataset = Dataset.open(find_dataset(config.dataset), device).train_on_first(config.train_characters)
     for split in ("train", "val"):
         if dataset.sizes.get(split, 0) <= config.block_size:
             raise DataError(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 import moe
-from data.common import character_class
+from data.characters import character_class
 from model import IGNORED, sample
 from run import records
 from run.processes import ONE_PROCESS

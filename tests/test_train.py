@@ -487,8 +487,8 @@ def test_resume_as_another_experiment_is_refused_naming_each_key(words, dense_ru
 def test_resume_on_another_text_is_refused_and_shows_how_they_differ(words, dense_run, tmp_path, monkeypatch):
     """The same name and vocabulary, but other words: only the SHA-256 can tell the two apart."""
     dataset = prepare_text(tmp_path / "other", english(4500, seed=99))
-    original = dataset_of_run.find
-    monkeypatch.setattr(dataset_of_run, "find", lambda name: dataset if name == str(words) else original(name))
+    original = dataset_of_run.find_dataset
+    monkeypatch.setattr(dataset_of_run, "find_dataset", lambda name: dataset if name == str(words) else original(name))
     shutil.copytree(dense_run, tmp_path / "run")
     before = contents(tmp_path / "run")
     with pytest.raises(CheckpointError, match="another text") as caught:
