@@ -140,9 +140,8 @@ def overridden_cpu_size(script, argv):
     """A warning where a config file after config/cpu.py changes the sizes that it sets; empty otherwise."""
     names = [word for word in argv if word.endswith(".py") and not word.startswith("-")]
     at = next((i for i, name in enumerate(names) if is_cpu_overlay(name)), len(names))
-    small = run_file(CPU_OVERLAY).values
     for name in names[at + 1 :]:
-        values = run_file(Path(os.path.abspath(name))).values
+        small, values = (run_file(path).values for path in (CPU_OVERLAY, Path(os.path.abspath(name))))
         changed = [f"{key}={values[key]}" for key in SIZES if key in values and values[key] != small[key]]
         if changed:
             overlay = names.pop(at)
