@@ -152,7 +152,7 @@ class GPT(nn.Module):
         super().__init__()
         counts = torch.ones(vocab_size, device="cpu") if symbol_counts is None else torch.as_tensor(symbol_counts)
         self.config = config
-        self.whole = moe.these_alone  # in training; ranks.py has another, for processes that share a batch
+        self.batch_mean = moe.these_alone  # in training; Updater sets another for processes that share a batch
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -210,7 +210,7 @@ class GPT(nn.Module):
         n_symbols = self.token_embedding.num_embeddings
         weight_N = (targets.reshape(-1) != IGNORED).to(loss.dtype)
         stats = moe.stats_of_layers(routings, idx, self.config, n_symbols, weight_N)
-        whole = self.whole if self.training else moe.these_alone
+        whole = self.batch_mean if self.training else moe.these_alone
         return Output(logits, loss, moe.aux_losses(routings, self.config, self.aux_loss_coef, whole), stats, routings)
 
     def set_step(self, step):

@@ -44,7 +44,7 @@ from papers.planned_runs import KINDS, Setup, State, from_root, last_logged, rec
 from run import records
 from run.records import RecordError
 from run.settings import Config
-from support import configurator, console, files, machines
+from support import configurator, console, files
 from support.files import ROOT, FileError, shown_path
 from support.options import MACHINE, ConfigError, option, options_of
 
@@ -64,6 +64,8 @@ try:
 except (ValueError, RuntimeError) as error:
     sys.exit(str(error).partition("\\n")[0])
 """
+# In a process of its own as well: importing train loads the code that trains, and not that of tables and sweeps.
+CODE_OF_TRAINING = "import json, train; from support import machines; print(json.dumps(machines.git_state()))"
 
 
 @dataclass(frozen=True)
@@ -321,9 +323,15 @@ def check_can_run(setup):
             raise ConfigError([message]) from None
 
 
+def git_of_training():
+    """machines.git_state() of the code that trains: what the records of the runs will say."""
+    command = [sys.executable, "-c", CODE_OF_TRAINING]
+    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
 def run_all(states, budget_minutes, argv):
     """-> exit code"""
-    dirty = machines.git_state()["dirty"]
+    dirty = git_of_training()["dirty"]
     if dirty is not False:
         why = "There are uncommitted changes" if dirty else "git knows no commit of this code"
         print(f"{why}: records made now are shown in tables, but count in no mean.")

@@ -130,13 +130,16 @@ SCHEMA = {
 }
 
 
-def record_of(config, dataset, model, description, progress, test, writing, peak_memory) -> dict:
-    """description: of `machine.describe`; progress: train.py's, at the end of the run; test: an `evaluate.Clean`, or
-    None without a test split; writing: {"speeds": of `evaluate.inference_speed`, "seconds": that it took, "others": of
-    `machine.Neighbours` meanwhile}; peak_memory: bytes, None where it is not known."""
-    evaluations = progress["evaluations"]
+def record_of(config, dataset, model, state, test, writing, peak_memory) -> dict:
+    """The record of a complete run.
+
+    state: its `state.TrainingState`; test: an `evaluate.FullLoss`, or None without a test split; writing: {"speeds": of
+    `evaluate.inference_speed`, "seconds": that it took, "others": `machines.OtherLoad` meanwhile}; peak_memory: bytes,
+    None where it is not known.
+    """
+    evaluations, description = state.evaluations, state.machine
     said = derived(config, evaluations)
-    seconds, others = progress["seconds"], progress["others"]
+    seconds, others = state.seconds, state.others
     share = cpu_share(others, seconds["total"], description)
     speeds, share_of_writing = writing["speeds"], cpu_share(writing["others"], writing["seconds"], description)
     device_type = description["device_type"]
@@ -147,15 +150,15 @@ def record_of(config, dataset, model, description, progress, test, writing, peak
         "dataset": dataset.describe(),
         "parameters": model.count_parameters(),
         "training_flops_per_token": model.flops_per_token(),
-        "git": progress["git"],
+        "git": state.git,
         "machine": description,
         "others": {"cpu_share": share, "device_bytes": others["device_bytes"]},
         "exclusive": is_exclusive(device_type, share, others["device_bytes"]),
-        "resumed": progress["resumed"],
+        "resumed": state.resumed,
         "epochs": said["tokens"] / dataset.sizes["train"],
         "test": None if test is None else {"nats": test.nats, "bpc": test.bpc, "step": said["clean"]["best"]["step"]},
         "seconds": seconds,
-        "median_step_ms": statistics.median(progress["step_ms"]),
+        "median_step_ms": statistics.median(state.step_ms),
         "tokens_per_second": said["tokens"] / seconds["train"],
         "inference": {
             "samples": len(speeds),

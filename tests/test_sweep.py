@@ -138,6 +138,7 @@ def place(tmp_path, words, dense_run, monkeypatch):
     shutil.copy(dense_run / "summary.json", tmp_path / "record.json")
     machine = json.loads((tmp_path / "record.json").read_text())["machine"]
     monkeypatch.setattr(sweep, "machine_here", lambda changes: machine)
+    monkeypatch.setattr(sweep, "git_of_training", lambda: {"commit": "0" * 40, "dirty": False})
     return Place(tmp_path)
 
 
@@ -225,7 +226,8 @@ def test_several_tables_get_a_seed_of_every_row_before_the_next_seed(place, capf
     [(True, "There are uncommitted changes: "), (None, "git knows no commit of this code: "), (False, "")],
 )
 def test_uncommitted_code_is_reported_before_runs_are_made(place, monkeypatch, capfd, dirty, told):
-    monkeypatch.setattr(machines, "git_state", lambda: {"commit": None if dirty is None else "0" * 40, "dirty": dirty})
+    git = {"commit": None if dirty is None else "0" * 40, "dirty": dirty}
+    monkeypatch.setattr(sweep, "git_of_training", lambda: git)
     assert place.main("T", "--seeds=1") == 0
     shown = capfd.readouterr().out
     assert told in shown and ("count in no mean" in shown) == bool(told)
