@@ -1,4 +1,4 @@
-"""Run what is missing of tables of experiments.py: every row with every seed, on this machine.
+"""Run what is missing of tables of papers/: every row with every seed, on this machine.
 
     python sweep.py B                           5 seeds; at the papers' size on a GPU, else CPU size
     python sweep.py B A C --budget_minutes=60   these tables, for an hour; the same command goes on
@@ -41,7 +41,8 @@ from tqdm import tqdm
 
 import model
 from data.common import DataError, find, is_prepared
-from papers.experiments import FIRST_SEED, SCALES, SEEDS_FOR_A_VERDICT, TABLES
+from papers import TABLES
+from papers.table import FIRST_SEED, SCALES, SEEDS_FOR_A_VERDICT
 from run import checkpoint, records
 from run.records import RecordError
 from run.settings import Config

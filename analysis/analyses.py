@@ -3,7 +3,7 @@
     analysis = read("out/shakespeare_moe4-cpu-s1337/analysis.json")    # or RecordError
     analyses, left_out = read_all("results")                           # results/analysis/ROW-sSEED.json
 
-An analysis names its run, its machine and its code like a record does, so that experiments.gather finds its cell.
+An analysis names its run, its machine and its code like a record does, so that papers.table.gather finds its cell.
 Losses, costs and informations are nats; a share is one of H(expert), the entropy of the layer's own load. Nothing here
 needs torch.
 """

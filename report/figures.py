@@ -30,7 +30,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from papers.experiments import MEASURES, SCALES, Comparison, Row
+from papers.measures import MEASURES
+from papers.table import SCALES, Comparison, Row
 from report.verdicts import effect_of
 from support.intervals import Effect
 

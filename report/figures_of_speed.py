@@ -22,6 +22,7 @@ from report.figures import (
     rows_height,
     styled,
 )
+from report.speed_cells import PUBLISHED, about, published_ratios
 from run import records
 from speed import bench_records
 
@@ -67,11 +68,11 @@ def relative_time(bench: dict) -> Drawing | None:
         "of one update, and of one step of decoding, which gives each sequence a character. Logarithmic axes.",
         f"Mark: median of n = {n} pairs that were timed in turn; whisker: their 10th to 90th "
         "percentile." + (" Arrow: beyond the axis." if beyond else ""),
-        f"Grey: the MoE variants of {bench_records.PUBLISHED.source}, for the papers' size and machine; their "
+        f"Grey: the MoE variants of {PUBLISHED.source}, for the papers' size and machine; their "
         "inference is eager, one text at a time, without a cache.",
         *bench_records.note_of_references(bench),
         *bench_records.doubts(bench),
-        f"{bench_records.about(bench)}; {records.machine_of(bench)}.",
+        f"{about(bench)}; {records.machine_of(bench)}.",
     ]
     spoken = []
     for label, name in zip(labels, names):
@@ -95,8 +96,8 @@ def edges_of(found, task) -> list[float]:
 def published_times(task) -> list[float]:
     """MoE over baseline, of the paper that prints times."""
     if task == "train":
-        return list(bench_records.published_ratios("train_seconds").values())
-    return [1 / ratio for ratio in bench_records.published_ratios("inference_speed").values()]
+        return list(published_ratios("train_seconds").values())
+    return [1 / ratio for ratio in published_ratios("inference_speed").values()]
 
 
 def draw_published(axes, ratios) -> None:

@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from papers.experiments import SCALES, TABLES, Row
 from run import records
 from run.records import COMMIT, COUNT, FLAG, LINE, NAME, NUMBER, OBJECT, TEXT, machine_of
 from run.settings import Config
@@ -27,7 +26,6 @@ WAY_OUT = "make it again with bench.py"
 DENSE = "dense"  # what ratios are to
 REFERENCE = "reference"  # dense without what makes it fast, as an eager script runs it; so begin all such models' names
 TASKS = {"train": "training", "prefill": "reading the prompt", "decode": "decoding", "papers": "the papers' protocol"}
-PUBLISHED = TABLES["B"]  # the paper that prints times
 SLACK = 1.25  # between the ratio of a middling pair and what the times of both models leave room for
 # When a number became worse: see slower.
 WORSE_RATIO, WORSE_TIME = 1.10, 1.25
@@ -89,19 +87,6 @@ def batch_sizes(record, task) -> list[int]:
 def inverse(ratio) -> dict:
     """Of speeds, where `ratio` is of times."""
     return {"median": 1 / ratio["median"], "p10": 1 / ratio["p90"], "p90": 1 / ratio["p10"], "n": ratio["n"]}
-
-
-def about(record) -> str:
-    """What was benched, in a line: "CPU size: 4 layers, 128 wide, context 64, commit 0123456"."""
-    size, config, commit = size_title(record), config_of(record["models"][DENSE]), record["git"]["commit"]
-    shape = f"{config.n_layer} layers, {config.n_embd} wide, context {config.block_size}"
-    return f"{size[0].upper()}{size[1:]}: {shape}, " + (f"commit {commit[:7]}" if commit else "commit not known")
-
-
-def size_title(record) -> str:
-    """'CPU size'"""
-    size = record["size"]
-    return SCALES[size].title.partition(":")[0] if size in SCALES else f"size {size}"
 
 
 def doubts(record) -> list[str]:
@@ -168,25 +153,6 @@ def cpu_share(record):
 
 def config_of(model) -> Config:
     return Config.from_dict(model["config"])
-
-
-def published_row(model) -> Row | None:
-    """The row of the paper's table whose model is of this one's kind, if there is one."""
-    ours = kind_of(config_of(model))
-    return next((row for row in PUBLISHED.rows if kind_of(row.config_at("paper")) == ours), None)
-
-
-def kind_of(config):
-    """What tells the rows of the paper's table from each other."""
-    if not config.n_expert:
-        return None
-    return config.n_expert, config.expert_kind, config.router, config.expert_top_k, config.capacity_factor
-
-
-def published_ratios(measure) -> dict[str, float]:
-    """Row of the paper's table -> its published value over its baseline's."""
-    rows = [row for row in PUBLISHED.rows if row.baseline]
-    return {row.name: row.published[measure] / PUBLISHED.row(row.baseline).published[measure] for row in rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,8 +31,9 @@ import sample
 from data.build import TRAIN_VAL, TextSpec, prepare
 from data.common import DataError, Dataset, Vocabulary, find
 from model import GPT
-from papers import experiments
-from report import cells
+from papers import TABLES
+from papers.table import gather
+from report import cells, speed_cells
 from run import checkpoint, records
 from run.checkpoint import CheckpointError
 from run.records import RecordError
@@ -829,8 +830,8 @@ def test_a_checkpoint_of_other_content_is_refused_or_can_write(n, dense_run, moe
 def shown_everywhere(record):
     """All that a single record is drawn in, but for figures."""
     assert records.report(record).encode() and records.machine_of(record)
-    for table in experiments.TABLES.values():
-        for comparison in experiments.gather(table, experiments.in_cells(table, [record], []), "cpu"):
+    for table in TABLES.values():
+        for comparison in gather(table, [record] if table.of == "records" else [], "cpu"):
             for view in table.views:
                 grid = cells.grid_of(comparison, view)
                 assert cells.markdown(grid).encode() and cells.latex(grid).encode()
@@ -842,12 +843,12 @@ def benches_shown_everywhere(record):
         *bench_records.slower(BENCH, record),
         *bench_records.not_compared(BENCH, record),
         *bench_records.doubts(record),
-        bench_records.about(record),
+        speed_cells.about(record),
     ]
     assert not any("\n" in line for line in told)
-    for grid in cells.speed_grids(record):
+    for grid in speed_cells.speed_grids(record):
         assert cells.markdown(grid).encode() and cells.latex(grid).encode()
-    assert cells.speed_csv([record]).encode()
+    assert speed_cells.speed_csv([record]).encode()
 
 
 RECORD = json.loads((ROOT / "results" / "B" / "shakespeare_top2_cap05-cpu-s1337.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 
 import moe
 import sweep
-from papers.experiments import TABLES
+from papers import TABLES
 from run.settings import Config
 from support.configurator import PAGE_WIDTH, Message
 from support.options import EXPERIMENT, choices_of, options_of

@@ -9,7 +9,8 @@ import pytest
 from matplotlib.collections import PolyCollection
 from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of, panel_over
 
-from papers.experiments import TABLES, Comparison
+from papers import TABLES
+from papers.table import Comparison
 from report import figures, page
 from support.intervals import interval_of_difference
 

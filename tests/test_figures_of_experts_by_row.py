@@ -10,7 +10,8 @@ from analysed import analysed
 from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of, marks, panel
 
 from analysis import analyses
-from papers.experiments import TABLES, Comparison
+from papers import TABLES
+from papers.table import Comparison
 from report import figures, figures_of_rows
 from run import records
 

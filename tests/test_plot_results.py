@@ -11,10 +11,14 @@ from analysed import analysed
 from benches import GPU, bench
 from conftest import TINY
 
+import papers
 import plot_results
 import train
 from analysis import analyses
-from papers.experiments import ABOVE, BELOW, OURS, Claim, Row, Table, View
+from papers.ours import SOURCE
+from papers.table import ABOVE_0, BELOW_0, Claim, Row, Table, View
+from report import latest
+from run.records import RecordError
 from run.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +42,7 @@ def table(words):
         ),
         Row("moe8", "8 experts", "shakespeare_moe8", options, baseline="dense", scales=("cpu",)),
     )
-    return Table("T", "A table", OURS, "What it is for.", rows, (View("Loss", ("clean", "paper", "train_seconds")),))
+    return Table("T", "A table", SOURCE, "What it is for.", rows, (View("Loss", ("clean", "paper", "train_seconds")),))
 
 
 @pytest.fixture(scope="session")
@@ -63,13 +67,12 @@ def made(table, tmp_path_factory):
 def results(made, table, tmp_path, monkeypatch):
     """A copy of it, where plot_results.py knows this table and two claims."""
     claims = [
-        Claim(name, f"{label} are better.", OURS, "T", ((row, "dense"),), ("clean", "paper"), "difference", BELOW,
-              scales=("cpu",))
+        Claim(id=name, sentence=f"{label} are better.", source=SOURCE, table="T", pairs=((row, "dense"),),
+              holds=BELOW_0, scales=("cpu",))
         for name, label, row in (("T1", "4 experts", "moe4"), ("T2", "8 experts", "moe8"))
     ]  # fmt: skip
-    monkeypatch.setattr(plot_results, "TABLES", {"T": table})
-    monkeypatch.setattr(plot_results, "CLAIMS", claims)
-    monkeypatch.setattr(plot_results, "FIGURES", {"T": ("loss_curves", "loss_against_cost")})
+    monkeypatch.setattr(papers, "TABLES", {"T": table})
+    monkeypatch.setattr(papers, "CLAIMS", claims)
     return Path(shutil.copytree(made, tmp_path / "results"))
 
 
@@ -390,7 +393,7 @@ def test_a_folder_without_a_run_is_named_and_the_others_are_drawn(made, tmp_path
     bad.mkdir()
     for name, content in files.items():
         (bad / name).write_text(content)
-    with pytest.raises(plot_results.RecordError, match="none of these folders"):
+    with pytest.raises(RecordError, match="none of these folders"):
         plot_results.main(["--latest", str(bad), "--output", str(picture)])
     run = local_run(tmp_path / "run", made)
     plot_results.main(["--latest", str(bad), str(run), "--output", str(picture)])
@@ -401,7 +404,7 @@ def test_experiments_that_share_a_title_are_told_apart_and_never_averaged():
     """Options on the command line change the experiment, but not the title."""
     runs = [{"title": "A", "config": Config(seed=1).to_dict()}, {"title": "A", "config": Config(seed=2).to_dict()}]
     runs.append({"title": "A", "config": Config(seed=2, learning_rate=0.01).to_dict()})
-    assert plot_results.labelled(runs) == {"A": runs[:2], "A, learning_rate=0.01": runs[2:]}
+    assert latest.grouped(runs) == {"A": runs[:2], "A, learning_rate=0.01": runs[2:]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,7 +412,7 @@ def test_experiments_that_share_a_title_are_told_apart_and_never_averaged():
 
 
 ROUTED = Table(
-    "R", "What the experts do", OURS, "Of analyses.",
+    "R", "What the experts do", SOURCE, "Of analyses.",
     (Row("moe4", "4 experts", "shakespeare_moe4"), Row("moe4_aux01", "balance 0.1", "shakespeare_moe4_aux01")),
     (View("What tells", ("about_character", "topic")),), of="analyses",
 )  # fmt: skip
@@ -418,11 +421,10 @@ ROUTED = Table(
 @pytest.fixture
 def routed(results, monkeypatch):
     """results/ with analyses of two rows beside the records, and a claim about them."""
-    claim = Claim("R1", "More is told.", OURS, "R", (("moe4", "moe4_aux01"),), ("about_character",), "difference",
-                  ABOVE, scales=("cpu",))  # fmt: skip
-    monkeypatch.setattr(plot_results, "TABLES", {**plot_results.TABLES, "R": ROUTED})
-    monkeypatch.setattr(plot_results, "CLAIMS", [*plot_results.CLAIMS, claim])
-    monkeypatch.setattr(plot_results, "FIGURES", {**plot_results.FIGURES, "R": ("load_by_row", "information_by_row")})
+    claim = Claim(id="R1", sentence="More is told.", source=SOURCE, table="R", pairs=(("moe4", "moe4_aux01"),),
+                  measures=("about_character",), holds=ABOVE_0, scales=("cpu",))  # fmt: skip
+    monkeypatch.setitem(papers.TABLES, "R", ROUTED)
+    monkeypatch.setattr(papers, "CLAIMS", [*papers.CLAIMS, claim])
     machine = json.loads(of_cell(results).read_text())["machine"]
     for row in ROUTED.rows:
         for seed in (1, 2, 3):

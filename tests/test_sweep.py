@@ -20,7 +20,7 @@ from conftest import TINY
 
 import sweep
 from data.common import DataError, find
-from papers.experiments import Row, Table
+from papers.table import Row, Table
 from run import records
 from run.settings import Config
 from support import configurator, machines

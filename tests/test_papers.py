@@ -5,7 +5,9 @@ import math
 import pytest
 
 from model import dense_equal_active, dense_equal_total
-from papers.experiments import CLAIMS, MEASURES, SCALES, TABLES, gather
+from papers import CLAIMS, TABLES
+from papers.measures import MEASURES
+from papers.table import SCALES, gather
 
 TABLE = TABLES["C"]
 

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from report import page
-from report.page import Folded, Grid, Picture, Ruling, Section, Text
+from report.blocks import Grid, Picture, Ruling, Section, Text
 
 EVIL = "<script>alert(1)</script>&\"'><b onload=x>"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><path id="a" d="M0 0h9"/></svg>'
@@ -72,10 +72,11 @@ def whole(text="text"):
                     Grid(text, ["", text], [[text, text], [text, text]], [text]),
                     Picture(SVG, text, text),
                     Ruling(text, "held", text, text, text, [text, text], [text], provisional=True),
-                    Folded(text, [Text(f"`{text}`"), Picture(SVG, text, text)]),
+                    Text(f"`{text}`"),
+                    Picture(SVG, text, text),
                 ],
             ),
-            Section(text, [Ruling(text, status, text) for status in page.STATUSES]),
+            Section(text, [Ruling(text, status, text) for status in page.LOOKS]),
         ],
     )
 
@@ -127,12 +128,12 @@ def test_the_same_blocks_give_the_same_bytes():
     assert whole() == whole()
 
 
-@pytest.mark.parametrize("status", page.STATUSES)
+@pytest.mark.parametrize("status", page.LOOKS)
 def test_a_verdict_is_a_word_and_a_shape_in_list_and_detail(status):
     html = page.page("", [], [Section("S", [ruling(status=status)])])
     body = html.partition("<main>")[2]
     assert len(re.findall(rf"<svg.+?</svg>{status}", body)) == 2
-    shapes = [shape for _, shape in page.STATUSES.values()]
+    shapes = [shape for _, shape in page.LOOKS.values()]
     assert len({re.sub("var.*?[)]", "", shape) for shape in shapes}) == len(shapes) and "<text" not in "".join(shapes)
 
 
@@ -200,7 +201,7 @@ def test_the_head_says_what_browsers_need():
 def test_empty_lists_are_a_page():
     tree = Tree(page.page("T", [], []))
     assert not tree.tags("nav", "table", "ul") and "T" in tree.text
-    Tree(page.page("T", [], [Section("S", []), Section("S", [Grid("", [], []), Grid("", ["a"], []), Folded("", [])])]))
+    Tree(page.page("T", [], [Section("S", []), Section("S", [Grid("", [], []), Grid("", ["a"], [])])]))
 
 
 def luminance(colour):
@@ -215,7 +216,7 @@ def test_every_text_colour_can_be_read_on_every_background(palette):
     grounds, lines = {"paper", "panel"}, {"line"}
     texts = set(palette) - grounds - lines
     used = set(re.findall(r"[^-]color: var\(--(\w+)\)", page.LAYOUT)) - {"status"}
-    assert used | {colour for colour, _ in page.STATUSES.values()} == texts
+    assert used | {colour for colour, _ in page.LOOKS.values()} == texts
     assert set(re.findall(r"background: var\(--(\w+)\)", page.LAYOUT)) == grounds
     for text, ground in itertools.product(texts, grounds):
         bright, dim = sorted((luminance(palette[text]), luminance(palette[ground])), reverse=True)

@@ -6,14 +6,14 @@ import math
 
 import pytest
 from benches import GPU, bench
-from test_experiments import record as skeleton
+from test_papers import record as skeleton
 
-from papers import experiments
-from papers.experiments import View, gather
-from report import cells
-from report.page import Grid
+from papers import TABLES
+from papers.table import View, gather
+from report import cells, speed_cells
+from report.blocks import Grid
 
-TABLE = experiments.TABLES["C"]
+TABLE = TABLES["C"]
 LOSS = View("Loss", ("clean",))
 
 
@@ -76,12 +76,12 @@ def test_runs_with_uncommitted_changes_are_listed_and_not_averaged():
 
 
 def paper_a(**changes):
-    config = experiments.TABLES["A"].row("shakespeare_moe4").config_at("paper", 1)
+    config = TABLES["A"].row("shakespeare_moe4").config_at("paper", 1)
     return record(**changes) | {"run_id": config.run_id, "config": config.to_dict(), "paper": {"best_val": 1.5}}
 
 
 def test_the_published_number_stands_beside_ours_with_the_difference():
-    grid = cells.grid_of(gathered(paper_a(), table=experiments.TABLES["A"], scale="paper"), View("Loss", ("paper",)))
+    grid = cells.grid_of(gathered(paper_a(), table=TABLES["A"], scale="paper"), View("Loss", ("paper",)))
     assert grid.columns == ["row", "best validation, the papers' way, nats", "published", "ours − published"]
     rows = {row[0]: row[1:] for row in grid.rows}
     assert rows["4 experts, aux 0.01"] == ["1.5000 (n = 1)", "1.53", "-0.0300"]
@@ -89,12 +89,12 @@ def test_the_published_number_stands_beside_ours_with_the_difference():
 
 
 def test_another_size_is_not_subtracted_from_a_published_number():
-    grid = cells.grid_of(gathered(table=experiments.TABLES["A"]), View("Loss", ("paper",)))
+    grid = cells.grid_of(gathered(table=TABLES["A"]), View("Loss", ("paper",)))
     assert grid.columns[1:] == ["best validation, the papers' way, nats", "published (paper size)"]
 
 
 def test_relative_cells_are_ratios_with_intervals_beside_the_published_ratio():
-    table = experiments.TABLES["B"]
+    table = TABLES["B"]
     found = []
     for name, seconds in {"shakespeare_dense": (100.0, 102.0), "shakespeare_top2": (150.0, 151.0)}.items():
         for seed, value in enumerate(seconds):
@@ -147,7 +147,7 @@ def test_csv_has_a_line_a_row_and_measure_with_what_is_not_known_left_empty():
 
 def speed_grid(record, title):
     """(columns, {label: cells}, notes) of the grid whose title goes on so."""
-    grid = next(grid for grid in cells.speed_grids(record) if grid.title.startswith(f"Speed. {title}"))
+    grid = next(grid for grid in speed_cells.speed_grids(record) if grid.title.startswith(f"Speed. {title}"))
     rows = {row[0]: row[1:] for row in grid.rows}
     assert len(rows) == len(grid.rows) and {len(row) for row in grid.rows} == {len(grid.columns)}
     return grid.columns, rows, grid.notes
@@ -193,13 +193,13 @@ def test_what_ran_is_told_with_the_check_that_was_worst():
 def test_tables_of_tasks_that_were_not_measured_are_not_there():
     record = bench()
     record["measurements"] = [one for one in record["measurements"] if one["task"] == "decode"]
-    titles = [grid.title for grid in cells.speed_grids(record)]
+    titles = [grid.title for grid in speed_cells.speed_grids(record)]
     assert titles == ["Speed. Decoding: a step gives each sequence a character", "Speed. What ran"]
 
 
 def test_csv_of_benches_has_a_line_a_measurement():
     record = bench()
-    lines = list(csv.DictReader(io.StringIO(cells.speed_csv([record, bench("paper", GPU)]))))
+    lines = list(csv.DictReader(io.StringIO(speed_cells.speed_csv([record, bench("paper", GPU)]))))
     assert len(lines) == 2 * len(record["measurements"])
     line = next(line for line in lines if (line["model"], line["task"]) == ("moe4", "train"))
     assert float(line["seconds"]) == pytest.approx(0.0549) and float(line["ratio"]) == pytest.approx(1.22)
@@ -207,3 +207,15 @@ def test_csv_of_benches_has_a_line_a_measurement():
         "AMD EPYC, 2 cores, 2 threads, torch 2.13.0+cpu, float32", "True", "False",
     )  # fmt: skip
     assert lines[1]["model"] == "dense" and lines[1]["ratio"] == "" and line["peak_memory_bytes"] == ""
+
+
+def test_a_model_finds_the_published_row_of_its_kind():
+    rows = {name: speed_cells.published_row(model) for name, model in bench()["models"].items()}
+    assert {name: row.label for name, row in rows.items() if row} == {
+        "reference": "Baseline", "dense": "Baseline", "moe4_linear": "MoE Top-2",
+    }  # fmt: skip
+    ratios = {
+        measure: speed_cells.published_ratios(measure).values() for measure in ("train_seconds", "inference_speed")
+    }
+    assert [round(value, 2) for value in ratios["train_seconds"]] == [1.51, 1.60, 1.61, 1.61]
+    assert [round(value, 2) for value in ratios["inference_speed"]] == [0.57, 0.51, 0.45, 0.44]
