@@ -94,18 +94,23 @@ def table_section(comparison: Comparison, number: int) -> TableSection:
     verdicts = [
         decide(claim, comparison) for claim in papers.CLAIMS if claim.table == table.name and scale in claim.scales
     ]
-    drawings = {name: drawing_function(name)(comparison) for name in table.drawn}
-    drawings["differences"] = figures.difference_forest(comparison, differences(comparison))
     shown = analyses_to_show(comparison)
-    for analysis in shown:
-        drawings |= figures_of_run.of_run(analysis)
     pictures = {
         f"{table.name}_{scale}_{name}{numbered(number)}.svg": picture_of(drawing)
-        for name, drawing in drawings.items()
+        for name, drawing in drawings_of(comparison, shown).items()
         if drawing
     }
     grids = [cells.grid_of(comparison, view) for view in table.views]
     return TableSection(comparison, verdicts, grids, pictures, shown)
+
+
+def drawings_of(comparison: Comparison, shown: list[dict]) -> dict[str, figures.Drawing | None]:
+    """Name -> figure of a table; None where it has nothing to show."""
+    drawings = {name: drawing_function(name)(comparison) for name in comparison.table.drawn}
+    drawings["differences"] = figures.difference_forest(comparison, differences(comparison))
+    for analysis in shown:
+        drawings |= figures_of_run.of_run(analysis)
+    return drawings
 
 
 def drawing_function(name: str):
@@ -113,7 +118,8 @@ def drawing_function(name: str):
     return getattr(figures, name, None) or getattr(figures_of_rows, name)
 
 
-def picture_of(drawing) -> Picture:
+def picture_of(drawing: figures.Drawing) -> Picture:
+    """A figure as a block of a page."""
     return Picture(figures.svg(drawing.figure), drawing.caption, drawing.alt)
 
 
