@@ -30,7 +30,7 @@ from support.files import ROOT, one_line
 DRAWN = ("tables", "figures")  # folders of results/ that are written here; the others hold records
 
 
-def read_results(folder: Path) -> Results:
+def gather_results(folder: Path) -> Results:
     """The results that the records under a folder give."""
     if not folder.is_dir():
         return results_of([], [], [], [f"{folder} is not there, so there are no records"])
@@ -101,7 +101,7 @@ def stale(folder: Path, outputs: dict[str, str]) -> list[str]:
     return lines
 
 
-def write(folder: Path, outputs: dict[str, str]) -> None:
+def write_outputs(folder: Path, outputs: dict[str, str]) -> None:
     for name in superfluous(folder, outputs):
         print(f"removed {name}, which is drawn from nothing any more")
         (folder / name).unlink()
@@ -140,7 +140,7 @@ def main(argv):
     if options.latest:
         draw_latest(options.latest, options.output)
         return 0
-    results = read_results(options.results)
+    results = gather_results(options.results)
     outputs = outputs_of(results)
     tell_left_out(results.left_out)
     shown = os.path.relpath(options.results)
@@ -150,7 +150,7 @@ def main(argv):
             print(f"{shown}/{line}")
         print("run python plot_results.py" if lines else f"{shown}/ is up to date")
         return 1 if lines or results.left_out else 0
-    write(options.results, outputs)
+    write_outputs(options.results, outputs)
     print(f"wrote {shown}/report.html, summary.md and {len(outputs) - 2} tables and figures")
     return 0
 

@@ -12,7 +12,7 @@ from run.records import COLLAPSED_BELOW
 SOURCE = "D: Notes on building a small mixture-of-experts from scratch"
 
 
-def _rows():
+def _models_on_both_texts():
     """The three models on text8 and on its head. At CPU size they get the widths of the smaller model."""
     models = {
         "dense": ("dense, equal FLOPs", {"mlp_hidden": 260}),
@@ -41,7 +41,7 @@ TABLES = (
         source=SOURCE,
         text="Published: 15% lower perplexity (0.163 nats) than a dense model at the same FLOPs, on a text that is "
         "not named. The head of text8 is its first megabytes: real text, but not that data set.",
-        rows=_rows(),
+        rows=_models_on_both_texts(),
         views=(View("Loss", (*LOSSES, "test_bpc")), View("Cost", COSTS)),
         figures=("loss_curves", "loss_against_cost"),
     ),

@@ -114,8 +114,8 @@ class Table:
     figures: tuple[str, ...] | None = None  # in this order; None for the usual ones
 
     @property
-    def drawn(self) -> tuple[str, ...]:
-        """The names of its figures."""
+    def figure_names(self) -> tuple[str, ...]:
+        """The names of the functions that draw it."""
         return USUAL_FIGURES[self.of] if self.figures is None else self.figures
 
     def rows_at(self, scale: str) -> list[Row]:

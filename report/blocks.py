@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 
-class Text(NamedTuple):
-    """A paragraph."""
+class Paragraph(NamedTuple):
+    """Running text."""
 
     text: str
 

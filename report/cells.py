@@ -26,16 +26,16 @@ def grid_of(comparison: Comparison, view: View) -> Grid:
     """The cells of one view of a table."""
     table, scale = comparison.table, comparison.scale
     rows = table.rows_at(scale)
-    columns, cells = ["row"], [[label_of(comparison, row)] for row in rows]
+    columns, cells = ["row"], [[marked_label(comparison, row)] for row in rows]
     for measure in view.measures:
-        for heading, cell_of in columns_of(comparison, measure, view.relative):
+        for heading, cell_of in measure_columns(comparison, measure, view.relative):
             columns.append(heading)
             for cell, row in zip(cells, rows):
                 cell.append(cell_of(row))
     return Grid(f"{table.name}. {view.title}", columns, cells, notes_of(comparison, view))
 
 
-def columns_of(comparison, measure, relative):
+def measure_columns(comparison, measure, relative):
     """(heading, row -> cell) of our numbers and, where the paper prints any, of the published ones."""
     entry = MEASURES[measure]
     heading = f"{entry.heading}, {entry.unit}" if entry.unit else entry.heading
@@ -54,7 +54,7 @@ def columns_of(comparison, measure, relative):
         yield "ours − published", lambda row: distance_cell(comparison, row, measure)
 
 
-def label_of(comparison, row):
+def marked_label(comparison, row):
     """A row's label, with a dagger where its records cannot be compared."""
     found = comparison.cells[row.name] + [record for record, _ in comparison.apart[row.name]]
     return row.label + (f" {DAGGER}" if any(not records.is_comparable(record) for record in found) else "")
@@ -110,7 +110,7 @@ def notes_of(comparison, view):
     """Notes under a table: daggers, left-out times and runs, rows that were not run."""
     table, scale, notes = comparison.table, comparison.scale, []
     rows = table.rows_at(scale)
-    if any(DAGGER in label_of(comparison, row) for row in rows):
+    if any(DAGGER in marked_label(comparison, row) for row in rows):
         notes.append(f"{DAGGER} a text that is not the published data set, or routing that sees later characters")
     if view.relative:
         notes.append("ratio of geometric means, with its 95% interval")

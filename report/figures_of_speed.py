@@ -22,7 +22,7 @@ from report.figures import (
     rows_height,
     styled,
 )
-from report.speed_cells import PUBLISHED, about, published_ratios
+from report.speed_cells import PUBLISHED, bench_headline, published_ratios
 from run import records
 from speed import bench_records
 
@@ -72,7 +72,7 @@ def relative_time(bench: dict) -> Drawing | None:
         "inference is eager, one text at a time, without a cache.",
         *bench_records.note_of_references(bench),
         *bench_records.doubts(bench),
-        f"{about(bench)}; {records.machine_of(bench)}.",
+        f"{bench_headline(bench)}; {records.machine_of(bench)}.",
     ]
     spoken = []
     for label, name in zip(labels, names):

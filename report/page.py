@@ -1,6 +1,6 @@
 """Writes blocks as one HTML page that needs no network, no script and no other file.
 
-    page("What held", [Text("**12** of 31 claims held.")], [Section("B", [Grid(...), Picture(...), Ruling(...)])])
+    page("What held", [Paragraph("**12** of 31 claims held.")], [Section("B", [Grid(...), Picture(...), Ruling(...)])])
 
 The page suits phones, desktops and paper, in light and dark. The same blocks give the same bytes. Texts may hold `code`
 in backticks and **bold** (not the page's title, ids and alt); everything else is escaped. Rulings are also counted and
@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from html import escape
 
-from report.blocks import Grid, Passage, Picture, Ruling, Section, Text
+from report.blocks import Grid, Paragraph, Passage, Picture, Ruling, Section
 from report.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
 from support.palette import EXPERT_COLOURS
 
@@ -276,7 +276,7 @@ def _lines(kind, lines):
     return f'<ul class="{kind}">' + "".join(f"<li>{_inline(line)}</li>" for line in lines) + "</ul>\n"
 
 
-def _text(block, sheet):
+def _paragraph(block, sheet):
     return f"<p>{_inline(block.text)}</p>\n"
 
 
@@ -345,10 +345,10 @@ def _passage(block, sheet):
     )
 
 
-WRITERS = {Text: _text, Grid: _grid, Picture: _picture, Passage: _passage, Ruling: _ruling}
+WRITERS = {Paragraph: _paragraph, Grid: _grid, Picture: _picture, Passage: _passage, Ruling: _ruling}
 
 
-def _blocks(blocks, sheet):
+def _html_of(blocks, sheet):
     return "".join(WRITERS[type(block)](block, sheet) for block in blocks)
 
 
@@ -408,11 +408,11 @@ def page(title: str, lead: list, sections: list[Section]) -> str:
     sheet = _Sheet()
     overview = sheet.anchor(OVERVIEW)
     anchors = [sheet.anchor(section.title) for section in sections]
-    opening = _blocks(lead, sheet)
+    opening = _html_of(lead, sheet)
     contents, groups, body = [], [], []
     for section, anchor in zip(sections, anchors):
         before = len(sheet.rulings)
-        blocks = _blocks(section.blocks, sheet)
+        blocks = _html_of(section.blocks, sheet)
         body.append(f'<section><h2 id="{anchor}">{_inline(section.title)}</h2>\n{blocks}</section>\n')
         contents.append((section.title, anchor))
         if sheet.rulings[before:]:

@@ -59,7 +59,7 @@ class TableSection(NamedTuple):
         return f"{table.title} ({table.name}, {scale.title.partition(':')[0]})"
 
     @property
-    def about(self) -> str:
+    def description(self) -> str:
         """The table's purpose, its source, and the regime in which it was measured."""
         table, found = self.comparison.table, [r for of_row in self.comparison.cells.values() for r in of_row]
         of_records = [record for record in found if table.of == "records"]
@@ -106,8 +106,8 @@ def table_section(comparison: Comparison, number: int) -> TableSection:
 
 def drawings_of(comparison: Comparison, shown: list[dict]) -> dict[str, figures.Drawing | None]:
     """Name -> figure of a table; None where it has nothing to show."""
-    drawings = {name: drawing_function(name)(comparison) for name in comparison.table.drawn}
-    drawings["differences"] = figures.difference_forest(comparison, differences(comparison))
+    drawings = {name: drawing_function(name)(comparison) for name in comparison.table.figure_names}
+    drawings["differences"] = figures.difference_forest(comparison, baseline_differences(comparison))
     for analysis in shown:
         drawings |= figures_of_run.of_run(analysis)
     return drawings
@@ -136,7 +136,7 @@ def analyses_to_show(comparison: Comparison) -> list[dict]:
     return [one for one in found if one["sample"] and one["config"]["router"] == "learned"][:1]
 
 
-def differences(comparison: Comparison) -> list[tuple]:
+def baseline_differences(comparison: Comparison) -> list[tuple]:
     """(label, mean, low, high, n, published difference) of each row against its baseline, on the whole split."""
     found = []
     for row in comparison.table.rows_at(comparison.scale):
@@ -178,7 +178,7 @@ class BenchSection(NamedTuple):
         return f"Speed ({speed_cells.size_title(self.record)}, {self.record['machine']['device']})"
 
     @property
-    def about(self) -> str:
+    def description(self) -> str:
         """How it was measured and what weakens it."""
         record, ceilings = self.record, self.record["ceilings"]
         doubts = [f"**{sentence}**" for sentence in bench_records.doubts(record)]
@@ -186,7 +186,7 @@ class BenchSection(NamedTuple):
         return " ".join(
             [
                 *doubts,
-                f"{speed_cells.about(record)}. Every model is timed in turn with the others, in one process. "
+                f"{speed_cells.bench_headline(record)}. Every model is timed in turn with the others, in one process. "
                 "A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is that of the ratios "
                 "of pairs, above 1 where a model is slower. Of the floor: the least time for what must be computed "
                 "and moved, at the "

@@ -192,7 +192,7 @@ def published_ratios(measure) -> dict[str, float]:
     return {row.name: row.published[measure] / PUBLISHED.row(row.baseline).published[measure] for row in rows}
 
 
-def about(record) -> str:
+def bench_headline(record) -> str:
     """A bench in one line: "CPU size: 4 layers, 128 wide, context 64, commit 0123456"."""
     size, config, commit = size_title(record), config_of(record["models"][DENSE]), record["git"]["commit"]
     shape = f"{config.n_layer} layers, {config.n_embd} wide, context {config.block_size}"

@@ -1,7 +1,7 @@
 """The two pages of results/: summary.md for GitHub and report.html for a browser."""
 
 from report import cells, wording
-from report.blocks import Passage, Ruling, Section, Text
+from report.blocks import Paragraph, Passage, Ruling, Section
 from report.page import page
 from report.sections import Results
 from report.wording import HOW_EXPERTS_ARE_READ, HOW_TO_READ
@@ -21,9 +21,9 @@ def summary_markdown(results: Results) -> str:
         lines.append(f"| {claim.id} | {claim.sentence} | {where} | {status} | {effect} |")
     lines += [""]
     for section in results.sections:
-        lines += [f"## {section.title}", "", section.about, "", *grid_lines(section), *picture_lines(section)]
+        lines += [f"## {section.title}", "", section.description, "", *grid_lines(section), *picture_lines(section)]
     for bench in results.benches:
-        lines += [f"## {bench.title}", "", bench.about, "", *picture_lines(bench), *grid_lines(bench)]
+        lines += [f"## {bench.title}", "", bench.description, "", *picture_lines(bench), *grid_lines(bench)]
     if results.left_out:
         lines += ["## Records left out", "", *(f"- {why}" for why in results.left_out)]
     return "\n".join(lines).rstrip() + "\n"
@@ -44,21 +44,21 @@ def report_html(results: Results) -> str:
     """report.html: the same with every effect behind a verdict, and text on the colours of its experts."""
     sections = []
     for section in results.sections:
-        blocks = [Text(section.about)]
+        blocks = [Paragraph(section.description)]
         if section.comparison.table.of == "analyses":
-            blocks += [Text(text) for text in HOW_EXPERTS_ARE_READ]
+            blocks += [Paragraph(text) for text in HOW_EXPERTS_ARE_READ]
         blocks += [*section.grids, *section.pictures.values()]
         blocks += [passage for analysis in section.shown for passage in passages_of(analysis)]
         blocks += [ruling_of(verdict) for verdict in section.verdicts]
         sections.append(Section(section.title, blocks))
     for bench in results.benches:
-        sections.append(Section(bench.title, [Text(bench.about), *bench.pictures.values(), *bench.grids]))
+        sections.append(Section(bench.title, [Paragraph(bench.description), *bench.pictures.values(), *bench.grids]))
     not_run = [verdict for verdict in results.verdicts if not verdict.comparison.machine]
     if not_run:
         sections.append(Section("Not run yet", [ruling_of(verdict) for verdict in not_run]))
     if results.left_out:
-        sections.append(Section("Records left out", [Text(why) for why in results.left_out]))
-    lead = [Text(wording.headline(results.n_runs, results.machines)), Text(HOW_TO_READ)]
+        sections.append(Section("Records left out", [Paragraph(why) for why in results.left_out]))
+    lead = [Paragraph(wording.headline(results.n_runs, results.machines)), Paragraph(HOW_TO_READ)]
     return page("charmoe: what was measured", lead, sections)
 
 
@@ -69,7 +69,7 @@ def passages_of(analysis):
         title = f"Block {layer['block']}: text written by the model, each character on the colour of its expert"
         blocks.append(Passage(title, analysis["sample"]["text"], experts, layer["n_expert"]))
     label = f"Written by {analysis['title']}, seed {analysis['config']['seed']}"
-    return [Text(f"**{label}**, as `python sample.py --show_experts` shows it."), *blocks] if blocks else []
+    return [Paragraph(f"**{label}**, as `python sample.py --show_experts` shows it."), *blocks] if blocks else []
 
 
 def ruling_of(verdict):

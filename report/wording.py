@@ -4,7 +4,7 @@ import math
 
 from papers.measures import MEASURES
 from papers.table import SEEDS_FOR_A_VERDICT, Claim
-from report.cells import DAGGER, label_of
+from report.cells import DAGGER, marked_label
 from report.verdicts import NOT_RUN, STATUSES, Verdict
 from support.intervals import Effect
 
@@ -70,10 +70,10 @@ def effect_lines(verdict: Verdict, measure: str) -> list[str]:
     claim, comparison = verdict.claim, verdict.comparison
     table, lines = comparison.table, []
     for finding in verdict.findings[measure]:
-        names = label_of(comparison, table.row(finding.row))
+        names = marked_label(comparison, table.row(finding.row))
         if finding.against:
             sign = {"difference": "−", "ratio": "÷"}[claim.effect]
-            names += f" {sign} {label_of(comparison, table.row(finding.against))}"
+            names += f" {sign} {marked_label(comparison, table.row(finding.against))}"
         lines.append(f"{names}: {effect_text(finding.effect, measure, claim.effect)}")
     return lines
 
@@ -99,7 +99,7 @@ def deciding_text(verdict: Verdict) -> str:
     deciding = [finding for finding in verdict.findings[first] if finding.status == verdict.status]
     finding = max(deciding, key=contradiction)
     text = effect_text(finding.effect, first, verdict.claim.effect)
-    label = label_of(verdict.comparison, verdict.comparison.table.row(finding.row))
+    label = marked_label(verdict.comparison, verdict.comparison.table.row(finding.row))
     if finding.effect and (len(verdict.findings[first]) > 1 or DAGGER in label):
         text = f"{label}: {text}"
     if verdict.status == NOT_RUN:

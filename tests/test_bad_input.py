@@ -843,7 +843,7 @@ def benches_shown_everywhere(record):
         *bench_records.slower(BENCH, record),
         *bench_records.not_compared(BENCH, record),
         *bench_records.doubts(record),
-        speed_cells.about(record),
+        speed_cells.bench_headline(record),
     ]
     assert not any("\n" in line for line in told)
     for grid in speed_cells.speed_grids(record):

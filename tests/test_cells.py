@@ -1,4 +1,4 @@
-"""Tables as they are read, and as programs read them."""
+"""Tables of results and of benches, as people read them and as CSV."""
 
 import csv
 import io
@@ -43,7 +43,7 @@ def test_a_cell_is_mean_sample_sd_and_n():
     assert cells_by_row(gathered(*found))["learned"] == ["1.6333 ± 0.1528 (3)"]
 
 
-def test_one_seed_and_none_are_told_and_how_to_run_what_is_missing():
+def test_cells_with_one_seed_or_none_say_so_and_name_the_command():
     comparison = gathered(record(nats=1.5))
     assert cells_by_row(comparison) == {"learned": ["1.5000 (n = 1)"], "frozen": ["not run"], "random": ["not run"]}
     assert cells.grid_of(comparison, LOSS).notes == [
@@ -51,7 +51,7 @@ def test_one_seed_and_none_are_told_and_how_to_run_what_is_missing():
     ]
 
 
-def test_times_of_busy_machines_are_left_out_and_told():
+def test_times_of_busy_machines_are_left_out_with_a_note():
     comparison = gathered(
         record(seed=1), record(seed=2, exclusive=False), record("shakespeare_moe4_frozen", exclusive=False)
     )
@@ -63,7 +63,7 @@ def test_times_of_busy_machines_are_left_out_and_told():
     assert not any("left out" in note for note in cells.grid_of(comparison, LOSS).notes)
 
 
-def test_a_dagger_marks_what_cannot_be_compared():
+def test_a_dagger_marks_rows_that_cannot_be_compared():
     comparison = gathered(record(leaky=True), record("shakespeare_moe4_frozen"))
     assert list(cells_by_row(comparison)) == ["learned †", "frozen", "random"]
     assert cells.grid_of(comparison, LOSS).notes[0].startswith("† ")
@@ -112,7 +112,7 @@ def test_relative_cells_are_ratios_with_intervals_beside_the_published_ratio():
 
 
 @pytest.mark.parametrize("write", [cells.markdown, cells.latex])
-def test_text_keeps_every_cell_in_its_column(write):
+def test_markdown_and_latex_keep_every_cell_in_its_column(write):
     grid = Grid("T. 5% & more", ["row", "a|b"], [["x_1 & 2", "1 ± 2"], ["†", "3"]], ["a note"])
     text = write(grid)
     assert text.count("a note") == 1 and "5% & more" in text
@@ -124,12 +124,12 @@ def test_text_keeps_every_cell_in_its_column(write):
     assert set(separators) == {2} and len(lines) == (4 if write is cells.markdown else 3)
 
 
-def test_latex_escapes_what_latex_would_read():
+def test_latex_escapes_special_characters():
     text = cells.latex(Grid("T", ["row"], [["50% of $x_1 ± {2}"]], []))
     assert r"50\% of \$x\_1 $\pm$ \{2\} \\" in text
 
 
-def test_csv_has_a_line_a_row_and_measure_with_what_is_not_known_left_empty():
+def test_csv_has_a_line_per_row_and_measure_with_unknown_values_empty():
     text = cells.csv_of([gathered(record(seed=1, nats=1.5), record(seed=2, nats=1.7))])
     lines = list(csv.DictReader(io.StringIO(text)))
     measures = {measure for view in TABLE.views for measure in view.measures}
@@ -169,7 +169,7 @@ def test_decoding_has_the_speed_of_a_sequence_and_of_all_and_memory_where_it_is_
     assert len(rows) == 6 * 3 and len(speed_grid(bench(), "Reading a prompt")[1]) == 6 * 3
 
 
-def test_the_papers_protocol_stands_beside_what_they_printed():
+def test_the_papers_protocol_stands_beside_the_published_numbers():
     columns, rows, notes = speed_grid(bench(), "The papers' way")
     assert columns[1:4] == ["characters/s", "speed ÷ dense's", "training time ÷ dense's"]
     assert columns[4] == "published: characters/s (paper size)"
@@ -181,7 +181,7 @@ def test_the_papers_protocol_stands_beside_what_they_printed():
     assert speed_grid(bench("paper", GPU), "The papers' way")[0][4] == "published: characters/s"
 
 
-def test_what_ran_is_told_with_the_check_that_was_worst():
+def test_models_and_backends_are_listed_with_the_worst_check():
     record = bench()
     record["models"]["moe4"]["checks"][0]["error"] = 5e-6
     _, rows, notes = speed_grid(record, "What ran")
@@ -190,14 +190,14 @@ def test_what_ran_is_told_with_the_check_that_was_worst():
     assert notes == [f"checked, {what}: largest error 5.0e-06, allowed 1e-05 (n = 6)"]
 
 
-def test_tables_of_tasks_that_were_not_measured_are_not_there():
+def test_only_measured_tasks_have_tables():
     record = bench()
     record["measurements"] = [one for one in record["measurements"] if one["task"] == "decode"]
     titles = [grid.title for grid in speed_cells.speed_grids(record)]
     assert titles == ["Speed. Decoding: a step gives each sequence a character", "Speed. What ran"]
 
 
-def test_csv_of_benches_has_a_line_a_measurement():
+def test_csv_of_benches_has_a_line_per_measurement():
     record = bench()
     lines = list(csv.DictReader(io.StringIO(speed_cells.speed_csv([record, bench("paper", GPU)]))))
     assert len(lines) == 2 * len(record["measurements"])

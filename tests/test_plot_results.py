@@ -94,7 +94,7 @@ def results(drawn_results, monkeypatch):
     """The same with empty pictures, for drawing takes most of the time."""
 
     def drawings_of(comparison, shown):
-        return dict.fromkeys((*comparison.table.drawn, "differences"), "a drawing")
+        return dict.fromkeys((*comparison.table.figure_names, "differences"), "a drawing")
 
     monkeypatch.setattr(sections, "drawings_of", drawings_of)
     monkeypatch.setattr(figures_of_speed, "relative_time", lambda bench: "a drawing")

@@ -222,7 +222,7 @@ def test_any_change_is_refused_in_a_line_or_can_be_shown(tmp_path_factory, data)
             *bench_records.slower(record, read),
             *bench_records.not_compared(record, read),
             *bench_records.doubts(read),
-            speed_cells.about(read),
+            speed_cells.bench_headline(read),
         ]
         assert not any("\n" in line for line in told)
 
