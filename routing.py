@@ -4,8 +4,8 @@
       -> balancing bias, expert dropout -> selection (k experts a token) -> capacity (which choices find room)
 
 Levels, routers and gates are entries of a table (LEVELS, ROUTERS, GATES) named by a key of the config; MoE.route in
-`moe.py` takes the steps one after the other. README.md ("Every option of
-the MoE layer") lists them with formula, source, and whether they are causal. Letters as in `moe.py`; S positions of a
+`moe.py` takes the steps one after the other. docs/moe-options.md
+lists them with formula, source, and whether they are causal. Letters as in `moe.py`; S positions of a
 sequence seen so far, of which the last T are new.
 """
 

@@ -8,10 +8,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from run.records import COUNT, FITS, NUMBER, RecordError
+from run.records import RecordError
 from run.settings import Config
 from support.files import LARGEST_JSON, read_json, read_whole
 from support.options import EXPERIMENT, SCHEDULE
+from support.schema import COUNT, FITS, NUMBER
 
 
 def read_runs(folders: Iterable[str]) -> tuple[list[dict], list[str]]:

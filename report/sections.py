@@ -17,6 +17,7 @@ from report.blocks import Grid, Picture
 from report.verdicts import Verdict, decide, effect_of
 from run import records
 from speed import bench_records
+from support import console
 
 
 class Results(NamedTuple):
@@ -191,7 +192,7 @@ class BenchSection(NamedTuple):
                 "of pairs, above 1 where a model is slower. Of the floor: the least time for what must be computed "
                 "and moved, at the "
                 f"ceilings measured in the same bench ({limits}), over the time that it took.",
-                f"Machine: {records.machine_of(record)}. The bench took {records.duration(record['seconds'])}.",
+                f"Machine: {records.machine_of(record)}. The bench took {console.duration(record['seconds'])}.",
             ]
         )
 

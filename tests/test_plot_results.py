@@ -391,7 +391,7 @@ def test_doubts_about_a_bench_are_told(results):
     "damage, why",
     [
         (lambda path: changed(path, quick=True), "a quick bench, which is too short to be evidence"),
-        (lambda path: path.write_text("{"), "no record, or not all of one"),
+        (lambda path: path.write_text("{"), "no record: not valid JSON"),
         (lambda path: shutil.copy(of_cell(path.parents[1]), path), "it is a record of train.py"),
     ],
     ids=["quick", "truncated", "of a run"],
