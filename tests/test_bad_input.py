@@ -33,7 +33,7 @@ from data.common import DataError, Dataset, Vocabulary, find
 from model import GPT
 from papers import TABLES
 from papers.table import gather
-from report import cells, speed_cells
+from report import cells, latest, speed_cells
 from run import checkpoint, records, screen_report
 from run.checkpoint import CheckpointError
 from run.records import RecordError
@@ -520,8 +520,8 @@ def as_file(tmp_path, dense_run, words):
         "bench": (tmp_path / "bench.json", lambda: bench_records.read(tmp_path / "bench.json")),
         "checkpoint": (tmp_path / "run" / "best.pt", lambda: sample.main([run, "--device=cpu"])),
         "prompt": (prompt, lambda: sample.main([run, "--device=cpu", "--max_new_tokens=1", f"--start=FILE:{prompt}"])),
-        "metrics": (tmp_path / "run" / "metrics.jsonl", lambda: plot_results.read_run(tmp_path / "run")),
-        "recorded config": (tmp_path / "run" / "config.json", lambda: plot_results.read_run(tmp_path / "run")),
+        "metrics": (tmp_path / "run" / "metrics.jsonl", lambda: latest.read_run(tmp_path / "run", [])),
+        "recorded config": (tmp_path / "run" / "config.json", lambda: latest.read_run(tmp_path / "run", [])),
         "text": (tmp_path / "raw.txt", lambda: prepared(tmp_path, tmp_path / "raw.txt")),
     }
 
