@@ -30,9 +30,9 @@ import moe
 from analysis import ablation, analyses, gradients, information, probe
 from analysis.analyses import CONTEXT, SYNTAX, TOPIC
 from analysis.annotation import annotate, class_of, name_of
-from data.common import DataError, Dataset, find
+from data.common import DataError, Dataset, find_dataset
 from model import IGNORED
-from report import figures, figures_of_run
+from report import figures_of_run, style
 from routing import balanced_table, mix
 from run import records, run_folder
 from run.checkpoint import CheckpointError
@@ -122,7 +122,9 @@ class Subject:
     def dataset_of(self, saved):
         """The data set that the run was trained on. CheckpointError where the one of its name is another text."""
         config = self.config
-        dataset = Dataset.open(find(config.dataset), self.machine.device).train_on_first(config.train_characters)
+        dataset = Dataset.open(find_dataset(config.dataset), self.machine.device).train_on_first(
+            config.train_characters
+        )
         if saved["dataset"] != dataset.describe() or saved["vocabulary"] != dataset.vocabulary.to_dict():
             differing = run_folder.texts(saved["dataset"], dataset.describe())
             raise CheckpointError(
@@ -540,7 +542,7 @@ def write(folder, analysis, options):
     files.write_atomically(folder / "analysis.json", text.encode())
     drawings = figures_of_run.of_run(analysis)
     for name, drawing in drawings.items():
-        files.write_atomically(folder / f"analysis_{name}.svg", figures.svg(drawing.figure).encode())
+        files.write_atomically(folder / f"analysis_{name}.svg", style.svg(drawing.figure).encode())
     said = f"  wrote {os.path.relpath(folder)}/analysis.json and analysis_{{{','.join(drawings)}}}.svg"
     if options.results:
         kept = Path(options.results) / records.ANALYSIS / f"{folder.resolve().name}.json"

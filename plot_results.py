@@ -18,7 +18,7 @@ from pathlib import Path
 import papers
 from analysis import analyses
 from papers.table import SCALES, config_hash
-from report import cells, figures, latest, speed_cells
+from report import cells, figures_of_table, latest, speed_cells, style
 from report.sections import Results, results_of
 from report.summary import report_html, summary_markdown
 from run import records
@@ -117,7 +117,7 @@ def draw_latest(folders: list[str], output: str) -> None:
     tell_left_out(left_out)
     if not runs:
         raise RecordError("none of these folders holds a run with an evaluation")
-    figures.png(figures.curves_of_runs(latest.grouped(runs)).figure, output)
+    style.png(figures_of_table.curves_of_runs(latest.grouped(runs)).figure, output)
     print(f"wrote {output}")
 
 

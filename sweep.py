@@ -40,7 +40,7 @@ from typing import Literal, NamedTuple
 from tqdm import tqdm
 
 import model
-from data.common import DataError, find, is_prepared
+from data.common import DataError, find_dataset, is_prepared
 from papers import TABLES
 from papers.table import FIRST_SEED, SCALES, SEEDS_FOR_A_VERDICT
 from run import checkpoint, records
@@ -341,7 +341,7 @@ def data_problem(config):
     """Why train.py could not have its data set, or ""; it prepares one that has a prepare.py, if config.prepare."""
     dataset = config.dataset
     try:
-        folder = find(dataset)
+        folder = find_dataset(dataset)
     except DataError as error:
         base = dataset.removesuffix("_head")
         if base == dataset:

@@ -16,7 +16,7 @@ from html import escape
 
 from report.blocks import Grid, Paragraph, Passage, Picture, Ruling, Section
 from report.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
-from support.palette import EXPERT_COLOURS
+from support.palette import EXPERT_COLOURS, PAPER, PAPER_ON_DARK
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Colours and shapes
@@ -24,7 +24,7 @@ from support.palette import EXPERT_COLOURS
 # Text in any of these colours on `paper` or on `panel` has a contrast of 4.5 or more (WCAG AA; tests/test_page.py).
 # The verdicts' hues are of those that colour-blind readers tell apart; their words and shapes do not need them.
 LIGHT = {
-    "paper": "#ffffff",
+    "paper": PAPER,
     "panel": "#f3f5f6",
     "line": "#ccd3d8",
     "ink": "#1a1d20",
@@ -36,7 +36,7 @@ LIGHT = {
     "unrun": "#535b63",
 }
 DARK = {
-    "paper": "#14171a",
+    "paper": PAPER_ON_DARK,
     "panel": "#1e2327",
     "line": "#3d464d",
     "ink": "#e6e8ea",

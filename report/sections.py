@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import papers
 from papers.table import SCALES, Comparison, gather
-from report import cells, figures, figures_of_rows, figures_of_run, figures_of_speed, speed_cells
+from report import cells, figures_of_run, figures_of_speed, speed_cells, style
 from report.blocks import Grid, Picture
-from report.verdicts import Verdict, decide, effect_of
+from report.figures import FIGURES
+from report.style import Drawing
+from report.verdicts import Verdict, decide
 from run import records
 from speed import bench_records
 from support import console
@@ -105,23 +107,17 @@ def table_section(comparison: Comparison, number: int) -> TableSection:
     return TableSection(comparison, verdicts, grids, pictures, shown)
 
 
-def drawings_of(comparison: Comparison, shown: list[dict]) -> dict[str, figures.Drawing | None]:
+def drawings_of(comparison: Comparison, shown: list[dict]) -> dict[str, Drawing | None]:
     """Name -> figure of a table; None where it has nothing to show."""
-    drawings = {name: drawing_function(name)(comparison) for name in comparison.table.figure_names}
-    drawings["differences"] = figures.difference_forest(comparison, baseline_differences(comparison))
+    drawings = {name: FIGURES[name](comparison) for name in (*comparison.table.figure_names, "differences")}
     for analysis in shown:
         drawings |= figures_of_run.of_run(analysis)
     return drawings
 
 
-def drawing_function(name: str):
-    """The function that draws a figure of a table."""
-    return getattr(figures, name, None) or getattr(figures_of_rows, name)
-
-
-def picture_of(drawing: figures.Drawing) -> Picture:
+def picture_of(drawing: Drawing) -> Picture:
     """A figure as a block of a page."""
-    return Picture(figures.svg(drawing.figure), drawing.caption, drawing.alt)
+    return Picture(style.svg(drawing.figure), drawing.caption, drawing.alt)
 
 
 def numbered(number: int) -> str:
@@ -135,18 +131,6 @@ def analyses_to_show(comparison: Comparison) -> list[dict]:
         return []
     found = [analysis for of_row in comparison.cells.values() for analysis in of_row]
     return [one for one in found if one["sample"] and one["config"]["router"] == "learned"][:1]
-
-
-def baseline_differences(comparison: Comparison) -> list[tuple]:
-    """(label, mean, low, high, n, published difference) of each row against its baseline, on the whole split."""
-    found = []
-    for row in comparison.table.rows_at(comparison.scale):
-        effect = row.baseline and effect_of(comparison, "clean", row.name, row.baseline, "difference")
-        if effect:
-            pair = figures.published(comparison, row, "paper")
-            published = pair[0] - pair[1] if pair else None
-            found.append((row.label, effect.mean, effect.low, effect.high, effect.n, published))
-    return found
 
 
 def verdicts_of(sections: list[TableSection]) -> list[Verdict]:

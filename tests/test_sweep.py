@@ -19,7 +19,7 @@ import pytest
 from conftest import TINY
 
 import sweep
-from data.common import DataError, find
+from data.common import DataError, find_dataset
 from papers.table import Row, Table
 from run import records
 from run.settings import Config
@@ -305,7 +305,7 @@ def test_a_data_set_that_must_be_made_is_told_and_the_rest_is_run(place, capfd, 
 
     tables = {"T": table("T", row("head", "enwik8_head"), a_row("one"))}
     monkeypatch.setattr(sweep, "TABLES", tables)
-    monkeypatch.setattr(sweep, "find", find)
+    monkeypatch.setattr(sweep, "find_dataset", find)
     assert place.main("T", "--seeds=2") == 1
     assert place.names() == ["one-cpu-s1337", "one-cpu-s1338"]
     command = "python data/enwik8/prepare.py --source FILE --allow-partial --out data/enwik8_head"
@@ -319,7 +319,9 @@ def test_where_nothing_may_be_downloaded_what_is_not_prepared_is_told_and_not_st
     (tmp_path / "enwik8").mkdir()
     tables = {"T": table("T", row("large", "enwik8"), a_row("one"))}
     monkeypatch.setattr(sweep, "TABLES", tables)
-    monkeypatch.setattr(sweep, "find", lambda dataset: tmp_path / "enwik8" if dataset == "enwik8" else find(dataset))
+    monkeypatch.setattr(
+        sweep, "find_dataset", lambda dataset: tmp_path / "enwik8" if dataset == "enwik8" else find_dataset(dataset)
+    )
     assert place.main("T", "--seeds=1", "--prepare=False") == 1
     assert place.names() == ["one-cpu-s1337"]
     assert "large-cpu-s1337: enwik8 is not prepared, and --prepare=False was said" in capfd.readouterr().err
