@@ -158,24 +158,6 @@ class Vocabulary:
         return f"not in the vocabulary: {unknown}{more}; it has {self.size} {self.unit}s: {known}"
 
 
-def character_class(symbol: str | int) -> str:
-    """The class of a symbol: vowel, consonant, capital, digit, space, newline, punctuation or other.
-
-    Bytes above 127 and characters beyond ASCII are "other".
-    """
-    character = chr(symbol) if isinstance(symbol, int) else symbol
-    if not character.isascii():
-        return "other"
-    if character.isupper():
-        return "capital"
-    if character.isalpha():
-        return "vowel" if character in "aeiou" else "consonant"
-    if character.isdigit():
-        return "digit"
-    blank = {"\n": "newline", " ": "space"}
-    return blank.get(character) or ("punctuation" if character.isprintable() else "other")
-
-
 def _is_symbol(symbol: object, unit: str) -> bool:
     if unit == CHARACTER:  # half a surrogate pair occurs in no text
         return isinstance(symbol, str) and len(symbol) == 1 and is_utf8(symbol)
