@@ -1,7 +1,7 @@
 """Records -> tables, figures, verdicts, one page.
 
     python plot_results.py                          results/*/*.json -> results/{summary.md,report.html,tables,figures}
-    python plot_results.py --check                  say what of it is stale, and write nothing
+    python plot_results.py --check                  name what is stale, and write nothing
     python plot_results.py --latest out/A out/B …   curves of local runs, also while they train -> curves.png
 
 A record is the summary.json of a complete run; results/bench/ holds records of bench.py, results/analysis/ those of
@@ -44,7 +44,7 @@ def gather_results(folder: Path) -> Results:
         for scale in SCALES
         for row in table.rows_at(scale)
     }
-    in_no_table = "its config is that of no row of a table"
+    in_no_table = "no table has a row of its config"
     found = []
     for path, record in pairs:
         if config_hash(record) in hashes:
@@ -90,8 +90,8 @@ def superfluous(folder: Path, outputs: dict[str, str]) -> list[str]:
 
 
 def stale(folder: Path, outputs: dict[str, str]) -> list[str]:
-    """A line for each file of `folder` that plot_results.py would write otherwise."""
-    lines = [f"{name} is drawn from nothing any more" for name in superfluous(folder, outputs)]
+    """A line for each file of `folder` that is not as plot_results.py would write it."""
+    lines = [f"{name} is given by no record any more" for name in superfluous(folder, outputs)]
     for name, text in outputs.items():
         path = folder / name
         if not path.is_file():
@@ -103,7 +103,7 @@ def stale(folder: Path, outputs: dict[str, str]) -> list[str]:
 
 def write_outputs(folder: Path, outputs: dict[str, str]) -> None:
     for name in superfluous(folder, outputs):
-        print(f"removed {name}, which is drawn from nothing any more")
+        print(f"removed {name}, which no record gives any more")
         (folder / name).unlink()
     for name, text in outputs.items():
         path = folder / name

@@ -41,8 +41,9 @@ def _table(name, dataset, title, published, figures):
         name=name,
         title=f"Switch-style experts on {title}",
         source=SOURCE,
-        text="Top-1 of full-width experts; number of experts, weight of the balancing loss, expert dropout "
-        "(two readings). Published: the abstract's two losses, called bits there, but nats by their size.",
+        text="Full-width experts, top-1. The rows vary the number of experts, the weight of the balancing loss and "
+        "expert dropout (read in two ways). Published: the two losses of the abstract, which calls them bits; by their "
+        "size they are nats.",
         rows=rows,
         views=(
             View("Loss", LOSSES),
@@ -146,7 +147,7 @@ CLAIMS = (
         pairs=(("shakespeare_moe4", "shakespeare_dense"),),
         measures=CLAIM_LOSSES,
         holds=(0.035, 0.105),
-        why="half of the published gap to one and a half of it",
+        why="half of the published gap to one and a half times the gap",
         scales=("paper",),
     ),
     Claim(
@@ -166,7 +167,7 @@ CLAIMS = (
         pairs=each_against(("shakespeare_moe4_expert_dropout", "shakespeare_moe4_inner_dropout"), "shakespeare_moe4"),
         measures=CLAIM_LOSSES,
         holds=(-0.005, math.inf),
-        why="an improvement below 0.005 nats, about two standard deviations of the template's seeds, is none",
+        why="an improvement below 0.005 nats, about two standard deviations over seeds of the template, counts as none",
     ),
     Claim(
         id="A7",
@@ -209,8 +210,8 @@ CLAIMS = (
         measures=("router_cosine",),
         effect="value",
         holds=BELOW_0,
-        why="the mean cosine of the two gradients at the router; A's abstract only names the mechanism. Where training "
-        "has settled the two are opposed by construction, so this says more of convergence than of harm",
+        why="the mean cosine of the two gradients at the router; A's abstract only names the mechanism. Once training "
+        "has settled, the two are opposed by construction, so this says more about convergence than about harm",
     ),
     Claim(
         id="A13",

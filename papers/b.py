@@ -54,7 +54,7 @@ TABLES = (
         name="B",
         title="Soft, top-2 and capacity-limited linear experts",
         source=SOURCE,
-        text="Four linear experts share the dense MLP's first layer. Published: one machine, n not told.",
+        text="Four linear experts share the dense MLP's first layer. Published: one machine, number of runs not given.",
         rows=ROWS,
         views=(
             View("Loss and cost", ("paper", "clean", "train_seconds", "inference_speed")),
@@ -96,7 +96,7 @@ CLAIMS = (
         measures=("final_train", "train_mode", "train_mode_with_aux"),
         effect="ratio",
         holds=(1.09, 1.27),
-        why="half of the published 18% to one and a half of it",
+        why="half of the published 18% to one and a half times 18%",
     ),
     Claim(
         id="B4",
@@ -107,7 +107,7 @@ CLAIMS = (
         measures=("train_seconds",),
         effect="ratio",
         holds=(1.25, 1.75),
-        why="half of the overhead of 50% to one and a half of it",
+        why="half of the published overhead of 50% to one and a half times 50%",
     ),
     Claim(
         id="B5",
@@ -176,7 +176,7 @@ CLAIMS = (
         measures=("largest_load",),
         effect="value",
         holds=(1.2, math.inf),
-        why="the busiest expert of a layer has a fifth more than its even share; our reading",
+        why="the busiest expert of a layer has at least a fifth more than an even share; our reading",
     ),
     Claim(
         id="B12",

@@ -53,8 +53,8 @@ CLAIMS = (
         measures=("syntax_over_topic", "syntax_above_frozen"),
         effect="value",
         holds=ABOVE_0,
-        why="given the character, its place in the word or line tells more of the expert than speaker, play or "
-        "passage, and, by the second measure, more than of a random router's",
+        why="given the character, its place in the word or line tells more about the expert than speaker, play or "
+        "passage do; by the second measure, more than it tells about a random router's expert",
     ),
     Claim(
         id="C4",

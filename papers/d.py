@@ -39,8 +39,8 @@ TABLES = (
         name="D",
         title="8 experts, top-2, against dense models of equal FLOPs and equal parameters",
         source=SOURCE,
-        text="Published: 15% lower perplexity (0.163 nats) than a dense model at the same FLOPs, on a text that is "
-        "not named. The head of text8 is its first megabytes: real text, but not that data set.",
+        text="Published: 15% lower perplexity (0.163 nats) than a dense model at the same FLOPs, on a text that "
+        "the notes do not name. The head of text8 is its first megabytes: real text, but not that data set.",
         rows=_models_on_both_texts(),
         views=(View("Loss", (*LOSSES, "test_bpc")), View("Cost", COSTS)),
         figures=("loss_curves", "loss_against_cost"),
@@ -74,10 +74,11 @@ def _claims_on(dataset, where, first, scales):
     )
     yield Claim(
         id=f"D{first + 2}",
-        sentence=f"{where}, a dense model with as many parameters as 8 experts does no worse, so the gain is theirs.",
+        sentence=f"{where}, a dense model with as many parameters as 8 experts does no worse, so the gain comes "
+        "from parameters.",
         pairs=((total, moe),),
         holds=(-math.inf, 0.005),
-        why="0.005 nats count as no difference",
+        why="a difference up to 0.005 nats counts as none",
         **shared,
     )
 
@@ -104,8 +105,8 @@ CLAIMS = (
         measures=("above_frozen",),
         effect="value",
         holds=(-math.inf, 0.02),
-        why="at ten times the usual weight, the character tells no more of its expert than of a random router's, by "
-        "0.02",
+        why="at ten times the usual weight, the character tells at most 0.02 more about its expert than about a "
+        "random router's",
     ),
     Claim(
         id="D6",
@@ -116,7 +117,7 @@ CLAIMS = (
         measures=("frequency_above_frozen",),
         effect="value",
         holds=ABOVE_0,
-        why="of what the character tells, the frequency band tells a larger part than it does of a random router's",
+        why="the frequency band tells a larger part of what the character tells than for a random router",
     ),
     Claim(
         id="D7",

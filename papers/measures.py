@@ -59,18 +59,20 @@ def _aux_per_layer(record):
 
 _SHARE = "of H(expert)"
 MEASURES = {
-    "clean": Measure("best validation, clean", "nats", 4, _field("clean", "best", "nats")),
-    "clean_bpc": Measure("best validation, clean", "bits per character", 4, _field("clean", "best", "bpc")),
-    "paper": Measure("best validation, the papers' way", "nats", 4, _field("paper", "best_val"), shares_batches=True),
+    "clean": Measure("best full validation", "nats", 4, _field("clean", "best", "nats")),
+    "clean_bpc": Measure("best full validation", "bits per character", 4, _field("clean", "best", "bpc")),
+    "paper": Measure("best sampled validation", "nats", 4, _field("paper", "best_val"), shares_batches=True),
     "paper_with_aux": Measure(
-        "the papers' way + auxiliary losses", "nats", 4, _field("paper", "best_val_with_aux"), shares_batches=True
+        "best sampled validation + auxiliary losses",
+        "nats",
+        4,
+        _field("paper", "best_val_with_aux"),
+        shares_batches=True,
     ),
-    "aux_per_layer": Measure("what auxiliary losses add, per MoE layer", "nats", 4, _aux_per_layer),
-    "test_bpc": Measure("test, clean", "bits per character", 4, _field("test", "bpc")),
+    "aux_per_layer": Measure("loss added by auxiliary losses, per MoE layer", "nats", 4, _aux_per_layer),
+    "test_bpc": Measure("test, whole split", "bits per character", 4, _field("test", "bpc")),
     "final_train": Measure("final train, eval mode", "nats", 4, _field("paper", "final_train"), shares_batches=True),
-    "final_val": Measure(
-        "final validation, the papers' way", "nats", 4, _field("paper", "final_val"), shares_batches=True
-    ),
+    "final_val": Measure("final sampled validation", "nats", 4, _field("paper", "final_val"), shares_batches=True),
     "gap": Measure(
         "final validation − final train",
         "nats",
@@ -87,7 +89,7 @@ MEASURES = {
         "training speed", "characters/s", 0, _field("tokens_per_second"), lower_is_better=False, timed=True
     ),
     "inference_speed": Measure(
-        "inference, the papers' way",
+        "inference, the papers' protocol",
         "characters/s",
         1,
         _field("inference", "tokens_per_second"),
@@ -104,30 +106,50 @@ MEASURES = {
     "drop_rate": Measure("choices dropped", "", 4, _mean_over_layers("drop_rate")),
     "entropy": Measure("router entropy", "nats", 3, _mean_over_layers("entropy"), lower_is_better=False),
     # Read from an analysis.
-    "analysed_nats": Measure("last weights, clean", "nats", 4, _field("nats")),
+    "analysed_nats": Measure("full validation of the last weights", "nats", 4, _field("nats")),
     "utilisation": Measure("experts used (0 to 1)", "", 3, analyses.utilisation, lower_is_better=False),
-    "lowest_utilisation": Measure("the same, worst layer", "", 3, analyses.lowest_utilisation, lower_is_better=False),
-    "largest_load": Measure("E × largest load", "", 2, analyses.largest_load),
-    "about_character": Measure("the character tells", _SHARE, 3, analyses.about("character")),
-    "above_frozen": Measure("the same − a random router's", _SHARE, 3, analyses.character_above_frozen),
-    "beyond_character": Measure("+ two characters before it", _SHARE, 3, analyses.context_given_character),
-    "syntax": Measure("+ place in word or line", _SHARE, 3, analyses.syntax_given_character),
-    "syntax_above_frozen": Measure("place, less a random router's", _SHARE, 3, analyses.syntax_above_frozen),
-    "topic": Measure("+ speaker, play or passage", _SHARE, 3, analyses.topic_given_character),
-    "topic_of_rest": Measure("the same", "of what the character leaves open", 3, analyses.topic_of_rest),
-    "topic_above_frozen": Measure("topic, less a random router's", _SHARE, 3, analyses.topic_above_frozen),
-    "syntax_over_topic": Measure("place − topic", _SHARE, 3, analyses.syntax_over_topic),
-    "unexplained": Measure("left open by the three", _SHARE, 3, analyses.unexplained),
-    "frequency_above_frozen": Measure(
-        "frequency band ÷ character, − a random router's", "", 3, analyses.frequency_above_frozen, lower_is_better=False
+    "lowest_utilisation": Measure(
+        "experts used, worst layer", "", 3, analyses.lowest_utilisation, lower_is_better=False
     ),
-    "gain": Measure("what the character tells, end − start", _SHARE, 3, analyses.gain_of_specialisation),
-    "early_agreement": Measure("final expert at 15% of the run", "of characters", 3, analyses.early_agreement),
-    "router_cosine": Measure("cosine of cross-entropy and balance", "", 3, analyses.router_cosine),
+    "largest_load": Measure("E × largest load", "", 2, analyses.largest_load),
+    "about_character": Measure("information from the character", _SHARE, 3, analyses.about("character")),
+    "above_frozen": Measure(
+        "information from the character − a random router's", _SHARE, 3, analyses.character_above_frozen
+    ),
+    "beyond_character": Measure(
+        "information added by the two characters before", _SHARE, 3, analyses.context_given_character
+    ),
+    "syntax": Measure("information added by place in word or line", _SHARE, 3, analyses.syntax_given_character),
+    "syntax_above_frozen": Measure(
+        "information added by place − a random router's", _SHARE, 3, analyses.syntax_above_frozen
+    ),
+    "topic": Measure("information added by speaker, play or passage", _SHARE, 3, analyses.topic_given_character),
+    "topic_of_rest": Measure(
+        "information added by speaker, play or passage", "of what the character leaves open", 3, analyses.topic_of_rest
+    ),
+    "topic_above_frozen": Measure(
+        "information added by topic − a random router's", _SHARE, 3, analyses.topic_above_frozen
+    ),
+    "syntax_over_topic": Measure("information added by place − by topic", _SHARE, 3, analyses.syntax_over_topic),
+    "unexplained": Measure("uncertainty left by three characters", _SHARE, 3, analyses.unexplained),
+    "frequency_above_frozen": Measure(
+        "information from the frequency band ÷ from the character, − a random router's",
+        "",
+        3,
+        analyses.frequency_above_frozen,
+        lower_is_better=False,
+    ),
+    "gain": Measure(
+        "information from the character, end − start of training", _SHARE, 3, analyses.gain_of_specialisation
+    ),
+    "early_agreement": Measure("final expert reached by 15% of the run", "of characters", 3, analyses.early_agreement),
+    "router_cosine": Measure(
+        "cosine of the gradients of cross-entropy and balancing loss", "", 3, analyses.router_cosine
+    ),
     "token_cosine": Measure("cosine of two characters' gradients", "", 5, analyses.token_cosine),
     "shuffled": Measure("routing shuffled", "nats", 4, analyses.ablated("shuffled_all")),
-    "tabulated": Measure("a table of the character", "nats", 4, analyses.ablated("tabulated_all")),
-    "hashed": Measure("a hash table", "nats", 4, analyses.ablated("hashed_all")),
+    "tabulated": Measure("routing by a table of characters", "nats", 4, analyses.ablated("tabulated_all")),
+    "hashed": Measure("routing by a hash table", "nats", 4, analyses.ablated("hashed_all")),
     "removed": Measure("cheapest experts removed", "nats", 4, analyses.ablated("removed_all")),
     "merged": Measure("cheapest experts merged", "nats", 4, analyses.ablated("merged_all")),
 }

@@ -15,9 +15,9 @@ ROUTER = Table(
     name="router",
     title="Is a router worth learning? 4 experts filled by one, or by a table",
     source=SOURCE,
-    text="A table gives each character its expert once and for all, balanced by frequency: it learns nothing. "
-    "Its gate is 1 and no loss balances it, where a learned router's gate is its probability and a balancing "
-    "loss pulls at it; so two rows have a gate of 1, and two no balance.",
+    text="A fixed table gives each character one expert, balanced by frequency, and learns nothing. Its gate is 1 "
+    "and it has no balancing loss. A learned router's gate is its probability, and it has a balancing loss; so two "
+    "more rows have a gate of 1, and two no balancing loss.",
     rows=(
         Row("shakespeare_moe4", "learned", "shakespeare_moe4"),
         Row(
@@ -51,9 +51,9 @@ EQUAL = Table(
     name="equal",
     title="Equal what? 4 experts against dense models that cost the same in one respect",
     source=SOURCE,
-    text="The dense model has the active FLOPs of 4 experts, but for the router's share of under 0.3%; the "
-    "wide one has their total parameters; the long one makes 1.3 times as many steps, which is about as long "
-    "by the clock on a CPU: the times beside it say how nearly.",
+    text="The dense model has the active FLOPs of 4 experts, except for the router's share of under 0.3%. The wide "
+    "one has their total parameters. The long one makes 1.3 times as many steps, which takes about as long on a CPU: "
+    "compare the training times.",
     rows=(
         Row("shakespeare_dense", "dense, equal active FLOPs", "shakespeare_dense", baseline="shakespeare_moe4"),
         Row(
@@ -106,8 +106,8 @@ BOUNDARY = Table(
     name="boundary",
     title="The scale boundary: width × unique characters",
     source=SOURCE,
-    text="Every run reads as many characters as any other of its scale, so fewer unique ones are more epochs. "
-    "A says that there is a scale below which sparsity harms.",
+    text="Every run reads as many characters as any other of its scale, so fewer unique ones mean more epochs. "
+    "Paper A says that there is a scale below which sparsity harms.",
     rows=_rows_of_boundary(),
     views=(View("Loss", ("clean", "paper", "epochs", "total_parameters")),),
     figures=("boundary_map",),
@@ -118,8 +118,8 @@ EXPERTS = Table(
     title="What the experts do",
     source=SOURCE,
     of="analyses",
-    text="What `analyze.py` finds in the last weights of a run: how the load is spread, what tells a "
-    "character's expert, when routing settles, what pulls the router, and what experts are worth. Numbers are "
+    text="Measured by `analyze.py` on the last weights of a run: how the load is spread, what predicts the expert of a "
+    "character, when routing settles, which gradients pull at the router, and what experts are worth. Numbers are "
     "means over the layers of a model; information is beyond chance.",
     rows=(  # those of the other tables that differ in how they route, and segments and whole sequences
         Row("shakespeare_dense", "dense", "shakespeare_dense"),
@@ -136,7 +136,7 @@ EXPERTS = Table(
     ),
     views=(
         View("Load", ("analysed_nats", "utilisation", "lowest_utilisation", "largest_load")),
-        View("What tells the expert", ("about_character", "above_frozen", "beyond_character", "unexplained")),
+        View("What predicts the expert", ("about_character", "above_frozen", "beyond_character", "unexplained")),
         View(
             "Syntax, topic, frequency",
             (
@@ -150,7 +150,7 @@ EXPERTS = Table(
         ),
         View("Over training", ("early_agreement", "gain")),
         View("Gradients", ("router_cosine", "token_cosine")),
-        View("What it costs", ("shuffled", "hashed", "tabulated", "removed", "merged")),
+        View("Cost of changing the routing or the experts", ("shuffled", "hashed", "tabulated", "removed", "merged")),
     ),
     figures=("load_by_row", "information_by_row", "stability_by_row", "ablation_by_row"),
 )
@@ -196,7 +196,8 @@ CLAIMS = (
     ),
     Claim(
         id="E5",
-        sentence="At weight 0.1, if it is counted in, it raises it by five times A's gap or more.",
+        sentence="At weight 0.1, the auxiliary loss, if it is counted in, raises the validation loss of a 6-layer "
+        "model by five times A's gap or more.",
         source=SOURCE,
         table="A",
         pairs=(("shakespeare_moe4_aux01", ""),),
@@ -207,7 +208,7 @@ CLAIMS = (
     ),
     Claim(
         id="E6",
-        sentence="The characters of one expert agree more on its weights than all characters do on a dense MLP's.",
+        sentence="The gradients of two characters agree more within one expert than within a dense MLP.",
         source=SOURCE,
         table="experts",
         pairs=(("shakespeare_moe4", "shakespeare_dense"),),
@@ -222,12 +223,12 @@ CLAIMS = (
         table="router",
         pairs=(("shakespeare_hash4", "shakespeare_moe4"),),
         holds=BELOW_0,
-        why="noticed at CPU size with seeds 1337 to 1339, which also decide it there, before it was written down",
+        why="noticed at CPU size with seeds 1337 to 1339 before it was written down; these seeds also decide it there",
     ),
     Claim(
         id="E8",
-        sentence="… and lower than with routers that have the table's gate of 1, its lack of a balancing loss, or "
-        "both.",
+        sentence="The fixed table also ends lower than learned routers with a gate of 1, without a balancing loss, or "
+        "with both changes.",
         source=SOURCE,
         table="router",
         pairs=(

@@ -43,7 +43,7 @@ def measure_columns(comparison, measure, relative):
     if relative:
         yield f"{entry.heading} ÷ baseline", lambda row: relative_cell(comparison, row, measure)
         if len(published) > 1:
-            yield "the same, published", lambda row: published_ratio_cell(comparison.table, row, measure)
+            yield "published ÷ baseline", lambda row: published_ratio_cell(comparison.table, row, measure)
         return
     yield heading, lambda row: value_cell(comparison, row, measure)
     if not published:

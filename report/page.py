@@ -32,7 +32,7 @@ LIGHT = {
     "link": "#0b57a4",
     "held": "#00664b",
     "failed": "#a33a00",
-    "noise": "#5f3f97",
+    "undecided": "#5f3f97",
     "unrun": "#535b63",
 }
 DARK = {
@@ -44,7 +44,7 @@ DARK = {
     "link": "#8fbcf2",
     "held": "#5fcba5",
     "failed": "#ff9d66",
-    "noise": "#c5b0f2",
+    "undecided": "#c5b0f2",
     "unrun": "#aab2b9",
 }
 
@@ -62,7 +62,7 @@ LOOKS = {
         '<path d="M4.7 4.7l6.6 6.6m0-6.6l-6.6 6.6" stroke="var(--paper)" stroke-width="2"/>',
     ),
     UNDECIDED: (
-        "noise",
+        "undecided",
         '<path d="M1 6.2q3.5-4.4 7 0t7 0M1 11.4q3.5-4.4 7 0t7 0" fill="none" stroke="currentColor" stroke-width="2"/>',
     ),
     NOT_RUN: (
@@ -173,9 +173,6 @@ figcaption { max-width: 44rem; margin-top: .6rem; }
 .details { font-size: .9375rem; }
 .details li { padding-left: 1rem; text-indent: -1rem; }
 
-details { margin: 1rem 0 2rem; }
-summary { cursor: pointer; color: var(--link); padding: .3rem 0; }
-details p { margin: .5rem 0; }
 :target { background: var(--panel); }
 
 @media (max-width: 40rem) {
@@ -211,7 +208,7 @@ details p { margin: .5rem 0; }
   body { padding: 0; max-width: none; }
   a { color: inherit; text-decoration: none; }
   nav ul { columns: 2; }
-  h2, h3, caption, .group, summary { break-after: avoid; page-break-after: avoid; }
+  h2, h3, caption, .group { break-after: avoid; page-break-after: avoid; }
   figure, tr, .ruling, .counts { break-inside: avoid; page-break-inside: avoid; }
   .notes { break-before: avoid; page-break-before: avoid; }
   p, li { orphans: 3; widows: 3; }
@@ -223,7 +220,6 @@ details p { margin: .5rem 0; }
   th, td { padding: .25rem .35rem; }
   img { max-height: 200mm; margin: 0; }
   :target { background: none; }
-  details::details-content { content-visibility: visible; height: auto; }
 }
 """
 

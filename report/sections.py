@@ -172,10 +172,10 @@ class BenchSection(NamedTuple):
             [
                 *doubts,
                 f"{speed_cells.bench_headline(record)}. Every model is timed in turn with the others, in one process. "
-                "A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is that of the ratios "
-                "of pairs, above 1 where a model is slower. Of the floor: the least time for what must be computed "
-                "and moved, at the "
-                f"ceilings measured in the same bench ({limits}), over the time that it took.",
+                "A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is the median of the "
+                "ratios of paired timings, above 1 where a model is slower. Floor ÷ time: the least time in which the "
+                "necessary numbers can be computed and moved, at the ceilings measured in the same bench "
+                f"({limits}), over the measured time.",
                 f"Machine: {records.machine_of(record)}. The bench took {console.duration(record['seconds'])}.",
             ]
         )

@@ -29,12 +29,12 @@ def speed_grids(bench: dict) -> list[Grid]:
 
 
 def task_grid(bench, task):
-    """A row per batch size and model: time, ratio to dense, speed, how near the floor."""
+    """A row per batch size and model: time, ratio to dense, speed, floor over time."""
     title, time = TASKS[task]
     found, batches = bench_records.measurements_of(bench), bench_records.batch_sizes(bench, task)
     columns = ["time ÷ dense's", time]
     columns += ["characters/s"] if batches == [1] or task == "train" else ["characters/s a sequence", "in total"]
-    columns.append("of the floor")
+    columns.append("floor ÷ time")
     has_memory = any(one["peak_memory_bytes"] is not None for one in found.values())
     columns += ["peak memory, MiB"] if has_memory else []
     rows = []
@@ -58,7 +58,7 @@ def speed_cells(one):
         "time ÷ dense's": ratio_cell(one),
         **dict.fromkeys(("characters/s", "in total"), f"{total:,.0f}"),
         "characters/s a sequence": f"{total / one['batch_size']:,.0f}",
-        "of the floor": f"{one['floor']['seconds'] / seconds['median']:.1%}",
+        "floor ÷ time": f"{one['floor']['seconds'] / seconds['median']:.1%}",
         "peak memory, MiB": NOTHING if peak is None else f"{peak / 2**20:,.0f}",
     }
 
@@ -81,11 +81,11 @@ def papers_grid(bench):
     lengths = [one["tokens"] for one in found.values() if one["task"] == "papers"]
     notes = [
         f"n = {bench_records.from_to(counts)} texts of {bench_records.from_to(lengths)} characters; "
-        "training time: of the updates"
+        "training time is that of the updates"
     ]
-    notes += [f"published: {PUBLISHED.source}, one machine, n not told"]
+    notes += [f"published: {PUBLISHED.source}, one machine, number of runs not given"]
     notes += [f"{bench['models'][name]['title']}: published as {row.label}" for name, row in row_of.items() if row]
-    title = "Speed. The papers' way to write: eagerly, without a cache, one text at a time"
+    title = "Speed. Inference by the papers' protocol: eagerly, without a cache, one text at a time"
     return Grid(title, ["model", *columns], rows, notes)
 
 
@@ -130,7 +130,12 @@ def what_ran_grid(bench):
             f"checked, {what}: largest error {worst['error']:.1e}, allowed {worst['limit']:.0e} (n = {len(of)})"
         )
     columns = ["model", "parameters", "active per character", "training ran on", "decoding ran on"]
-    return Grid("Speed. What ran", [*columns, "compiling: training / decoding, s", "checks passed"], rows, notes)
+    return Grid(
+        "Speed. Models, backends and checks",
+        [*columns, "compiling: training / decoding, s", "checks passed"],
+        rows,
+        notes,
+    )
 
 
 SPEED_COLUMNS = (

@@ -4,13 +4,13 @@ from report import cells, wording
 from report.blocks import Paragraph, Passage, Ruling, Section
 from report.page import page
 from report.sections import Results
-from report.wording import HOW_EXPERTS_ARE_READ, HOW_TO_READ
+from report.wording import CLAIMS_BY_SOURCE, HOW_EXPERTS_ARE_READ, HOW_TO_READ
 
 
 def summary_markdown(results: Results) -> str:
     """summary.md: a table of all verdicts, then the sections."""
     lines = ["# Measured results", "", "Written by `plot_results.py` from the records beside it.", ""]
-    lines += [wording.headline(results.n_runs, results.machines), "", HOW_TO_READ, ""]
+    lines += [wording.headline(results.n_runs, results.machines), "", HOW_TO_READ, "", CLAIMS_BY_SOURCE, ""]
     lines += ["## Verdicts", "", wording.verdict_counts(results.verdicts), ""]
     lines += ["| | claim | scale | verdict | effect |", "| --- | --- | --- | --- | --- |"]
     several = len(results.machines) > 1
@@ -58,7 +58,11 @@ def report_html(results: Results) -> str:
         sections.append(Section("Not run yet", [ruling_of(verdict) for verdict in not_run]))
     if results.left_out:
         sections.append(Section("Records left out", [Paragraph(why) for why in results.left_out]))
-    lead = [Paragraph(wording.headline(results.n_runs, results.machines)), Paragraph(HOW_TO_READ)]
+    lead = [
+        Paragraph(wording.headline(results.n_runs, results.machines)),
+        Paragraph(HOW_TO_READ),
+        Paragraph(CLAIMS_BY_SOURCE),
+    ]
     return page("charmoe: what was measured", lead, sections)
 
 

@@ -15,7 +15,7 @@ from papers.measures import MEASURES
 from papers.table import SEEDS_FOR_A_VERDICT, Claim, Comparison
 from support.intervals import Effect, interval_of_difference, interval_of_mean
 
-STATUSES = HELD, NOT_HELD, UNDECIDED, NOT_RUN = "held", "did not hold", "within noise", "not run"
+STATUSES = HELD, NOT_HELD, UNDECIDED, NOT_RUN = "held", "did not hold", "undecided", "not run"
 
 
 class Finding(NamedTuple):

@@ -2,6 +2,7 @@
 
 import math
 
+import papers
 from papers.measures import MEASURES
 from papers.table import SEEDS_FOR_A_VERDICT, Claim
 from report.cells import DAGGER, marked_label
@@ -9,28 +10,31 @@ from report.verdicts import NOT_RUN, STATUSES, Verdict
 from support.intervals import Effect
 
 HOW_TO_READ = (
-    "Losses are nats per character, in eval mode where nothing else is said. **Clean**: the whole validation split, "
-    "each character predicted once. **The papers' way**: the minimum over evaluations of the mean of random "
-    "batches; auxiliary losses are added only where that is said. A cell is mean ± sample SD (n seeds). An effect "
-    "comes with its 95% interval: Welch's over seeds, or the paired one over common seeds for what is estimated "
-    "from random batches, which rows of one seed share. A claim held where the whole interval lies where its rule "
-    "says, did not hold where none of it does, and is within noise otherwise; of several pairs, one that "
-    "contradicts is enough. Intervals are not corrected for the number of claims. Times count only from runs that "
-    "had their cores, or their GPU, to themselves, up to 5% of the cores' time."
+    "Losses are cross-entropy in nats per character (per byte on enwik8), in eval mode unless stated otherwise. **Full "
+    "validation** covers the whole validation split and predicts each character once. **Sampled validation** is the "
+    "papers' protocol: the lowest mean loss on random batches among the evaluations of a run; auxiliary losses are "
+    "added only where stated. A cell is mean ± sample SD (n seeds). An effect comes with its 95% interval: Welch's "
+    "over seeds, or the paired one over common seeds for measures from random batches, which are the same in all rows "
+    "of a seed. A claim held if the whole interval lies within its bounds, did not hold if the interval lies wholly "
+    "outside, and is undecided otherwise; of several pairs of rows, one that contradicts the claim is enough. "
+    "Intervals are not corrected for the number of claims. Times count only from runs that had their GPU, or 95% of "
+    "their cores' time, to themselves."
 )
+CLAIMS_BY_SOURCE = f"The letter of a claim names its source. {'. '.join(papers.SOURCES[:-1])}. E: {papers.SOURCES[-1]}."
 
 HOW_EXPERTS_ARE_READ = (
     "A Mixture-of-Experts layer has several MLPs, its experts, and a router that sends each character to one or a few "
-    "of them. **Load** is how evenly they are used: a layer whose characters all go to one expert has collapsed, and "
-    "uses 0 of what it could; one whose experts have equal shares uses 1.",
-    "**Information** is what knowing something of a character tells of its expert, as a share of all there is to know "
-    "(H(expert), the entropy of the load). If each character always goes to the same expert, the character tells 1. A "
-    "share means nothing by itself: a random, never trained router also sends like to like, and any table tells "
-    "something of anything by chance. So chance is subtracted, and the random router is drawn beside it. What the "
-    "characters before, the place in the word, or the speaker add is counted beyond the character.",
-    "**Cost** is what the validation loss rises by, in nats, when the routing of the trained model is spoilt or an "
-    "expert is taken away. **Gradients**: a cosine of 1 means that two wishes to change the weights agree, −1 that "
-    "they are opposed, 0 that they have nothing to do with each other.",
+    "of them. **Load** says how evenly the experts are used: 0 where one expert gets all characters (the layer has "
+    "collapsed), 1 where all experts get equal shares.",
+    "**Information** says how well one thing known about a character predicts its expert, as a share of H(expert), "
+    "the entropy of the load. If each character always goes to the same expert, its share is 1. A share means "
+    "little by itself: a random, never trained router also sends similar inputs to the same expert, and anything "
+    "predicts a little by chance. So chance is subtracted, and a random router is drawn beside the trained one. The "
+    "shares of the characters before, the place in the word and the speaker are counted beyond that of the "
+    "character.",
+    "**Cost** is the rise of the validation loss, in nats, when the routing of the trained model is changed or an "
+    "expert is removed. **Gradients** are compared by their cosine: 1 if two losses or two characters would change the "
+    "weights alike, −1 if they are opposed, 0 if they are unrelated.",
 )
 
 
@@ -105,7 +109,7 @@ def deciding_text(verdict: Verdict) -> str:
     if verdict.status == NOT_RUN:
         text = f"`{verdict.comparison.table.command(verdict.comparison.scale)}`"
         if all(verdict.comparison.cells[name] for pair in verdict.claim.pairs for name in pair if name):
-            text = "run, but none is known to have been alone on its cores"
+            text = "run, but no run is known to have had its cores to itself"
     dissent = [f"{status} by {MEASURES[measure].heading}" for measure, status in verdict.dissent.items()]
     return "; but ".join([text, *dissent])
 

@@ -189,7 +189,7 @@ def test_files_that_no_record_gives_any_more_are_removed(results, capsys):
     assert draw(results, "--check") == 1
     told = capsys.readouterr().out
     for name in ("T_paper_loss_curves", "speed_cpu"):
-        assert f"figures/{name}.svg is drawn from nothing any more" in told
+        assert f"figures/{name}.svg is given by no record any more" in told
     draw(results)
     assert draw(results, "--check") == 0 and not [name for name in written(results) if "speed_" in name]
 
@@ -472,7 +472,7 @@ def test_an_analysis_that_belongs_nowhere_or_is_damaged_is_named(results, monkey
     torn.write_text(torn.read_text()[:-100])
     assert draw(results) == 0
     said = capsys.readouterr().err
-    assert "three layers: its config is that of no row of a table" in said and "moe4-cpu-s2.json: no record" in said
+    assert "three layers: no table has a row of its config" in said and "moe4-cpu-s2.json: no record" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ TABLE = Table(
 
 
 def comparison(**losses):
-    """losses: row -> clean losses, a seed each; the papers' way is 0.1 below them."""
+    """losses: row -> full validation losses, one per seed; sampled validation is 0.1 below them."""
 
     def record(seed, nats):
         return {
@@ -119,7 +119,7 @@ def test_a_claim_about_several_rows_needs_all_and_fails_by_one():
 
 
 def test_measures_from_batches_that_a_seed_shares_are_paired_over_common_seeds():
-    """A noise that all rows of a seed have in common leaves no mark; a seed that one row lacks has no say."""
+    """Noise that all rows of a seed share cancels; a seed that one row lacks does not count."""
     noise = [0.0, 0.3, -0.2, 5.0]
     cells = comparison(base=[1.0 + z for z in noise], new=[1.1 + z for z in noise[:3]])
     for record in cells.cells["new"]:
