@@ -14,7 +14,6 @@ from pathlib import Path
 
 from analysis.annotation import CONTEXT, SYNTAX, TOPIC
 from run import records
-from support import schema
 from support.schema import COMMIT, COUNT, FLAG, LINE, LOSS_NUMBER, NUMBER, OBJECT, SHARE, SIGNED, TEXT
 
 FORMAT = "charmoe analysis 1"
@@ -88,11 +87,7 @@ SCHEMA = {
 
 def problems(analysis) -> list[str]:
     """Why this is no valid analysis, one line for each reason; [] for a valid one."""
-    if not isinstance(analysis, dict):
-        return [f"expected {OBJECT}"]
-    if analysis.get("format") != FORMAT:
-        return [records.format_problem(analysis.get("format"), FORMAT)]
-    wrong = list(schema.mismatches(analysis, SCHEMA))
+    wrong = records.kind_problems(analysis, FORMAT, SCHEMA)
     if wrong:
         return wrong
     config, wrong = records.config_in(analysis["config"], "config")

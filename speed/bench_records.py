@@ -161,11 +161,7 @@ def config_of(model) -> Config:
 def problems(record) -> list[str]:
     """Everything that is wrong with a record, a line each. Contradictions are looked for only where all fields are of
     the right kind and the configs are valid."""
-    if not isinstance(record, dict):
-        return [f"{shown(record)} is no record of bench.py; expected {OBJECT}"]
-    if record.get("format") != FORMAT:
-        return [records.format_problem(record.get("format"), FORMAT)]
-    wrong = list(mismatches(record, SCHEMA))
+    wrong = records.kind_problems(record, FORMAT, SCHEMA)
     models = record["models"].items() if not wrong else ()
     for name, model in models:
         wrong += [] if FITS[NAME](name) else [f"models has {shown(name)}; expected {NAME}"]
