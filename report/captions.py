@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from papers.experiments import SCALES, Comparison, Row
+from papers.table import SCALES, Comparison, Row
 from report.style import Style, row_style
 from run import records
 

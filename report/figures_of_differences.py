@@ -13,7 +13,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.patches import Patch, Rectangle
 
-from papers.experiments import MEASURES, Comparison
+from papers.measures import MEASURES
+from papers.table import Comparison
 from report.axes import (
     legend_mark,
     new_figure,

@@ -12,6 +12,7 @@ import math
 
 from report.axes import panels_of, row_axis, rows_height, text_above, text_beside, whiskers
 from report.captions import number
+from report.speed_cells import PUBLISHED, bench_headline, published_ratios
 from report.style import ERROR_BARS, INK, ZERO, Drawing, row_style, styled
 from run import records
 from speed import bench_records
@@ -60,11 +61,11 @@ def relative_time(bench: dict) -> Drawing | None:
         "of one update, and of one step of decoding, which gives each sequence a character. Logarithmic axes.",
         f"Mark: median of n = {n} pairs that were timed in turn; whisker: their 10th to 90th "
         "percentile." + (" Arrow: beyond the axis." if beyond else ""),
-        f"Grey: the MoE variants of {bench_records.PUBLISHED.source}, for the papers' size and machine; their "
+        f"Grey: the MoE variants of {PUBLISHED.source}, for the papers' size and machine; their "
         "inference is eager, one text at a time, without a cache.",
         *bench_records.note_of_references(bench),
         *bench_records.doubts(bench),
-        f"{bench_records.about(bench)}; {records.machine_of(bench)}.",
+        f"{bench_headline(bench)}; {records.machine_of(bench)}.",
     ]
     spoken = []
     for label, name in zip(labels, names):
@@ -88,8 +89,8 @@ def edges_of(found, task) -> list[float]:
 def published_times(task) -> list[float]:
     """MoE over baseline, of the paper that prints times."""
     if task == "train":
-        return list(bench_records.published_ratios("train_seconds").values())
-    return [1 / ratio for ratio in bench_records.published_ratios("inference_speed").values()]
+        return list(published_ratios("train_seconds").values())
+    return [1 / ratio for ratio in published_ratios("inference_speed").values()]
 
 
 def draw_published(axes, ratios) -> None:

@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from papers.experiments import MEASURES, Comparison
+from papers.measures import MEASURES
+from papers.table import Comparison
 from report.axes import bits_axis, legend_in, legend_mark, new_figure, panels_of, thousands, x_axis
 from report.captions import caption_of_table, cells_of, exclusive, note_of_times, number, unit_of
 from report.style import ERROR_BARS, INK, ONE_SEED, Drawing, row_style, styled

@@ -13,7 +13,8 @@ import test_figures_of_speed
 from matplotlib.collections import PolyCollection
 from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of, panel_over
 
-from papers.experiments import TABLES, Comparison
+from papers import TABLES
+from papers.table import Comparison
 from report import captions, figures_of_differences, figures_of_table, style
 from report.figures import FIGURES
 from support.intervals import interval_of_difference

@@ -9,7 +9,8 @@ from analysed import analysed
 from pictures import assert_readable, assert_stands_alone, lines_of, marks, panel
 
 from analysis import analyses
-from papers.experiments import TABLES, Comparison
+from papers import TABLES
+from papers.table import Comparison
 from report import figures_of_rows, style
 from run import records
 
