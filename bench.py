@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from data.common import DataError, Dataset, find
+from data.common import DataError, Dataset, find_dataset
 from run.records import RecordError
 from run.settings import Config
 from speed import bench_records, bench_screen, kernels, timing
@@ -313,7 +313,7 @@ def main(argv):
     size = config.size if config.size != "auto" else "paper" if machine.device.type == "cuda" else "cpu"
     old = bench_records.read(config.compare) if config.compare else None
     print("\n".join([f"{size} size; {machine.reason}", *machine_notes(machine)]))
-    dataset = Dataset.open(find("shakespeare_char"), machine.device)
+    dataset = Dataset.open(find_dataset("shakespeare_char"), machine.device)
     if config.json:
         check_writable(config.json)
 

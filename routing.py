@@ -207,9 +207,8 @@ class HashRouter(FixedRouter):
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
-        generator = torch.Generator().manual_seed(mix(config.seed, layer, 0))
-        blur = 1 + 0.2 * torch.rand(len(symbol_counts), generator=generator, dtype=torch.float64, device="cpu")
-        self.register_buffer("table", balanced_table(symbol_counts.cpu(), blur, config.n_expert))
+        seed = mix(config.seed, layer, 0)
+        self.register_buffer("table", hash_table(symbol_counts, config.n_expert, seed))
 
     def experts_of(self, ids_BS):
         return self.table[ids_BS]
@@ -301,10 +300,16 @@ def mix(*numbers):
     return value % 2**63
 
 
-def balanced_table(counts_V, blur_V, n_expert):
-    """(V,) int64: each symbol's expert, for loads as even as a greedy assignment in the order of counts × blur makes
-    them."""
-    load, table = [0.0] * n_expert, torch.zeros(len(counts_V), dtype=torch.int64, device="cpu")
+def hash_table(counts_V, n_expert, seed):
+    """(V,) int64: each symbol's expert, so that loads are as even as whole symbols allow.
+
+    Symbols by falling count, each to the expert with the least load so far. Counts are blurred by up to a fifth, so
+    that each seed gives another table.
+    """
+    counts_V, load = counts_V.cpu(), [0.0] * n_expert
+    generator = torch.Generator().manual_seed(seed)
+    blur_V = 1 + 0.2 * torch.rand(len(counts_V), generator=generator, dtype=torch.float64, device="cpu")
+    table = torch.zeros(len(counts_V), dtype=torch.int64, device="cpu")
     for symbol in torch.argsort(counts_V * blur_V, descending=True).tolist():
         table[symbol] = load.index(min(load))
         load[table[symbol]] += counts_V[symbol].item()

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import moe
-from data.common import DataError, Dataset, find, is_prepared
+from data.common import DataError, Dataset, find_dataset, is_prepared
 from model import GPT
 from routing import mix
 from run import evaluate, records, screen_report
@@ -52,7 +52,7 @@ SAVE = 1  # see Training.wish
 
 def prepare(config):
     """Make the data set's bins where they are missing and config.prepare allows it."""
-    folder = find(config.dataset)
+    folder = find_dataset(config.dataset)
     script = folder / "prepare.py"
     # Only a script of ours is run unasked; bins that are there without a meta.json are somebody's, and are told about.
     is_ours = folder.parent == machines.ROOT / "data" and script.exists()
@@ -68,7 +68,7 @@ def prepare(config):
 
 def open_dataset(config, device):
     """The prepared data set, long enough for a block."""
-    dataset = Dataset.open(find(config.dataset), device).train_on_first(config.train_characters)
+    dataset = Dataset.open(find_dataset(config.dataset), device).train_on_first(config.train_characters)
     for split in ("train", "val"):
         if dataset.sizes.get(split, 0) <= config.block_size:
             raise DataError(

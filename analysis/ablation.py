@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from analysis.annotation import name_of
 from analysis.probe import Wrapper, altered, first_choice, rerouted, see
 from model import GPT, IGNORED
-from routing import GATES, Routing, balanced_table, mix
+from routing import GATES, Routing, hash_table, mix
 
 SHUFFLE_STREAM, TABLE_STREAM = 2, 3  # what is drawn from a seed
 
@@ -180,12 +180,8 @@ def tabled(model, tables):
 
 def hash_tables(model, layers, counts_V, seed):
     """{layer: (V,)}: hash tables as HashRouter has them, balanced over counts_V, the symbols' counts in training."""
-    tables, counts_V = {}, torch.as_tensor(counts_V).cpu()
-    for layer in layers:
-        generator = torch.Generator().manual_seed(mix(seed, layer, TABLE_STREAM))
-        blur_V = 1 + 0.2 * torch.rand(len(counts_V), generator=generator, dtype=torch.float64, device="cpu")
-        tables[layer] = balanced_table(counts_V, blur_V, model.moe_layers()[layer].config.n_expert)
-    return tables
+    counts_V, n_expert = torch.as_tensor(counts_V), [layer.config.n_expert for layer in model.moe_layers()]
+    return {layer: hash_table(counts_V, n_expert[layer], mix(seed, layer, TABLE_STREAM)) for layer in layers}
 
 
 def favourite_tables(model, layers, seen, ids_N, vocab_size):

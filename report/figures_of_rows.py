@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable
 
 from analysis import analyses
-from analysis.analyses import TOPIC
+from analysis.annotation import TOPIC
 from report.axes import (
     legend_below,
     legend_mark,

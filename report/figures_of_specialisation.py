@@ -14,7 +14,8 @@ from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
 from matplotlib.transforms import ScaledTranslation
 
-from analysis.analyses import TOPIC, net
+from analysis.analyses import net
+from analysis.annotation import TOPIC
 from report.axes import (
     WIDTH,
     block_panels,
@@ -48,7 +49,7 @@ ADDED = {  # to the character
 
 
 def class_of_name(name: str) -> str:
-    """The class of a symbol, as data.common.character_class has it, from the name that annotation.name_of gave it."""
+    """The character_class of a symbol, from the name that annotation.name_of gave it."""
     if name in ("newline", "space"):
         return name
     if len(name) > 1 or not name.isascii():  # tab, byte 0xC3, U+0301

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 import moe
-from data.common import character_class
+from data.characters import character_class
 from model import IGNORED, sample
 from run.processes import ALONE
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+from data.characters import CLASSES
 from run.settings import Config
 from support.files import one_line, read_json, shown
 from support.options import ConfigError
@@ -61,7 +62,6 @@ class RecordError(ValueError):
 # What a record holds: see support/schema.py for how to read this
 
 KINDS_OF_PARAMETERS = ("embedding", "attention", "mlp", "router", "experts", "norm")
-CLASSES = ("vowel", "consonant", "capital", "digit", "space", "newline", "punctuation", "other")  # of characters
 LOSS = {"nats": LOSS_NUMBER, "bpc": LOSS_NUMBER}
 LOSS_AT_STEP = {**LOSS, "step": COUNT}
 TRAIN_MODE = {"loss": LOSS_NUMBER, "objective": LOSS_NUMBER}  # objective: with the weighted auxiliary losses

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from conftest import tiny
 
 import moe
-from data.common import Dataset, Vocabulary, character_class
+from data.characters import character_class
+from data.common import Dataset, Vocabulary
 from model import GPT
 from run import evaluate
 from support import machines

@@ -8,8 +8,9 @@ import pytest
 from analysed import COUNTS, SYMBOLS, analysed
 from pictures import assert_readable, assert_stands_alone, lines_of, marks, panel
 
-from analysis import analyses
+from analysis import analyses, annotation
 from analysis.analyses import net
+from data.characters import character_class
 from report import figures_of_run, figures_of_specialisation, style
 from report.figures_of_run import FIGURES_OF_RUN, of_run
 from run import records
@@ -134,12 +135,10 @@ def test_only_the_commonest_characters_are_drawn(monkeypatch):
 
 
 def test_a_symbols_name_gives_its_class():
-    from analysis import annotation  # which needs torch
-
     symbols = [*map(chr, range(0x20, 0x7F)), "\n", "\t", "é", "世", "\u0301", "\x07"]
     for kind, values in (("characters", symbols), ("bytes", range(256))):
         for symbol in values:
-            expected = annotation.character_class(symbol)
+            expected = character_class(symbol)
             assert figures_of_specialisation.class_of_name(annotation.name_of(symbol)) == expected, (kind, symbol)
 
 
