@@ -241,7 +241,7 @@ class Bench:
         print("\n" + "\n".join(bench_screen.table_lines(rows, titles)), flush=True)
 
 
-def record_of(bench, candidates, config, size, machine, neighbours, seconds):
+def bench_record(bench, candidates, config, size, machine, neighbours, seconds):
     """The record that bench_records.py reads, with the models of which anything was measured."""
     measured = {row["model"] for row in bench.measurements}
     return {
@@ -329,7 +329,7 @@ def main(argv):
         print("Without the dense model there is nothing to compare with.", file=sys.stderr)
         return 3
 
-    record = record_of(bench, candidates, config, size, machine, neighbours, time.perf_counter() - started)
+    record = bench_record(bench, candidates, config, size, machine, neighbours, time.perf_counter() - started)
     print("\n" + "\n".join(bench_screen.legend_lines(record)))
     if config.quick:
         print(f"Quick: few rounds, and only {QUICK.characters} characters a sample. For a first look, not for quoting.")

@@ -152,7 +152,7 @@ class Bench(NamedTuple):
         return " ".join(
             [
                 *doubts,
-                f"{bench_records.headline(record)}. Every model is timed in turn with the others, in one process. "
+                f"{bench_records.about(record)}. Every model is timed in turn with the others, in one process. "
                 "A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is that of the ratios "
                 "of pairs, above 1 where a model is slower. Of the floor: the least time for what must be computed "
                 "and moved, at the "

@@ -88,11 +88,7 @@ SCHEMA = {
 
 def problems(analysis) -> list[str]:
     """Why this is no valid analysis, one line for each reason; [] for a valid one."""
-    if not isinstance(analysis, dict):
-        return [f"expected {OBJECT}"]
-    if analysis.get("format") != FORMAT:
-        return [records.format_problem(analysis.get("format"), FORMAT)]
-    wrong = list(schema.mismatches(analysis, SCHEMA))
+    wrong = records.kind_problems(analysis, FORMAT, SCHEMA)
     if wrong:
         return wrong
     config, wrong = records.config_in(analysis["config"], "config")

@@ -63,7 +63,7 @@ def relative_time(bench: dict) -> Drawing | None:
         "inference is eager, one text at a time, without a cache.",
         *bench_records.note_of_references(bench),
         *bench_records.doubts(bench),
-        f"{bench_records.headline(bench)}; {records.machine_of(bench)}.",
+        f"{bench_records.about(bench)}; {records.machine_of(bench)}.",
     ]
     spoken = []
     for label, name in zip(labels, names):

@@ -35,7 +35,7 @@ STEPS_IN_A_ROW = 8  # of decoding, timed in one go
 
 
 class Unit(NamedTuple):
-    """What is timed in one go."""
+    """One run that is timed, and what comes before it."""
 
     run: Callable
     prepare: Callable = lambda: None  # called before each run, not timed

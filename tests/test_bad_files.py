@@ -389,7 +389,7 @@ def benches_shown_everywhere(record):
         *bench_records.slower(BENCH, record),
         *bench_records.not_compared(BENCH, record),
         *bench_records.doubts(record),
-        bench_records.headline(record),
+        bench_records.about(record),
     ]
     assert not any("\n" in line for line in told)
     for grid in cells.speed_grids(record):
