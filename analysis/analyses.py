@@ -14,7 +14,6 @@ from pathlib import Path
 
 from analysis.annotation import CONTEXT, SYNTAX, TOPIC
 from run import records
-from support import schema
 from support.schema import COMMIT, COUNT, FLAG, LINE, LOSS_NUMBER, NUMBER, OBJECT, SHARE, SIGNED, TEXT
 
 FORMAT = "charmoe analysis 1"
