@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
+import traceback
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,8 +51,9 @@ def run_file(path: Path, importers: tuple[Path, ...] = ()) -> ConfigFile:
     except ConfigError:
         raise  # the problem of a base, which already has its line
     except (Exception, SystemExit) as error:
-        problem = f"{name}:{failing_line(error, path)}: {type(error).__name__}: {error}"
-        raise ConfigError([problem]) from None
+        frames = traceback.walk_tb(error.__traceback__)
+        line = [line for frame, line in frames if frame.f_code.co_filename == str(path)][-1]
+        raise ConfigError([f"{name}:{line}: {type(error).__name__}: {error}"]) from None
     title = (ast.get_docstring(tree) or "").partition("\n")[0]
     values = {key: value for key, value in namespace.items() if not key.startswith("_")}
     return ConfigFile(path, title, values, assignment_origins(tree, path, bases))
@@ -64,20 +66,14 @@ def compile_file(path: Path) -> tuple[ast.Module, types.CodeType]:
         tree = ast.parse(read_whole(path), filename=str(path))
         # Without dont_inherit the file would get this module's `from __future__ import annotations`.
         return tree, compile(tree, str(path), "exec", dont_inherit=True)
-    except FileNotFoundError:
-        problem = f"{name}: no such file; expected the path of a config file{nearest_file(path)}"
-    except IsADirectoryError:
-        problem = f"{name}: is a folder; expected the path of a config file{nearest_file(path)}"
     except OSError as error:
-        problem = f"{name}: cannot be read ({error.strerror}); expected the path of a config file"
+        problem = f"{name}: {error.strerror}; expected the path of a config file{nearest_file(path)}"
     except SyntaxError as error:
         line = f":{error.lineno}" if error.lineno else ""
         text = f": {error.text.strip()}" if error.text else ""
         problem = f"{name}{line}: syntax error, {error.msg}{text}; expected Python"
-    except ValueError as error:  # not UTF-8, or NUL in it
-        problem = f"{name}: syntax error, {error}; expected Python"
-    except (RecursionError, MemoryError):
-        problem = f"{name}: syntax error, its expressions are nested too deep; expected plain assignments"
+    except (ValueError, RecursionError, MemoryError) as error:  # not UTF-8, NUL in it, nested too deep
+        problem = f"{name}: syntax error, {str(error) or 'nested too deep'}; expected Python"
     raise ConfigError([problem])
 
 
@@ -117,16 +113,6 @@ def assignment_origins(tree: ast.Module, path: Path, bases: dict[str, ConfigFile
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 origins[node.id] = f"{shown_path(path)}:{node.lineno}"
     return origins
-
-
-def failing_line(error: BaseException, path: Path) -> int:
-    """The line of the file that raised the error."""
-    line, step = 0, error.__traceback__
-    while step is not None:
-        if step.tb_frame.f_code.co_filename == str(path):
-            line = step.tb_lineno
-        step = step.tb_next
-    return line
 
 
 def nearest_file(path: Path) -> str:

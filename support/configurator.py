@@ -151,25 +151,14 @@ def read_bare(reading: Reading, name: str, waiting: list[str]) -> None:
     if option is None:
         reading.refuse_unknown(name, f"--{name}")
         return
-    following = waiting[0] if waiting and not waiting[0].startswith("--") else None
-    if following is not None and is_meant_as_value(option, following):
+    following = waiting[0] if waiting else "--"
+    if not (following.startswith("--") or following.endswith(".py")):
         waiting.pop(0)
         reading.refuse(f"--{name} {following}: expected --{name}={following}", name)
     elif bool in option.kinds:
         reading.assign(name, True, f"--{name}", accept_value)
     else:
         reading.refuse(f"--{name}: has no value; expected --{name}=VALUE, {expectation(option)}", name)
-
-
-def is_meant_as_value(option: Option, following: str) -> bool:
-    """Whether the argument after a bare --key is its value; after a flag, only if the flag accepts it."""
-    if bool not in option.kinds:
-        return not following.endswith(".py")
-    try:
-        fitted(option, following, accept_text)
-    except (ValueError, OverflowError):
-        return False
-    return True
 
 
 def read_file(reading: Reading, path: Path) -> None:
@@ -193,8 +182,6 @@ def read_file(reading: Reading, path: Path) -> None:
 
 def help_page(cls: type, usage: str, description: str) -> str:
     """The page of --help: every key with its default, type and one line of help, by group."""
-    takes_files = getattr(cls, "takes_files", False)
-    usage = usage or ("[config/FILE.py ...] " if takes_files else "") + "[--key=value ...]"
     options = options_of(cls)
     settings = {name: f"  --{name}={option.default or repr(option.default)}" for name, option in options.items()}
     setting_width = max(map(len, settings.values())) + 2
@@ -210,16 +197,10 @@ def help_page(cls: type, usage: str, description: str) -> str:
         lines += ["", group]
         for option in members:
             start = settings[option.name].ljust(setting_width) + type_name(option).ljust(type_width)
-            lines += help_rows(start, option)
+            choices = choices_of(option) if len(option.kinds) == 1 else []
+            text = option.help + (f" {{{', '.join(choices)}}}" if choices else "")
+            lines += textwrap.wrap(text, PAGE_WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
     return "\n".join(lines)
-
-
-def help_rows(start: str, option: Option) -> list[str]:
-    """The lines of one key: `start`, then its help wrapped in a column of its own."""
-    choices = choices_of(option) if len(option.kinds) == 1 else []
-    text = option.help + (f" {{{', '.join(choices)}}}" if choices else "")
-    rows = textwrap.wrap(text, PAGE_WIDTH - len(start))
-    return [(start if i == 0 else " " * len(start)) + row for i, row in enumerate(rows)]
 
 
 def type_name(option: Option) -> str:
