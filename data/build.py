@@ -2,14 +2,12 @@
 
     text (file, archive, folder, URL, rebuild) -> canonical? -> vocabulary -> train.bin, val.bin (test.bin), meta.json
 
-- A `TextSpec` says everything about one data set. To add your own text, make a folder data/NAME with a prepare.py like
-  data/text8/prepare.py, put the text beside it as input.txt, and run it.
+- A `TextSpec` says everything about one data set; docs/extending.md adds one.
 - The text comes from --source alone if that is given. Otherwise a raw file in the data folder, the published addresses
   and the rebuild are tried in turn; if none works, each is told with its reason.
-- `canonical: true` is written only when the text's SHA-256 is the one in the spec. Another text is refused, or with
-  --allow-partial prepared under a name that says so (enwik8-head-4.15M, enwik8-altered-99M). A spec without a SHA-256
-  (your own text) keeps its name and is `canonical: false`; records tell its versions apart by their own SHA-256. Put
-  that SHA-256 and the size into the spec to make it canonical.
+- Only a text with the spec's SHA-256 is `canonical: true`. Another is refused, or with --allow-partial prepared under a
+  name that says so (enwik8-head-4.15M, enwik8-altered-99M). A spec without a SHA-256 (your own text) keeps its name and
+  is `canonical: false`; records tell its versions apart by their own SHA-256.
 - Two prepares of one folder take turns.
 """
 
@@ -58,27 +56,17 @@ class Remote:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """Everything about one data set.
+    """Everything about one data set."""
 
-    name          of the data set and of its folder in data/
-    unit          "character" or "byte": what one id stands for
-    filenames     names of the raw text, each also with .gz or .zip; downloads get the first one
-    splits        percent of the text for each split, in the order of the text
-    remotes       published addresses, in the order in which they are tried
-    size, sha256  bytes and SHA-256 of the published text; None for a text of your own
-    head_sha256   SHA-256 of its first 65,536 bytes
-    rebuild       makes the published text where no address can be reached: (out folder, say) -> text
-    """
-
-    name: str
-    unit: str
-    filenames: tuple[str, ...]
-    splits: Mapping[str, int]
-    remotes: tuple[Remote, ...] = ()
-    size: int | None = None
-    sha256: str | None = None
-    head_sha256: str | None = None
-    rebuild: Callable[[Path, Say], bytes] | None = None
+    name: str  # and that of its folder in data/
+    unit: str  # "character" or "byte": what one id stands for
+    filenames: tuple[str, ...]  # of the raw text, each also with .gz or .zip; downloads get the first one
+    splits: Mapping[str, int]  # percent of the text for each split, in the order of the text
+    remotes: tuple[Remote, ...] = ()  # in the order in which they are tried
+    size: int | None = None  # bytes of the published text; None for a text of your own
+    sha256: str | None = None  # of the published text
+    head_sha256: str | None = None  # of its first 65,536 bytes
+    rebuild: Callable[[Path, Say], bytes] | None = None  # (out folder, say) -> the text, where no address is reached
 
     def __post_init__(self) -> None:
         assert self.unit in (CHARACTER, BYTE), self.unit

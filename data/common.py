@@ -1,12 +1,6 @@
 """Read a prepared data set: its vocabulary, random batches, and whole splits in order.
 
-- Vocabulary: text <-> ids, by character or by byte, with a streaming decoder.
-- Dataset.open: verifies meta.json and every bin before the first batch.
-- Dataset.batch: random windows as a pure function of (split, seed, step).
-- Dataset.windows: a whole split in order, each symbol predicted exactly once.
-- find_dataset: a config's `dataset` -> the folder that holds it.
-
-    data = Dataset.open(find_dataset("shakespeare_char"), device="cuda")
+    data = Dataset.open(find_dataset("shakespeare_char"), device="cuda")    # verified before the first batch
     x, y = data.batch("train", seed=1337, step=0, batch_size=64, block_size=256)
 
 Shapes: B batch_size, T block_size. `data/build.py` writes the folders that are read here.
@@ -66,13 +60,11 @@ class Vocabulary:
     symbols: tuple[str, ...] | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not 0 < len(self.symbols) <= 1 << 16:
-            raise DataError(f"vocabulary: {len(self.symbols):,} symbols, expected 1 to 65,536 (ids are 16 bits wide)")
         for symbol in self.symbols:
             if not _is_symbol(symbol, self.unit):
                 raise DataError(f"vocabulary: {shown(symbol)} is not a single {self.unit}")
-        if any(a >= b for a, b in zip(self.symbols, self.symbols[1:])):
-            raise DataError("vocabulary: symbols are not sorted and distinct")
+        if not self.symbols or list(self.symbols) != sorted(set(self.symbols)):
+            raise DataError("vocabulary: symbols are not sorted and distinct, or there are none")
 
     @property
     def size(self) -> int:
@@ -89,9 +81,7 @@ class Vocabulary:
             raise DataError(problem)
         vocabulary = cls(values["unit"], tuple(values["vocabulary"]))
         if values["vocab_size"] != vocabulary.size:
-            raise DataError(
-                f"vocabulary: vocab_size is {values['vocab_size']}, but there are {vocabulary.size} symbols"
-            )
+            raise DataError(f"vocab_size is {values['vocab_size']}, but the vocabulary has {vocabulary.size} symbols")
         return vocabulary
 
     def encode(self, text: str) -> np.ndarray:
@@ -154,20 +144,14 @@ def _codes_of(text: str, unit: str) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A verified data set. Make one with `Dataset.open`.
+    """A verified data set. Make one with `Dataset.open`."""
 
-    name        as in records and tables; a partial text has another name than the published one
-    canonical   whether the text's SHA-256 is the published one
-    sizes       tokens of each split
-    resident    whether the tokens lie in the device's memory (else they are read from disk)
-    """
-
-    name: str
-    canonical: bool
+    name: str  # as in records and tables; a partial text has another name than the published one
+    canonical: bool  # whether the text's SHA-256 is the published one
     vocabulary: Vocabulary
-    sizes: dict[str, int]
+    sizes: dict[str, int]  # tokens of each split
     source_sha256: str
-    resident: bool
+    resident: bool  # whether the tokens lie in the device's memory (else they are read from disk)
     device: torch.device
     _tokens: dict[str, torch.Tensor | np.ndarray] = field(repr=False)
 
@@ -190,8 +174,8 @@ class Dataset:
             resident = sum(sizes.values()) * dtype.itemsize <= limit
         if resident:
             tokens = {split: torch.from_numpy(array.astype(dtype)).to(device) for split, array in tokens.items()}
-        source_sha256 = meta["source"]["sha256"]
-        return cls(meta["name"], meta["canonical"], vocabulary, sizes, source_sha256, resident, device, tokens)
+        sha256 = meta["source"]["sha256"]
+        return cls(meta["name"], meta["canonical"], vocabulary, sizes, sha256, resident, device, tokens)
 
     @property
     def unit(self) -> str:
@@ -229,10 +213,8 @@ class Dataset:
 
         Each (B, T) int64 on the device; after the end of the split x is 0 and y is -1, which the loss ignores.
         """
-        if self._size(split) < 2:
-            raise DataError(f"{self.name}: {split} has {self._size(split)} tokens; predicting needs at least 2")
         per_batch = batch_size * block_size
-        for start in range(0, self.sizes[split] - 1, per_batch):
+        for start in range(0, self._size(split) - 1, per_batch):
             stretch = self._stretch(split, start, start + per_batch + 1)
             count = len(stretch) - 1
             x = torch.zeros(per_batch, dtype=torch.int64, device=self.device)
@@ -242,9 +224,8 @@ class Dataset:
 
     def symbol_counts(self, split: str) -> torch.Tensor:
         """How often each symbol occurs in the split: (vocabulary size,) int64, on the CPU."""
-        self._size(split)
         counts = torch.zeros(self.vocabulary.size, dtype=torch.int64)
-        for start in range(0, self.sizes[split], CHUNK):
+        for start in range(0, self._size(split), CHUNK):
             piece = self._stretch(split, start, start + CHUNK)
             counts += torch.bincount(piece, minlength=self.vocabulary.size).cpu()
         return counts
