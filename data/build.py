@@ -74,15 +74,6 @@ class TextSpec:
         assert tuple(self.splits) in (SPLITS, SPLITS[:2]) and sum(self.splits.values()) == 100, self.splits
 
 
-@dataclass(frozen=True)
-class Source:
-    """A place where the text may be found."""
-
-    label: str
-    read: Callable[[], bytes]  # raises DataError
-    published: bool = False  # must be the published text, whatever --allow-partial says
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -143,12 +134,12 @@ def prepare(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder, say):
-        source, content, name, canonical = obtain_text(spec, home, folder, source, allow_partial, say)
-        say(f"read {source.label}")
+        origin, content, name, canonical = obtain_text(spec, home, folder, source, allow_partial, say)
+        say(f"read {origin}")
         try:
             return write_dataset(folder, name, canonical, content, spec.unit, spec.splits)
         except DataError as error:
-            raise DataError(f"{source.label}: {error}") from None
+            raise DataError(f"{origin}: {error}") from None
 
 
 @contextmanager
@@ -173,18 +164,18 @@ def _lock(folder: Path, say: Say) -> Iterator[None]:
 
 def obtain_text(
     spec: TextSpec, home: Path, folder: Path, source: str | None, allow_partial: bool, say: Say
-) -> tuple[Source, bytes, str, bool]:
-    """(source, text, name, canonical) of the first source that works.
+) -> tuple[str, bytes, str, bool]:
+    """(origin, text, name, canonical) from the first source that works.
 
     Raises one DataError that lists why each source failed.
     """
     failures = []
-    for candidate in _sources(spec, home, folder, source, say):
+    for origin, read, is_published in _sources(spec, home, folder, source, say):
         try:
-            content = candidate.read()
-            return candidate, content, *identify(spec, content, allow_partial and not candidate.published)
+            content = read()
+            return origin, content, *identify(spec, content, allow_partial and not is_published)
         except DataError as error:  # a FileError is passed on: the next source would have the same disk
-            failures.append(f"{candidate.label}: {str(error).removeprefix(f'{candidate.label}: ')}")
+            failures.append(f"{origin}: {str(error).removeprefix(f'{origin}: ')}")
             if source is None:
                 say(f"no: {failures[-1]}")
     failures = failures or ["no raw file in the folder, and the spec names no address"]
@@ -199,17 +190,22 @@ def _way_out(spec: TextSpec, home: Path, folder: Path) -> str:
     return way + (f" Without a network here, fetch {addresses} on another machine." if addresses else "")
 
 
-def _sources(spec: TextSpec, home: Path, folder: Path, source: str | None, say: Say) -> list[Source]:
+def _sources(
+    spec: TextSpec, home: Path, folder: Path, source: str | None, say: Say
+) -> Iterator[tuple[str, Callable[[], bytes], bool]]:
+    """(origin, a function that reads the text, whether that must be the published text) of each place to try."""
     if source is not None and source.lower().startswith(("http://", "https://")):
-        return [Source(source, partial(_read_address, spec, Remote(source), folder, say))]
+        yield source, partial(_read_address, spec, Remote(source), folder, say), False
+        return
     if source is not None:
-        return [Source(source, partial(_read_path, spec, Path(os.path.expanduser(source))))]
-    local = [path for place in dict.fromkeys((folder, home)) for path in _raw_files(spec, place)]
-    sources = [Source(str(path), partial(read_text, spec, path)) for path in local]
-    sources += [Source(remote.url, partial(_read_address, spec, remote, folder, say), True) for remote in spec.remotes]
+        yield source, partial(_read_path, spec, Path(os.path.expanduser(source))), False
+        return
+    for path in [path for place in dict.fromkeys((folder, home)) for path in _raw_files(spec, place)]:
+        yield str(path), partial(read_text, spec, path), False
+    for remote in spec.remotes:
+        yield remote.url, partial(_read_address, spec, remote, folder, say), True
     if spec.rebuild is not None:
-        sources.append(Source("rebuild", partial(_read_rebuild, spec, folder, say), True))
-    return sources
+        yield "rebuild", partial(_read_rebuild, spec, folder, say), True
 
 
 def _raw_files(spec: TextSpec, folder: Path) -> list[Path]:

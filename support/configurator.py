@@ -2,12 +2,10 @@
 
     config = parse(Config, sys.argv[1:])      # train.py config/shakespeare_moe4.py config/cpu.py --seed=2
 
-- Files and options apply from left to right; the last value of a key counts.
-- Config files are Python with plain assignments: see `support/config_files.py`.
-- All problems are collected and told at once: unknown keys, wrong types, values out of range, impossible combinations,
-  each with its origin (`config/foo.py:12`, `--n_head=5`), the expected value and the nearest key.
+- Files (`support/config_files.py`) and options apply from left to right; the last value of a key counts.
+- All problems are told at once, each with its origin (`config/foo.py:12`, `--n_head=5`), what was expected and the
+  nearest key.
 - `parse` works for any dataclass whose fields are made with `option`; `settings.Config` is the one for training.
-- `--help` and `--print-config` are raised as a `Message`, which a script prints before it exits 0.
 """
 
 from __future__ import annotations

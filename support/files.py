@@ -1,9 +1,4 @@
-"""Files and messages: the project's root, atomic writes, safe reads, and text that any terminal can show.
-
-write_atomically("out/run/ckpt.pt", content)     # leaves the old file or the new one, never half of one
-read_json("out/run/summary.json")                # OSError or ValueError, also for pipes, huge files, repeated fields
-one_line(text)                                   # printable, on one line
-"""
+"""Files and messages: the project's root, atomic writes, safe reads, and text that any terminal can show."""
 
 import contextlib
 import errno
@@ -11,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +72,13 @@ def read_whole(path: str | Path, largest: int = LARGEST_TEXT) -> bytes:
     Raises OSError, also for pipes and devices, which may never end, and for a file of more than `largest` bytes.
     """
     try:
-        status = os.stat(path)
+        size = os.stat(path).st_size
     except ValueError:  # the name has NUL or a lone surrogate
         raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
-    problem = None
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        problem = "it is a pipe or a device, not a file"
-    elif status.st_size > largest:
-        problem = f"it has {status.st_size:,} bytes; at most {largest:,} are read"
-    if problem:
-        raise OSError(errno.EINVAL, problem, str(path))
+    if not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    if size > largest:
+        raise OSError(errno.EINVAL, f"it has {size:,} bytes; at most {largest:,} are read", str(path))
     return Path(path).read_bytes()  # IsADirectoryError for a folder
 
 
@@ -125,8 +116,9 @@ def writing(path, size=None, way_out="what was saved before is untouched"):
     try:
         yield
     except OSError as error:
-        needed = f" ({size:,} bytes were needed)" if size else ""
-        reason = DISK_FAULTS.get(error.errno, error.strerror) + (needed if error.errno in DISK_FAULTS else "")
+        reason = DISK_FAULTS.get(error.errno, error.strerror)
+        if size and error.errno in DISK_FAULTS:
+            reason += f" ({size:,} bytes were needed)"
         raise FileError(one_line(f"{path} could not be written: {reason}; {way_out}")) from error
 
 

@@ -1,9 +1,4 @@
-"""The machine and the code of a run: device, precision, compilation, memory, load of others, and git's commit.
-
-machine = choose("auto", "auto", "auto")      # machine.reason says what was chosen, and why
-machines.describe(machine)                    # as records name it
-machines.git_state()                          # the commit of the code that this process has loaded
-"""
+"""The machine and the code of a run: device, precision, compilation, memory, load of others, and git's commit."""
 
 import contextlib
 import ctypes
@@ -204,8 +199,7 @@ def compiled(function):
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for the next step needs as much. -> whether glibc does so
 
-    Pages that come anew from the system are zeroed first. On one CPU core that took 2 of 80 ms of a training step with
-    4 experts, and 6 of 124 with two experts a token.
+    Pages that come anew from the system are zeroed first: on one CPU core 2 of 80 ms of a training step with 4 experts.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

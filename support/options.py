@@ -1,8 +1,6 @@
 """Options of a dataclass: their types and ranges, reading of values, and words for what was expected.
 
-    steps: int = option(5000, "training steps", at_least=1)     # a field; its annotation gives the type
-
-`configurator.py` reads files and command lines into such dataclasses; `run/settings.py` is the one for training.
+steps: int = option(5000, "training steps", at_least=1)     # a field; its annotation gives the type
 """
 
 from __future__ import annotations
