@@ -163,7 +163,7 @@ def shown_layer(config, trained):
     return blocks.index(config.layer)
 
 
-def write_sample(decoder, prompt, config, device, writer, layer, seed):
+def print_sample(decoder, prompt, config, device, writer, layer, seed):
     """Write the prompt and its continuation.
 
     Writing stays one character behind the model, because a character's expert is known once the model has read it.
@@ -196,7 +196,7 @@ def main(argv):
         writer = make_writer(vocabulary, layer)
         if layer is not None:
             print(expert_legend(trained, layer, isinstance(writer, ColourWriter)))
-        write_sample(decoder, prompt, config, machine.device, writer, layer, config.seed + i)
+        print_sample(decoder, prompt, config, machine.device, writer, layer, config.seed + i)
     return 0
 
 

@@ -90,7 +90,7 @@ def main(spec: TextSpec, home: Path, arguments: list[str], say: Say) -> None:
     started = time.perf_counter()
     try:
         folder = Path(os.path.expanduser(options.out)) if options.out else home
-        meta = prepare(spec, home, folder, options.source, options.allow_partial, say)
+        meta = prepare_dataset(spec, home, folder, options.source, options.allow_partial, say)
     except (DataError, FileError) as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:
@@ -124,7 +124,7 @@ def _report(spec: TextSpec, meta: dict, folder: Path, seconds: float) -> list[st
     ]
 
 
-def prepare(
+def prepare_dataset(
     spec: TextSpec, home: Path, folder: Path, source: str | None = None, allow_partial: bool = False, say: Say = silent
 ) -> dict:
     """Write the data set to `folder` and return its meta.json.

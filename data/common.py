@@ -366,8 +366,8 @@ def is_prepared(folder: Path) -> bool:
 
 def known_datasets() -> list[str]:
     """The folders in data/ that can be prepared, or are."""
-    folders = sorted(path for path in (ROOT / "data").glob("*") if path.is_dir())
-    return [path.name for path in folders if any(os.path.exists(path / name) for name in ("prepare.py", "train.bin"))]
+    found = [*(ROOT / "data").glob("*/prepare.py"), *(ROOT / "data").glob("*/train.bin")]
+    return sorted({path.parent.name for path in found})
 
 
 def prepare_command(folder: Path) -> str:

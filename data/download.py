@@ -43,10 +43,8 @@ PROBLEMS = (  # of an error or its cause; the first that fits is told
     (urllib3.exceptions.NameResolutionError, "the host's name cannot be resolved (no network?)"),
     (urllib3.exceptions.NewConnectionError, "the connection was refused or there is no route"),
     (requests.exceptions.ConnectTimeout, f"no connection within {TIMEOUTS[0]:g} s"),
-    (requests.exceptions.Timeout, f"no data for {TIMEOUTS[1]:g} s"),
-    (urllib3.exceptions.TimeoutError, f"no data for {TIMEOUTS[1]:g} s"),
-    (requests.exceptions.ConnectionError, "the connection was cut"),
-    (urllib3.exceptions.ProtocolError, "the connection was cut"),
+    ((requests.exceptions.Timeout, urllib3.exceptions.TimeoutError), f"no data for {TIMEOUTS[1]:g} s"),
+    ((requests.exceptions.ConnectionError, urllib3.exceptions.ProtocolError), "the connection was cut"),
 )
 
 
@@ -86,12 +84,12 @@ def download(url: str, part: Path, sha256: str | None = None, say: Say = silent)
     with open(part, "rb") as file:
         is_page = looks_like_html(file.read(512))
     found, size = sha256_of_file(part), part.stat().st_size
-    if is_page or sha256 not in (None, found):
-        remove(part)
+    if not is_page and sha256 in (None, found):
+        return
+    remove(part)
     if is_page:
         raise DataError(f"{url}: sent a web page in place of the file (a login or error page, or a proxy's)")
-    if sha256 not in (None, found):
-        raise DataError(f"{url}: the file is not the expected one: {size:,} bytes, SHA-256 {found}, expected {sha256}")
+    raise DataError(f"{url}: the file is not the expected one: {size:,} bytes, SHA-256 {found}, expected {sha256}")
 
 
 def _transfer(session: requests.Session, url: str, part: Path, start: int) -> str | None:

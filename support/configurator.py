@@ -60,7 +60,7 @@ def parse(cls: type, argv: list[str], *, usage: str = "", description: str = "")
     if "--help" in argv or "-h" in argv:
         raise Message(help_page(cls, usage, description))
     reading = Reading(options_of(cls))
-    read_arguments(reading, [a for a in argv if a != "--print-config"], getattr(cls, "takes_files", False))
+    apply_arguments(reading, [a for a in argv if a != "--print-config"], getattr(cls, "takes_files", False))
     instance = reading.finish(cls)
     completed = instance.completed(reading.files) if hasattr(cls, "completed") else instance
     if "--print-config" in argv:
@@ -125,7 +125,7 @@ class Reading:
         return ", ".join(origins) or "default"
 
 
-def read_arguments(reading: Reading, argv: list[str], takes_files: bool) -> None:
+def apply_arguments(reading: Reading, argv: list[str], takes_files: bool) -> None:
     """Apply the arguments to the reading, from left to right."""
     waiting = list(argv)
     while waiting:

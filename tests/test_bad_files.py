@@ -32,7 +32,7 @@ from random_values import (
 
 import plot_results
 import sample
-from data.build import TRAIN_VAL, TextSpec, prepare
+from data.build import TRAIN_VAL, TextSpec, prepare_dataset
 from data.common import DataError, Dataset, Vocabulary, find_dataset
 from papers import TABLES
 from papers.table import gather
@@ -115,7 +115,7 @@ def test_a_path_that_is_no_file_is_refused_at_once(purpose, as_file, capsys):
 
 def prepared(folder, source, unit="character"):
     spec = TextSpec(name="own", unit=unit, filenames=("input.txt",), splits=TRAIN_VAL)
-    return prepare(spec, home=folder, folder=folder / "own", source=str(source))
+    return prepare_dataset(spec, home=folder, folder=folder / "own", source=str(source))
 
 
 def text_of(dataset):

@@ -22,7 +22,7 @@ from conftest import thorough
 from toy import CONTENT, OTHER, OWN, TOY, archive, file_size_limit, in_child, tmpfs, told
 
 from data import build, download
-from data.build import Remote, TextSpec, prepare
+from data.build import Remote, TextSpec, prepare_dataset
 from data.common import DataError, Dataset
 from support.files import FileError
 
@@ -372,30 +372,30 @@ def test_prepare_downloads_checks_and_keeps_the_archive(server, tmp_path):
     server.body = (tmp_path / "packed.zip").read_bytes()
     home = tmp_path / "home"
     spec = replace(TOY, remotes=(Remote(server.url + "/toy.zip"),))
-    assert prepare(spec, home, home)["canonical"] and prepare(spec, home, home)["canonical"]
+    assert prepare_dataset(spec, home, home)["canonical"] and prepare_dataset(spec, home, home)["canonical"]
     assert len(server.ranges) == 1 and (home / "toy.txt.zip").read_bytes() == server.body
 
 
 def test_a_downloaded_part_of_the_text_is_refused_or_named_and_never_kept(server, tmp_path):
     server.body, url = gzip.compress(CONTENT[:70_000]), server.url + "/toy.gz"
     with pytest.raises(DataError, match="not the published toy"):
-        prepare(TOY, tmp_path, tmp_path, source=url)
+        prepare_dataset(TOY, tmp_path, tmp_path, source=url)
     with pytest.raises(DataError, match="not the published toy"):
-        prepare(replace(TOY, remotes=(Remote(url),)), tmp_path, tmp_path, allow_partial=True)
+        prepare_dataset(replace(TOY, remotes=(Remote(url),)), tmp_path, tmp_path, allow_partial=True)
     assert not list(tmp_path.iterdir())
-    assert prepare(TOY, tmp_path, tmp_path, source=url, allow_partial=True)["name"] == "toy-head-70K"
+    assert prepare_dataset(TOY, tmp_path, tmp_path, source=url, allow_partial=True)["name"] == "toy-head-70K"
     assert not list(tmp_path.glob("toy*"))
 
 
 def test_a_text_that_was_compressed_unasked_is_read(server, tmp_path):
     server.always = lambda request: request.reply(gzip.compress(CONTENT), Content_Encoding="gzip")
-    assert prepare(TOY, tmp_path, tmp_path, source=server.url + "/toy.txt")["canonical"]
+    assert prepare_dataset(TOY, tmp_path, tmp_path, source=server.url + "/toy.txt")["canonical"]
 
 
 @pytest.mark.parametrize("url", ["http://[nonsense", "https://", "HTTP://127.0.0.1:9/toy"])
 def test_a_source_that_is_no_usable_address_is_named(tmp_path, url):
     with pytest.raises(DataError, match=r"no usable text\n- .*: (cannot be asked for|the connection was refused)"):
-        prepare(OWN, tmp_path, tmp_path, source=url)
+        prepare_dataset(OWN, tmp_path, tmp_path, source=url)
     assert not list(tmp_path.iterdir())
 
 
@@ -422,7 +422,7 @@ def test_a_full_disk_is_one_message_and_with_room_the_download_resumes(server, t
             (disk / "filler").unlink()
             server.ranges.clear()
             to_ask_for = [] if fetched == len(CONTENT) else [f"bytes={fetched}-" if fetched else None]
-            assert prepare(spec_at(server), folder, folder)["canonical"] and server.ranges == to_ask_for
+            assert prepare_dataset(spec_at(server), folder, folder)["canonical"] and server.ranges == to_ask_for
             shutil.rmtree(folder)
 
 
@@ -456,7 +456,7 @@ def slowly(request: Request) -> None:
 
 def test_concurrent_downloads_into_one_folder_take_turns(server, tmp_path):
     server.always = slowly
-    children = [in_child(lambda: prepare(spec_at(server), tmp_path, tmp_path)) for _ in range(3)]
+    children = [in_child(lambda: prepare_dataset(spec_at(server), tmp_path, tmp_path)) for _ in range(3)]
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0] * 3
