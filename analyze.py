@@ -26,14 +26,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import moe
+import balance
 from analysis import ablation, analyses, gradients, information, probe
 from analysis.analyses import CONTEXT, SYNTAX, TOPIC
 from analysis.annotation import annotate, class_of, name_of
 from data.common import DataError, Dataset, find
 from model import IGNORED
 from report import figures, figures_of_run
-from routing import balanced_table, mix
+from routing import hash_table, mix_seeds
 from run import records, run_folder
 from run.checkpoint import CheckpointError
 from run.evaluate import drop_rate_by_class
@@ -112,7 +112,7 @@ class Subject:
     @property
     def seed(self):
         """Of what is drawn for this run: runs of other seeds draw others."""
-        return mix(self.options.seed, self.config.seed) % 2**31
+        return mix_seeds(self.options.seed, self.config.seed) % 2**31
 
     def first(self, windows, characters):
         """-> as many batches of windows as that many characters fill, at least one; 0: all."""
@@ -225,8 +225,9 @@ def layers_of(subject, seen):
     for number, (block, layer) in enumerate(zip(config.moe_layers, model.moe_layers())):
         n_expert = layer.config.n_expert
         chosen_N, character_N = seen.first[number], subject.about["character"].labels
-        tables = [hash_table(subject, block, n_expert, draw)[subject.ids_N] for draw in range(DRAWS)]
-        load = moe.summarize(seen.stats[number], in_detail=True)
+        seeds = [mix_seeds(subject.seed, block, draw) for draw in range(DRAWS)]
+        tables = [hash_table(subject.counts_V, n_expert, seed).numpy()[subject.ids_N] for seed in seeds]
+        load = balance.summarize(seen.stats[number], in_detail=True)
         load |= drop_rate_by_class(seen.stats[number], subject.vocabulary)
         load |= {"effective": float(information.effective_number(np.array(load["load"])))}
         layers.append(
@@ -250,13 +251,6 @@ def layers_of(subject, seen):
             }
         )
     return layers
-
-
-def hash_table(subject, block, n_expert, draw):
-    """(V,): a balanced table, symbol -> expert, drawn as HashRouter draws its own."""
-    generator = torch.Generator().manual_seed(mix(subject.seed, block, draw))
-    blur = 1 + 0.2 * torch.rand(subject.vocabulary.size, generator=generator, dtype=torch.float64)
-    return balanced_table(subject.counts_V.cpu(), blur, n_expert).numpy()
 
 
 def counts_of(ids_N, labels_N, n_symbols, n_expert):

@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from data.common import DataError, Dataset, find
 from model import GPT
 from moe import MoE
+from run import accounting
 from run.records import RecordError
 from run.settings import Config
 from speed import bench_records, kernels, timing
@@ -157,7 +158,7 @@ def bytes_needed(configs, symbols, machine, tasks):
     for config in configs:
         with torch.device("meta"):
             model = GPT(config, symbols)
-        count = model.count_parameters()["total"]
+        count = accounting.count_parameters(model)["total"]
         cache = 2 * 4 * max(BATCH_SIZES) * config.block_size * config.n_layer * config.n_embd
         held += count * (16 if trains else 4) + (4 * count + cache if writes else 0)  # a decoder copies the weights
         hidden = max(computed_hidden(block.mlp, config, machine) for block in model.blocks)
@@ -172,7 +173,7 @@ def computed_hidden(mlp, config, machine):
     if not isinstance(mlp, MoE):
         return config.mlp_hidden or 4 * config.n_embd
     E, H, _ = mlp.experts.w_in.shape
-    return H * (E if mlp.backend(machine.device, machine.dtype, machine.compile) == "masked" else mlp.n_active)
+    return H * (E if mlp.backend_name(machine.device, machine.dtype, machine.compile) == "masked" else mlp.n_active)
 
 
 def check_memory(names, size, machine, config, tasks, symbols):
@@ -301,8 +302,8 @@ def record_of(bench, subjects, config, size, machine, neighbours, seconds):
             subject.name: {
                 "title": subject.title,
                 "config": subject.config.to_dict(),
-                "parameters": subject.model.count_parameters(),
-                "flops_per_token": subject.model.flops_per_token(),
+                "parameters": accounting.count_parameters(subject.model),
+                "flops_per_token": accounting.training_flops_per_token(subject.model),
                 "backend": subject.backends(),
                 "checks": list(subject.checks),
                 "compile_seconds": dict(subject.compile_seconds),

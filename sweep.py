@@ -39,10 +39,9 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-import model
 from data.common import DataError, find, is_prepared
 from papers.experiments import FIRST_SEED, SCALES, SEEDS_FOR_A_VERDICT, TABLES
-from run import checkpoint, records
+from run import accounting, checkpoint, records
 from run.records import RecordError
 from run.settings import Config
 from support import configurator, console, files, machines
@@ -462,7 +461,7 @@ def seconds_of(record):
 def training_flops(config):
     """Of a whole run, but for those of the output layer, which depend on the text."""
     tokens = config.max_iters * config.batch_size * config.gradient_accumulation_steps * config.block_size
-    return model.skeleton(config).flops_per_token() * tokens
+    return accounting.training_flops_per_token(accounting.model_without_memory(config)) * tokens
 
 
 def print_commands(states):

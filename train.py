@@ -27,11 +27,11 @@ import time
 import torch
 from tqdm import tqdm
 
-import moe
+import balance
 from data.common import DataError, Dataset, find, is_prepared
 from model import GPT
-from routing import mix
-from run import evaluate, records
+from routing import mix_seeds
+from run import accounting, evaluate, records
 from run.checkpoint import CheckpointError
 from run.processes import Ranks, is_loss_of_another
 from run.run_folder import RunFolder, check_resumable, difference
@@ -110,7 +110,7 @@ class Interval(Sums):
         interval = cls()
         interval.steps, interval.started = state["steps"], interval.started - state["seconds"]
         interval.terms = {name: value.to(device) for name, value in state["sums"].items()}
-        interval.stats = [moe.RoutingStats(*(value.to(device) for value in layer)) for layer in state["stats"]]
+        interval.stats = [balance.RoutingStats(*(value.to(device) for value in layer)) for layer in state["stats"]]
         return interval
 
     def add_states(self, others):
@@ -146,7 +146,7 @@ class Interval(Sums):
             "gradient_norm": made.gradient_norm.item() if made else None,
             "step_ms": 1000 * seconds / self.steps,
             "tokens_per_second": tokens_per_step * self.steps / seconds,
-            "routing": [moe.summarize(layer) for layer in stats],
+            "routing": [balance.summarize(layer) for layer in stats],
         }
 
 
@@ -190,7 +190,7 @@ def evaluation_text(line, config, is_best=False):
 def evaluation_line(model, dataset, config, machine, ranks, step):
     clean = evaluate.clean(model, dataset, "val", config, machine, ranks)
     train, val = (evaluate.paper(model, dataset, split, config, machine, step, ranks) for split in ("train", "val"))
-    loads = [moe.summarize(layer)["load"] for layer in clean.stats or []]
+    loads = [balance.summarize(layer)["load"] for layer in clean.stats or []]
     return {
         "kind": "eval",
         "step": step,
@@ -199,7 +199,7 @@ def evaluation_line(model, dataset, config, machine, ranks, step):
         "load": loads,
         "collapsed": records.collapsed_blocks(config, loads),
         "routing": [
-            moe.summarize(layer, in_detail=True) | evaluate.drop_rate_by_class(layer, dataset.vocabulary)
+            balance.summarize(layer, in_detail=True) | evaluate.drop_rate_by_class(layer, dataset.vocabulary)
             for layer in clean.stats or []
         ],
     }
@@ -279,7 +279,7 @@ class Training:
             "seconds": {"train": 0.0, "eval": 0.0, "save": 0.0, "compile": 0.0, "total": 0.0},
         }
         if not ranks.is_first:  # the same weights, but dropout and noise of its own
-            torch.manual_seed(mix(config.seed, ranks.number))
+            torch.manual_seed(mix_seeds(config.seed, ranks.number))
         self.random = None
         if saved:
             self.restore(saved)
@@ -318,7 +318,7 @@ class Training:
         else:
             for value in self.interval.tensors():
                 value.zero_()
-            torch.manual_seed(mix(self.config.seed, number, self.progress["step"]))
+            torch.manual_seed(mix_seeds(self.config.seed, number, self.progress["step"]))
 
     def about(self):
         """What weights are of."""
@@ -652,7 +652,7 @@ def train(config, ranks, machine, argv):
     training = Training(config, ranks, machine, dataset, saved)
     step = training.progress["step"]
     ranks.agree({"step": step, "symbols": dataset.vocabulary.size, "characters": dataset.sizes["train"]})
-    counts = training.model.count_parameters()
+    counts = accounting.count_parameters(training.model)
     print(
         f"{dataset.name}: {dataset.sizes['train']:,} {dataset.unit}s to train on, {dataset.vocabulary.size} symbols; "
         f"{counts['total']:,} parameters, {counts['active']:,} active per {dataset.unit}"

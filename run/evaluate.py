@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-import moe
+import balance
 from data.common import character_class
 from model import IGNORED, sample
 from run.processes import ALONE
@@ -24,7 +24,7 @@ EVALUATION_STREAM = 2**32
 class Clean(NamedTuple):
     nats: float  # per character (per byte on enwik8)
     tokens: int  # how many were predicted
-    stats: list[moe.RoutingStats]  # per MoE layer, over these tokens
+    stats: list[balance.RoutingStats]  # per MoE layer, over these tokens
 
     @property
     def bpc(self):
@@ -41,7 +41,7 @@ def bits(nats):
     return nats / math.log(2)
 
 
-def drop_rate_by_class(stats: moe.RoutingStats, vocabulary) -> dict:
+def drop_rate_by_class(stats: balance.RoutingStats, vocabulary) -> dict:
     """{"drop_rate_by_class": {class: share of its choices that capacity dropped}}; {} where nothing can be dropped."""
     if not stats.dropped_by_symbol.numel():
         return {}
@@ -67,12 +67,12 @@ def clean(model, dataset, split, config, machine, ranks=ALONE) -> Clean:
             out = model(x, y)
         if ranks.takes(i):
             losses[-1] = out.loss.float() * count
-            stats = moe.add_stats(stats, out.stats)
+            stats = balance.add_stats(stats, out.stats)
         else:
-            stats = [moe.RoutingStats(*(torch.zeros_like(value) for value in layer)) for layer in out.stats]
+            stats = [balance.RoutingStats(*(torch.zeros_like(value) for value in layer)) for layer in out.stats]
     total, *sums = ranks.total([torch.stack(losses), *(value for layer in stats for value in layer)])
-    width = len(moe.RoutingStats._fields)
-    stats = [moe.RoutingStats(*sums[i : i + width]) for i in range(0, len(sums), width)]
+    width = len(balance.RoutingStats._fields)
+    stats = [balance.RoutingStats(*sums[i : i + width]) for i in range(0, len(sums), width)]
     tokens = int(torch.stack(counts).sum())
     return Clean(total.cpu().double().sum().item() / tokens, tokens, stats)
 

@@ -167,6 +167,8 @@ def record_of(config, dataset, model, description, progress, test, writing, peak
     """description: of `machine.describe`; progress: train.py's, at the end of the run; test: an `evaluate.Clean`, or
     None without a test split; writing: {"speeds": of `evaluate.inference_speed`, "seconds": that it took, "others": of
     `machine.Neighbours` meanwhile}; peak_memory: bytes, None where it is not known."""
+    from run import accounting  # needs torch, without which records are read
+
     evaluations = progress["evaluations"]
     said = derived(config, evaluations)
     seconds, others = progress["seconds"], progress["others"]
@@ -176,10 +178,11 @@ def record_of(config, dataset, model, description, progress, test, writing, peak
     return {
         "format": FORMAT,
         **said,
+        "leaky": not config.is_causal,
         "config": config.to_dict(),
         "dataset": dataset.describe(),
-        "parameters": model.count_parameters(),
-        "training_flops_per_token": model.flops_per_token(),
+        "parameters": accounting.count_parameters(model),
+        "training_flops_per_token": accounting.training_flops_per_token(model),
         "git": progress["git"],
         "machine": description,
         "others": {"cpu_share": share, "device_bytes": others["device_bytes"]},
@@ -213,7 +216,6 @@ def derived(config, evaluations) -> dict:
     return {
         "run_id": config.run_id,
         "title": config.title,
-        "leaky": not config.is_causal,
         "iterations": config.max_iters,
         "tokens": tokens,
         "clean": {"best": {**best["clean"], "step": best["step"]}, "final": {**final["clean"], "step": final["step"]}},
@@ -385,7 +387,7 @@ def recomputed(record, config) -> dict:
         "test": test and {"bpc": test["nats"] / math.log(2), "step": said["clean"]["best"]["step"]},
         "seconds": {"train": evaluations[-1]["train_seconds"]},
         "tokens_per_second": record["tokens"] / (record["seconds"]["train"] or math.inf),
-        "inference": {"samples": config.inference_samples if config.is_causal else 0},
+        "inference": {"samples": 0 if record["leaky"] else config.inference_samples},
         "routing": [recomputed_routing(load, splits["val"], config) for load in evaluations[-1]["load"]],
         "evaluations": [recomputed_evaluation(line, i, record, config) for i, line in enumerate(evaluations)],
     }

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-import moe
+import balance
 from run.processes import ALONE
 from support import files, machines
 
@@ -41,7 +41,7 @@ class Sums:
     def __init__(self):
         self.steps = 0  # updates
         self.terms: dict[str, torch.Tensor] = {}  # loss, objective, aux_NAME (raw): 0-d float32, nats; sums over steps
-        self.stats: list[moe.RoutingStats] = []  # a layer each
+        self.stats: list[balance.RoutingStats] = []  # a layer each
 
     def tensors(self):
         return [*self.terms.values(), *(value for layer in self.stats for value in layer)]
@@ -50,7 +50,7 @@ class Sums:
         """(terms, stats), each summed over the processes."""
         tensors = iter(ranks.total(self.tensors()))
         terms = {name: next(tensors) for name in self.terms}
-        return terms, [moe.RoutingStats(*(next(tensors) for _ in layer)) for layer in self.stats]
+        return terms, [balance.RoutingStats(*(next(tensors) for _ in layer)) for layer in self.stats]
 
     def add(self, out, share):
         """out: a forward pass's Output; share: its part of one update."""
@@ -62,7 +62,7 @@ class Sums:
         terms = {name: value.detach().float() * share for name, value in terms.items()}
         if not self.terms:
             self.terms = terms
-            self.stats = [moe.RoutingStats(*(value.clone() for value in layer)) for layer in out.stats]
+            self.stats = [balance.RoutingStats(*(value.clone() for value in layer)) for layer in out.stats]
             return
         # One call for all of them: tensors of a few numbers each cost what their launches cost.
         torch._foreach_add_(
@@ -79,7 +79,7 @@ class Updater:
         self.model, self.run_model, self.config, self.machine, self.ranks = model, model, config, machine, ranks
         self.parallel = None  # run_model as several processes train it
         if ranks.splits_batches(config):
-            model.whole = ranks.mean_of_batch
+            model.batch_mean = ranks.mean_of_batch
         self.optimizer = make_optimizer(model, config)
         self.guard = FiniteGuard(self.optimizer, machine.device)
 
@@ -104,14 +104,14 @@ class Updater:
                 part.backward()
             objective = objective + part.detach()
             sums.add(out, 1 / (len(batches) * self.ranks.count))
-            stats = moe.add_stats(stats, out.stats)
+            stats = balance.add_stats(stats, out.stats)
         loads = [layer.load for layer in stats] if config.router_bias_rate else []
         objective, *loads = self.ranks.total([objective, *loads])  # a sum that is finite where that of each process is
         gradient_norm = clip_gradients(list(model.parameters()), config.grad_clip or math.inf)
         self.guard.check(step, objective, gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        model.balance(loads)
+        model.update_biases(loads)
         sums.steps += 1
         return Update(rate, gradient_norm)
 
@@ -216,11 +216,13 @@ def compile_model(model, x, y, machine, evaluated=None) -> Compiled:
 
 @contextlib.contextmanager
 def undone(model):
-    """What is computed inside leaves no gradient behind and no mark on the random streams."""
-    state = random_state()
+    """What is computed inside leaves no gradient behind and no mark on buffers and the random streams."""
+    state, buffers = random_state(), [buffer.clone() for buffer in model.buffers()]
     try:
         yield
     finally:
+        for buffer, before in zip(model.buffers(), buffers):
+            buffer.copy_(before)
         model.zero_grad(set_to_none=True)
         set_random_state(state)
 

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from model import GPT, Decoder
-from run import evaluate, update
+from run import accounting, evaluate, update
 from speed import bench_records, decoding
 
 TEMPERATURE, TOP_K = 0.8, 200  # of writing, as sample.py's and the papers'
@@ -113,7 +113,7 @@ class Subject:
         """In words: what trains, and what writes at which batch sizes."""
         train = "eager, plain AdamW" if self.is_reference else "compiled" if self.is_compiled else "eager"
         for layer in self.model.moe_layers()[:1]:
-            train = f"{layer.backend(self.machine.device, self.machine.dtype, self.is_compiled)}, {train}"
+            train = f"{layer.backend_name(self.machine.device, self.machine.dtype, self.is_compiled)}, {train}"
         sizes = {}
         for batch_size, how in self.ways_to_write.items():
             sizes.setdefault(how, []).append(str(batch_size))
@@ -369,14 +369,14 @@ def floor_of(subject, task, batch_size, tokens, ceilings):
     tokens: of the unit, over all sequences."""
     model, block_size, width = subject.model, subject.config.block_size, subject.machine.dtype.itemsize
     if task == "train":
-        flops, moved = tokens * model.flops_per_token(), model.training_bytes(width)
+        flops, moved = tokens * accounting.training_flops_per_token(model), accounting.training_bytes(model, width)
     elif task == "prefill":
         length = tokens // batch_size
-        flops = tokens * model.forward_flops_per_token(context=length - 1)
-        moved = model.prefill_bytes(batch_size, length, width)
+        flops = tokens * accounting.forward_flops_per_token(model, context=length - 1)
+        moved = accounting.prefill_bytes(model, batch_size, length, width)
     else:  # with a cache, whatever the protocol: that much is needed to write a character
         contexts = [block_size // 2] if task == "decode" else [min(i, block_size - 1) for i in range(tokens)]
-        flops = batch_size * sum(model.forward_flops_per_token(context) for context in contexts)
-        moved = sum(model.decoding_bytes(batch_size, context, width) for context in contexts)
+        flops = batch_size * sum(accounting.forward_flops_per_token(model, context) for context in contexts)
+        moved = sum(accounting.decoding_bytes(model, batch_size, context, width) for context in contexts)
     seconds = max(flops / ceilings["flops_per_second"], moved / ceilings["bytes_per_second"])
     return {"flops": flops, "bytes": moved, "seconds": seconds}

@@ -31,7 +31,7 @@ from analysis.ablation import (
 )
 from analysis.probe import Seen, see
 from data.common import Vocabulary
-from routing import balanced_table, choices_per_expert, gates_per_expert
+from selection import choices_per_expert, gates_per_expert
 
 VOCABULARY = Vocabulary("character", tuple("abcdefg"))
 NAMES = ["even", "odd", "never"]
@@ -184,7 +184,7 @@ def test_what_cannot_be_removed_is_refused(experts):
 def copies(model):
     """All experts of a layer are its first one."""
     for layer in model.moe_layers():
-        for name in layer.experts.stacked:
+        for name in layer.experts.per_expert:
             weight = getattr(layer.experts, name)
             if weight is not None:
                 with torch.no_grad():
@@ -289,7 +289,7 @@ def test_a_hash_table_is_balanced_and_depends_on_seed_and_layer():
     loads = torch.bincount(tables[0], weights=counts_V.double(), minlength=4)
     assert loads.max() / loads.min() < 1.1
     drawn = {tuple(table.tolist()) for table in (*tables.values(), *others.values())}
-    assert len(drawn) == 4 and tuple(balanced_table(counts_V, torch.ones(40), 4).tolist()) not in drawn
+    assert len(drawn) == 4
     assert torch.equal(hash_tables(model, [1], counts_V, 1)[1], tables[1])
 
 
@@ -298,7 +298,7 @@ def test_the_router_of_a_table_is_made_of_the_layers_own():
     config = tiny(**PLAIN, router_temperature=2.0, router_bias_rate=0.01)
     layer = model_of(config).moe_layers()[0]
     router = TableRouter(layer, torch.zeros(SYMBOLS, dtype=torch.int64))
-    assert router.temperature is layer.temperature and router.balance_bias is layer.balance_bias
+    assert router.score == layer.score
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def permuted_twin(model, layer, a, b):
     experts = model.moe_layers()[layer].experts
     order = torch.randperm(experts.w_in.size(1))
     with torch.no_grad():
-        for name in experts.stacked:
+        for name in experts.per_expert:
             weight = getattr(experts, name)
             if weight is not None:
                 weight[b] = weight[a] if name == "bias_out" else weight[a][order]
@@ -399,7 +399,7 @@ def test_what_is_merged_is_the_mean_weighted_by_load(kind):
     order = matching(before, 0, 3)
     assert sorted(order.tolist()) == list(range(before.w_in.size(1)))
     torch.testing.assert_close(after.w_in[0], 0.75 * before.w_in[0] + 0.25 * before.w_in[3, order])
-    for name in before.stacked:
+    for name in before.per_expert:
         assert torch.equal(getattr(after, name)[0], getattr(after, name)[3])
         assert torch.equal(getattr(after, name)[1:3], getattr(before, name)[1:3])
     half = merged(model, 0, 0, 3, torch.zeros(4)).moe_layers()[0].experts

@@ -276,7 +276,6 @@ def changed(analysis, path, value):
         (["format"], "charmoe record 2", "it is a record of train.py"),
         (["format"], "charmoe analysis 9", "newer code made it"),
         (["run_id"], "0000000000-s1337", "run_id is"),
-        (["leaky"], True, "leaky is not"),
         (["layers", 0, "block"], 1, r"layers are of blocks"),
         (["layers", 0, "entropy"], float("nan"), "entropy is nan"),
         (["layers", 0, "counts", 0, 0], 10**6, "add up to"),

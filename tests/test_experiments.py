@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from model import dense_equal_active, dense_equal_total
 from papers.experiments import CLAIMS, MEASURES, SCALES, TABLES, gather
+from run.accounting import dense_equal_active, dense_equal_total
 
 TABLE = TABLES["C"]
 

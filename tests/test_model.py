@@ -13,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import backends
-from model import GPT, IGNORED, KVCache, dense_equal_active, dense_equal_total, sample, uniforms
+from model import GPT, IGNORED, KVCache, sample, uniforms
+from run import accounting
+from run.accounting import dense_equal_active, dense_equal_total
 from run.settings import Config
 from support import configurator, machines
 
@@ -69,7 +71,7 @@ def tokens(*shape):
 
 def test_the_paper_size_model_has_nanogpts_10_65_million_parameters():
     """nanoGPT counts without the 256 position embeddings."""
-    counts = GPT(Config(), 65).count_parameters()
+    counts = accounting.count_parameters(GPT(Config(), 65))
     assert (
         counts["total"] - 256 * 384 == 10_646_784
         and counts["active"] == counts["total"]
@@ -78,15 +80,17 @@ def test_the_paper_size_model_has_nanogpts_10_65_million_parameters():
 
 
 def test_paper_bs_linear_experts_have_the_dense_models_parameters_and_a_router():
-    dense = GPT(Config(), 65).count_parameters()["total"]
-    counts = GPT(configurator.parse(Config, [str(ROOT / "config/shakespeare_top2.py")]), 65).count_parameters()
+    dense = accounting.count_parameters(GPT(Config(), 65))["total"]
+    counts = accounting.count_parameters(
+        GPT(configurator.parse(Config, [str(ROOT / "config/shakespeare_top2.py")]), 65)
+    )
     assert counts["total"] == dense + counts["router"] == dense + 6 * 4 * 384
 
 
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_use():
     dense, counts = (
-        GPT(tiny(), VOCABULARY).count_parameters(),
-        GPT(tiny(n_expert=4, expert_top_k=1), VOCABULARY).count_parameters(),
+        accounting.count_parameters(GPT(tiny(), VOCABULARY)),
+        accounting.count_parameters(GPT(tiny(n_expert=4, expert_top_k=1), VOCABULARY)),
     )
     assert counts["active"] == dense["total"] + counts["router"]
     assert counts["total"] == dense["total"] + counts["router"] + 3 * dense["mlp"]
@@ -100,7 +104,7 @@ def test_flops_are_those_that_torch_counts_on_the_reference_backend(kind):
     # The counter knows the matrix products of plain attention, not the fused kernel of a CPU.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(tokens(3, 16))
-    assert counter.get_total_flops() * 3 == model.flops_per_token() * 3 * 16
+    assert counter.get_total_flops() * 3 == accounting.training_flops_per_token(model) * 3 * 16
 
 
 @pytest.mark.parametrize("kind", ["top1", "top1_capacity", "shared_top_p", "one_set", "by_block", "soft_concat"])
@@ -110,8 +114,12 @@ def test_dense_twins_cost_the_same(kind):
     sizes = {"active": dense_equal_active(config), "total": dense_equal_total(config)}
     twins = {equal: GPT(tiny(mlp_hidden=hidden), VOCABULARY) for equal, hidden in sizes.items()}
     model, unit = GPT(config, VOCABULARY), 2 * 16 * config.n_layer / 2
-    assert abs(twins["active"].forward_flops_per_token() - model.forward_flops_per_token()) <= 2 * unit
-    assert abs(twins["total"].count_parameters()["total"] - model.count_parameters()["total"]) <= unit
+    assert (
+        abs(accounting.forward_flops_per_token(twins["active"]) - accounting.forward_flops_per_token(model)) <= 2 * unit
+    )
+    assert (
+        abs(accounting.count_parameters(twins["total"])["total"] - accounting.count_parameters(model)["total"]) <= unit
+    )
 
 
 def test_capacity_bounds_the_flops():
@@ -123,12 +131,17 @@ def test_capacity_bounds_the_flops():
 
 def test_decoding_costs_more_the_longer_the_context():
     model = GPT(tiny(), 9)
-    assert model.forward_flops_per_token(context=10) - model.forward_flops_per_token(context=0) == 2 * 4 * 10 * 16
-    assert model.forward_flops_per_token(context=15) == model.forward_flops_per_token()
+    assert (
+        accounting.forward_flops_per_token(model, context=10) - accounting.forward_flops_per_token(model, context=0)
+        == 2 * 4 * 10 * 16
+    )
+    assert accounting.forward_flops_per_token(model, context=15) == accounting.forward_flops_per_token(model)
 
 
 def test_shared_experts_are_counted_once_and_active_as_often_as_they_can_be_used():
-    own, shared = (GPT(tiny(n_expert=4, share_experts=share), 9).count_parameters() for share in (False, True))
+    own, shared = (
+        accounting.count_parameters(GPT(tiny(n_expert=4, share_experts=share), 9)) for share in (False, True)
+    )
     assert shared["experts"] * 2 == own["experts"] and shared["router"] == own["router"]
     assert own["total"] - own["active"] == 2 * 3 * own["experts"] // 8
     assert shared["total"] - shared["active"] == 2 * shared["experts"] // 4
@@ -152,7 +165,7 @@ def test_a_checkpoint_keeps_what_training_has_moved():
     model, again = gpt(**keys), gpt(**keys)
     model.set_step(10)
     x = tokens(2, 16)
-    model.balance([layer.load for layer in model(x, x).stats])
+    model.update_biases([layer.load for layer in model(x, x).stats])
     again.load_state_dict(model.state_dict())
     x = tokens(2, 16)
     ours, theirs = model(x, x), again(x, x)
@@ -261,22 +274,28 @@ def test_more_positions_than_block_size_are_refused():
 
 def test_more_tokens_use_more_experts_until_they_use_all():
     model = gpt(**KINDS["top1"])
-    counts = model.count_parameters()
-    used = [model.parameters_for(n) for n in (1, 2, 8, 10_000)]
+    counts = accounting.count_parameters(model)
+    used = [accounting.active_parameters(model, n) for n in (1, 2, 8, 10_000)]
     assert used[0] == counts["active"] < used[1] < used[2] < used[3] == counts["total"]
     inactive = counts["total"] - counts["active"]
     assert counts["total"] - used[1] == pytest.approx(inactive * 3 / 4, abs=1), "a second token leaves 3 of 4 untouched"
     dense = gpt()
-    assert dense.parameters_for(1) == dense.parameters_for(99) == dense.count_parameters()["total"]
+    assert (
+        accounting.active_parameters(dense, 1)
+        == accounting.active_parameters(dense, 99)
+        == accounting.count_parameters(dense)["total"]
+    )
 
 
 def test_the_bytes_of_a_step_by_hand():
     """Dense, 2 blocks of width 16: a token caches 2 · 2 · 16 numbers."""
     model = gpt()
-    total = model.count_parameters()["total"]
-    assert model.training_bytes(2) == total * (2 + 2 + 4 + 4 + 12 + 12)
-    assert model.decoding_bytes(3, 10, 4) == 4 * (total - 15 * 16 + 3 * 10 * 64), "one position's vector of 16"
-    assert model.prefill_bytes(3, 10, 2) == 2 * (total - 6 * 16 + 3 * 10 * 64)
+    total = accounting.count_parameters(model)["total"]
+    assert accounting.training_bytes(model, 2) == total * (2 + 2 + 4 + 4 + 12 + 12)
+    assert accounting.decoding_bytes(model, 3, 10, 4) == 4 * (total - 15 * 16 + 3 * 10 * 64), (
+        "one position's vector of 16"
+    )
+    assert accounting.prefill_bytes(model, 3, 10, 2) == 2 * (total - 6 * 16 + 3 * 10 * 64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,7 +463,7 @@ def test_a_shipped_config_compiles_on_cuda_without_a_break_or_a_synchronisation(
             out.objective.backward()
             with torch.no_grad():
                 compiled.eval()(x, y)
-        model.balance([layer.load for layer in out.stats])
+        model.update_biases([layer.load for layer in out.stats])
         return out
 
     step(0)

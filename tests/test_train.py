@@ -21,7 +21,7 @@ import routing
 import train
 from data.common import DataError, Dataset
 from model import GPT
-from run import checkpoint, evaluate, records, run_folder, update
+from run import accounting, checkpoint, evaluate, records, run_folder, update
 from run.checkpoint import CheckpointError
 from run.settings import Config
 from support import machines
@@ -112,7 +112,7 @@ def test_the_record_counts_what_was_done(words, tmp_path):
     assert record["tokens"] == 6 * 3 * 2 * 16
     assert record["epochs"] == record["tokens"] / dataset.sizes["train"]
     assert record["parameters"]["total"] == sum(p.numel() for p in model.parameters()) == record["parameters"]["active"]
-    assert record["training_flops_per_token"] == model.flops_per_token()
+    assert record["training_flops_per_token"] == accounting.training_flops_per_token(model)
     assert record["run_id"] == config.run_id
     assert record["config"] == config.to_dict()
     assert record["dataset"] == dataset.describe() and set(dataset.sizes) == {"train", "val", "test"}
