@@ -542,7 +542,7 @@ def write(folder, analysis, options):
             kept.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(kept, text.encode())
         said += f", and {os.path.relpath(kept)}"
-    return f"{said} after {records.duration(analysis['seconds'])}"
+    return f"{said} after {console.duration(analysis['seconds'])}"
 
 
 def main(argv):

@@ -22,12 +22,13 @@ from papers import experiments
 from papers.experiments import CLAIMS, SCALES, TABLES, Comparison
 from report import cells, figures, figures_of_rows, figures_of_run, figures_of_speed, page, verdicts
 from run import records
-from run.records import COUNT, FITS, NUMBER, RecordError
+from run.records import RecordError
 from run.settings import Config
 from speed import bench_records
 from support import console
 from support.files import LARGEST_JSON, ROOT, one_line, read_json, read_whole
 from support.options import EXPERIMENT, SCHEDULE
+from support.schema import COUNT, FITS, NUMBER
 
 DRAWN = ("tables", "figures")  # folders of results/ that are written here; the others hold records
 
@@ -171,12 +172,12 @@ class Bench(NamedTuple):
         return " ".join(
             [
                 *doubts,
-                f"{bench_records.about(record)}. Every model is timed in turn with the others, in one process. "
+                f"{bench_records.headline(record)}. Every model is timed in turn with the others, in one process. "
                 "A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is that of the ratios "
                 "of pairs, above 1 where a model is slower. Of the floor: the least time for what must be computed "
                 "and moved, at the "
                 f"ceilings measured in the same bench ({limits}), over the time that it took.",
-                f"Machine: {records.machine_of(record)}. The bench took {records.duration(record['seconds'])}.",
+                f"Machine: {records.machine_of(record)}. The bench took {console.duration(record['seconds'])}.",
             ]
         )
 

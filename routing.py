@@ -4,7 +4,8 @@
       -> selection (k experts a token) -> capacity (which choices find room)
 
 `MoE.route` in `moe.py` takes these steps one after the other; those after the router are in `selection.py`. Levels and
-routers are entries of a table (LEVELS, ROUTERS), named by a key of the config.
+routers are entries of a table (LEVELS, ROUTERS), named by a key of the config; docs/moe-options.md lists them with
+formula and source.
 
 A new router is a subclass of Router with its traits, a line in ROUTERS, and its name among the choices of `router` in
 `run/settings.py`. Nothing else names it: the checks of a config, decoding, analysis and accounting ask its class.

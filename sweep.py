@@ -422,12 +422,12 @@ def print_list(states, kept, scale):
     for cell, state in states.items():
         line = f"{cell.name:<{width}}  {state.kind if state.kind == 'cannot be run' else state}"
         if cell in times:
-            line += f", {records.duration(times[cell][0])} {times[cell][1]}"
+            line += f", {console.duration(times[cell][0])} {times[cell][1]}"
         elif state.kind in ("cut", "missing"):
             unknown += 1
         print(line)
     print_reasons(states, sys.stdout)
-    left = [records.duration(sum(seconds for seconds, _ in times.values()))] if times else []
+    left = [console.duration(sum(seconds for seconds, _ in times.values()))] if times else []
     left += [f"{how_many(unknown, 'run')} of unknown length"] if unknown else []
     kinds_of_machine = "; ".join(sorted({cell.machine for cell in states}))
     print(f"{counted(states)}; left: {' and '.join(left) or 'nothing'}, on {kinds_of_machine}")
@@ -655,7 +655,7 @@ def keep_record(cell):
     record = records.read(source)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomically(path, source.read_bytes())
-    text = f"{record['clean']['best']['nats']:.4f} nats in {records.duration(record['seconds']['total'])}"
+    text = f"{record['clean']['best']['nats']:.4f} nats in {console.duration(record['seconds']['total'])}"
     return State("finished", f"{text}, kept as {shown_path(path)}", cell.config.max_iters)
 
 

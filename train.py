@@ -31,7 +31,7 @@ import balance
 from data.common import DataError, Dataset, find, is_prepared
 from model import GPT
 from routing import mix_seeds
-from run import accounting, evaluate, records
+from run import accounting, evaluate, records, screen_report
 from run.checkpoint import CheckpointError
 from run.processes import Ranks, is_loss_of_another
 from run.run_folder import RunFolder, check_resumable, difference
@@ -171,7 +171,7 @@ class Screen:
         self.bar.set_postfix_str(numbers, refresh=False)
         if self.bar.disable and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
             remaining = (self.bar.total - step) * line["step_ms"] / 1000
-            self.say(f"step {step:,} of {self.bar.total:,}: {numbers}, {records.duration(remaining)} left")
+            self.say(f"step {step:,} of {self.bar.total:,}: {numbers}, {console.duration(remaining)} left")
 
     def say(self, text):
         self.last_line = time.monotonic()
@@ -402,7 +402,7 @@ class Training:
         seconds = seconds_needed(self.model, self.batches(0), self.dataset, config, self.machine, self.ranks, steps)
         if seconds <= SLOW_SECONDS:
             return
-        print(f"At the speed of its first steps, this run needs about {records.duration(seconds)} on this machine.")
+        print(f"At the speed of its first steps, this run needs about {console.duration(seconds)} on this machine.")
         overlay = os.path.relpath(machines.ROOT / "config" / "cpu.py")
         if overlay not in argv:
             words = [word for word in argv if not word.startswith("--out_dir")]
@@ -576,7 +576,7 @@ class Training:
             )
             self.folder.complete(record)
             self.screen.bar.close()
-            self.screen.say(records.report(record))
+            self.screen.say(screen_report.final_report(record))
         return 0
 
     def speed_of_writing(self):
@@ -647,7 +647,7 @@ def train(config, ranks, machine, argv):
     changed = check_resumable(saved, config, dataset) if saved else []
     if saved and not changed and (folder / "summary.json").exists() and not config.eval_only:
         print(f"{folder} is complete: there is nothing to resume (a larger max_iters would go on).")
-        print(records.report(json.loads((folder / "summary.json").read_text())))
+        print(screen_report.final_report(json.loads((folder / "summary.json").read_text())))
         return 0
     training = Training(config, ranks, machine, dataset, saved)
     step = training.progress["step"]

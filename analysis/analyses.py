@@ -14,7 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 from run import records
-from run.records import COMMIT, COUNT, FLAG, LINE, LOSS_NUMBER, NUMBER, OBJECT, SHARE, SIGNED, TEXT
+from support import schema
+from support.schema import COMMIT, COUNT, FLAG, LINE, LOSS_NUMBER, NUMBER, OBJECT, SHARE, SIGNED, TEXT
 
 FORMAT = "charmoe analysis 1"
 WAY_OUT = "run analyze.py on the run again"
@@ -38,7 +39,7 @@ LAYER = {
     "block": COUNT,
     "n_expert": COUNT,
     "k": COUNT,  # experts that a character goes to, at most
-    "load": OBJECT,  # of moe.summarize in detail, and what load_of adds
+    "load": OBJECT,  # of balance.summarize in detail, and what load_of adds
     "tokens_per_batch": {  # per expert, in batches as training draws them
         "batches": COUNT,
         "characters": COUNT,
@@ -107,7 +108,7 @@ def problems(analysis) -> list[str]:
         return [f"expected {OBJECT}"]
     if analysis.get("format") != FORMAT:
         return [records.format_problem(analysis.get("format"), FORMAT)]
-    wrong = list(records.mismatches(analysis, SCHEMA))
+    wrong = list(schema.mismatches(analysis, SCHEMA))
     if wrong:
         return wrong
     config, wrong = records.config_in(analysis["config"], "config")
@@ -142,7 +143,7 @@ def rules(analysis, config):
         total = sum(map(sum, layer["counts"]))
         yield total == n, f"counts {where} add up to {total}; expected {n}, the characters of the text"
         for name, found in measured_in(layer):
-            wrong = [*records.mismatches(found, MEASURED, f"{name} {where}")]
+            wrong = [*schema.mismatches(found, MEASURED, f"{name} {where}")]
             yield not wrong, wrong and wrong[0]
     for name in ("router_gradients", *(["ablation"] if analysis["ablation"] else [])):
         length = len(analysis[name]["removed"] if name == "ablation" else analysis[name])

@@ -1,8 +1,8 @@
 """on a CPU
 
 An overlay for a machine without a GPU: `train.py config/shakespeare_moe4.py config/cpu.py`. The sizes are those that
-nanoGPT's README gives for a CPU. Data set, learning rate and experts stay those of the file before it; the rhythm of
-warm-up and evaluation is set here, because that of a run of 100,000 steps does not fit one of 2,000.
+nanoGPT's README gives for a CPU. Data set, learning rate and experts stay those of the file before it; the steps
+of warm-up and between evaluations are set here, because those for 100,000 steps do not suit 2,000.
 """
 
 device = "cpu"

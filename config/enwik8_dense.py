@@ -1,7 +1,7 @@
 """enwik8, dense
 
-The dense baseline of paper A on enwik8: the Shakespeare model with the template's settings for the large data sets,
-half the batch, half the learning rate, twice the warm-up and 20 times the steps.
+The dense baseline of paper A (Xu et al. 2026) on enwik8: the Shakespeare model with the template's settings for the
+large data sets, half the batch, half the learning rate, twice the warm-up and 20 times the steps.
 """
 
 from config.shakespeare_dense import *

@@ -1,6 +1,7 @@
 """enwik8, MoE 4 top-1
 
-Paper A's layer on enwik8: the experts of shakespeare_moe4.py under the training settings of enwik8_dense.py.
+The layer of paper A (Xu et al. 2026) on enwik8: the experts of shakespeare_moe4.py under the training settings of
+enwik8_dense.py.
 """
 
 from config.enwik8_dense import *

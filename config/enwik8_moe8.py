@@ -1,6 +1,6 @@
 """enwik8, MoE 8 top-1
 
-Paper A's layer with 8 experts instead of 4.
+The layer of paper A (Xu et al. 2026) with 8 experts instead of 4.
 """
 
 from config.enwik8_moe4 import *

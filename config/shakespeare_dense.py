@@ -1,7 +1,8 @@
 """Shakespeare, dense
 
-The dense baseline of papers A and B: nanoGPT's character-level model on tinyshakespeare, with every training setting
-written out. Both papers' protocol is, almost certainly, that of the AI-Scientist nanoGPT template.
+The dense baseline of papers A (Xu et al. 2026) and B (Huang et al. 2025): nanoGPT's character-level model on
+tinyshakespeare, with every training setting written out. Both papers' protocol is, almost certainly, that of the
+AI-Scientist nanoGPT template.
 """
 
 dataset = "shakespeare_char"

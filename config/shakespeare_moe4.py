@@ -1,7 +1,8 @@
 """Shakespeare, MoE 4 top-1
 
-Paper A's layer: 4 experts in every block, each as wide as the dense MLP (equal active FLOPs, about 4 times the MLP
-parameters), switch routing and its balancing loss at 0.01. A's abstract names these; the rest is the baseline's.
+The layer of paper A (Xu et al. 2026): 4 experts in every block, each as wide as the dense MLP (equal active FLOPs,
+about 4 times the MLP parameters), switch routing and its balancing loss at 0.01. A's abstract names these; the rest
+is the baseline's.
 """
 
 from config.shakespeare_dense import *

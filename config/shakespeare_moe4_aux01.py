@@ -1,7 +1,7 @@
 """Shakespeare, MoE 4 top-1, aux 0.1
 
-Paper A's layer with ten times the balancing loss, which A says destabilises training. The loss itself adds 0.1 a
-layer to what is minimised: look at both measures.
+The layer of paper A (Xu et al. 2026) with ten times the balancing loss, which A says destabilises training. The loss
+itself adds 0.1 per layer to what is minimised, so compare the measures with and without it.
 """
 
 from config.shakespeare_moe4 import *

@@ -1,7 +1,7 @@
 """Shakespeare, MoE 4 top-1, frozen router
 
-One of paper C's nine (Fan et al. 2024): a router that stays as it was initialised, each character by itself. There
-is nothing that a balancing loss could train in such a router, so there is none.
+One of the nine routers of paper C (Fan et al. 2024): a router that stays as it was initialised, for each character by
+itself. A balancing loss would have nothing to train here, so it is off.
 """
 
 from config.shakespeare_moe4 import *

@@ -1,6 +1,7 @@
 """Shakespeare, MoE 8, top-p 0.5 of 4
 
-As few of the best 4 experts as reach half of the probability: paper B's dynamic capacity, by character.
+As few of the best 4 experts as reach half of the probability: the dynamic capacity of paper B (Huang et al. 2025), by
+character.
 """
 
 from config.shakespeare_moe8 import *

@@ -1,6 +1,7 @@
 """Shakespeare, MoE 4, hash of 3 characters
 
-The expert follows from a hash of the last 3 characters: paper B's "pattern-aware routing" without anything learned.
+The expert follows from a hash of the last 3 characters: the "pattern-aware routing" of paper B (Huang et al. 2025)
+without learning.
 """
 
 from config.shakespeare_hash4 import *

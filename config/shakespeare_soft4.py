@@ -1,8 +1,9 @@
 """Shakespeare, MoE 4 soft
 
-Paper B's run 1, "MoE Base": the MLP's first layer d -> 4d becomes 4 linear experts d -> d, and every character uses
-all of them, weighted by a softmax. B does not say how the outputs meet. Side by side (linear_concat) keeps the second
-layer 4d -> d and with it the parameter count that B claims; expert_kind=linear_sum is the other reading.
+Run 1 of paper B (Huang et al. 2025), "MoE Base": the MLP's first layer d -> 4d becomes 4 linear experts d -> d, and
+every character uses all of them, weighted by a softmax. B does not say how the outputs meet. Side by side
+(linear_concat) keeps the second layer 4d -> d and with it the parameter count that B claims; expert_kind=linear_sum
+is the other reading.
 """
 
 from config.shakespeare_dense import *

@@ -1,6 +1,6 @@
 """text8, MoE 2 top-1
 
-Paper A's layer with 2 experts instead of 4.
+The layer of paper A (Xu et al. 2026) with 2 experts instead of 4.
 """
 
 from config.text8_moe4 import *

@@ -1,7 +1,7 @@
 """text8, MoE 4 top-1, dropout inside experts
 
-Paper A's expert dropout, read as dropout of the experts' hidden activations. A gives no rate: 0.4 is that of Fedus
-et al. 2022, who name it expert dropout.
+"Expert dropout" of paper A (Xu et al. 2026), read as dropout of the experts' hidden activations. A gives no rate; 0.4
+is from Fedus et al. 2022, who call it expert dropout.
 """
 
 from config.text8_moe4 import *

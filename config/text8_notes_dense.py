@@ -1,6 +1,6 @@
 """text8, D: dense, equal FLOPs
 
-The dense twin of text8_notes_moe8: mlp_hidden is model.dense_equal_active of it (a test says so).
+The dense twin of text8_notes_moe8: mlp_hidden comes from dense_equal_active, as a test checks.
 """
 
 from config.text8_notes_moe8 import *

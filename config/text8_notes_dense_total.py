@@ -1,6 +1,6 @@
 """text8, D: dense, equal parameters
 
-The other dense twin of text8_notes_moe8: mlp_hidden is model.dense_equal_total of it (a test says so).
+The other dense twin of text8_notes_moe8: mlp_hidden comes from dense_equal_total, as a test checks.
 """
 
 from config.text8_notes_moe8 import *

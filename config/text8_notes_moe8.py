@@ -1,7 +1,8 @@
 """text8, D: MoE 8 top-2, temperature annealed
 
-The notes' setting (D): 8 layers, 50 M characters. They name no text and no width: text8, and the papers' 384. 8
-experts that together are twice the dense MLP; the switch loss's temperature anneals, read as the router's.
+The setting of source D (notes on a small mixture of experts): 8 layers, 50 M characters. They name no text and no
+width: text8, and the papers' 384. 8 experts that together are twice the dense MLP; the switch loss's temperature
+anneals, read as the router's.
 """
 
 from config.text8_dense import *

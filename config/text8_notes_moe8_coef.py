@@ -1,7 +1,7 @@
 """text8, D: MoE 8 top-2, balance annealed
 
-The notes' setting (D): 8 layers, 50 M characters. They name no text and no width: text8, and the papers' 384. The
-other reading: what anneals is the weight of the balancing loss.
+The setting of source D (notes on a small mixture of experts): 8 layers, 50 M characters. They name no text and no
+width: text8, and the papers' 384. The other reading: what anneals is the weight of the balancing loss.
 """
 
 from config.text8_notes_moe8 import *

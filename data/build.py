@@ -1,28 +1,24 @@
-"""From a text to a prepared data set: what every data/NAME/prepare.py runs.
+"""Prepare a data set for training: what every data/NAME/prepare.py runs.
 
     text (file, archive, folder, URL, rebuild) -> canonical? -> vocabulary -> train.bin, val.bin (test.bin), meta.json
 
 - A `TextSpec` says everything about one data set. To add your own text, make a folder data/NAME with a prepare.py like
   data/text8/prepare.py, put the text beside it as input.txt, and run it.
-- Sources in order: --source alone; else a raw file in the data folder, the published addresses, the rebuild. Each
-  failure is remembered and told if nothing works.
-- `canonical: true` is written only when the text's SHA-256 is the one the spec names. Another text is refused, or with
+- The text comes from --source alone if that is given. Otherwise a raw file in the data folder, the published addresses
+  and the rebuild are tried in turn; if none works, each is told with its reason.
+- `canonical: true` is written only when the text's SHA-256 is the one in the spec. Another text is refused, or with
   --allow-partial prepared under a name that says so (enwik8-head-4.15M, enwik8-altered-99M). A spec without a SHA-256
-  (your own text) keeps its name and is `canonical: false`: nothing published vouches for it, and its own SHA-256, which
-  every record carries, tells its versions apart. Put that SHA-256 and the size into the spec to make it canonical.
-- Nothing is touched before everything that is to be written lies on the disk; then meta.json goes first and comes
-  last, so that an interrupted prepare is never taken for a finished one.
-- Two at once in a folder take turns.
+  (your own text) keeps its name and is `canonical: false`; records tell its versions apart by their own SHA-256. Put
+  that SHA-256 and the size into the spec to make it canonical.
+- Two prepares of one folder take turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import codecs
 import gzip
 import hashlib
 import io
-import json
 import os
 import re
 import shlex
@@ -35,42 +31,26 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
-
-from data.common import BYTE, CHARACTER, FORMAT_VERSION, SPLITS, TOKEN, DataError, Vocabulary
-from data.download import (
-    DiskError,
-    Say,
-    disk_faults,
-    download,
-    looks_like_html,
-    move,
-    read_faults,
-    remove,
-    silent,
-    sync,
-    write,
-    write_whole,
-)
-from support.files import read_whole
+from data.common import BYTE, CHARACTER, SPLITS, DataError
+from data.download import Say, download, looks_like_html, remove, rename, silent, writing
+from data.encode import write_dataset
+from support.files import FileError, read_whole, write_atomically
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there nothing keeps two of us apart
+except ImportError:  # on Windows nothing keeps two prepares apart
     fcntl = None
 
 TRAIN_VAL = {"train": 90, "val": 10}  # percent; nanoGPT's split of Shakespeare
 TRAIN_VAL_TEST = {"train": 90, "val": 5, "test": 5}  # percent; of 100 MB: the published 90M/5M/5M
-HEAD = 65_536  # bytes that tell the beginning of a published text from another text
-PIECE = 1 << 22  # bytes of text encoded at a time
-LARGEST = 1 << 34  # bytes of a text, which is held in memory
+HEAD = 65_536  # bytes by which the beginning of a published text is recognised
+LARGEST_SOURCE = 1 << 34  # bytes of a text, which is held in memory
 ARCHIVES = (".gz", ".zip")
-FILES = (*(f"{split}.bin" for split in SPLITS), "meta.json")  # of a prepared folder
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A published address. `sha256` is that of the file behind it, which may be an archive; None if not known."""
+    """A published address. sha256: of the file behind it, which may be an archive; None if not known."""
 
     url: str
     sha256: str | None = None
@@ -78,13 +58,15 @@ class Remote:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """One data set.
+    """Everything about one data set.
 
-    filenames     names of the raw text, the first being the one that downloads get; each also with .gz or .zip
-    splits        percent of the text, in the order of the text
+    name          of the data set and of its folder in data/
+    unit          "character" or "byte": what one id stands for
+    filenames     names of the raw text, each also with .gz or .zip; downloads get the first one
+    splits        percent of the text for each split, in the order of the text
+    remotes       published addresses, in the order in which they are tried
     size, sha256  bytes and SHA-256 of the published text; None for a text of your own
     head_sha256   SHA-256 of its first 65,536 bytes
-    vocab_size    of the published text
     rebuild       makes the published text where no address can be reached: (out folder, say) -> text
     """
 
@@ -96,7 +78,6 @@ class TextSpec:
     size: int | None = None
     sha256: str | None = None
     head_sha256: str | None = None
-    vocab_size: int | None = None
     rebuild: Callable[[Path, Say], bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -106,7 +87,9 @@ class TextSpec:
 
 
 @dataclass(frozen=True)
-class Text:
+class RawText:
+    """A raw text and the file or address that it came from."""
+
     content: bytes
     origin: str
 
@@ -117,8 +100,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Source:
+    """A place where the text may be found."""
+
     label: str
-    read: Callable[[], Text]  # raises DataError
+    read: Callable[[], RawText]  # raises DataError
     published: bool = False  # must be the published text, whatever --allow-partial says
 
 
@@ -126,8 +111,11 @@ class Source:
 # The command line
 
 
-def run(spec: TextSpec, home: Path, arguments: list[str], say: Say) -> None:
-    """Prepare as the command line asks. `home` is the folder of prepare.py. DataError: one message, exit status 2."""
+def main(spec: TextSpec, home: Path, arguments: list[str], say: Say) -> None:
+    """Prepare a data set as the command line asks; a mistake is one message and exit status 2.
+
+    home: the folder of prepare.py.
+    """
     parser = _parser(spec)
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may hold what a terminal cannot show
@@ -136,33 +124,26 @@ def run(spec: TextSpec, home: Path, arguments: list[str], say: Say) -> None:
     try:
         folder = Path(os.path.expanduser(options.out)) if options.out else home
         meta = prepare(spec, home, folder, options.source, options.allow_partial, say)
-    except DataError as error:
+    except (DataError, FileError) as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped; run the same command again to go on\n")
-    for line in summary(spec, meta, folder, time.perf_counter() - started):
+    for line in _report(spec, meta, folder, time.perf_counter() - started):
         say(line)
 
 
 def _parser(spec: TextSpec) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python data/{spec.name}/prepare.py", description=f"Prepare {spec.name} for training."
-    )
-    parser.add_argument(
-        "--source",
-        metavar="PATH_OR_URL",
-        help="the text: a file, a .gz or .zip, a folder with one of them, or an address",
-    )
-    parser.add_argument(
-        "--allow-partial",
-        action="store_true",
-        help="accept a text that is not the published one, under a name that says so",
-    )
+    program, about = f"python data/{spec.name}/prepare.py", f"Prepare {spec.name} for training."
+    source = "the text: a file, a .gz or .zip, a folder with one of them, or an address"
+    partial_text = "accept a text that is not the published one, under a name that says so"
+    parser = argparse.ArgumentParser(prog=program, description=about)
+    parser.add_argument("--source", metavar="PATH_OR_URL", help=source)
+    parser.add_argument("--allow-partial", action="store_true", help=partial_text)
     parser.add_argument("--out", metavar="FOLDER", help=f"where the result goes (default: data/{spec.name})")
     return parser
 
 
-def summary(spec: TextSpec, meta: dict, folder: Path, seconds: float) -> list[str]:
+def _report(spec: TextSpec, meta: dict, folder: Path, seconds: float) -> list[str]:
     state = "canonical" if meta["canonical"] else "not canonical: no result on it is one on the published text"
     if spec.sha256 is None:
         state = "your own text: the spec names no SHA-256 to check it against"
@@ -179,20 +160,27 @@ def summary(spec: TextSpec, meta: dict, folder: Path, seconds: float) -> list[st
 def prepare(
     spec: TextSpec, home: Path, folder: Path, source: str | None = None, allow_partial: bool = False, say: Say = silent
 ) -> dict:
-    """Write the data set to `folder` and return its meta.json. After a DataError nothing half-made counts as done."""
-    with disk_faults(folder):
+    """Write the data set to `folder` and return its meta.json.
+
+    Raises DataError when there is no usable text, FileError when the folder cannot be written.
+    """
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder, say):
-        text = obtain(spec, home, folder, source, allow_partial, say)
+    with _lock(folder, say):
+        text = obtain_text(spec, home, folder, source, allow_partial, say)
         say(f"read {text.origin}")
-        return encode(spec, text, folder)
+        name, canonical = identify(spec, text, allow_partial=True)
+        try:
+            return write_dataset(folder, name, canonical, text.content, spec.unit, spec.splits)
+        except DataError as error:
+            raise DataError(f"{text.origin}: {error}") from None
 
 
 @contextmanager
-def _alone_in(folder: Path, say: Say) -> Iterator[None]:
-    """One prepare at a time in a folder, by a lock that ends with the process, however that ends."""
+def _lock(folder: Path, say: Say) -> Iterator[None]:
+    """Inside, no other prepare works in the folder. The lock ends with the process, even a killed one."""
     with ExitStack() as stack:
-        with suppress(OSError):  # a folder that cannot be opened, a file system without locks: the checksums have to do
+        with suppress(OSError):  # a folder that cannot be opened, a file system without locks: checksums still protect
             if fcntl:
                 descriptor = os.open(folder, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
@@ -208,17 +196,15 @@ def _alone_in(folder: Path, say: Say) -> Iterator[None]:
 # Sources
 
 
-def obtain(spec: TextSpec, home: Path, folder: Path, source: str | None, allow_partial: bool, say: Say) -> Text:
-    """The text of the first source that works. Raises one DataError that lists every source with its reason."""
+def obtain_text(spec: TextSpec, home: Path, folder: Path, source: str | None, allow_partial: bool, say: Say) -> RawText:
+    """The text of the first source that works. Raises one DataError that lists why each source failed."""
     failures = []
     for candidate in _sources(spec, home, folder, source, say):
         try:
             text = candidate.read()
             identify(spec, text, allow_partial and not candidate.published)
             return text
-        except DiskError:  # no other source would help
-            raise
-        except DataError as error:
+        except DataError as error:  # a FileError is passed on: the next source would have the same disk
             failures.append(f"{candidate.label}: {str(error).removeprefix(f'{candidate.label}: ')}")
             if source is None:
                 say(f"no: {failures[-1]}")
@@ -252,32 +238,32 @@ def _raw_files(spec: TextSpec, folder: Path) -> list[Path]:
     return [folder / name for name in names if os.path.isfile(folder / name)]  # also of paths too long
 
 
-def _read_path(spec: TextSpec, path: Path) -> Text:
-    with read_faults(path):
+def _read_path(spec: TextSpec, path: Path) -> RawText:
+    try:
         if path.is_file():
             return read_text(spec, path)
         if not path.is_dir():
             raise DataError(f"{path}: there is no such file or folder")
         found = _raw_files(spec, path) or _only_file(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if not found:
-        looked_for = ", ".join(spec.filenames)
-        raise DataError(
-            f"{path}: holds none of {looked_for} (or these as .gz, .zip), nor just one other text; name the file itself"
-        )
+        names = ", ".join(spec.filenames)
+        problem = f"holds none of {names} (or these as .gz, .zip), nor just one text"
+        raise DataError(f"{path}: {problem}; name the file itself")
     return read_text(spec, found[0])
 
 
 def _only_file(folder: Path) -> list[Path]:
-    """The folder's one file that could be a text or an archive of it, if there is just one."""
-    files = [
-        path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in ("", ".txt", ".xml", *ARCHIVES)
-    ]
-    files = [path for path in files if not path.name.startswith((".", "README", "LICENSE"))]
-    return files if len(files) == 1 else []
+    """The one file in the folder that may be a text or a packed text; none if there are several."""
+    endings, no_texts = ("", ".txt", ".xml", *ARCHIVES), (".", "README", "LICENSE")
+    found = [path for path in folder.iterdir() if path.suffix in endings and not path.name.startswith(no_texts)]
+    found = [path for path in found if path.is_file()]
+    return found if len(found) == 1 else []
 
 
-def _read_address(spec: TextSpec, remote: Remote, folder: Path, say: Say) -> Text:
-    """Download, check, and keep under the raw file's name, for the next prepare, unless it is another text."""
+def _read_address(spec: TextSpec, remote: Remote, folder: Path, say: Say) -> RawText:
+    """Download and check a text. The published one, or your own, is kept under the raw file's name."""
     ending = Path(re.split("[?#]", remote.url)[0]).suffix
     target = folder / (spec.filenames[0] + (ending if ending in ARCHIVES else ""))
     part = target.with_name(target.name + ".part")
@@ -288,34 +274,37 @@ def _read_address(spec: TextSpec, remote: Remote, folder: Path, say: Say) -> Tex
     except DataError as error:
         remove(part)
         raise DataError(str(error).replace(str(part), remote.url)) from error
-    text = Text(content, remote.url)
+    text = RawText(content, remote.url)
     if text.sha256 == spec.sha256 or (spec.sha256 is None and not target.exists()):
-        move(part, target)
+        rename(part, target)
     else:
         remove(part)
     return text
 
 
-def _read_rebuild(spec: TextSpec, folder: Path, say: Say) -> Text:
-    text = Text(spec.rebuild(folder, say), "rebuild")
+def _read_rebuild(spec: TextSpec, folder: Path, say: Say) -> RawText:
+    text = RawText(spec.rebuild(folder, say), "rebuild")
     if text.sha256 == spec.sha256:
-        write_whole(folder / spec.filenames[0], text.content)
+        write_atomically(folder / spec.filenames[0], text.content)
     return text
 
 
-def read_text(spec: TextSpec, path: Path) -> Text:
-    """A text file, or the text in a gzip or zip archive (known by its first bytes, whatever its name)."""
+def read_text(spec: TextSpec, path: Path) -> RawText:
+    """Read a text file, or the text in a gzip or zip archive, which is recognised by its first bytes.
+
+    Raises DataError when it cannot be read, is damaged, or is empty.
+    """
     try:
         content = _unpack(spec, path)
     except DataError:
         raise
-    except Exception as error:  # zipfile and gzip raise many kinds for what is damaged
+    except Exception as error:  # zipfile and gzip raise many kinds for a damaged archive
         if isinstance(error, OSError) and error.strerror:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
         raise DataError(f"{path}: a damaged, cut or unreadable archive ({error}); fetch it again") from error
     if not content:
         raise DataError(f"{path}: empty")
-    return Text(content, str(path))
+    return RawText(content, str(path))
 
 
 def _unpack(spec: TextSpec, path: Path) -> bytes:
@@ -325,7 +314,7 @@ def _unpack(spec: TextSpec, path: Path) -> bytes:
         with gzip.open(path) as packed:
             return packed.read()
     if magic != b"PK\x03\x04":
-        return read_whole(path, LARGEST)
+        return read_whole(path, LARGEST_SOURCE)
     with zipfile.ZipFile(path) as archive:
         return archive.read(_member(spec, path, archive))
 
@@ -335,9 +324,8 @@ def _member(spec: TextSpec, path: Path, archive: zipfile.ZipFile) -> str:
     known = [name for name in names if Path(name).name in spec.filenames]
     chosen = known or names
     if len(chosen) != 1:
-        raise DataError(
-            f"{path}: holds {len(names)} files and not just one named {' or '.join(spec.filenames)}; unpack it yourself"
-        )
+        expected = " or ".join(spec.filenames)
+        raise DataError(f"{path}: holds {len(names)} files and not just one named {expected}; unpack it yourself")
     return chosen[0]
 
 
@@ -345,8 +333,8 @@ def _member(spec: TextSpec, path: Path, archive: zipfile.ZipFile) -> str:
 # Which text is it?
 
 
-def identify(spec: TextSpec, text: Text, allow_partial: bool) -> tuple[str, bool]:
-    """(name, canonical) of a text. Raises DataError for one that is not the published one, unless that is allowed."""
+def identify(spec: TextSpec, text: RawText, allow_partial: bool) -> tuple[str, bool]:
+    """(name, canonical) of a text. Raises DataError for another text than the published one, unless allowed."""
     if spec.sha256 is None:
         return spec.name, False
     if text.sha256 == spec.sha256:
@@ -371,124 +359,3 @@ def short_size(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.2f}".rstrip("0").rstrip(".") + letter
     return str(count)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding and writing
-
-
-def encode(spec: TextSpec, text: Text, folder: Path) -> dict:
-    """Write the bins and meta.json of an identified text and return the meta."""
-    name, canonical = identify(spec, text, allow_partial=True)
-    try:
-        vocabulary, count = vocabulary_of(text.content, spec.unit)
-    except DataError as error:
-        raise DataError(f"{text.origin}: {error}") from None
-    assert not canonical or spec.vocab_size in (None, vocabulary.size), f"{vocabulary.size} symbols in {spec.name}"
-    sizes = split_sizes(spec.splits, count)
-    short = [split for split, size in sizes.items() if size < 2]
-    if short:
-        raise DataError(
-            f"{text.origin}: {count:,} {spec.unit}s are too few: {', '.join(short)} would have fewer than 2"
-        )
-    try:
-        digests = _write_parts(text.content, vocabulary, sizes, folder)
-        meta = {
-            "format_version": FORMAT_VERSION,
-            "name": name,
-            "canonical": canonical,
-            **vocabulary.to_dict(),
-            "source": {"bytes": len(text.content), "sha256": text.sha256},
-            "splits": {split: {"tokens": sizes[split], "sha256": digests[split]} for split in sizes},
-        }
-        write(folder / "meta.json.part", json.dumps(meta, indent=1).encode() + b"\n")
-        _publish(folder, sizes)
-    finally:
-        for name in FILES:  # all of them, for an earlier prepare may have been killed
-            remove(folder / f"{name}.part")
-    return meta
-
-
-def _publish(folder: Path, sizes: dict[str, int]) -> None:
-    """Move everything into place. Without meta.json a folder counts as unprepared, so it goes first and comes last."""
-    remove(folder / "meta.json")
-    for split in SPLITS:
-        if split in sizes:
-            move(folder / f"{split}.bin.part", folder / f"{split}.bin")
-        else:
-            remove(folder / f"{split}.bin")  # of the data set that was here before
-    move(folder / "meta.json.part", folder / "meta.json")
-
-
-def vocabulary_of(content: bytes, unit: str) -> tuple[Vocabulary, int]:
-    """The distinct symbols of a text, sorted, and how many symbols it has in all."""
-    seen, count = np.zeros(_code_space(unit), dtype=bool), 0
-    for codes in _codes(content, unit):
-        seen[codes] = True
-        count += len(codes)
-    present = np.flatnonzero(seen).tolist()
-    if len(present) > 1 << 16:
-        raise DataError(f'{len(present):,} distinct characters do not fit 16-bit ids; use unit "{BYTE}" in the spec')
-    return Vocabulary(unit, tuple(present if unit == BYTE else map(chr, present))), count
-
-
-def split_sizes(splits: Mapping[str, int], count: int) -> dict[str, int]:
-    """Tokens of each split. The last one takes what rounding leaves, so nothing of the text is lost."""
-    sizes = {split: count * percent // 100 for split, percent in splits.items()}
-    last = list(sizes)[-1]
-    sizes[last] += count - sum(sizes.values())
-    return sizes
-
-
-def _write_parts(content: bytes, vocabulary: Vocabulary, sizes: dict[str, int], folder: Path) -> dict[str, str]:
-    """Encode the text into one file a split; the SHA-256 of each."""
-    parts = {split: folder / f"{split}.bin.part" for split in sizes}
-    digests = {split: hashlib.sha256() for split in sizes}
-    ends = dict(zip(sizes, np.cumsum(list(sizes.values())).tolist()))
-    position = 0
-    with ExitStack() as stack:
-        files = {}
-        for split, part in parts.items():
-            stack.enter_context(disk_faults(part))  # closing a file may fail, too
-            files[split] = stack.enter_context(open(part, "wb"))
-        for ids in _ids(content, vocabulary):
-            for split, file in files.items():
-                start = ends[split] - sizes[split] - position
-                piece = ids[max(start, 0) : max(start + sizes[split], 0)]  # what of this chunk lies in this split
-                digests[split].update(piece)
-                with disk_faults(parts[split]):
-                    file.write(piece)
-            position += len(ids)
-        for split, file in files.items():
-            with disk_faults(parts[split]):
-                sync(file)
-    return {split: digest.hexdigest() for split, digest in digests.items()}
-
-
-def _ids(content: bytes, vocabulary: Vocabulary) -> Iterator[np.ndarray]:
-    symbols = vocabulary.symbols if vocabulary.unit == BYTE else [ord(symbol) for symbol in vocabulary.symbols]
-    table = np.zeros(_code_space(vocabulary.unit), dtype=TOKEN)
-    table[list(symbols)] = np.arange(vocabulary.size)
-    for codes in _codes(content, vocabulary.unit):
-        yield table[codes]
-
-
-def _code_space(unit: str) -> int:
-    return 256 if unit == BYTE else 0x110000
-
-
-def _codes(content: bytes, unit: str) -> Iterator[np.ndarray]:
-    """The text's bytes or code points, a piece at a time."""
-    utf8 = codecs.getincrementaldecoder("utf-8")()  # keeps a character that a piece's end cuts in two
-    for start in range(0, len(content), PIECE):
-        piece = content[start : start + PIECE]
-        if unit == BYTE:
-            yield np.frombuffer(piece, dtype=np.uint8)
-            continue
-        try:
-            characters = utf8.decode(piece, final=start + PIECE >= len(content))
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f'not UTF-8 text near byte {start + error.start:,}; use unit "{BYTE}" in the spec'
-            ) from error
-        yield np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")

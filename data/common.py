@@ -1,15 +1,15 @@
-"""What training, sampling and analysis read of a prepared data set.
+"""Read a prepared data set: its vocabulary, random batches, and whole splits in order.
 
 - Vocabulary: text <-> ids, by character or by byte, with a streaming decoder.
-- Dataset.open: meta.json and every bin are verified before the first batch.
+- Dataset.open: verifies meta.json and every bin before the first batch.
 - Dataset.batch: random windows as a pure function of (split, seed, step).
 - Dataset.windows: a whole split in order, each symbol predicted exactly once.
 - find: a config's `dataset` -> the folder that holds it.
 
-    data = Dataset.open(find("shakespeare_char", root), device="cuda")
+    data = Dataset.open(find("shakespeare_char"), device="cuda")
     x, y = data.batch("train", seed=1337, step=0, batch_size=64, block_size=256)
 
-Shapes: B batch_size, T block_size, n tokens of a split. `data/build.py` writes what is read here.
+Shapes: B batch_size, T block_size. `data/build.py` writes the folders that are read here.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.files import is_utf8, one_line, read_json, shown
+from support.files import ROOT, is_utf8, one_line, read_json, shown
 
-ROOT = Path(__file__).resolve().parent.parent
 FORMAT_VERSION = 1
 CHARACTER, BYTE = "character", "byte"
 SPLITS = ("train", "val", "test")
@@ -38,19 +37,12 @@ TOKEN = np.dtype("<u2")  # what nanoGPT reads too
 CHUNK = 1 << 22  # tokens handled at a time, so that a large split never needs its size in memory
 CPU_RESIDENT_LIMIT = 1 << 30  # bytes
 CUDA_RESIDENT_SHARE = 0.25  # of the free memory; the model needs the rest
-META_TYPES = {
-    "name": str,
-    "canonical": bool,
-    "unit": str,
-    "vocabulary": list,
-    "vocab_size": int,
-    "source": dict,
-    "splits": dict,
-}
+META_TYPES = {"name": str, "canonical": bool, "unit": str, "vocabulary": list, "vocab_size": int, "source": dict,
+              "splits": dict}  # fmt: skip
 
 
 class DataError(ValueError):
-    """The user's data cannot be used: what is wrong, where, and the way out, in a line or several."""
+    """A data set that cannot be used: which, why, and the way out, in a line or several."""
 
     def __init__(self, *lines: str):
         super().__init__("\n".join(map(one_line, lines)))
@@ -62,7 +54,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The sorted distinct symbols of a text; a symbol's id is its place among them.
+    """The distinct symbols of a text, sorted; a symbol's id is its place among them.
 
     unit "character": symbols are strings of length 1. unit "byte": symbols are ints 0..255, and text is UTF-8.
     """
@@ -86,23 +78,23 @@ class Vocabulary:
         return len(self.symbols)
 
     def to_dict(self) -> dict:
-        """Plain JSON values; the same keys as in meta.json."""
+        """As plain JSON values, under the keys of meta.json."""
         return {"unit": self.unit, "vocabulary": list(self.symbols), "vocab_size": self.size}
 
     @classmethod
     def from_dict(cls, values: Mapping) -> Vocabulary:
-        """Inverse of `to_dict`; takes a whole meta.json too. Raises DataError for what is not a vocabulary."""
+        """Inverse of `to_dict`; a whole meta.json will do too. Raises DataError if the values are no vocabulary."""
         if not isinstance(values, Mapping):
             raise DataError(f"vocabulary: expected a mapping, found {shown(values)}")
         missing = [key for key in ("unit", "vocabulary", "vocab_size") if key not in values]
         if missing:
             raise DataError(f"vocabulary: {', '.join(missing)} missing")
-        if not isinstance(values["vocabulary"], (list, tuple)):
-            raise DataError(f"vocabulary: expected a list of symbols, found {type(values['vocabulary']).__name__}")
-        vocabulary = cls(values["unit"], tuple(values["vocabulary"]))
-        if type(values["vocab_size"]) is not int or values["vocab_size"] != vocabulary.size:
-            found = shown(values["vocab_size"])
-            raise DataError(f"vocabulary: vocab_size is {found}, but there are {vocabulary.size} symbols")
+        symbols, size = values["vocabulary"], values["vocab_size"]
+        if not isinstance(symbols, (list, tuple)):
+            raise DataError(f"vocabulary: expected a list of symbols, found {type(symbols).__name__}")
+        vocabulary = cls(values["unit"], tuple(symbols))
+        if type(size) is not int or size != vocabulary.size:
+            raise DataError(f"vocabulary: vocab_size is {shown(size)}, but there are {vocabulary.size} symbols")
         return vocabulary
 
     def encode(self, text: str) -> np.ndarray:
@@ -121,9 +113,9 @@ class Vocabulary:
         return "".join([self.symbols[i] for i in self._checked(ids)])
 
     def decoder(self) -> Callable[..., str]:
-        """A streaming `decode(ids, final=False)`: bytes of an unfinished character wait for the rest of it.
+        """A streaming `decode(ids, final=False)`, which holds back the bytes of an unfinished character.
 
-        The last call passes `final=True` (ids may be empty) to release what still waits.
+        The last call passes `final=True` (ids may be empty) to release the rest.
         """
         if self.unit == CHARACTER:
             return lambda ids, final=False: self.decode(ids)
@@ -157,19 +149,20 @@ class Vocabulary:
 
     def _unknown_message(self, codes: np.ndarray, positions: np.ndarray) -> str:
         _, first = np.unique(codes[positions], return_index=True)
-        first = np.sort(first)  # in the order of the text
-        shown = [f"{_printable(codes[positions[i]], self.unit)} at {positions[i]}" for i in first[:8]]
+        first = positions[np.sort(first)]  # each unknown symbol once, in the order of the text
+        quoted = [chr(code) if self.unit == CHARACTER else bytes([code]) for code in codes[first[:8]]]
+        unknown = ", ".join(f"{symbol!r} at {position}" for symbol, position in zip(quoted, first))
         more = f" and {len(first) - 8} more" if len(first) > 8 else ""
-        return f"not in the vocabulary: {', '.join(shown)}{more}; it has {self.size} {self.unit}s: {self._preview()}"
-
-    def _preview(self) -> str:
         start = self.symbols[:256]
-        text = repr("".join(start)) if self.unit == CHARACTER else repr(bytes(start))
-        return text if len(start) == self.size else text + "…"
+        known = repr("".join(start) if self.unit == CHARACTER else bytes(start)) + "…" * (len(start) < self.size)
+        return f"not in the vocabulary: {unknown}{more}; it has {self.size} {self.unit}s: {known}"
 
 
 def character_class(symbol: str | int) -> str:
-    """vowel, consonant, capital, digit, space, newline, punctuation or other (bytes above 127 among them)."""
+    """The class of a symbol: vowel, consonant, capital, digit, space, newline, punctuation or other.
+
+    Bytes above 127 and characters beyond ASCII are "other".
+    """
     character = chr(symbol) if isinstance(symbol, int) else symbol
     if not character.isascii():
         return "other"
@@ -184,23 +177,19 @@ def character_class(symbol: str | int) -> str:
 
 
 def _is_symbol(symbol: object, unit: str) -> bool:
-    if unit == CHARACTER:  # and no half of one, which no text has
+    if unit == CHARACTER:  # half a surrogate pair occurs in no text
         return isinstance(symbol, str) and len(symbol) == 1 and is_utf8(symbol)
     return type(symbol) is int and 0 <= symbol <= 255  # type(), because True is an int as well
 
 
 def _codes_of(text: str, unit: str) -> np.ndarray:
-    """Code points or UTF-8 bytes. A terminal's undecodable input comes as lone surrogates, that stand for bytes."""
+    """The text's code points or UTF-8 bytes; the lone surrogates in a command line stand for bytes."""
     if unit == CHARACTER:
         return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
     try:
         return np.frombuffer(text.encode("utf-8", errors="surrogateescape"), dtype=np.uint8)
     except UnicodeEncodeError as error:
         raise DataError(f"{text[error.start]!r} at {error.start} has no UTF-8 bytes") from error
-
-
-def _printable(code: int, unit: str) -> str:
-    return repr(chr(code)) if unit == CHARACTER else repr(bytes([code]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +200,7 @@ def _printable(code: int, unit: str) -> str:
 class Dataset:
     """A verified data set. Make one with `Dataset.open`.
 
-    name        what records and tables call it; tells a partial text from the published one
+    name        as in records and tables; a partial text has another name than the published one
     canonical   whether the text's SHA-256 is the published one
     sizes       tokens of each split
     resident    whether the tokens lie in the device's memory (else they are read from disk)
@@ -228,7 +217,7 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: str | Path, device: str | torch.device = "cpu", resident: bool | None = None) -> Dataset:
-        """Read and verify a prepared folder. `resident=None` keeps the tokens on the device when they fit well.
+        """Read and verify a prepared folder. `resident=None`: the tokens lie on the device when they fit well.
 
         Raises DataError naming the file, what was found, what was expected, and the command that makes it again.
         """
@@ -238,25 +227,25 @@ class Dataset:
         tokens = {split: _read_bin(folder, split, entry, vocabulary.size) for split, entry in meta["splits"].items()}
         _check_text(folder, meta["source"], vocabulary, [tokens[split] for split in SPLITS if split in tokens])
         sizes = {split: len(array) for split, array in tokens.items()}
-        dtype = torch.uint8 if vocabulary.size <= 256 else torch.int32
+        dtype = np.dtype(np.uint8 if vocabulary.size <= 256 else np.int32)
         if resident is None:
-            resident = sum(sizes.values()) * dtype.itemsize <= _resident_limit(device)
+            on_cuda = device.type == "cuda"
+            limit = CUDA_RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0] if on_cuda else CPU_RESIDENT_LIMIT
+            resident = sum(sizes.values()) * dtype.itemsize <= limit
         if resident:
-            tokens = {split: _to_device(array, dtype, device) for split, array in tokens.items()}
-        return cls(
-            meta["name"], meta["canonical"], vocabulary, sizes, meta["source"]["sha256"], resident, device, tokens
-        )
+            tokens = {split: torch.from_numpy(array.astype(dtype)).to(device) for split, array in tokens.items()}
+        source_sha256 = meta["source"]["sha256"]
+        return cls(meta["name"], meta["canonical"], vocabulary, sizes, source_sha256, resident, device, tokens)
 
     @property
     def unit(self) -> str:
         return self.vocabulary.unit
 
     def train_on_first(self, count: int) -> Dataset:
-        """The same data set, with only the first `count` tokens of its training split; 0 leaves it as it is."""
+        """The same data set with only the first `count` tokens for training; 0 leaves it as it is."""
         if count > self.sizes["train"]:
-            raise DataError(
-                f"{self.name}: train has {self.sizes['train']:,} tokens, fewer than train_characters={count:,}"
-            )
+            have = self.sizes["train"]
+            raise DataError(f"{self.name}: train has {have:,} tokens, fewer than train_characters={count:,}")
         if count == 0:
             return self
         sizes, tokens = self.sizes | {"train": count}, self._tokens | {"train": self._tokens["train"][:count]}
@@ -265,29 +254,35 @@ class Dataset:
     def batch(
         self, split: str, seed: int, step: int, batch_size: int, block_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random windows x and the symbols that follow them y, both (B, T) int64 on the device.
+        """Random windows x, and y with the symbol after each of theirs; both (B, T) int64 on the device.
 
         A pure function of its arguments. The rows of a smaller batch are the first rows of a larger one, so that
         gradient accumulation may slice one draw. Raises DataError if the split has fewer than T + 1 tokens.
         """
-        positions = self._size(split) - block_size
+        size = self._size(split)
+        positions = size - block_size
         if positions < 1:
-            raise DataError(
-                f"{self.name}: {split} has {self._size(split):,} tokens, too few for block_size {block_size}; "
-                f"choose a block_size up to {self._size(split) - 1}"
-            )
+            few = f"{self.name}: {split} has {size:,} tokens, too few for block_size {block_size}"
+            raise DataError(f"{few}; choose a block_size up to {size - 1}")
         starts = window_starts(split, seed, step, batch_size, positions)
         rows = self._rows(split, starts, block_size + 1)  # (B, T + 1)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def windows(self, split: str, block_size: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The split in order, in windows that do not overlap: every symbol after the first is predicted exactly once.
+        """The split in order, in windows (x, y) that predict every symbol but the first exactly once.
 
-        Always (B, T): where the split ends, x is padded with 0 and y with -1, which the loss ignores.
+        Each (B, T) int64 on the device; after the end of the split x is 0 and y is -1, which the loss ignores.
         """
         if self._size(split) < 2:
             raise DataError(f"{self.name}: {split} has {self._size(split)} tokens; predicting needs at least 2")
-        return self._windows(split, block_size, batch_size)
+        per_batch = batch_size * block_size
+        for start in range(0, self.sizes[split] - 1, per_batch):
+            stretch = self._stretch(split, start, start + per_batch + 1)
+            count = len(stretch) - 1
+            x = torch.zeros(per_batch, dtype=torch.int64, device=self.device)
+            y = torch.full_like(x, -1)
+            x[:count], y[:count] = stretch[:-1], stretch[1:]
+            yield x.view(batch_size, block_size), y.view(batch_size, block_size)
 
     def symbol_counts(self, split: str) -> torch.Tensor:
         """How often each symbol occurs in the split: (vocabulary size,) int64, on the CPU."""
@@ -299,15 +294,9 @@ class Dataset:
         return counts
 
     def describe(self) -> dict:
-        """What a record says about its data."""
-        return {
-            "name": self.name,
-            "canonical": self.canonical,
-            "sha256": self.source_sha256,
-            "unit": self.unit,
-            "vocab_size": self.vocabulary.size,
-            "splits": dict(self.sizes),
-        }
+        """The data set as a record describes it."""
+        return dict(name=self.name, canonical=self.canonical, sha256=self.source_sha256, unit=self.unit,
+                    vocab_size=self.vocabulary.size, splits=dict(self.sizes))  # fmt: skip
 
     def _size(self, split: str) -> int:
         if split not in self.sizes:
@@ -321,16 +310,6 @@ class Dataset:
         rows = np.lib.stride_tricks.sliding_window_view(tokens, length)[starts]
         return self._send(torch.from_numpy(rows.astype(np.int64)))
 
-    def _windows(self, split: str, block_size: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        per_batch = batch_size * block_size
-        for start in range(0, self.sizes[split] - 1, per_batch):
-            stretch = self._stretch(split, start, start + per_batch + 1)
-            count = len(stretch) - 1
-            x = torch.zeros(per_batch, dtype=torch.int64, device=self.device)
-            y = torch.full_like(x, -1)
-            x[:count], y[:count] = stretch[:-1], stretch[1:]
-            yield x.view(batch_size, block_size), y.view(batch_size, block_size)
-
     def _stretch(self, split: str, start: int, stop: int) -> torch.Tensor:
         tokens = self._tokens[split][start:stop]
         return tokens.long() if self.resident else self._send(torch.from_numpy(tokens.astype(np.int64)))
@@ -342,23 +321,15 @@ class Dataset:
 
 
 def window_starts(split: str, seed: int, step: int, batch_size: int, positions: int) -> np.ndarray:
-    """Start offsets (B,) int64 in [0, positions). Philox's raw output is fixed by its definition, whereas numpy's
-    distributions may change between versions; the bias of the modulo is below positions / 2**64."""
+    """Start offsets (B,) int64 in [0, positions) of a batch's windows.
+
+    Philox's raw output is fixed by its definition (Salmon et al. 2011), whereas numpy's distributions may change
+    between versions; the bias of the modulo is below positions / 2**64.
+    """
     key = np.array([seed % (1 << 64), SPLITS.index(split)], dtype=np.uint64)
     counter = np.array([0, 0, step, 0], dtype=np.uint64)  # the words below `step` count within one step's stream
     raw = np.random.Philox(key=key, counter=counter).random_raw(batch_size)
     return (raw % np.uint64(positions)).astype(np.int64)
-
-
-def _resident_limit(device: torch.device) -> float:
-    if device.type == "cuda":
-        return CUDA_RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-    return CPU_RESIDENT_LIMIT
-
-
-def _to_device(tokens: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    small = np.uint8 if dtype == torch.uint8 else np.int32
-    return torch.from_numpy(tokens.astype(small)).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,11 +342,12 @@ def _read_meta(folder: Path) -> dict:
         meta = read_json(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DataError(f"{_why_no_meta(folder)}; run {prepare_command(folder)}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); make it again with {prepare_command(folder)}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    problem = _meta_problem(meta)
+    except ValueError as error:
+        problem = f"not JSON ({error})"
+    else:
+        problem = _meta_problem(meta)
     if problem:
         raise DataError(f"{path}: {problem}; make it again with {prepare_command(folder)}")
     return meta
@@ -399,16 +371,23 @@ def _meta_problem(meta: object) -> str | None:
     for key, kind in META_TYPES.items():
         if type(meta.get(key)) is not kind:  # exact, because a bool passes for an int
             return f"{key} is {shown(meta.get(key))}, expected {kind.__name__}"
-    if not meta["name"].strip():
-        return "name is empty"
-    if not is_utf8(meta["name"]):
-        return f"name is {shown(meta['name'])}, expected text that UTF-8 can encode"
-    if not {"train", "val"} <= meta["splits"].keys() <= set(SPLITS):
-        return f"splits are {shown(sorted(meta['splits']))}, expected train, val and perhaps test"
-    entries = [("source", "bytes", meta["source"])]
-    entries += [(f"splits.{split}", "tokens", entry) for split, entry in meta["splits"].items()]
-    problem = next(filter(None, (_entry_problem(*entry) for entry in entries)), None)
-    return problem or _count_problem(meta) or _vocabulary_problem(meta)
+    name, splits, source = meta["name"], meta["splits"], meta["source"]
+    if not name.strip() or not is_utf8(name):
+        return f"name is {shown(name)}, expected some text" if name.strip() else "name is empty"
+    if not {"train", "val"} <= splits.keys() <= set(SPLITS):
+        return f"splits are {shown(sorted(splits))}, expected train, val and perhaps test"
+    entries = [("source", "bytes", source), *((f"splits.{split}", "tokens", splits[split]) for split in splits)]
+    for where, count_key, entry in entries:
+        if problem := _entry_problem(where, count_key, entry):
+            return problem
+    tokens, size = sum(entry["tokens"] for entry in splits.values()), source["bytes"]
+    if tokens > size or (meta["unit"] == BYTE and tokens != size):
+        return f"the splits have {tokens:,} tokens, but the text has {size:,} bytes"
+    try:
+        Vocabulary.from_dict(meta)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _entry_problem(where: str, count_key: str, entry: object) -> str | None:
@@ -422,51 +401,43 @@ def _entry_problem(where: str, count_key: str, entry: object) -> str | None:
     return None
 
 
-def _count_problem(meta: dict) -> str | None:
-    tokens, size = sum(entry["tokens"] for entry in meta["splits"].values()), meta["source"]["bytes"]
-    if tokens > size or (meta["unit"] == BYTE and tokens != size):
-        return f"the splits have {tokens:,} tokens, but the text has {size:,} bytes"
-    return None
-
-
-def _vocabulary_problem(meta: dict) -> str | None:
-    try:
-        Vocabulary.from_dict(meta)
-    except DataError as error:
-        return str(error)
-    return None
-
-
 def _read_bin(folder: Path, split: str, entry: dict, vocab_size: int) -> np.ndarray:
-    path, again = folder / f"{split}.bin", f"make it again with {prepare_command(folder)}"
-    expected = entry["tokens"] * TOKEN.itemsize
+    """The split's tokens, mapped from disk. Raises DataError when they are not those that meta.json describes."""
+    path, expected = folder / f"{split}.bin", entry["tokens"] * TOKEN.itemsize
     try:
         size = path.stat().st_size
+        if size == expected:
+            tokens = np.memmap(path, dtype=TOKEN, mode="r")
+            digest, largest = _digest_and_largest(tokens)
     except OSError as error:
-        raise DataError(
-            f"{path}: missing or unreadable ({error.strerror}), expected {expected:,} bytes; {again}"
-        ) from error
+        problem = f"missing or unreadable ({error.strerror}), expected {expected:,} bytes"
+        raise DataError(f"{path}: {problem}; make it again with {prepare_command(folder)}") from error
+    problem = None
     if size % TOKEN.itemsize:
-        raise DataError(f"{path}: {size:,} bytes, an odd number, expected {expected:,} (two for each token); {again}")
-    if size != expected:
+        problem = f"{size:,} bytes, an odd number, expected {expected:,} (two for each token)"
+    elif size != expected:
         state = "empty" if size == 0 else "cut short" if size < expected else "too long"
-        raise DataError(f"{path}: {state}, {size:,} bytes, meta.json expects {expected:,}; {again}")
-    tokens = _map(path)
-    digest, largest = _digest_and_largest(tokens)
-    if digest != entry["sha256"]:
-        raise DataError(
-            f"{path}: its SHA-256 is {digest}, meta.json expects {entry['sha256']}: "
-            f"changed, or of another data set; {again}"
-        )
-    if largest >= vocab_size:
-        raise DataError(
-            f"{path}: holds id {largest}, the vocabulary has {vocab_size} symbols (0 to {vocab_size - 1}); {again}"
-        )
+        problem = f"{state}, {size:,} bytes, meta.json expects {expected:,}"
+    elif digest != entry["sha256"]:
+        problem = f"its SHA-256 is {digest}, meta.json expects {entry['sha256']}: changed, or of another data set"
+    elif largest >= vocab_size:
+        problem = f"holds id {largest}, the vocabulary has {vocab_size} symbols (0 to {vocab_size - 1})"
+    if problem:
+        raise DataError(f"{path}: {problem}; make it again with {prepare_command(folder)}")
     return tokens
 
 
+def _digest_and_largest(tokens: np.ndarray) -> tuple[str, int]:
+    digest, largest = hashlib.sha256(), 0
+    for start in range(0, len(tokens), CHUNK):
+        chunk = tokens[start : start + CHUNK]
+        digest.update(chunk)
+        largest = max(largest, int(chunk.max()))
+    return digest.hexdigest(), largest
+
+
 def _check_text(folder: Path, source: dict, vocabulary: Vocabulary, splits: list[np.ndarray]) -> None:
-    """Bins may be whole and the vocabulary another: one after the other, the splits spell the text that was encoded."""
+    """Raises DataError unless the bins, decoded with the vocabulary, are the text that was prepared."""
     digest, size = hashlib.sha256(), 0
     is_ascii = vocabulary._codes[-1] < 128
     table = vocabulary._codes.astype(np.uint8 if vocabulary.unit == BYTE or is_ascii else "<u4")
@@ -484,30 +455,14 @@ def _check_text(folder: Path, source: dict, vocabulary: Vocabulary, splits: list
         )
 
 
-def _map(path: Path) -> np.ndarray:
-    try:
-        return np.memmap(path, dtype=TOKEN, mode="r")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-
-
-def _digest_and_largest(tokens: np.ndarray) -> tuple[str, int]:
-    digest, largest = hashlib.sha256(), 0
-    for start in range(0, len(tokens), CHUNK):
-        chunk = tokens[start : start + CHUNK]
-        digest.update(chunk)
-        largest = max(largest, int(chunk.max()))
-    return digest.hexdigest(), largest
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding data sets
 
 
-def find(dataset: str, root: str | Path = ROOT) -> Path:
-    """The folder of a config's `dataset`: a name under `root`/data, or (with a separator in it) the path of a folder.
+def find(dataset: str) -> Path:
+    """The folder of a config's `dataset`: a name in data/, or (with a separator in it) the path of a folder.
 
-    Raises DataError with the nearest names for one that does not exist. The folder may still be unprepared.
+    Raises DataError with the nearest names when there is no such folder. The folder may still be unprepared.
     """
     if os.sep in dataset or "/" in dataset:
         folder = Path(os.path.expanduser(dataset))
@@ -515,27 +470,27 @@ def find(dataset: str, root: str | Path = ROOT) -> Path:
             there = f"dataset {shown(dataset)}: there is no such folder"
             raise DataError(f"{there}; prepare one with {prepare_command(folder)}")
         return folder
-    known = known_datasets(root)
+    known = known_datasets()
     if dataset in known:
-        return Path(root) / "data" / dataset
+        return ROOT / "data" / dataset
     near = difflib.get_close_matches(dataset, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'};"
-    raise DataError(f"dataset {shown(dataset)}: unknown under {Path(root) / 'data'}; {hint} A path needs a '/' in it.")
+    raise DataError(f"dataset {shown(dataset)}: unknown under {ROOT / 'data'}; {hint} A path needs a '/' in it.")
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether the bins that training reads are there; Dataset.open says whether they are sound."""
+    """Whether the bins that training reads are there; Dataset.open checks them."""
     return all((folder / name).exists() for name in ("train.bin", "val.bin"))
 
 
-def known_datasets(root: str | Path = ROOT) -> list[str]:
-    """Folders under `root`/data that can be prepared, or are."""
-    folders = sorted(path for path in (Path(root) / "data").glob("*") if path.is_dir())
+def known_datasets() -> list[str]:
+    """The folders in data/ that can be prepared, or are."""
+    folders = sorted(path for path in (ROOT / "data").glob("*") if path.is_dir())
     return [path.name for path in folders if any(os.path.exists(path / name) for name in ("prepare.py", "train.bin"))]
 
 
 def prepare_command(folder: Path) -> str:
-    """The command that makes `folder`, as far as its name tells, to be pasted into a shell."""
+    """The shell command that prepares `folder`, as far as the folder's name tells."""
     folder = Path(os.path.abspath(folder))
     script = folder / "prepare.py"
     if os.path.isfile(script):

@@ -161,7 +161,7 @@ def speed_grids(bench: dict) -> list[Grid]:
 def task_grid(bench, task):
     """A row a batch size and model: time, ratio to dense, speed, how near the floor."""
     title, time = TASKS[task]
-    found, batches = bench_records.measured(bench), bench_records.batch_sizes(bench, task)
+    found, batches = bench_records.measurements_of(bench), bench_records.batch_sizes(bench, task)
     columns = ["time ÷ dense's", time]
     columns += ["characters/s"] if batches == [1] or task == "train" else ["characters/s a sequence", "in total"]
     columns.append("of the floor")
@@ -196,7 +196,7 @@ def speed_cells(one):
 def papers_grid(bench):
     """What the papers print, measured their way, beside theirs; last, their rows that the bench has no model for."""
     found, table, size = (
-        bench_records.measured(bench),
+        bench_records.measurements_of(bench),
         bench_records.PUBLISHED,
         "" if bench["size"] == "paper" else " (paper size)",
     )
@@ -228,7 +228,7 @@ def papers_cells(found, name):
     wrote = found.get((name, "papers", 1))
     trained = next((one for key, one in found.items() if key[:2] == (name, "train")), None)
     total = f"{wrote['tokens_per_second']:,.1f}" if wrote else NOTHING
-    return [total, ratio_cell(wrote, bench_records.inverse), ratio_cell(trained)]
+    return [total, ratio_cell(wrote, bench_records.inverse_ratio), ratio_cell(trained)]
 
 
 def ratio_cell(one, turned=dict):

@@ -43,7 +43,9 @@ def relative_time(bench: dict) -> Drawing | None:
     bench: a record that bench_records.py reads."""
     places = [(task, batch) for task in ("train", "decode") for batch in bench_records.batch_sizes(bench, task)]
     found = {
-        key: one["ratio"] for key, one in bench_records.measured(bench).items() if one["ratio"] and key[1:] in places
+        key: one["ratio"]
+        for key, one in bench_records.measurements_of(bench).items()
+        if one["ratio"] and key[1:] in places
     }
     names = [name for name in bench["models"] if name in {key[0] for key in found}]
     if not names:
@@ -71,7 +73,7 @@ def relative_time(bench: dict) -> Drawing | None:
         "inference is eager, one text at a time, without a cache.",
         *bench_records.note_of_references(bench),
         *bench_records.doubts(bench),
-        f"{bench_records.about(bench)}; {records.machine_of(bench)}.",
+        f"{bench_records.headline(bench)}; {records.machine_of(bench)}.",
     ]
     spoken = []
     for label, name in zip(labels, names):

@@ -379,16 +379,20 @@ class Config:
     @property
     def leaks(self) -> dict[str, str]:
         """{key=value: its causal twin} for each key by which later characters, or other sequences, choose an expert."""
-        if not self.n_expert:
-            return {}
-        router, leaks = self.router_class, {}
-        if not router.is_causal:
-            leaks[f"router={self.router}"] = router.causal_twin
-        if self.router_level == "sequence":
-            leaks["router_level=sequence"] = "router_level=segment or prefix"
-        if self.capacity_factor and self.capacity_group == "batch":
-            leaks["capacity_group=batch"] = "capacity_group=sequence"
-        return leaks
+        if not self.n_expert or self.router_class.is_causal:
+            return self.leaks_of_any_router
+        return {f"router={self.router}": self.router_class.causal_twin, **self.leaks_of_any_router}
+
+    @property
+    def leaks_of_any_router(self) -> dict[str, str]:
+        """The `leaks` by other keys than the router, told without torch."""
+        twins = {
+            "router_level=sequence": "router_level=segment or prefix" if self.router_level == "sequence" else "",
+            "capacity_group=batch": "capacity_group=sequence"
+            if self.capacity_factor and self.capacity_group == "batch"
+            else "",
+        }
+        return {key: twin for key, twin in twins.items() if twin and self.n_expert}
 
     @property
     def is_causal(self) -> bool:

@@ -1,12 +1,12 @@
-"""The record of a bench: what it holds, checked and read, and what became slower from one bench to the next.
+"""The record of a bench: what it holds, how it is checked and read, and what became slower between two benches.
 
     pairs, left_out = read_all("results")                   # results/bench/*.json
-    record = read("bench.json")                             # or RecordError, if damaged or in contradiction
-    slower(read("results/bench/epyc-cpu.json"), record)     # a line each; not_compared says what could not be told
+    record = read("bench.json")                             # RecordError where it is not a valid record
+    slower(read("results/bench/epyc-cpu.json"), record)     # a line each; not_compared lists the rest
 
-A unit of a task is one update, one reading of a prompt, one step of decoding, one text. Every number is a number; what
-is not known is null. `ratio` is a model's time over the dense model's, pair by pair: above 1 is slower. Nothing here
-needs torch.
+A unit of a task is one update, one prompt read, one decoding step or one text. Every number is a number; an unknown one
+is null. `ratio` is a model's time over the dense model's, in pairs timed one after the other: above 1 is slower.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -17,33 +17,32 @@ from pathlib import Path
 
 from papers.experiments import SCALES, TABLES, Row
 from run import records
-from run.records import COMMIT, COUNT, FLAG, LINE, NAME, NUMBER, OBJECT, TEXT, machine_of
+from run.records import machine_of
 from run.settings import Config
 from support.files import shown
 from support.options import EXPERIMENT, nearest, options_of
+from support.schema import ABOVE_ZERO, COMMIT, COUNT, FITS, FLAG, LINE, NAME, NUMBER, OBJECT, POSITIVE, TEXT, mismatches
 
 FORMAT = "charmoe bench 1"
 WAY_OUT = "make it again with bench.py"
-DENSE = "dense"  # what ratios are to
-REFERENCE = "reference"  # dense without what makes it fast, as an eager script runs it; so begin all such models' names
+DENSE = "dense"  # the model that ratios are to
+REFERENCE = "reference"  # begins the names of models that run as in a plain eager script
 TASKS = {"train": "training", "prefill": "reading the prompt", "decode": "decoding", "papers": "the papers' protocol"}
 PUBLISHED = TABLES["B"]  # the paper that prints times
-SLACK = 1.25  # between the ratio of a middling pair and what the times of both models leave room for
-# When a number became worse: see slower.
-WORSE_RATIO, WORSE_TIME = 1.10, 1.25
-FEWEST = 10
+WORSE_RATIO, WORSE_TIME = 1.10, 1.25  # a median that grew by such a factor may count as slower: see slower
+FEWEST = 10  # timings of a measurement that can be compared
 SIZE_OF_A_BATCH = ("batch_size", "block_size", "gradient_accumulation_steps")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a record holds, in the words of records.py
+# What a record holds: see support/schema.py for how to read this
 
-SPREAD = {"median": NUMBER, "p10": NUMBER, "p90": NUMBER, "n": COUNT}
+SPREAD = {"median": ABOVE_ZERO, "p10": ABOVE_ZERO, "p90": ABOVE_ZERO, "n": POSITIVE}
 MODEL = {
     "title": LINE,
     "config": OBJECT,  # settings.Config knows its keys
     "parameters": dict.fromkeys(("total", "active", *records.KINDS_OF_PARAMETERS), COUNT),
     "flops_per_token": COUNT,  # in training
-    "backend": {"train": LINE, "decode": LINE},  # which ran
+    "backend": {"train": LINE, "decode": LINE},  # that ran
     "checks": [{"what": LINE, "error": NUMBER, "limit": NUMBER}],
     "compile_seconds": {"train": (NUMBER, None), "decode": (NUMBER, None)},  # null where nothing was compiled
 }
@@ -54,19 +53,19 @@ SCHEMA = {
     "machine": records.SCHEMA["machine"],
     "git": {"commit": (COMMIT, None), "dirty": (FLAG, None)},
     "others": {"core_seconds": (NUMBER, None), "device_bytes": (COUNT, None)},  # over the whole bench
-    "seconds": NUMBER,  # of the whole bench
-    "ceilings": {"flops_per_second": NUMBER, "bytes_per_second": NUMBER},  # measured on the spot
+    "seconds": ABOVE_ZERO,  # of the whole bench
+    "ceilings": {"flops_per_second": ABOVE_ZERO, "bytes_per_second": ABOVE_ZERO},  # measured in the same bench
     "models": OBJECT,  # name -> MODEL, in the order of the tables
     "measurements": [
         {
             "model": TEXT,
             "task": TEXT,
-            "batch_size": COUNT,
-            "tokens": COUNT,  # of one unit, over all sequences
+            "batch_size": POSITIVE,
+            "tokens": POSITIVE,  # of one unit, over all sequences
             "seconds": SPREAD,  # of one unit
             "ratio": (SPREAD, None),  # null for dense itself
             "tokens_per_second": NUMBER,  # in total, from the median
-            "floor": {"flops": NUMBER, "bytes": NUMBER, "seconds": NUMBER},  # what must be computed and moved
+            "floor": {"flops": NUMBER, "bytes": NUMBER, "seconds": NUMBER},  # the least that a unit can take
             "peak_memory_bytes": (COUNT, None),
         }
     ],
@@ -77,7 +76,7 @@ SCHEMA = {
 # What a record says
 
 
-def measured(record) -> dict[tuple[str, str, int], dict]:
+def measurements_of(record) -> dict[tuple[str, str, int], dict]:
     """(model, task, batch size) -> its measurement."""
     return {(one["model"], one["task"], one["batch_size"]): one for one in record["measurements"]}
 
@@ -86,13 +85,13 @@ def batch_sizes(record, task) -> list[int]:
     return sorted({one["batch_size"] for one in record["measurements"] if one["task"] == task})
 
 
-def inverse(ratio) -> dict:
-    """Of speeds, where `ratio` is of times."""
+def inverse_ratio(ratio) -> dict:
+    """The ratio of speeds, from a ratio of times."""
     return {"median": 1 / ratio["median"], "p10": 1 / ratio["p90"], "p90": 1 / ratio["p10"], "n": ratio["n"]}
 
 
-def about(record) -> str:
-    """What was benched, in a line: "CPU size: 4 layers, 128 wide, context 64, commit 0123456"."""
+def headline(record) -> str:
+    """Size, shape and commit, in a line: "CPU size: 4 layers, 128 wide, context 64, commit 0123456"."""
     size, config, commit = size_title(record), config_of(record["models"][DENSE]), record["git"]["commit"]
     shape = f"{config.n_layer} layers, {config.n_embd} wide, context {config.block_size}"
     return f"{size[0].upper()}{size[1:]}: {shape}, " + (f"commit {commit[:7]}" if commit else "commit not known")
@@ -105,7 +104,7 @@ def size_title(record) -> str:
 
 
 def doubts(record) -> list[str]:
-    """Sentences on what makes a bench weaker evidence; none where nothing does."""
+    """Reasons to trust a bench less, a sentence each."""
     found, machine, held = [], record["machine"], record["others"]["device_bytes"]
     if not records.is_clean(record):
         found.append("The code had uncommitted changes." if record["git"]["dirty"] else "No commit says what code ran.")
@@ -121,7 +120,7 @@ def doubts(record) -> list[str]:
 
 
 def note_of_references(record) -> list[str]:
-    """A sentence on those that decode another way, where there are any."""
+    """A sentence on the references, which decode without a cache, if any were measured."""
     measured_too = {one["model"] for one in record["measurements"] if one["task"] == "decode"}
     titles = [
         model["title"]
@@ -139,30 +138,30 @@ def from_to(numbers) -> str:
 
 
 def spread_text(spread, scale=1) -> str:
-    """'1.22 [1.18, 1.26]': the median, the 10th and the 90th percentile"""
+    """'1.22 [1.18, 1.26]': the median, the 10th and the 90th percentile."""
     digits = digits_of(scale * spread["median"])
     median, low, high = (f"{scale * spread[key]:,.{digits}f}" for key in ("median", "p10", "p90"))
     return f"{median} [{low}, {high}]"
 
 
 def significant(value) -> str:
-    """'0.0123', '1.23', '1,235': to three digits, or to whole numbers"""
+    """'0.0123', '1.23', '1,235': three significant digits, or a whole number."""
     return f"{value:,.{digits_of(value)}f}"
 
 
 def digits_of(value):
-    """After the point, for three that count."""
+    """Digits after the point of a number with three significant ones."""
     return max(0, 2 - math.floor(math.log10(value))) if value else 0
 
 
 def is_exclusive(record) -> bool:
-    """Whether others left the hardware to the bench; not known counts as no."""
+    """Whether other programs left the hardware to the bench; false where it is unknown."""
     machine, others = record["machine"], record["others"]
     return records.is_exclusive(machine["device_type"], cpu_share(record), others["device_bytes"])
 
 
 def cpu_share(record):
-    """Of the time of all cores, the share that others took; None where it is not known."""
+    """Share of all cores' time that other programs took; None where it is unknown."""
     return records.cpu_share(record["others"], record["seconds"], record["machine"])
 
 
@@ -194,139 +193,51 @@ def published_ratios(measure) -> dict[str, float]:
 
 
 def problems(record) -> list[str]:
-    """All that is wrong with a record, a line each: with the fields and their kinds; where these are right, with the
-    configs; where they are right too, with what else contradicts itself."""
+    """Everything that is wrong with a record, a line each. Contradictions are looked for only where all fields are of
+    the right kind and the configs are valid."""
     if not isinstance(record, dict):
         return [f"{shown(record)} is no record of bench.py; expected {OBJECT}"]
     if record.get("format") != FORMAT:
         return [records.format_problem(record.get("format"), FORMAT)]
-    wrong = list(records.mismatches(record, SCHEMA))
+    wrong = list(mismatches(record, SCHEMA))
     models = record["models"].items() if not wrong else ()
     for name, model in models:
-        wrong += [] if records.FITS[NAME](name) else [f"models has {shown(name)}; expected {NAME}"]
-        wrong += records.mismatches(model, MODEL, f"models.{name}")
-    if wrong:
-        return wrong
-    configs = {}
-    for name, model in models:
-        configs[name], why = records.config_in(model["config"], f"models.{name}.config")
-        wrong += why
-    if wrong:
-        return wrong
-    rules = [rule for rules_of in RULES for rule in rules_of(record, configs)]
-    return [message for holds, message in rules if not holds]
+        wrong += [] if FITS[NAME](name) else [f"models has {shown(name)}; expected {NAME}"]
+        wrong += mismatches(model, MODEL, f"models.{name}")
+    for name, model in models if not wrong else ():
+        wrong += records.config_in(model["config"], f"models.{name}.config")[1]
+    return wrong or [message for holds, message in [*model_rules(record), *measurement_rules(record)] if not holds]
 
 
-# What must hold: (record, {model: its Config}) -> (whether it does, what to say if not)
-
-
-def bench_rules(record, configs):
-    yield from records.hardware_rules(record["machine"], record["others"])
-    for name, value in record["ceilings"].items():
-        yield value > 0, f"ceilings.{name} is 0"
-    # Half of the timings of each measurement took its median or longer.
-    least = sum(one["seconds"]["n"] * one["seconds"]["median"] / 2 for one in record["measurements"])
-    yield record["seconds"] >= least, f"seconds is {record['seconds']}, less than the measurements took"
-    yield record["measurements"], "measurements is empty"
-    yield DENSE in configs, f"models has no {DENSE!r}, which ratios are to"
-
-
-def model_rules(record, configs):
-    for name, config in configs.items():
-        where, model = f"models.{name}", record["models"][name]
-        counts, is_dense = model["parameters"], name in (DENSE, REFERENCE)
-        message = f"{where}.config.n_expert is {config.n_expert}, but the model is called {name}"
-        yield not (is_dense and config.n_expert), message
-        yield records.active_rule(counts, f"{where}.parameters")
-        # What was counted with is not in the record: as many symbols as the embedding has room for.
-        size = records.recomputed_size(counts, counts["embedding"] // config.n_embd - config.block_size, config)
-        expected = {"parameters": size["parameters"]}
-        if "training_flops_per_token" in size:
-            expected["flops_per_token"] = size["training_flops_per_token"]
-        yield from ((False, message) for message in records.differences(model, expected, where))
+def model_rules(record):
+    """(whether it holds, what to say if not) of each rule for the models."""
+    yield DENSE in record["models"], f"models has no {DENSE!r}, which ratios are to"
+    for name, model in record["models"].items():
         for number, check in enumerate(model["checks"]):
-            message = f"{where}.checks[{number}].error is {check['error']}, above its limit, {check['limit']}"
-            yield check["error"] <= check["limit"], f"{message}: {check['what']}"
+            error, limit = check["error"], check["limit"]
+            where = f"models.{name}.checks[{number}]"
+            yield error <= limit, f"{where}.error is {error}, above its limit, {limit}: {check['what']}"
 
 
-def measurement_rules(record, configs):
-    seen, is_cuda = set(), record["machine"]["device_type"] == "cuda"
+def measurement_rules(record):
+    """(whether it holds, what to say if not) of each rule for the measurements."""
+    found = measurements_of(record)
+    yield len(found) == len(record["measurements"]) > 0, "measurements: expected one or more, no two of them alike"
     for number, one in enumerate(record["measurements"]):
-        where, name, task = f"measurements[{number}]", one["model"], one["task"]
-        for key, value, known in (("model", name, configs), ("task", task, TASKS)):
+        where, name, task, ratio = f"measurements[{number}]", one["model"], one["task"], one["ratio"]
+        for key, value, known in (("model", name, record["models"]), ("task", task, TASKS)):
             guess = nearest(value, known)
             hint = f"; nearest: {guess}" if guess else ""
             yield value in known, f"{where}.{key} is {shown(value)}; expected {' or '.join(known)}{hint}"
-        yield one["batch_size"] > 0, f"{where}.batch_size is 0"
-        key = name, task, one["batch_size"]
-        yield key not in seen, f"{where} is of {name}, {task}, batch {one['batch_size']}, as one before it"
-        seen.add(key)
-        if name in configs and task in TASKS:
-            tokens = tokens_of(one, configs[name])
-            yield one["tokens"] == tokens, f"{where}.tokens is {one['tokens']}; expected {tokens} of {task}"
-        message = f"{where}.batch_size is {one['batch_size']}; expected 1 of the papers' protocol"
-        yield task != "papers" or one["batch_size"] == 1, message
-        message = f"{where}.peak_memory_bytes is {one['peak_memory_bytes']}, but the device is not CUDA"
-        yield is_cuda or one["peak_memory_bytes"] is None, message
-
-
-def tokens_of(measurement, config):
-    """Characters of one unit of the task, over all sequences."""
-    return {
-        "train": measurement["batch_size"] * config.block_size * config.gradient_accumulation_steps,
-        "prefill": measurement["batch_size"] * (config.block_size // 2),
-        "decode": measurement["batch_size"],
-        "papers": max(1, measurement["tokens"]),  # a text, as long as it was asked for
-    }[measurement["task"]]
-
-
-def time_rules(record, configs):
-    found = measured(record)
-    for number, one in enumerate(record["measurements"]):
-        where, seconds, ratio, floor = f"measurements[{number}]", one["seconds"], one["ratio"], one["floor"]
-        yield from spread_rules(seconds, f"{where}.seconds")
-        rate = one["tokens"] / (seconds["median"] or math.inf)
-        message = f"{where}.tokens_per_second is {one['tokens_per_second']}, but tokens / seconds.median is {rate}"
-        yield close(one["tokens_per_second"], rate), message
-        ceilings = record["ceilings"]
-        least = max(
-            floor["flops"] / (ceilings["flops_per_second"] or math.inf),
-            floor["bytes"] / (ceilings["bytes_per_second"] or math.inf),
-        )
-        message = f"{where}.floor.seconds is {floor['seconds']}, but its flops, bytes and the ceilings make it {least}"
-        yield close(floor["seconds"], least), message
-        is_dense = one["model"] == DENSE
-        yield is_dense or ratio, f"{where}.ratio is null; expected that of {one['model']} to {DENSE}"
-        yield not (is_dense and ratio), f"{where}.ratio is there; expected null, for {DENSE} is what ratios are to"
-        if ratio and not is_dense:
-            yield from spread_rules(ratio, f"{where}.ratio")
-            yield from ratio_rules(one, found.get((DENSE, one["task"], one["batch_size"])), where)
-
-
-def spread_rules(spread, where):
-    low, median, high = spread["p10"], spread["median"], spread["p90"]
-    yield 0 < low <= median <= high, f"{where} has p10 {low}, median {median}, p90 {high}; expected them to rise from 0"
-    yield spread["n"] > 0, f"{where}.n is 0"
-
-
-def ratio_rules(one, dense, where):
-    """dense: the measurement that the ratio of this one is to; None where there is none."""
-    yield dense, f"{where}.ratio is there, but {DENSE} was not measured at {one['task']}, batch {one['batch_size']}"
-    if dense:
-        # Where a middling pair's ratio must lie. The slack is for what drifts between pairs, and for few of them.
-        ours, theirs, ratio = one["seconds"], dense["seconds"], one["ratio"]["median"]
-        low = ours["p10"] / (theirs["p90"] or math.inf) / SLACK
-        high = ours["p90"] / (theirs["p10"] or math.inf) * SLACK
-        message = f"{where}.ratio.median is {ratio}, but the seconds of both make it {low:.3g} to {high:.3g}"
-        yield low <= ratio <= high, message
-
-
-RULES = (bench_rules, model_rules, measurement_rules, time_rules)
-
-
-def close(a, b):
-    """Equal but for rounding to 4 digits."""
-    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-12)
+        yield (name == DENSE) == (ratio is None), f"{where}.ratio: expected null for {DENSE}, and only for it"
+        missing = f"{where}: {DENSE} was not measured at {task}, batch {one['batch_size']}, so there is no ratio to it"
+        yield (DENSE, task, one["batch_size"]) in found, missing
+        for key in ("seconds", "ratio"):
+            low, median, high = ((one[key] or {}).get(end, 1) for end in ("p10", "median", "p90"))
+            yield low <= median <= high, f"{where}.{key}: p10 {low}, median {median}, p90 {high} do not rise"
+        speed, rate = one["tokens_per_second"], one["tokens"] / one["seconds"]["median"]
+        message = f"{where}.tokens_per_second is {speed}, but tokens / seconds.median is {rate}"
+        yield math.isclose(speed, rate, rel_tol=1e-3), message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,13 +245,13 @@ def close(a, b):
 
 
 def read(path, name=None) -> dict:
-    """The record in the file at `path`, which messages call `name`. RecordError: what is wrong with it, in a line."""
+    """The record in a file, which messages call `name`. RecordError: what is wrong with it, in a line."""
     return records.read(path, name, problems, WAY_OUT)
 
 
 def read_all(folder) -> tuple[list[tuple[Path, dict]], list[str]]:
-    """(path, record) of the benches in folder/bench/*.json, sorted by path; and what is left out of them, a line each,
-    with paths from the folder's parent. Left out are files that `read` refuses, quick benches, and copies."""
+    """(path, record) of each bench in folder/bench/*.json, sorted by path; and a line for each that is left out: an
+    invalid record, a quick bench, or a copy."""
     folder = Path(folder)
     pairs, left_out = [], []
     paths = sorted((folder / records.BENCH).glob("*.json"))
@@ -360,25 +271,25 @@ def read_all(folder) -> tuple[list[tuple[Path, dict]], list[str]]:
 
 
 def slower(old, new) -> list[str]:
-    """What is slower in the new bench than in the old one, a line each; what cannot be told is not_compared's.
+    """What became slower in the new bench, a line each. not_compared lists what this cannot tell.
 
-    A number is worse where the two p10–p90 ranges do not overlap and the median is worse by more than 10% (ratios) or
-    25% (times), from at least 10 timings each. A model is judged by its ratio to dense, and dense by its ratio to the
-    eager reference, for what disturbs the machine disturbs both of a pair. What dense and the reference share shows in
-    times alone. Those are judged only where both benches had the same machine to themselves, and by the wider margin.
+    A number is worse if its two p10–p90 ranges do not overlap and its median grew by more than 10% (ratios) or 25%
+    (times), each from at least 10 timings. A model is judged by its ratio to the dense model, and the dense model by
+    its ratio to the eager reference, since a disturbance of the machine reaches both of a pair. A slowdown that all
+    models share shows only in times, which are compared only if both benches had the same machine to themselves.
 
-    Why: 16 processes timed unchanged code (train and decode, one thread) on a core that others used as well. Of their
-    240 ordered pairs, this rule calls no ratio slower from 40 or 20 timings, at most 2% from 10, and up to 8% from 5;
-    without the ranges, the 10% alone would call up to 9% slower from 40 and 24% from 5. Medians of seconds differed
-    fourfold: a quarter of the pairs would be called slower, whatever the margin. The price is that a slowdown smaller
-    than the spread is not seen; ranges of ratios were 12% to 22% wide in training, and 24% to 41% in decoding.
+    Why these limits: 16 processes timed unchanged code (train and decode, one thread) on a core that others used too.
+    Of their 240 ordered pairs, this rule calls no ratio slower from 40 or 20 timings, at most 2% from 10, and up to 8%
+    from 5. Without the ranges, the 10% alone would call up to 9% slower from 40 timings and 24% from 5. Medians of
+    seconds differed fourfold: a quarter of the pairs would be called slower, whatever the limit. The price: a slowdown
+    smaller than the spread is not seen. Ranges of ratios were 12% to 22% wide in training, and 24% to 41% in decoding.
     """
     lines = []
-    for key in shared(old, new):
+    for key in comparable_keys(old, new):
         name, task, batch_size = key
         worse = [
-            f"{written(after, unit)}, was {written(before, unit)}"
-            for before, after, unit, margin in judged(old, new, key)
+            f"{spread_with_unit(after, unit)}, was {spread_with_unit(before, unit)}"
+            for before, after, unit, margin in compared_numbers(old, new, key)
             if after["p10"] > before["p90"] and after["median"] > margin * before["median"]
         ]
         if worse:
@@ -387,53 +298,60 @@ def slower(old, new) -> list[str]:
 
 
 def not_compared(old, new) -> list[str]:
-    """What of two benches cannot be compared, and why, a line each."""
-    whole = whole_reason(old, new)
+    """What cannot be compared between two benches, and why, a line each."""
+    whole = why_nothing_is_compared(old, new)
     if whole:
         return [f"nothing is compared: {whole}"]
-    reason, lines = times_reason(old, new), []
+    reason, lines = why_times_are_not_compared(old, new), []
     for name in dict.fromkeys([*old["models"], *new["models"]]):
-        changes = unlike(old, new, name)
+        changes = config_changes(old, new, name)
         lines += [f"{name}: {'; '.join(changes)}"] if changes else []
     models = {}  # (task, batch size, why) -> of which
-    for key in dict.fromkeys([*measured(old), *measured(new)]):
+    for key in dict.fromkeys([*measurements_of(old), *measurements_of(new)]):
         name, task, batch_size = key
-        why = "" if unlike(old, new, name) else key_reason(old, new, key)
+        why = "" if config_changes(old, new, name) else why_not_compared(old, new, key)
         if why:
             models.setdefault((TASKS[task], batch_size, why), []).append(name)
     lines += [f"{task}, batch {batch}: {why} ({', '.join(names)})" for (task, batch, why), names in models.items()]
     return [*lines, f"times: {reason}"] if reason else lines
 
 
-def shared(old, new) -> list[tuple[str, str, int]]:
-    """(model, task, batch size) of all that can be compared, but for the references, which nobody works on."""
-    if whole_reason(old, new):
+def comparable_keys(old, new) -> list[tuple[str, str, int]]:
+    """(model, task, batch size) of each comparable measurement. Without the references, which nobody makes faster."""
+    if why_nothing_is_compared(old, new):
         return []
     return [
         key
-        for key in measured(old)
-        if not key[0].startswith(REFERENCE) and not unlike(old, new, key[0]) and not key_reason(old, new, key)
+        for key in measurements_of(old)
+        if not key[0].startswith(REFERENCE)
+        and not config_changes(old, new, key[0])
+        and not why_not_compared(old, new, key)
     ]
 
 
-def judged(old, new, key) -> Iterator[tuple[dict, dict, str, float]]:
-    """(spread before, spread after, unit, how many times as much is worse) of each number that tells of a model."""
+def compared_numbers(old, new, key) -> Iterator[tuple[dict, dict, str, float]]:
+    """(spread before, spread after, unit, factor from which it is worse) of each number to compare of a measurement."""
     name, *where = key
-    was, now, reference = measured(old), measured(new), (REFERENCE, *where)
+    was, now, reference = measurements_of(old), measurements_of(new), (REFERENCE, *where)
     if name != DENSE:
         yield was[key]["ratio"], now[key]["ratio"], "× dense", WORSE_RATIO
     elif reference in was and reference in now:
-        yield inverse(was[reference]["ratio"]), inverse(now[reference]["ratio"]), "× the reference", WORSE_RATIO
-    if not times_reason(old, new):
+        yield (
+            inverse_ratio(was[reference]["ratio"]),
+            inverse_ratio(now[reference]["ratio"]),
+            "× the reference",
+            WORSE_RATIO,
+        )
+    if not why_times_are_not_compared(old, new):
         yield was[key]["seconds"], now[key]["seconds"], "ms", WORSE_TIME
 
 
-def written(spread, unit):
+def spread_with_unit(spread, unit):
     return f"{spread_text(spread, 1000 if unit == 'ms' else 1)} {unit}"
 
 
-def whole_reason(old, new) -> str:
-    """Why nothing of two benches can be compared; empty where something can."""
+def why_nothing_is_compared(old, new) -> str:
+    """Why two benches cannot be compared at all; "" where they can."""
     for what, before, after in (
         ("size", old["size"], new["size"]),
         ("device", old["machine"]["device_type"], new["machine"]["device_type"]),
@@ -443,16 +361,16 @@ def whole_reason(old, new) -> str:
     return ""
 
 
-def times_reason(old, new) -> str:
-    """Why times of two benches cannot be compared; empty where they can."""
+def why_times_are_not_compared(old, new) -> str:
+    """Why the times of two benches cannot be compared; "" where they can."""
     if machine_of(old) != machine_of(new):
         return f"the machine is {machine_of(new)}, was {machine_of(old)}"
     busy = [which for which, record in (("old", old), ("new", new)) if not is_exclusive(record)]
     return f"others used the machine during the {' and the '.join(busy)} bench, or may have" if busy else ""
 
 
-def unlike(old, new, name) -> list[str]:
-    """Why what both call by this name is not one model; empty where it is."""
+def config_changes(old, new, name) -> list[str]:
+    """Why a name stands for different models in two benches, a line each; [] where it is the same."""
     missing = [when for when, record in (("before", old), ("now", new)) if name not in record["models"]]
     if missing:
         return [f"not measured {missing[0]}"]
@@ -464,13 +382,13 @@ def unlike(old, new, name) -> list[str]:
     ]
 
 
-def key_reason(old, new, key) -> str:
-    """Why a measurement of one model cannot be compared; empty where it can."""
-    was, now = measured(old), measured(new)
+def why_not_compared(old, new, key) -> str:
+    """Why one measurement cannot be compared; "" where it can."""
+    was, now = measurements_of(old), measurements_of(new)
     if key not in was or key not in now:
         return f"not measured {'before' if key not in was else 'now'}"
     if was[key]["tokens"] != now[key]["tokens"]:
         return f"{now[key]['tokens']} characters, was {was[key]['tokens']}"
     if min(found[key]["seconds"]["n"] for found in (was, now)) < FEWEST:
         return f"timed fewer than {FEWEST} times"
-    return "" if any(judged(old, new, key)) else f"without {REFERENCE} in both, nothing tells of it but times"
+    return "" if any(compared_numbers(old, new, key)) else f"without {REFERENCE} in both, nothing tells of it but times"

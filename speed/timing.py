@@ -1,13 +1,13 @@
-"""What bench.py times, how, and whether it is right.
+"""What bench.py times, how it times it, and the check that comes first.
 
-    subject = Subject("moe4", "4 experts, top-1", config, dataset, machine)
-    row = check_training(subject)                                # is_right(row), or it is not timed
+    candidate = Candidate("moe4", "4 experts, top-1", config, dataset, machine)
+    row = check_training(candidate)                              # not timed unless is_right(row)
     times = timings({"dense": unit, "moe4": other}, machine, seconds=10)
 
-- Subject: a model with what trains it; Writing: with what writes B texts at once; Unit: what is timed in one go.
-- A check compares what is fast with the plain way, and both with the exact result.
-- `timings` interleaves units, so that what disturbs the machine disturbs all of them alike.
-- `floor_of`: what a unit must compute and move by the model's accounting, over ceilings that are measured here.
+- A Candidate is a model with its training; a Decoding decodes B of its texts at once; a Unit is timed in one go.
+- A check compares the fast way and the plain way, each with the exact result.
+- `timings` interleaves units, so that a disturbance of the machine reaches all of them alike.
+- `floor_of` says what a unit must compute and move at least, and how long that takes at the measured `ceilings`.
 
 Letters: B sequences, T positions, V vocabulary.
 """
@@ -30,20 +30,20 @@ from model import GPT, Decoder
 from run import accounting, evaluate, update
 from speed import bench_records, decoding
 
-TEMPERATURE, TOP_K = 0.8, 200  # of writing, as sample.py's and the papers'
-STEPS_IN_A_ROW = 8  # of decoding, timed as one
+TEMPERATURE, TOP_K = 0.8, 200  # of sampling, as in sample.py and the papers
+STEPS_IN_A_ROW = 8  # of decoding, timed in one go
 
 
 class Unit(NamedTuple):
     """What is timed in one go."""
 
     run: Callable
-    prepare: Callable = lambda: None  # before it, off the clock
-    repeats: int = 1  # units of the task that one run makes
+    prepare: Callable = lambda: None  # called before each run, not timed
+    repeats: int = 1  # units of the task in one run
 
 
-class Subject:
-    """One model of a bench, and what trains it: train.py's own update, or for a reference that of an eager script."""
+class Candidate:
+    """One model of a bench, trained by train.py's own update, or as an eager script does if it is a reference."""
 
     def __init__(self, name, title, config, dataset, machine):
         self.name, self.title, self.config, self.dataset, self.machine = name, title, config, dataset, machine
@@ -56,7 +56,7 @@ class Subject:
         else:
             self.updater, self.sums = update.Updater(self.model, config, machine), update.Sums()
             self.optimizer = self.updater.optimizer
-        self.steps_made, self.checks, self.ways_to_write = 0, [], {}
+        self.steps_made, self.checks, self.decoders_used = 0, [], {}
         self.compile_seconds = {"train": None, "decode": None}
 
     @property
@@ -64,7 +64,7 @@ class Subject:
         return self.compile_seconds["train"] is not None
 
     def compile(self):
-        """-> why it failed, or None"""
+        """Compiles the model for training; returns why that failed, or None."""
         compiled = update.compile_model(self.model, *self.batch(0), self.machine)
         if not compiled.failure:
             self.updater.run_model, self.compile_seconds["train"] = compiled.model, compiled.seconds
@@ -79,13 +79,13 @@ class Subject:
         """One update on a real batch."""
         x, y = self.batch(self.steps_made)
         if self.is_reference:
-            self._train_plainly(x, y)
+            self._plain_update(x, y)
         else:
             self.model.set_step(self.steps_made)
             self.updater.update(self.steps_made, x, y, self.sums)
         self.steps_made += 1
 
-    def _train_plainly(self, x, y):
+    def _plain_update(self, x, y):
         self.model.train()
         with self.machine.autocast():
             objective = self.model(x, y).objective
@@ -95,33 +95,34 @@ class Subject:
         self.optimizer.zero_grad(set_to_none=True)
 
     def decoder(self, batch_size):
-        """What writes batch_size texts at once."""
+        """The fastest decoder of batch_size texts at once; for a reference, one without a cache."""
         self.model.eval()
         if self.is_reference:
             return Uncached(self.model, self.machine)
         return decoding.fastest(self.model, batch_size, self.machine, TEMPERATURE, TOP_K)
 
     def text(self, batch_size):
-        """(B, T) of the validation split."""
+        """(B, T) tokens of the validation split."""
         return self.dataset.batch("val", self.config.seed, 0, batch_size, self.config.block_size)[0]
 
-    def write_as_the_papers_do(self, characters):
+    def sample_without_cache(self, characters):
+        """Samples one text as the papers time it: batch 1, eager."""
         config = dataclasses.replace(self.config, inference_samples=1)
         evaluate.inference_speed(self.model, config, self.machine, characters)
 
     def backends(self):
-        """In words: what trains, and what writes at which batch sizes."""
+        """In words: what the updates ran on, and which decoder ran at which batch sizes."""
         train = "eager, plain AdamW" if self.is_reference else "compiled" if self.is_compiled else "eager"
         for layer in self.model.moe_layers()[:1]:
             train = f"{layer.backend_name(self.machine.device, self.machine.dtype, self.is_compiled)}, {train}"
         sizes = {}
-        for batch_size, how in self.ways_to_write.items():
+        for batch_size, how in self.decoders_used.items():
             sizes.setdefault(how, []).append(str(batch_size))
         ways = [how if len(sizes) == 1 else f"batch {', '.join(these)}: {how}" for how, these in sizes.items()]
         return {"train": train, "decode": "; ".join(ways) or "not measured"}
 
     def bytes_held(self, is_training):
-        """By weights and buffers, in training also by the optimiser."""
+        """Bytes of weights and buffers, in training also of the optimiser's state."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         if is_training:
             tensors += [value for state in self.optimizer.state.values() for value in state.values()]
@@ -129,7 +130,7 @@ class Subject:
 
 
 class Uncached(Decoder):
-    """Writing as an eager script does: the whole window is read again for each character."""
+    """Decodes as an eager script does: the whole window is read again for each character."""
 
     how = "the whole window again for each character"
 
@@ -152,35 +153,37 @@ class Uncached(Decoder):
         return out.logits[:, -1].float(), out.routing
 
 
-class Writing:
-    """One subject's decoder at one batch size, and its units."""
+class Decoding:
+    """One candidate's decoder at one batch size, and the units to time."""
 
-    def __init__(self, subject, batch_size):
-        block_size, machine = subject.config.block_size, subject.machine
-        self.text = subject.text(batch_size)
+    def __init__(self, candidate, batch_size):
+        block_size, machine = candidate.config.block_size, candidate.machine
+        self.text = candidate.text(batch_size)
         self.prompt = self.text[:, : block_size // 2]
-        # Some steps in a row, as in a text; a reference, to which each is a text to read, is timed for one.
-        self.steps = 1 if subject.is_reference else min(STEPS_IN_A_ROW, max(1, block_size // 4))
-        self.span = 1 if subject.is_reference else max(self.steps, block_size // 4)
+        # Several steps in a row, as in a text. For a reference one step is as long as reading a text, so one is enough.
+        self.steps = 1 if candidate.is_reference else min(STEPS_IN_A_ROW, max(1, block_size // 4))
+        self.span = 1 if candidate.is_reference else max(self.steps, block_size // 4)
         self.uniforms = lambda n: torch.rand(n, batch_size, device=machine.device)
         held, started = allocated(machine), time.perf_counter()
-        self.decoder = subject.decoder(batch_size)
+        self.decoder = candidate.decoder(batch_size)
         self._rewind()
-        self._write()
+        self._decode()
         machine.synchronize()
         self.bytes_held = allocated(machine) - held
-        subject.ways_to_write[batch_size] = self.decoder.how
+        candidate.decoders_used[batch_size] = self.decoder.how
         if re.search("compiled|graph", self.decoder.how):
-            subject.compile_seconds["decode"] = (subject.compile_seconds["decode"] or 0) + time.perf_counter() - started
+            candidate.compile_seconds["decode"] = (
+                (candidate.compile_seconds["decode"] or 0) + time.perf_counter() - started
+            )
 
     def prefill(self):
         return Unit(lambda: self._read(self.prompt), self.decoder.clear)
 
     def decode(self):
-        return Unit(self._write, self._rewind, self.steps)
+        return Unit(self._decode, self._rewind, self.steps)
 
     def _rewind(self):
-        """To where the steps that follow have half a block before them, on average."""
+        """Back to a length at which the steps that follow see half a block, on average."""
         start = self.prompt.size(1) - self.span // 2
         if not start <= self.decoder.length <= start + self.span - self.steps:
             self.decoder.clear()
@@ -189,26 +192,28 @@ class Writing:
     def _read(self, ids_BT):
         self.tokens_B = self.decoder.next(ids_BT, self.uniforms(1)[0]).tokens
 
-    def _write(self):
+    def _decode(self):
         for uniform_B in self.uniforms(self.steps):
             self.tokens_B = self.decoder.next(self.tokens_B[:, None], uniform_B).tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Is the fast way right? It must come as close to the exact result (the reference backend in twice the precision) as the
-# plain way does at its own precision, give or take; a router's close calls may fall another way in each of them.
+# Checks. The fast way must come about as close to the exact result (the reference backend in twice the precision) as
+# the plain way does (the same backend at its own precision). A router's close calls may fall differently in each.
 
 SLACK = 3.0
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative errors that are always granted
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative errors that are always allowed
 
 
 def is_right(row):
-    return row["error"] <= row["limit"]  # what is not a number is not right
+    return row["error"] <= row["limit"]  # false for NaN
 
 
-def check(what, found, plain, exact, dtype):
-    """found, plain, exact: equally long lists of tensors -> {what, error, limit} of the tensor that is worst off. An
-    error is the norm of a difference over that of the exact tensor."""
+def worst_error(what, found, plain, exact, dtype):
+    """{what, error, limit} of the tensor with the largest error for its limit.
+
+    found, plain, exact: equally long lists of tensors. An error is the norm of a difference over the exact norm.
+    """
     rows = []
     for ours, theirs, truth in zip(found, plain, exact, strict=True):
         ours, theirs, truth = (value.detach().cpu().double() for value in (ours, theirs, truth))
@@ -217,22 +222,24 @@ def check(what, found, plain, exact, dtype):
     return max(rows, key=lambda row: row["error"] / row["limit"] if is_right(row) else math.inf)
 
 
-def twins(subject):
-    """(the subject's model on the reference backend, the same in twice the precision), in eval mode"""
-    config, machine = dataclasses.replace(subject.config, moe_backend="reference"), subject.machine
-    with update.undone(subject.model):  # initial weights, drawn and thrown away
-        plain = GPT(config, subject.dataset.vocabulary.size)
-    plain.load_state_dict(subject.model.state_dict())
+def plain_and_exact(candidate):
+    """(its model on the reference backend, the same in twice the precision), both in eval mode."""
+    config, machine = dataclasses.replace(candidate.config, moe_backend="reference"), candidate.machine
+    with update.undone(candidate.model):  # initial weights, drawn and thrown away
+        plain = GPT(config, candidate.dataset.vocabulary.size)
+    plain.load_state_dict(candidate.model.state_dict())
     exact = copy.deepcopy(plain).to(torch.float64 if machine.dtype == torch.float32 else torch.float32)
     has_doubles = machine.device.type != "mps"
     return plain.to(machine.device).eval(), exact.to(machine.device if has_doubles else "cpu").eval()
 
 
-def check_training(subject):
-    """Of the loss and every gradient. In eval mode, for dropout would be another in each; on a few rows, unless a graph
-    was compiled for all."""
-    machine = subject.machine
-    x, y = subject.batch(0) if subject.is_compiled else (rows[:4] for rows in subject.batch(0))
+def check_training(candidate):
+    """{what, error, limit} of the loss and every gradient.
+
+    In eval mode, since dropout differs between the models; on four rows, unless a graph was compiled for all rows.
+    """
+    machine = candidate.machine
+    x, y = candidate.batch(0) if candidate.is_compiled else (rows[:4] for rows in candidate.batch(0))
 
     def gradients(run_model, model, context):
         ids, targets = (rows.to(model.token_embedding.weight.device) for rows in (x, y))
@@ -242,39 +249,41 @@ def check_training(subject):
             objective.backward()
             return [objective, *(parameter.grad for parameter in model.parameters())]
 
-    plain, exact = twins(subject)
+    plain, exact = plain_and_exact(candidate)
     results = [
-        gradients(subject.updater.run_model, subject.model, machine.autocast()),
+        gradients(candidate.updater.run_model, candidate.model, machine.autocast()),
         gradients(plain, plain, machine.autocast()),
         gradients(exact, exact, contextlib.nullcontext()),
     ]
-    return check("training, loss and gradients against the reference backend", *results, machine.dtype)
+    return worst_error("training, loss and gradients against the reference backend", *results, machine.dtype)
 
 
 @torch.no_grad()
-def check_decoding(subject, decoder, batch_size):
-    """Of the logits after half a block that is read at once, and after each of some further characters."""
-    half, machine = subject.config.block_size // 2, subject.machine
-    text = subject.text(batch_size)[:, : half + 16]
+def check_decoding(candidate, decoder, batch_size):
+    """{what, error, limit} of the logits after half a block is read at once, and after each of 16 more characters."""
+    half, machine = candidate.config.block_size // 2, candidate.machine
+    text = candidate.text(batch_size)[:, : half + 16]
     decoder.clear()
     found = [decoder.read(text[:, :half])[0], *(decoder.read(ids[:, None])[0] for ids in text[:, half:].t())]
     decoder.clear()
-    plain, exact = twins(subject)
+    plain, exact = plain_and_exact(candidate)
     with machine.autocast():
         plainly = plain(text).logits[:, half - 1 :]
     exactly = exact(text.to(exact.token_embedding.weight.device)).logits[:, half - 1 :]
     results = [[logits] for logits in (torch.stack(found, dim=1), plainly, exactly)]
-    return check(f"decoding at batch {batch_size}, logits against the model without a cache", *results, machine.dtype)
+    return worst_error(
+        f"decoding at batch {batch_size}, logits against the model without a cache", *results, machine.dtype
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Timing
 
-PATIENCE = 5  # where rounds are long, there are fewer than `at_least` after so many times the seconds
+PATIENCE = 5  # after so many times the seconds, three rounds are enough
 
 
 def timings(units, machine, seconds, at_least=bench_records.FEWEST, at_most=100, label=""):
-    """{name: seconds of each of the {name: Unit}}, equally many: round by round, after one or two to warm up."""
+    """{name: [seconds of each round]} of units = {name: Unit}, after one or two rounds to warm up."""
     began = time.perf_counter()
     one_round(units, machine, 0)
     if time.perf_counter() - began < seconds / 4:
@@ -291,14 +300,14 @@ def timings(units, machine, seconds, at_least=bench_records.FEWEST, at_most=100,
 
 
 def one_round(units, machine, number):
-    """{name: seconds} of each unit once; each round starts with another."""
+    """{name: seconds} of each unit once; the round's number says which comes first."""
     names = list(units)
     shift = number % len(names)
     return {name: seconds_of(units[name], machine) for name in names[shift:] + names[:shift]}
 
 
 def seconds_of(unit, machine):
-    """Of one run, over its repeats."""
+    """Seconds of one run, over its repeats."""
     unit.prepare()
     machine.synchronize()
     started = time.perf_counter()
@@ -307,18 +316,19 @@ def seconds_of(unit, machine):
     return (time.perf_counter() - started) / unit.repeats
 
 
-def spread(values):
+def percentiles(values):
+    """{median, p10, p90, n}"""
     low, median, high = np.percentile(values, (10, 50, 90)).tolist()
     return {"median": median, "p10": low, "p90": high, "n": len(values)}
 
 
 def allocated(machine):
-    """Bytes of device memory; 0 where it is not CUDA."""
+    """Bytes of CUDA memory in use; 0 on other devices."""
     return torch.cuda.memory_allocated(machine.device) if machine.device.type == "cuda" else 0
 
 
 def peak_bytes(machine, unit, held):
-    """Device memory of one run: what is held for it, and what comes on top. None where it is not CUDA."""
+    """Bytes of CUDA memory that one run needs: held before it, plus its own peak. None on other devices."""
     if machine.device.type != "cuda":
         return None
     unit.prepare()
@@ -334,8 +344,11 @@ def peak_bytes(machine, unit, held):
 
 
 def ceilings(machine, model):
-    """The best that is reached here: FLOP/s of a large product of matrices in the compute dtype, and bytes/s of reading
-    or copying as much as the weights of `model`, which a cache may hold."""
+    """The highest measured rates of this machine.
+
+    flops_per_second: of a large matrix product in the compute dtype; bytes_per_second: of reading or copying as much as
+    the weights of `model`, which may fit into a cache.
+    """
     flops = []
     for side in {"cpu": (512, 1024), "cuda": (4096, 8192)}.get(machine.device.type, (1024, 2048)):
         a, b = torch.randn(2, side, side, device=machine.device).to(machine.dtype)
@@ -350,8 +363,8 @@ def ceilings(machine, model):
 
 
 def best_rate(call, amount, machine, seconds=0.5):
-    """Amount per second in the best of many tries."""
-    calls = 1 if machine.device.type == "cpu" else 20  # so many that launching them hides behind running them
+    """The amount per second of the fastest call in so many seconds."""
+    calls = 1 if machine.device.type == "cpu" else 20  # in a row, so that launching one overlaps with running another
     call()
     machine.synchronize()
     best, end = 0.0, time.perf_counter() + seconds
@@ -364,17 +377,19 @@ def best_rate(call, amount, machine, seconds=0.5):
     return best
 
 
-def floor_of(subject, task, batch_size, tokens, ceilings):
-    """{flops, bytes} that one unit of the task must compute and move, and the seconds that this takes at the ceilings.
-    tokens: of the unit, over all sequences."""
-    model, block_size, width = subject.model, subject.config.block_size, subject.machine.dtype.itemsize
+def floor_of(candidate, task, batch_size, tokens, ceilings):
+    """{flops, bytes} that a unit of the task must compute and move, and the least seconds, at the ceilings.
+
+    tokens: of the unit, over all sequences.
+    """
+    model, block_size, width = candidate.model, candidate.config.block_size, candidate.machine.dtype.itemsize
     if task == "train":
         flops, moved = tokens * accounting.training_flops_per_token(model), accounting.training_bytes(model, width)
     elif task == "prefill":
         length = tokens // batch_size
         flops = tokens * accounting.forward_flops_per_token(model, context=length - 1)
         moved = accounting.prefill_bytes(model, batch_size, length, width)
-    else:  # with a cache, whatever the protocol: that much is needed to write a character
+    else:  # with a cache even for `papers`: that much is enough to sample a character
         contexts = [block_size // 2] if task == "decode" else [min(i, block_size - 1) for i in range(tokens)]
         flops = batch_size * sum(accounting.forward_flops_per_token(model, context) for context in contexts)
         moved = sum(accounting.decoding_bytes(model, batch_size, context, width) for context in contexts)

@@ -1,7 +1,7 @@
-"""Config files: Python with plain assignments, run afresh each time, with the line of each assignment.
+"""Run config files: Python with plain assignments, each value with the line that assigned it.
 
 A file may begin with `from config.shakespeare_dense import *` and change what differs; the first line of its docstring
-is the run's title. Nothing enters `sys.modules` and no bytecode is kept, so what counts is what the files say now.
+is the run's title. Files and their bases run again every time: nothing enters `sys.modules`, no bytecode is kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from support.options import ConfigError, nearest
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A config file that has run: its title, its names' values, and where each was assigned (`config/foo.py:12`)."""
+    """A config file that has run: its title, its values, and where each was assigned (`config/foo.py:12`)."""
 
     path: Path
     title: str
@@ -30,14 +30,14 @@ class ConfigFile:
 
 
 def run_file(path: Path, importers: tuple[Path, ...] = ()) -> ConfigFile:
-    """Runs the config file in a namespace of its own; `importers` are the files whose imports led here.
+    """Run a config file in a namespace of its own. importers: the config files that import it, outermost first.
 
     Raises ConfigError, with one problem, when the file cannot be read, is no Python, or fails while it runs.
     """
     name = shown_path(path)
     if path in importers:
         raise ConfigError([f"{name}: imports itself by way of {shown_path(importers[-1])}; expected plain bases"])
-    tree, code = compiled(path)
+    tree, code = compile_file(path)
     bases: dict[str, ConfigFile] = {}
     import_ = functools.partial(import_base, path, importers, bases)
     namespace = {
@@ -48,7 +48,7 @@ def run_file(path: Path, importers: tuple[Path, ...] = ()) -> ConfigFile:
     try:
         exec(code, namespace)
     except ConfigError:
-        raise  # a base's problem: it already says where
+        raise  # the problem of a base, which already has its line
     except (Exception, SystemExit) as error:
         problem = f"{name}:{failing_line(error, path)}: {type(error).__name__}: {error}"
         raise ConfigError([problem]) from None
@@ -57,8 +57,8 @@ def run_file(path: Path, importers: tuple[Path, ...] = ()) -> ConfigFile:
     return ConfigFile(path, title, values, assignment_origins(tree, path, bases))
 
 
-def compiled(path: Path) -> tuple[ast.Module, types.CodeType]:
-    """The file as a syntax tree (for line numbers) and as code; ConfigError when it is not readable Python."""
+def compile_file(path: Path) -> tuple[ast.Module, types.CodeType]:
+    """The file as a syntax tree (for line numbers) and as code. Raises ConfigError when it is not readable Python."""
     name = shown_path(path)
     try:
         tree = ast.parse(read_whole(path), filename=str(path))
@@ -91,9 +91,9 @@ def import_base(
     fromlist: Iterable[str] | None = (),
     level: int = 0,
 ) -> types.ModuleType:
-    """`__import__` as the config file at `path` sees it: config files run afresh, and all else is imported as ever.
+    """The `__import__` of the config file at `path`: config files run again, all else is imported as usual.
 
-    `config.…` is looked for beside this module, from whatever folder the user calls us; other names beside `path`.
+    `config.NAME` is a file of this project, whatever the current folder; other names are looked for beside `path`.
     """
     ours = name.partition(".")[0] == "config" and level == 0
     base = (ROOT if ours else path.parent) / (name.replace(".", "/") + ".py")
@@ -108,7 +108,7 @@ def import_base(
 
 
 def assignment_origins(tree: ast.Module, path: Path, bases: dict[str, ConfigFile]) -> dict[str, str]:
-    """Where each name of the file got its last value: a line of the file, or of the base that it imported."""
+    """Where each name got its last value: a line of the file, or of the base that it imports."""
     origins: dict[str, str] = {}
     for statement in tree.body:
         for node in ast.walk(statement):
@@ -120,7 +120,7 @@ def assignment_origins(tree: ast.Module, path: Path, bases: dict[str, ConfigFile
 
 
 def failing_line(error: BaseException, path: Path) -> int:
-    """The last line of the file that was running when the error came."""
+    """The line of the file that raised the error."""
     line, step = 0, error.__traceback__
     while step is not None:
         if step.tb_frame.f_code.co_filename == str(path):
@@ -130,7 +130,7 @@ def failing_line(error: BaseException, path: Path) -> int:
 
 
 def nearest_file(path: Path) -> str:
-    """`; nearest: …` for a config file whose name looks like that of `path`; empty when there is none."""
+    """A hint, `; nearest: …`, at a config file with a name like that of `path`; empty when there is none."""
     folders = [ROOT / "config"] + ([path.parent] if path.parent != ROOT else [])
     known = {file.stem: file for folder in folders for file in sorted(folder.glob("*.py"))}
     match = nearest(path.stem, known)

@@ -1,13 +1,11 @@
-"""From config files in Python and `--key=value` to a checked dataclass.
+"""Read config files and `--key=value` arguments into a checked dataclass.
 
     config = parse(Config, sys.argv[1:])      # train.py config/shakespeare_moe4.py config/cpu.py --seed=2
 
-- Files and options apply from left to right: the last word on a key counts.
-- A config file is Python with plain assignments. It may begin with `from config.shakespeare_dense import *` and
-  change what differs; the first line of its docstring is the run's title. The imported files run afresh every time:
-  nothing enters `sys.modules`, no bytecode is kept, so what counts is what the files say now.
-- Every problem is found before any is told: unknown keys, wrong types, values out of range, impossible combinations,
-  each with where it came from (`config/foo.py:12`, `--n_head=5`), what was expected and the nearest key.
+- Files and options apply from left to right; the last value of a key counts.
+- Config files are Python with plain assignments: see `support/config_files.py`.
+- All problems are collected and told at once: unknown keys, wrong types, values out of range, impossible combinations,
+  each with its origin (`config/foo.py:12`, `--n_head=5`), the expected value and the nearest key.
 - `parse` works for any dataclass whose fields are made with `option`; `settings.Config` is the one for training.
 - `--help` and `--print-config` are raised as a `Message`, which a script prints before it exits 0.
 """
@@ -40,7 +38,7 @@ PAGE_WIDTH = 100  # columns of --help
 
 
 class Message(Exception):
-    """What the user asked to read (--help, --print-config): the script prints `text` and exits 0."""
+    """A page that the user asked for (--help, --print-config): the script prints `text` and exits 0."""
 
     def __init__(self, text: str):
         self.text = text
@@ -57,9 +55,10 @@ def parse(
     """An instance of the dataclass `cls` from command-line arguments (without the program's name).
 
     Every field of `cls` is made with `option`. The class may have
-    - `takes_files = True` (a ClassVar): arguments that are no options are config files;
-    - `problems(self)`: yields (keys, message) for each combination of keys that cannot be (or `problems_of` does);
-    - `completed(self, files)`: the instance with the values that follow from its ConfigFiles.
+    - `takes_files = True` (a ClassVar): arguments without `--` are config files;
+    - `problems(self)`: yields (keys, message) for each impossible combination of keys, unless `problems_of`
+      is given to do so;
+    - `completed(self, files)`: the instance with the values derived from its ConfigFiles.
 
     Raises ConfigError with all problems at once, and Message for --help and --print-config.
     """
@@ -76,7 +75,7 @@ def parse(
 
 
 class Reading:
-    """The assignments met so far, each with its origin, and every problem found on the way."""
+    """The assignments read so far with their origins, and all problems found."""
 
     def __init__(self, options: dict[str, Option]):
         self.options = options
@@ -84,11 +83,11 @@ class Reading:
         self.origins: dict[str, str] = {}
         self.files: list[ConfigFile] = []
         self.problems: list[str] = []
-        self.broken: set[str] = set()  # keys without a trustworthy value: no combination is judged by them
-        self.file_failed = False  # then no key's value is known
+        self.broken: set[str] = set()  # keys with a refused value; combinations with them are not checked
+        self.file_failed = False  # a config file could not run, so any key's value may be missing
 
     def assign(self, name: str, raw: Any, origin: str, accept: Callable[[Any, Any], Any]) -> None:
-        """Takes `raw` as the key's value, read by `accept` (`accept_text` or `accept_value`), or notes the problem."""
+        """Set a key to `raw`, read by `accept` (`accept_text` or `accept_value`), or note the problem."""
         if name not in self.options:
             self.refuse_unknown(name, origin)
             return
@@ -113,7 +112,7 @@ class Reading:
         self.refuse(f"{origin}: unknown key {name!r}; {hint}", guess or name)
 
     def finish(self, cls: type, problems_of: Callable | None = None) -> Any:
-        """The instance, once its combinations have been checked too; ConfigError with all that was wrong."""
+        """The instance, after checking its combinations of keys. Raises ConfigError with all problems."""
         instance = cls(**self.values)
         problems_of = problems_of or getattr(cls, "problems", None)
         if problems_of and not self.file_failed:
@@ -127,13 +126,13 @@ class Reading:
         return instance
 
     def origin_of(self, keys: Iterable[str]) -> str:
-        """Where the keys were set; those at their default go without saying, unless all are."""
+        """Where the keys were set, without those at their default; "default" if all are."""
         origins = dict.fromkeys(self.origins[key] for key in keys if key in self.origins)
         return ", ".join(origins) or "default"
 
 
 def read_arguments(reading: Reading, argv: list[str], takes_files: bool) -> None:
-    """Applies the arguments to the reading, from left to right."""
+    """Apply the arguments to the reading, from left to right."""
     waiting = list(argv)
     while waiting:
         argument = waiting.pop(0)
@@ -151,7 +150,7 @@ def read_arguments(reading: Reading, argv: list[str], takes_files: bool) -> None
 
 
 def read_bare(reading: Reading, name: str, waiting: list[str]) -> None:
-    """`--flag` sets a bool; `--key value` is told to use `=`, and its value is not taken for a file."""
+    """Read an argument without `=`: `--flag` sets a bool, `--key value` is refused with the right spelling."""
     option = reading.options.get(name)
     if option is None:
         reading.refuse_unknown(name, f"--{name}")
@@ -167,7 +166,7 @@ def read_bare(reading: Reading, name: str, waiting: list[str]) -> None:
 
 
 def is_meant_as_value(option: Option, following: str) -> bool:
-    """Whether the argument after a bare --key is its value: after a flag, only what the flag would accept."""
+    """Whether the argument after a bare --key is its value; after a flag, only if the flag accepts it."""
     if bool not in option.kinds:
         return not following.endswith(".py")
     try:
@@ -178,7 +177,7 @@ def is_meant_as_value(option: Option, following: str) -> bool:
 
 
 def read_file(reading: Reading, path: Path) -> None:
-    """Runs a config file and takes its names as keys: all but modules, functions and classes, which help it along."""
+    """Run a config file and take its names as keys, except modules, functions and classes."""
     try:
         file = run_file(path)
     except ConfigError as error:
@@ -187,7 +186,7 @@ def read_file(reading: Reading, path: Path) -> None:
         return
     reading.files.append(file)
     for name, value in file.values.items():
-        # `seed = max` is a mistake and not a helper, so a helper's name must be no key.
+        # `seed = max` is a mistake, so a function under the name of a key is refused and not skipped.
         if name in reading.options or not (callable(value) or isinstance(value, types.ModuleType)):
             reading.assign(name, value, file.origins.get(name, shown_path(path)), accept_value)
 
@@ -197,7 +196,7 @@ def read_file(reading: Reading, path: Path) -> None:
 
 
 def help_page(cls: type, usage: str, description: str) -> str:
-    """--help: every key with its default, type and one line of help, by group."""
+    """The page of --help: every key with its default, type and one line of help, by group."""
     takes_files = getattr(cls, "takes_files", False)
     usage = usage or ("[config/FILE.py ...] " if takes_files else "") + "[--key=value ...]"
     options = options_of(cls)
@@ -220,7 +219,7 @@ def help_page(cls: type, usage: str, description: str) -> str:
 
 
 def help_rows(start: str, option: Option) -> list[str]:
-    """The lines of one key: `start`, then the help, wrapped in a column of its own."""
+    """The lines of one key: `start`, then its help wrapped in a column of its own."""
     choices = choices_of(option) if len(option.kinds) == 1 else []
     text = option.help + (f" {{{', '.join(choices)}}}" if choices else "")
     rows = textwrap.wrap(text, PAGE_WIDTH - len(start))
@@ -228,20 +227,20 @@ def help_rows(start: str, option: Option) -> list[str]:
 
 
 def type_name(option: Option) -> str:
-    """int, bool, choice, …; where there are several kinds, the choices by name: bool|auto."""
+    """The type as --help shows it: int, bool, choice, …; with several kinds the choices by name, as in bool|auto."""
     if len(option.kinds) == 1 and choices_of(option):
         return "choice"
     return "|".join([kind.__name__ for kind in option.kinds if isinstance(kind, type)] + choices_of(option))
 
 
 def by_group(options: dict[str, Option]) -> Iterator[tuple[str, list[Option]]]:
-    """The options of each group, groups in the order in which they first appear."""
+    """The options of each group; groups in the order in which they first appear."""
     for group in dict.fromkeys(option.group for option in options.values()):
         yield group, [option for option in options.values() if option.group == group]
 
 
 def config_page(instance: Any, options: dict[str, Option], origins: dict[str, str]) -> str:
-    """--print-config: the resolved values with their origins; the page is itself a config file."""
+    """The page of --print-config: the resolved values with their origins, itself a config file."""
     settings = {name: f"{name} = {getattr(instance, name)!r}" for name in options}
     width = min(40, max(map(len, settings.values())))
     lines = []

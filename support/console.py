@@ -138,3 +138,13 @@ class StopSignals:
             return None
         finally:
             self.raising = False
+
+
+def duration(seconds: float) -> str:
+    """'12.3 s', '4 min 5 s', '1.2 h'"""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{seconds / 3600:.1f} h"

@@ -1,8 +1,8 @@
-"""Files and text: the project's root, atomic writes, careful reads, and values as a message can show them.
+"""Files and messages: the project's root, atomic writes, safe reads, and text that any terminal can show.
 
-write_atomically("out/run/ckpt.pt", content)     # the old file or the new one, never half of one
-read_json("out/run/summary.json")                # OSError or ValueError, also for pipes, giants, fields named twice
-one_line(text)                                   # what a terminal can show
+write_atomically("out/run/ckpt.pt", content)     # leaves the old file or the new one, never half of one
+read_json("out/run/summary.json")                # OSError or ValueError, also for pipes, huge files, repeated fields
+one_line(text)                                   # printable, on one line
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 LONGEST_LINE = 1900  # characters of a message, whatever it quotes
-# Bytes of what a person writes, as a config file or a prompt, and of what a program does, as a record.
+# Bytes at most: of a file that a person writes (a config, a prompt), and of one that a program writes (a record).
 LARGEST_TEXT, LARGEST_JSON = 1 << 20, 1 << 26
 DISK_FAULTS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 
 
 class FileError(ValueError):
-    """A file that cannot be written or used: which, why, and the way out."""
+    """A file that cannot be written or used: which, why, and the way out, in one line."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ class FileError(ValueError):
 
 
 def is_utf8(text: str) -> bool:
-    """Whether UTF-8 can encode it: what comes of other bytes on a command line is half of a character each."""
+    """Whether UTF-8 can encode the text; other bytes on a command line become lone surrogates, which it cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -40,42 +40,46 @@ def is_utf8(text: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as a problem quotes it: on one line, and not for pages."""
+    """A value as a message quotes it: on one line of at most 60 characters."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # an integer of thousands of digits, a list in a list a thousand times, an object of the user's
+    except Exception:  # an integer of thousands of digits, a list nested a thousand times, an object of the user
         return f"<{type(value).__name__} that cannot be shown>"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def one_line(text: str) -> str:
-    """`text` as every terminal can show it: on one line, with what cannot be printed as \\n, \\x1b or \\udcff, and
-    without the middle of what goes on for pages."""
+    """`text` on one line that every terminal can show: with \\n, \\x1b or \\udcff for unprintable characters.
+
+    The middle of a text of more than LONGEST_LINE characters is left out.
+    """
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.strip())
     half = LONGEST_LINE // 2
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 def first_line(error):
-    """What an exception says, in one line."""
+    """The first line of an exception's message."""
     return (str(error).strip().splitlines() or ["no reason given"])[0]
 
 
 def shown_path(path: Path) -> str:
-    """The path from the current folder when it lies there, else in full."""
+    """The path relative to the current folder if it lies there, else the full path."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading what others wrote
+# Reading
 
 
 def read_whole(path: str | Path, largest: int = LARGEST_TEXT) -> bytes:
-    """What the file at `path` holds. OSError, too, for pipes and devices, which may never end, and for what is larger
-    than such a file can be."""
+    """The bytes of the file at `path`.
+
+    Raises OSError, also for pipes and devices, which may never end, and for a file of more than `largest` bytes.
+    """
     try:
         status = os.stat(path)
-    except ValueError:  # NUL or half a character is in it
+    except ValueError:  # the name has NUL or a lone surrogate
         raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
     problem = None
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
@@ -88,8 +92,10 @@ def read_whole(path: str | Path, largest: int = LARGEST_TEXT) -> bytes:
 
 
 def read_json(path: str | Path) -> Any:
-    """What the JSON file at `path` says. OSError where it cannot be read; ValueError where it is no JSON, or has twice
-    the same name in one object, or numbers that are none."""
+    """The value in the JSON file at `path`.
+
+    Raises OSError when it cannot be read; ValueError when it is no JSON, repeats a field, or has NaN or Infinity.
+    """
     try:
         text = read_whole(path, LARGEST_JSON).decode()
         return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_twins)
@@ -114,19 +120,21 @@ def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def writing(path, size=None):
-    """Writing to `path` (size: bytes) inside: a full or read-only disk becomes one FileError that names it."""
+def writing(path, size=None, way_out="what was saved before is untouched"):
+    """A context that turns an OSError while writing `path` (size: bytes) into one FileError."""
     try:
         yield
     except OSError as error:
         needed = f" ({size:,} bytes were needed)" if size else ""
         reason = DISK_FAULTS.get(error.errno, error.strerror) + (needed if error.errno in DISK_FAULTS else "")
-        raise FileError(f"{path} could not be written: {reason}; what was saved before is untouched") from error
+        raise FileError(one_line(f"{path} could not be written: {reason}; {way_out}")) from error
 
 
 def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Replace `path` by content in one step, once content lies on the disk as it should: a reader, or a machine that
-    loses power, finds the old file or the new one. previous: where the old file is kept."""
+    """Replace the file at `path` by content in one step; previous: where the old file is kept.
+
+    A reader, also after a power failure, finds the old file or the new one. Raises FileError.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with writing(path, len(content)):
@@ -138,7 +146,7 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
                 file.flush()
                 os.fsync(file.fileno())
             if not _holds(partial, content):
-                raise OSError(errno.EIO, "the disk gives back something else than what was written")
+                raise OSError(errno.EIO, "the disk does not return the bytes that were written")
             if previous and path.exists():
                 _keep(path, Path(previous))
             os.replace(partial, path)
@@ -150,7 +158,7 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
 
 
 def _holds(path, content):
-    """Whether the file has this content: read from the disk, where the system can be asked to forget its copy."""
+    """Whether the file has this content, read from the disk itself where the system can drop its cached copy."""
     with open(path, "rb") as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -158,19 +166,19 @@ def _holds(path, content):
 
 
 def _keep(path, previous):
-    """Give the file at `path` the name `previous` as well: it is at no time without a name."""
+    """Give the file at `path` the name `previous` as well, so that it always has a name."""
     link = previous.with_name(previous.name + ".partial")
     try:
         link.unlink(missing_ok=True)
         os.link(path, link)
         os.replace(link, previous)
-        link.unlink(missing_ok=True)  # where both were names of one file, that renamed nothing
+        link.unlink(missing_ok=True)  # renaming does nothing where both are names of one file
     except OSError:  # no hard links on this file system
         os.replace(path, previous)
 
 
 def sync_folder(folder):
-    """Make a rename durable, where the file system knows how: it has happened in any case."""
+    """Make a rename durable where the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

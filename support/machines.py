@@ -193,32 +193,6 @@ def peak_memory(machine: Machine) -> int | None:
     return None
 
 
-def free_memory(machine: Machine) -> int | None:
-    """Bytes that are still to be had: of the device on CUDA, else of the system and within the limit of a container;
-    None where it is not known."""
-    if machine.device.type == "cuda":
-        return torch.cuda.mem_get_info(machine.device)[0]
-    free = [_system_bytes_free(), _container_bytes_free()]
-    return min((count for count in free if count is not None), default=None)
-
-
-def _system_bytes_free():
-    try:
-        match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
-    return int(match[1]) * 1024 if match else None
-
-
-def _container_bytes_free():
-    """Of cgroups, version 2."""
-    try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return None
-    return max(0, limit - used)
-
-
 def compiled(function):
     """torch.compile, into one graph or not at all; the gradients are those of the same without compilation.
 

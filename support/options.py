@@ -1,4 +1,4 @@
-"""The options of a dataclass: what a key's type accepts, its range, and how a problem with it reads.
+"""Options of a dataclass: their types and ranges, reading of values, and words for what was expected.
 
     steps: int = option(5000, "training steps", at_least=1)     # a field; its annotation gives the type
 
@@ -19,18 +19,18 @@ from typing import Any, Literal
 
 from support.files import one_line
 
-# What tensors can hold: of int64, of float32 (where less than the smallest becomes 0).
+# The limits of int64 and float32 tensors (below the smallest float, a value becomes 0).
 LARGEST_INT, LARGEST_FLOAT, SMALLEST_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127, 2.0**-126
 
-# Each key has a scope, which says what a different value means:
-EXPERIMENT = "experiment"  # another result: in the hash, must match when a run is resumed
-SCHEDULE = "schedule"  # a longer or finer look at the same run: in the hash, may change on resume
+# The scope of a key tells what a different value changes:
+EXPERIMENT = "experiment"  # the result: in the hash, must match when a run is resumed
+SCHEDULE = "schedule"  # the length of the run and its evaluations: in the hash, may change on resume
 MACHINE = "machine"  # where and how the run is made: not in the hash
 SCOPES = (EXPERIMENT, SCHEDULE, MACHINE)
 
 
 class ConfigError(ValueError):
-    """What is wrong with a configuration: `problems` holds all of it, one line each."""
+    """An invalid configuration; `problems` has one line for each problem."""
 
     def __init__(self, problems: Iterable[str]):
         self.problems = [one_line(problem) for problem in problems]
@@ -39,7 +39,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Option:
-    """One key. `kinds` are the types it may have: bool, int, float, str, or a Literal of strings."""
+    """One key. kinds: the types it may have, bool, int, float, str, or a Literal of strings."""
 
     name: str
     kinds: tuple
@@ -79,19 +79,19 @@ def options_of(cls: type) -> dict[str, Option]:
 
 
 def union_members(annotation: Any) -> tuple:
-    """The types that an annotation allows: `bool | Literal["auto"]` has two, a plain type is its only one."""
+    """The types that an annotation allows: two for `bool | Literal["auto"]`, one for a plain type."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return typing.get_args(annotation)
     return (annotation,)
 
 
 def choices_of(option: Option) -> list[str]:
-    """The strings that the Literal types of an option list; none for other types."""
+    """The strings among which an option's Literal types choose; none for other types."""
     return [choice for kind in option.kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that looks most like `word`, or has it for initials (lr: learning_rate), if any does."""
+    """The known word most similar to `word`, or with these initials (lr: learning_rate); None if there is none."""
     known = list(known)
     by_initials = [other for other in known if "_" in other and word == "".join(part[:1] for part in other.split("_"))]
     matches = by_initials or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
@@ -99,12 +99,14 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Values: one rule for what a type accepts, from a file or from the command line
+# Values: one rule for each type, whether from a file or from the command line
 
 
 def accept_value(kind: Any, value: Any) -> Any:
-    """`value` as a value of `kind`: an integer is a fine float, a bool is no number, text is neither. Else ValueError,
-    or OverflowError for a number that no tensor can hold."""
+    """`value` as a value of `kind`: an integer is accepted as a float, a bool is no number, text is neither.
+
+    Raises ValueError if it is none, OverflowError for a number that no tensor can hold.
+    """
     if typing.get_origin(kind) is Literal:
         if type(value) is str and value in typing.get_args(kind):
             return value
@@ -118,7 +120,7 @@ def accept_value(kind: Any, value: Any) -> Any:
             raise OverflowError("one that 64 bits can hold")
         return int(value)
     elif kind is str and type(value) is str:
-        if "\0" not in value:  # which no name of a file can have
+        if "\0" not in value:  # no file name can have it
             return value
     elif type(value) is kind:
         return value
@@ -126,7 +128,7 @@ def accept_value(kind: Any, value: Any) -> Any:
 
 
 def accept_text(kind: Any, text: str) -> Any:
-    """What the command line's `text` means for a `kind`, or ValueError."""
+    """The value of `kind` that `text` on the command line stands for. Raises as `accept_value` does."""
     readers = {bool: bool_from_text, int: int_from_text, float: float}
     return accept_value(kind, readers.get(kind, unquoted)(text))
 
@@ -141,7 +143,7 @@ def bool_from_text(text: str) -> bool:
 
 
 def int_from_text(text: str) -> int | float:
-    """5, 1_000 and 1e5; a float that is no integer is for `accept_value` to refuse."""
+    """5, 1_000 and 1e5 as numbers; `accept_value` refuses a float that is no integer."""
     try:
         return int(text)
     except ValueError:
@@ -149,14 +151,16 @@ def int_from_text(text: str) -> int | float:
 
 
 def unquoted(text: str) -> str:
-    """--dataset='text8' reaches us with its quotes when no shell has taken them off."""
+    """The text without enclosing quotes, which are still there where no shell removed them."""
     quoted = len(text) >= 2 and text[0] in "'\"" and text[-1] == text[0] and text[0] not in text[1:-1]
     return text[1:-1] if quoted else text
 
 
 def fitted(option: Option, raw: Any, accept: Callable[[Any, Any], Any]) -> Any:
-    """`raw` as the first of the option's kinds that accepts it within the option's range. If none does: ValueError, or
-    OverflowError where only a tensor's precision is in the way."""
+    """`raw` as the first of the option's kinds that accepts it within the option's range.
+
+    Raises ValueError if none does, OverflowError if the number is only too large or too small for a tensor.
+    """
     overflow = None
     for kind in option.kinds:
         try:
@@ -182,7 +186,7 @@ def in_range(option: Option, value: Any) -> bool:
 
 
 def expectation(option: Option) -> str:
-    """What a value of the option must be, in words."""
+    """The values that the option accepts, in words."""
     limits = ", ".join(
         f"{preposition} {limit}"
         for preposition, limit in (("from", option.at_least), ("up to", option.at_most), ("below", option.below))

@@ -6,7 +6,7 @@
 Each variant is trained like the baseline (4 experts, top-1, config/cpu.py, in one process with one thread) but for one
 thing that should not matter, for each of some seeds; what is told is how far the weights and the validation loss are
 from support import files
-from the baseline's at the end. README.md ("Determinism") has the table.
+from the baseline's at the end. docs/determinism.md has the table.
 """
 
 import argparse

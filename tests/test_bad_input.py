@@ -1,7 +1,7 @@
-"""Bad input at scale: whatever a command line, a config, a data set, a checkpoint, a record or a prompt holds, it is
-taken at its word or refused in a printable line that says why; never a traceback, a hang, or half a file.
+"""Random bad input: command lines, configs, data sets, checkpoints, records and prompts are accepted or refused.
 
-In short the examples are the same each time; with -m soak they are many, and others each time.
+A refusal is one printable line with the reason; never a traceback, a hang, or half a file. The short form draws the
+same few examples each time; with -m soak there are many, and others each time.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from data.common import DataError, Dataset, Vocabulary, find
 from model import GPT
 from papers import experiments
 from report import cells
-from run import accounting, checkpoint, records
+from run import accounting, checkpoint, records, screen_report
 from run.checkpoint import CheckpointError
 from run.records import RecordError
 from run.settings import Config
@@ -41,10 +41,9 @@ from sample import SampleConfig
 from speed import bench_records, decoding
 from support import machines
 from support.configurator import Message, parse
-from support.files import is_utf8
+from support.files import ROOT, is_utf8
 from support.options import LARGEST_FLOAT, LARGEST_INT, SMALLEST_FLOAT, ConfigError, choices_of, options_of
 
-ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 2000  # characters of a problem
 PATIENCE = 20  # seconds; what takes longer hangs
 OPTIONS = {**options_of(Config), **options_of(SampleConfig)}
@@ -63,17 +62,17 @@ def examples(request):
 
 
 def for_all(n, **strategies):
-    """Calls the decorated function with n drawn examples."""
+    """Call the decorated function with n random examples."""
     return lambda holds: settings(max_examples=n)(given(**strategies)(holds))()
 
 
 class Hang(BaseException):
-    """Nothing that is tested may take it for an error of its own, as it might an OSError."""
+    """A call took too long. Not an OSError, which the code under test might catch."""
 
 
 @contextlib.contextmanager
 def patience():
-    """What takes too long inside is an error."""
+    """Raise Hang when the code inside takes too long."""
 
     def give_up(number, frame):
         raise Hang(f"more than {PATIENCE} seconds")
@@ -87,9 +86,8 @@ def patience():
         signal.signal(signal.SIGALRM, before)
 
 
-def taken(call, *refusals):
-    """(what `call` returns, "") or (None, why it refused). All else that it raises is an error, and so is a message
-    that no terminal could show."""
+def outcome(call, *refusals):
+    """(what `call` returns, "") or (None, why it refused). A message must be printable and short."""
     with patience():
         try:
             return call(), ""
@@ -107,7 +105,7 @@ def files_in(folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What may come
+# Random values
 
 WORDS = ["", " ", "\n", "\0", "\x1b[31m", "\ud800", "\udcff", "é", "🙂", "٣", "nan", "inf", "-inf", "1e400", "1e-400",
          "0x10", "1_000", "True", "None", "''", "$x$", "$\\frac{", "<b>", "a|b", "../..", "~nobody/x", "9" * 5000,
@@ -127,7 +125,7 @@ JUNK = st.recursive(
 
 
 def fitting(option):
-    """Values that the option allows by itself."""
+    """Values that the option accepts."""
     largest = LARGEST_FLOAT if float in option.kinds else LARGEST_INT
     low, high = option.at_least or 0, largest if option.at_most is None else option.at_most
     below = option.below is not None
@@ -149,7 +147,7 @@ def misspelt(name):
 
 
 def written(value):
-    """As a command line or a config file would have it; str refuses integers of more than 4300 digits."""
+    """A value as text; str refuses integers of more than 4300 digits."""
     return f"10**{len(hex(value))}" if isinstance(value, int) and abs(value) > 10**300 else repr(value)
 
 
@@ -167,7 +165,7 @@ def command_lines(cls):
 
 @st.composite
 def damaged(draw, content):
-    """These bytes with a few of them changed, taken out, put in, or moved; some of it again, or cut off."""
+    """The content with one to three stretches of bytes changed, removed, inserted, repeated, or cut off."""
     content = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, max(0, len(content) - 1)))
@@ -203,8 +201,8 @@ def places(value, path=()):
 
 @st.composite
 def altered(draw, value, junk=JUNK):
-    """(a copy with one to three of its values gone, renamed, doubled, swapped or replaced, the paths of these)"""
-    value, changed = copy.deepcopy(value), []
+    """A copy with one to three of its values removed, renamed, repeated or replaced."""
+    value = copy.deepcopy(value)
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         paths = places(value)
         if not paths:
@@ -227,8 +225,7 @@ def altered(draw, value, junk=JUNK):
             parent[key] = draw(st.one_of(misspelt(old), st.just(old + "\n"), st.just([old])))
         else:
             parent[key] = draw(junk)
-        changed.append(path)
-    return value, changed
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +233,7 @@ def altered(draw, value, junk=JUNK):
 
 
 def assert_is_a_config(config):
-    """Every value is of its key's type and in its range, and comes back from a record, a command line and a page."""
+    """Every value is of its key's type and in its range, and survives the way to a record and back."""
     cls, values = type(config), dataclasses.asdict(config)
     for key, option in options_of(cls).items():
         value = values[key]
@@ -260,8 +257,8 @@ def printed_config(cls, argv):
         return message.text
 
 
-@thorough(1000, 25_000)
-def test_a_command_line_is_taken_at_its_word_or_refused(n, tmp_path, monkeypatch):
+@thorough(100, 25_000)
+def test_a_random_command_line_is_parsed_exactly_or_refused(n, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     taken_or_not = Counter()
 
@@ -270,7 +267,7 @@ def test_a_command_line_is_taken_at_its_word_or_refused(n, tmp_path, monkeypatch
         cls, argv = command_line
         asked_for_help = "--help" in argv or "-h" in argv
         try:
-            config, why = taken(lambda: parse(cls, argv), ConfigError)
+            config, why = outcome(lambda: parse(cls, argv), ConfigError)
         except Message as message:
             assert asked_for_help or "--print-config" in argv
             assert message.text and len(message.text) < 300_000
@@ -292,12 +289,12 @@ def test_a_command_line_is_taken_at_its_word_or_refused(n, tmp_path, monkeypatch
     )
 
 
-@thorough(600, 15_000)
-def test_one_value_of_one_key_is_what_it_says_or_refused_by_name(n):
+@thorough(100, 15_000)
+def test_a_random_value_on_the_command_line_is_kept_or_refused_by_name(n):
     @for_all(n, key=KEYS, value=st.one_of(TEXTS, NUMBERS.map(written)))
     def holds(key, value):
         cls = Config if key in options_of(Config) else SampleConfig
-        config, why = taken(lambda: parse(cls, [f"--{key}={value}"]), ConfigError)
+        config, why = outcome(lambda: parse(cls, [f"--{key}={value}"]), ConfigError)
         if config is None:
             assert key in why
             return
@@ -307,20 +304,20 @@ def test_one_value_of_one_key_is_what_it_says_or_refused_by_name(n):
             assert found == float(value) or found == int(value)
 
 
-@thorough(500, 10_000)
-def test_a_key_that_is_not_one_is_refused_by_name(n):
+@thorough(50, 10_000)
+def test_a_misspelt_key_is_refused_by_name(n):
     classes, values = st.sampled_from([Config, SampleConfig]), st.sampled_from(["", "=1", "=x"])
 
     @for_all(n, cls=classes, key=KEYS.flatmap(misspelt), value=values)
     def holds(cls, key, value):
         if key not in options_of(cls):
-            _, why = taken(lambda: parse(cls, [f"--{key}{value}"]), ConfigError)
+            _, why = outcome(lambda: parse(cls, [f"--{key}{value}"]), ConfigError)
             assert "unknown key" in why or "expected --key=value" in why
             assert key in why
 
 
-@thorough(600, 15_000)
-def test_a_value_in_a_config_file_is_taken_at_its_word_or_refused(n, tmp_path, monkeypatch):
+@thorough(60, 15_000)
+def test_a_random_value_in_a_config_file_is_kept_or_refused(n, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = st.one_of(
         JUNK.map(repr).filter(lambda text: "inf" not in text and "nan" not in text),
@@ -332,22 +329,22 @@ def test_a_value_in_a_config_file_is_taken_at_its_word_or_refused(n, tmp_path, m
     @for_all(n, key=ANY_KEYS.filter(str.isidentifier), value=values)
     def holds(key, value):
         Path("a.py").write_text(f"{key} = {value}\n", encoding="utf-8", errors="backslashreplace")
-        config, why = taken(lambda: parse(Config, ["a.py"]), ConfigError)
+        config, why = outcome(lambda: parse(Config, ["a.py"]), ConfigError)
         if config is not None:
             assert_is_a_config(config)
         else:
             assert "a.py" in why
 
 
-@thorough(500, 15_000)
-def test_a_damaged_config_file_is_a_config_or_refused(n, tmp_path, monkeypatch):
+@thorough(50, 15_000)
+def test_a_damaged_config_file_is_parsed_or_refused(n, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plain = (ROOT / "config" / "cpu.py").read_bytes() + (ROOT / "config" / "shakespeare_dense.py").read_bytes()
 
     @for_all(n, content=st.one_of(damaged(plain), damaged(plain).map(lambda b: b"# coding: utf-16\n" + b)))
     def holds(content):
         Path("a.py").write_bytes(content)
-        config, _ = taken(lambda: parse(Config, ["a.py"]), ConfigError)
+        config, _ = outcome(lambda: parse(Config, ["a.py"]), ConfigError)
         if config is not None:
             assert_is_a_config(config)
 
@@ -356,55 +353,45 @@ def test_a_damaged_config_file_is_a_config_or_refused(n, tmp_path, monkeypatch):
     "content",
     [
         b"n_layer = " + b"(" * 100_000,
-        b"n_layer = " + b"-" * 100_000 + b"1",
-        b"n_layer = " + b"not " * 100_000 + b"1",
-        b"n_layer = a" + b".a" * 100_000,
         b"n_layer = 1" + b" + 1" * 100_000,
-        b"n_layer = [" + b"[" * 90 + b"]" * 90 + b"]",
         b"n_layer = x = [1]\nx.append(x)\n",
         b"n_layer = " + b"9" * 10_000,
-        b"n_layer = 10**5000",
         b"seed = -(10**5000)",
         b"\0" * 1000,
-        b"\xff\xfen\x00",
         b"# coding: no-such-coding\nn_layer = 1",
-        b"# coding: hex\nn_layer = 1",
-        b"# coding: rot13\nn_layer = 1",
         b"n_layer = '\xff'",
         b"raise Exception('\\x1b[31m\\ud800' + 'x' * 10**6)",
         b"from config.\xc3\xa9 import *",
-        b"n_layer = '\\0\\x1b\\ud800'",
-        b"globals()['a' * 10**6] = 1",
         b"globals()['\\ud800\\n'] = 1",
         b"def f(): f()\nf()",
     ],
     ids=lambda content: repr(content[:40]),
 )
-def test_a_config_file_of_this_kind_is_refused(content, tmp_path, monkeypatch):
+def test_an_absurd_config_file_is_refused(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.py").write_bytes(content)
-    config, why = taken(lambda: parse(Config, ["a.py"]), ConfigError)
+    config, why = outcome(lambda: parse(Config, ["a.py"]), ConfigError)
     assert config is None and why.startswith("a.py")
 
 
-@thorough(500, 10_000)
-def test_a_recorded_config_comes_back_or_is_refused(n):
+@thorough(50, 10_000)
+def test_a_recorded_config_is_restored_or_refused(n):
     plain = Config(n_expert=4, expert_top_k=2).to_dict()
 
-    @for_all(n, values=st.one_of(altered(plain).map(lambda pair: pair[0]), JUNK, st.dictionaries(ANY_KEYS, JUNK)))
+    @for_all(n, values=st.one_of(altered(plain), JUNK, st.dictionaries(ANY_KEYS, JUNK)))
     def holds(values):
-        config, _ = taken(lambda: Config.from_dict(values), ConfigError)
+        config, _ = outcome(lambda: Config.from_dict(values), ConfigError)
         if config is not None:
             assert_is_a_config(config)
             assert all(getattr(config, key) == value for key, value in values.items())
 
 
-@pytest.mark.parametrize("key", [key for key, option in options_of(Config).items() if int in option.kinds])
-@pytest.mark.parametrize("value", [10**9, 10**12, 2**62, 2**63, 2**70])
-def test_a_huge_size_is_answered_at_once(key, value):
-    for others in ([], ["--n_expert=4"], ["--n_expert=4", "--n_expert_by_block=4,4"]):
-        config, why = taken(lambda: parse(Config, [*others, f"--{key}={value}"]), ConfigError)  # noqa: B023, at once
-        assert (getattr(config, key) == value < 2**63) if config else why
+@pytest.mark.parametrize("value", [10**9, 2**63 - 1, 2**70])
+def test_a_huge_size_is_answered_at_once(value):
+    for key in (key for key, option in options_of(Config).items() if int in option.kinds):
+        for others in ([], ["--n_expert=4", "--n_expert_by_block=4,4"]):
+            config, why = outcome(lambda: parse(Config, [*others, f"--{key}={value}"]), ConfigError)  # noqa: B023
+            assert (getattr(config, key) == value < 2**63) if config else why
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,7 +434,7 @@ BASES = [
 
 @st.composite
 def configs(draw):
-    """Configs that `problems` allows: of some that it does not, keys that it names go back to their defaults."""
+    """Configs without `problems`; keys that a problem names go back to their defaults."""
     base = draw(st.sampled_from(BASES))
     keys = draw(st.lists(st.sampled_from(list(MOE_KEYS)), max_size=10, unique=True))
     sizes = {key: draw(SIZES[key]) for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}
@@ -462,8 +449,8 @@ def configs(draw):
         del changes[draw(st.sampled_from([key for key in blamed if key not in base] or blamed))]
 
 
-@thorough(400, 6_000)
-def test_what_a_config_allows_can_be_trained_and_sampled(n):
+@thorough(100, 6_000)
+def test_an_accepted_config_can_be_trained_and_sampled(n):
     machine = machines.choose("cpu", "float32", compile=False)
 
     @for_all(n, config=configs(), step=st.integers(0, 10))
@@ -494,7 +481,7 @@ def assert_can_be_trained_and_sampled(config, step, machine):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files that are none
+# Paths that are no files
 
 
 def make_fifo(path):
@@ -510,7 +497,6 @@ NO_FILES = {
     "a pipe": make_fifo,
     "a folder": Path.mkdir,
     "a device that never ends": lambda path: path.symlink_to("/dev/zero"),
-    "a device that is empty": lambda path: path.symlink_to("/dev/null"),
     "a link to itself": lambda path: path.symlink_to(path),
     "a terabyte": make_huge,
     "nothing": lambda path: None,
@@ -520,7 +506,7 @@ NO_FILES = {
 
 @pytest.fixture
 def as_file(tmp_path, dense_run, words):
-    """{what a file is for: (where it lies, what reads it)}"""
+    """{the purpose of a file: (its path, a function that reads it)}"""
     shutil.copytree(words, tmp_path / "words")
     shutil.copytree(dense_run, tmp_path / "run")
     (tmp_path / "results" / "B").mkdir(parents=True)
@@ -542,19 +528,19 @@ def as_file(tmp_path, dense_run, words):
 REFUSALS = (ConfigError, DataError, CheckpointError, RecordError, OSError)
 
 
-@pytest.mark.parametrize("kind", NO_FILES)
 @pytest.mark.parametrize(
     "purpose",
     ["config", "meta", "bin", "record", "bench", "checkpoint", "prompt", "metrics", "recorded config", "text"],
 )
-def test_what_is_no_file_is_refused_at_once(purpose, kind, as_file, capsys):
+def test_a_path_that_is_no_file_is_refused_at_once(purpose, as_file, capsys):
     path, read = as_file[purpose]
-    if path.exists():
-        path.unlink()
-    NO_FILES[kind](path)
-    if (purpose, kind) != ("prompt", "an empty file"):  # it asks for the usual start
-        found, why = taken(read, *REFUSALS)
-        assert found is None and why
+    for kind, make in NO_FILES.items():
+        if os.path.lexists(path):
+            path.rmdir() if path.is_dir() else path.unlink()
+        make(path)
+        if (purpose, kind) != ("prompt", "an empty file"):  # an empty prompt is allowed
+            found, why = outcome(read, *REFUSALS)
+            assert found is None and why, kind
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -578,8 +564,8 @@ def zipped(content, name="input.txt", **options):
     return buffer.getvalue()
 
 
-@thorough(400, 6_000)
-def test_a_text_becomes_bins_that_spell_it_or_is_refused(n, tmp_path):
+@thorough(40, 6_000)
+def test_a_random_text_is_prepared_exactly_or_refused(n, tmp_path):
     plain = st.one_of(st.binary(max_size=60), st.text(min_size=5, max_size=60).map(str.encode))
     packed = st.sampled_from([gzip.compress(b"hello world" * 9, mtime=0), zipped(b"hello world" * 9)]).flatmap(damaged)
     source = tmp_path / "source"
@@ -588,7 +574,7 @@ def test_a_text_becomes_bins_that_spell_it_or_is_refused(n, tmp_path):
     def holds(content, unit):
         source.write_bytes(content)
         shutil.rmtree(tmp_path / "own", ignore_errors=True)
-        meta, why = taken(lambda: prepared(tmp_path, source, unit), DataError)
+        meta, why = outcome(lambda: prepared(tmp_path, source, unit), DataError)
         if meta is None:
             assert str(source) in why and files_in(tmp_path).keys() == {source}
             return
@@ -599,7 +585,7 @@ def test_a_text_becomes_bins_that_spell_it_or_is_refused(n, tmp_path):
 
 
 def opened(folder):
-    """The data set, read to its end."""
+    """The data set, after reading all of it."""
     dataset = Dataset.open(folder)
     for split in dataset.sizes:
         dataset.batch(split, 1, 2, 3, 4)
@@ -608,8 +594,8 @@ def opened(folder):
     return dataset
 
 
-@thorough(800, 10_000)
-def test_a_changed_data_set_is_refused_or_the_same(n, words, byte_words, tmp_path):
+@thorough(80, 10_000)
+def test_a_changed_data_set_is_refused_or_reads_the_same(n, words, byte_words, tmp_path):
     wholes = {name: opened(folder) for name, folder in (("words", words), ("byte_words", byte_words))}
     texts = {name: text_of(whole) for name, whole in wholes.items()}
     for name, folder in (("words", words), ("byte_words", byte_words)):
@@ -626,10 +612,10 @@ def test_a_changed_data_set_is_refused_or_the_same(n, words, byte_words, tmp_pat
         if path.suffix == ".json":
             meta = json.loads(contents[path])
             symbols = st.lists(st.sampled_from(meta["vocabulary"]) | JUNK, max_size=3)
-            of_meta = altered(meta).map(lambda pair: pair[0])
+            of_meta = altered(meta).map(json_of)
             ways += [
-                of_meta.map(json_of),
-                of_meta.map(json_of),
+                of_meta,
+                of_meta,
                 symbols.map(lambda some: json_of({**meta, "vocabulary": some})),
             ]
             ways.append(st.integers(0, len(meta["vocabulary"]) - 1).map(lambda i: json_of(neighbour(meta, i))))
@@ -641,14 +627,14 @@ def test_a_changed_data_set_is_refused_or_the_same(n, words, byte_words, tmp_pat
         (tmp_path / path).write_bytes(content)
         name = path.parts[0]
         try:
-            dataset, why = taken(lambda: opened(tmp_path / name), DataError)
+            dataset, why = outcome(lambda: opened(tmp_path / name), DataError)
         finally:
             (tmp_path / path).write_bytes(contents[path])
         refused[dataset is None] += 1
         if dataset is None:
             assert path.name in why or "meta.json" in why
         else:
-            unproved = {"name": "", "canonical": True}  # nothing else tells what a text is called
+            unproved = {"name": "", "canonical": True}  # a changed name cannot be noticed
             assert dataset.describe() | unproved == wholes[name].describe() | unproved
             assert dataset.vocabulary == wholes[name].vocabulary and text_of(dataset) == texts[name]
             assert dataset.name.strip() and dataset.name.encode()
@@ -661,41 +647,41 @@ def json_of(value):
 
 
 def neighbour(meta, i):
-    """The meta with the next symbol in place of one: sorted and distinct, as if nothing had happened."""
+    """The meta with one symbol replaced by the next code point: the vocabulary is still sorted and distinct."""
     symbols = list(meta["vocabulary"])
     symbols[i] = symbols[i] + 1 if isinstance(symbols[i], int) else chr(ord(symbols[i]) + 1)
     return {**meta, "vocabulary": symbols}
 
 
-@thorough(500, 10_000)
-def test_a_vocabulary_comes_back_or_is_refused(n):
+@thorough(50, 10_000)
+def test_a_random_vocabulary_is_restored_or_refused(n):
     plain = [Vocabulary("character", ("\n", "a", "é")).to_dict(), Vocabulary("byte", (10, 97, 255)).to_dict()]
-    values = st.one_of(st.sampled_from(plain).flatmap(altered).map(lambda pair: pair[0]), JUNK)
+    values = st.one_of(st.sampled_from(plain).flatmap(altered), JUNK)
     texts = st.one_of(TEXTS, st.text(st.sampled_from("\naé"), max_size=9))
     ids = st.one_of(JUNK, st.lists(st.integers(-1, 4), max_size=5), st.lists(st.lists(st.integers(0, 2)), max_size=3))
 
     @for_all(n, values=values, text=texts, ids=ids)
     def holds(values, text, ids):
-        vocabulary, _ = taken(lambda: Vocabulary.from_dict(values), DataError)
+        vocabulary, _ = outcome(lambda: Vocabulary.from_dict(values), DataError)
         vocabulary = vocabulary or Vocabulary.from_dict(plain[0])
         assert Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
-        encoded, why = taken(lambda: vocabulary.encode(text), DataError)
+        encoded, why = outcome(lambda: vocabulary.encode(text), DataError)
         if encoded is None:
             assert "vocabulary" in why or "UTF-8" in why
         elif is_utf8(text):
             assert vocabulary.decode(encoded) == text
-        decoded, _ = taken(lambda: vocabulary.decode(ids), DataError)
+        decoded, _ = outcome(lambda: vocabulary.decode(ids), DataError)
         if decoded is not None:
             decoded.encode()
 
 
-@thorough(300, 5_000)
-def test_a_name_of_a_data_set_is_found_or_refused(n):
+@thorough(30, 5_000)
+def test_a_random_dataset_name_is_found_or_refused(n):
     names = st.one_of(TEXTS, TEXTS.map(lambda text: f"{text}/x"), st.sampled_from(["shakespeare", "~nobody/x", ".."]))
 
     @for_all(n, name=names)
     def holds(name):
-        folder, why = taken(lambda: find(name), DataError)
+        folder, why = outcome(lambda: find(name), DataError)
         assert why or folder.is_dir()
 
 
@@ -710,8 +696,8 @@ def byte_run(byte_words, tmp_path_factory):
     return out_dir
 
 
-@thorough(300, 4_000)
-def test_a_prompt_is_written_on_or_refused(n, dense_run, moe_run, byte_run, tmp_path, capsys):
+@thorough(25, 4_000)
+def test_a_random_prompt_is_continued_or_refused(n, dense_run, moe_run, byte_run, tmp_path, capsys):
     file = tmp_path / "prompt.txt"
     starts = st.one_of(TEXTS, st.text(st.sampled_from("the \n.09TÉ"), max_size=40), st.just(f"FILE:{file}"))
     options = st.fixed_dictionaries(
@@ -735,7 +721,7 @@ def test_a_prompt_is_written_on_or_refused(n, dense_run, moe_run, byte_run, tmp_
         argv = [f"--out_dir={run}", "--device=cpu", *(f"--{key}={value}" for key, value in options.items())]
         before = files_in(run)
         capsys.readouterr()
-        code, why = taken(lambda: sample.main(argv), ConfigError, DataError, CheckpointError, OSError)
+        code, why = outcome(lambda: sample.main(argv), ConfigError, DataError, CheckpointError, OSError)
         out, err = capsys.readouterr()
         assert files_in(run) == before and err == ""
         if code is None:
@@ -767,8 +753,8 @@ def assert_same(a, b):
         assert a == b or a != a
 
 
-@thorough(400, 8_000)
-def test_a_damaged_checkpoint_is_whole_or_refused(n, tmp_path):
+@thorough(50, 8_000)
+def test_a_damaged_checkpoint_is_refused_or_loads_the_same(n, tmp_path):
     state = {"model": {"a": torch.arange(40.0), "b": torch.ones(3, 2)}, "step": 7, "names": ["x", None, 0.5, True]}
     checkpoint.save(tmp_path / "a.pt", state)
     whole, content = checkpoint.load(tmp_path / "a.pt"), (tmp_path / "a.pt").read_bytes()
@@ -776,7 +762,7 @@ def test_a_damaged_checkpoint_is_whole_or_refused(n, tmp_path):
     @for_all(n, content=damaged(content))
     def holds(content):
         (tmp_path / "a.pt").write_bytes(content)
-        found, why = taken(lambda: checkpoint.load(tmp_path / "a.pt"), CheckpointError)
+        found, why = outcome(lambda: checkpoint.load(tmp_path / "a.pt"), CheckpointError)
         assert "a.pt" in why if found is None else assert_same(found, whole) is None
 
 
@@ -787,8 +773,8 @@ TENSORS = st.sampled_from([
 ])  # fmt: skip
 
 
-@thorough(300, 4_000)
-def test_a_checkpoint_of_other_content_is_refused_or_can_write(n, dense_run, moe_run, words, tmp_path, capsys):
+@thorough(25, 4_000)
+def test_a_checkpoint_with_changed_content_is_refused_or_can_be_sampled(n, dense_run, moe_run, words, tmp_path, capsys):
     hashed = tmp_path / "hashed"
     assert train_tiny(words, hashed, n_expert=4, router="hash", aux_loss="none", max_iters=1) == 0
     states = {}
@@ -814,11 +800,11 @@ def test_a_checkpoint_of_other_content_is_refused_or_can_write(n, dense_run, moe
         if sizes:
             state["config"].update(sizes)
         else:
-            state, _ = change.draw(altered(state, st.one_of(JUNK, TENSORS)))
+            state = change.draw(altered(state, st.one_of(JUNK, TENSORS)))
         checkpoint.save(folder / "best.pt", state)
         capsys.readouterr()
         options = [f"--out_dir={folder}", "--device=cpu", "--max_new_tokens=3", "--top_k=5"]
-        code, why = taken(lambda: sample.main(options), ConfigError, DataError, CheckpointError)
+        code, why = outcome(lambda: sample.main(options), ConfigError, DataError, CheckpointError)
         assert why if code is None else code == 0 and len(capsys.readouterr().out) == 5
 
 
@@ -827,8 +813,8 @@ def test_a_checkpoint_of_other_content_is_refused_or_can_write(n, dense_run, moe
 
 
 def shown_everywhere(record):
-    """All that a single record is drawn in, but for figures."""
-    assert records.report(record).encode() and records.machine_of(record)
+    """Draw everything that shows a single record, except figures."""
+    assert screen_report.final_report(record).encode() and records.machine_of(record)
     for table in experiments.TABLES.values():
         for comparison in experiments.gather(table, experiments.in_cells(table, [record], []), "cpu"):
             for view in table.views:
@@ -842,7 +828,7 @@ def benches_shown_everywhere(record):
         *bench_records.slower(BENCH, record),
         *bench_records.not_compared(BENCH, record),
         *bench_records.doubts(record),
-        bench_records.about(record),
+        bench_records.headline(record),
     ]
     assert not any("\n" in line for line in told)
     for grid in cells.speed_grids(record):
@@ -855,33 +841,33 @@ DENSE_RECORD = json.loads((ROOT / "results" / "B" / "shakespeare_dense-cpu-s1337
 BENCH = json.loads((ROOT / "results" / "bench" / "amd-epyc-2-cpu.json").read_text())
 
 
-@thorough(600, 15_000)
+@thorough(60, 15_000)
 @pytest.mark.parametrize("kind", ["run", "bench"])
 def test_a_changed_record_is_refused_or_can_be_drawn(n, kind, tmp_path):
     wholes = [RECORD, DENSE_RECORD] if kind == "run" else [BENCH]
     read, show = (records.read, shown_everywhere) if kind == "run" else (bench_records.read, benches_shown_everywhere)
     path = tmp_path / "a-s1337.json"
-    values = st.sampled_from(wholes).flatmap(altered).map(lambda pair: json_of(pair[0]))
+    values = st.sampled_from(wholes).flatmap(altered).map(json_of)
     contents = st.one_of(values, values, st.sampled_from(wholes).map(json_of).flatmap(damaged), JUNK.map(json_of))
 
     @for_all(n, content=contents)
     def holds(content):
         path.write_bytes(content)
-        record, why = taken(lambda: read(path), RecordError)
+        record, why = outcome(lambda: read(path), RecordError)
         if record is None:
             assert str(path) in why
         else:
             show(record)
 
 
-@thorough(6, 150)
-def test_whatever_a_folder_of_records_holds_it_is_drawn(n, tmp_path, capsys):
-    """Damaged records beside whole ones, under names that no page can show."""
+@thorough(2, 150)
+def test_a_folder_with_damaged_records_is_drawn(n, tmp_path, capsys):
+    """Damaged records beside sound ones, under file names that no page can show."""
     names = st.sampled_from(
         ["a-s1.json", "\udcff-s1337.json", "\n<b>|$x$-s1337.json", "\x1b[31m.json", "x" * 240 + ".json"]
     )
     contents = st.one_of(
-        st.sampled_from([RECORD, DENSE_RECORD, BENCH]).flatmap(altered).map(lambda pair: json_of(pair[0])),
+        st.sampled_from([RECORD, DENSE_RECORD, BENCH]).flatmap(altered).map(json_of),
         st.sampled_from([RECORD, BENCH]).map(json_of),
         st.binary(max_size=9),
     )
@@ -895,30 +881,28 @@ def test_whatever_a_folder_of_records_holds_it_is_drawn(n, tmp_path, capsys):
             (results / folder).mkdir(parents=True, exist_ok=True)
             (results / folder / name).write_bytes(content)
         before = files_in(results)
-        assert taken(lambda: plot_results.main(["--results", str(results)]))[0] == 0
+        assert outcome(lambda: plot_results.main(["--results", str(results)]))[0] == 0
         after = files_in(results)
         assert before.items() <= after.items()
         for name in ("summary.md", "report.html"):
             assert (results / name).read_text(encoding="utf-8")
-        assert taken(lambda: plot_results.main(["--results", str(results), "--check"]))[0] in (0, 1)
+        assert outcome(lambda: plot_results.main(["--results", str(results), "--check"]))[0] in (0, 1)
         assert files_in(results) == after
         capsys.readouterr()
 
 
-@thorough(40, 800)
-def test_a_run_of_any_content_is_drawn_or_left_out(n, moe_run, tmp_path, capsys):
+@thorough(6, 800)
+def test_a_damaged_run_is_drawn_or_refused(n, moe_run, tmp_path, capsys):
     shutil.copytree(moe_run, tmp_path / "run")
     contents = {name: (moe_run / name).read_bytes() for name in ("config.json", "metrics.jsonl")}
     lines = [json.loads(line) for line in contents["metrics.jsonl"].splitlines()]
     config = json.loads(contents["config.json"])
     titles = TEXTS.map(lambda title: json_of({**config, "title": title}))
     changes = {
-        "config.json": st.one_of(
-            titles, damaged(contents["config.json"]), altered(config).map(lambda p: json_of(p[0]))
-        ),
+        "config.json": st.one_of(titles, damaged(contents["config.json"]), altered(config).map(json_of)),
         "metrics.jsonl": st.one_of(
             damaged(contents["metrics.jsonl"]),
-            altered(lines).map(lambda pair: b"\n".join(map(json_of, pair[0]))),
+            altered(lines).map(lambda some: b"\n".join(map(json_of, some))),
             st.just(b"[" * 100_000),
         ),
     }
@@ -930,7 +914,7 @@ def test_a_run_of_any_content_is_drawn_or_left_out(n, moe_run, tmp_path, capsys)
         picture.unlink(missing_ok=True)
         (tmp_path / "run" / name).write_bytes(content)
         argv = ["--latest", str(tmp_path / "run"), "--output", str(picture)]
-        code, _ = taken(lambda: plot_results.main(argv), RecordError)
+        code, _ = outcome(lambda: plot_results.main(argv), RecordError)
         (tmp_path / "run" / name).write_bytes(contents[name])
         assert picture.is_file() == (code == 0)
         capsys.readouterr()

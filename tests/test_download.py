@@ -1,13 +1,9 @@
-"""data/download.py: from whatever a server does, the whole right file or one message, within bounded time.
-
-The servers are on the loopback; none waits for longer than a test allows.
-"""
+"""data/download.py: whatever a server does, the whole right file or one message. The servers are on the loopback."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import random
 import shutil
 import socket
@@ -22,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tqdm
 from conftest import thorough
 from test_data import CONTENT, OTHER, OWN, TOY, archive, file_size_limit, in_child, tmpfs, told
 
 from data import build, download
 from data.build import Remote, TextSpec, prepare
 from data.common import DataError, Dataset
+from support.files import FileError
 
 THIRD = len(CONTENT) // 3
 HASHES = pytest.mark.parametrize("sha256", [TOY.sha256, None], ids=["verified", "unverified"])
@@ -116,8 +112,7 @@ def ignores_ranges(request: Request) -> None:
 
 
 def cut_and_ignores_ranges(request: Request) -> None:
-    body = request.server.body
-    request.reply(body[:THIRD], Content_Length=len(body))
+    request.reply(request.server.body[:THIRD], Content_Length=len(request.server.body))
 
 
 def status(code: int, **headers: object) -> Act:
@@ -146,43 +141,24 @@ def hangs_midway(request: Request) -> None:
     hangs(request)
 
 
-def drips(request: Request) -> None:
-    request.send_response(200)
-    request.end_headers()
-    while not request.server.closing.wait(0.005):
-        request.wfile.write(b"a")
-
-
 def closes(request: Request) -> None:
     pass
 
 
-def sends(raw: bytes) -> Act:
-    """These bytes, headers among them."""
-    return lambda request: request.wfile.write(raw)
-
-
-def chunked(request: Request, end: bytes = b"0\r\n\r\n") -> None:
-    request.reply(b"", Content_Length=None, Transfer_Encoding="chunked")
-    body = request.server.body
-    request.wfile.write(b"%x\r\n%b\r\n%x\r\n%b\r\n" % (THIRD, body[:THIRD], len(body) - THIRD, body[THIRD:]) + end)
-
-
 def cut_chunked(request: Request) -> None:
-    chunked(request, end=b"")
+    request.reply(b"%x\r\n%b\r\n" % (THIRD, CONTENT[:THIRD]), Content_Length=None, Transfer_Encoding="chunked")
 
 
 def another_range(request: Request) -> None:
-    size = len(request.server.body)
-    request.reply(request.server.body[7:], 206, Content_Range=f"bytes 7-{size - 1}/{size}")
+    body = request.server.body
+    request.reply(body[7:], 206, Content_Range=range_from(7, body))
 
 
 def short_range(request: Request) -> None:
     """Of the range that was asked for, at most 40,000 bytes."""
     body, start = request.server.body, request.start()
     piece = body[start : start + 40_000]
-    end = start + len(piece) - 1
-    request.reply(piece, 206, Content_Range=f"bytes {start}-{end}/{len(body)}")
+    request.reply(piece, 206, Content_Range=f"bytes {start}-{start + len(piece) - 1}/{len(body)}")
 
 
 def range_whatever_changed(request: Request) -> None:
@@ -198,11 +174,14 @@ def changes(request: Request) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
+def alone_and_impatient(monkeypatch):
+    """No proxy, no pauses, short time-outs."""
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(download, "BACKOFF", 0)
+    monkeypatch.setattr(download, "TIMEOUTS", (1.0, 0.2))
 
 
 @pytest.fixture
@@ -211,32 +190,24 @@ def server():
         yield running
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(download, "TIMEOUTS", (1.0, 0.1))
-
-
-def fetch(server: Server, part: Path, sha256: str | None = TOY.sha256, path: str = "/toy") -> list[float]:
-    """Download; the pauses that were made."""
-    pauses = []
-    download.download(server.url + path, part, sha256, pause=pauses.append)
+def fetch(server: Server, part: Path, sha256: str | None = TOY.sha256) -> None:
+    download.download(server.url + "/toy", part, sha256)
     assert part.read_bytes() == server.body
-    return pauses
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What passes
+# Faults that pass
 
 
 @HASHES
-def test_a_cut_download_goes_on_where_it_was_cut(server, tmp_path, sha256):
+def test_a_cut_download_resumes_where_it_was_cut(server, tmp_path, sha256):
     server.script = [cut, cut]
     fetch(server, tmp_path / "part", sha256)
     assert server.ranges == [None, f"bytes={THIRD}-", f"bytes={THIRD + (len(CONTENT) - THIRD) // 3}-"]
 
 
 @HASHES
-def test_without_a_sha256_or_a_version_a_cut_download_starts_again(server, tmp_path, sha256):
+def test_a_cut_download_starts_again_without_a_sha256_or_a_version(server, tmp_path, sha256):
     server.script, server.tag = [cut], None
     fetch(server, tmp_path / "part", sha256)
     assert server.ranges == [None, f"bytes={THIRD}-" if sha256 else None]
@@ -250,112 +221,50 @@ def test_without_a_sha256_or_a_version_a_cut_download_starts_again(server, tmp_p
         [cut, another_range],
         [cut, short_range],
         [cut, status(416)],
-        [cut, status(416, Content_Range="bytes */" + "9" * 5000)],
-        [cut, status(206, Content_Range="bytes " + "9" * 5000 + "-7/8")],
         [short_range],
         [hangs],
         [hangs_midway],
-        [drips],
         [closes] * 4,
-        [sends(b"nonsense\r\n\r\n")],
-        [sends(b"HTTP/1.0 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n")],
-        [chunked],
         [cut_chunked],
-        [sends(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc")],
         [with_headers(Content_Length=None)],
-        [with_headers(Content_Length=-5)],
-        [with_headers(Content_Length="abc")],
-        [with_headers(Content_Length="9" * 5000)],
-        [with_headers(Content_Length="5, 6")],
         [with_headers(Content_Length=len(CONTENT) + 9)],
-        [with_headers(Transfer_Encoding="chunked"), whole],
-        [redirect("/moved")],
         [redirect("/moved"), cut, redirect("/moved")],
         [status(503), status(429), status(500), status(408)],
     ],
 )
-def test_faults_that_pass_do_no_harm(server, tmp_path, impatient, script, sha256):
+def test_a_passing_fault_is_retried(server, tmp_path, script, sha256):
     server.script = list(script)
     fetch(server, tmp_path / "part", sha256)
     assert not server.script
 
 
-@pytest.mark.parametrize(
-    "wait, pause",
-    [("7", 7.0), ("3600", 30.0), ("9" * 400, 30.0), ("-1", 1.0), ("soon", 1.0), ("Fri, 31 Dec 1999 23:59:59 GMT", 1.0)],
-)
-def test_a_server_may_ask_for_a_pause_within_bounds(server, tmp_path, wait, pause):
-    server.script = [status(503, Retry_After=wait)]
-    assert fetch(server, tmp_path / "part") == [pause]
-
-
-def test_pauses_grow_until_there_is_progress(server, tmp_path):
-    server.body = CONTENT * 10
-    server.script = [status(503), status(429), status(500), cut, status(503), redirect("/moved")]
-    sha256 = hashlib.sha256(server.body).hexdigest()
-    assert fetch(server, tmp_path / "part", sha256) == [1.0, 2.0, 4.0, 1.0, 2.0]
-
-
-def test_a_redirection_to_another_host_is_followed(server, tmp_path):
-    with closing(Server()) as other:
-        server.script = [redirect(f"http://localhost:{other.server_port}/there")]
-        fetch(server, tmp_path / "part")
-        assert len(other.ranges) == 1
-
-
 @HASHES
-@pytest.mark.parametrize("honest", [True, False], ids=["If-Range", "no If-Range"])
-def test_a_file_that_changes_between_two_tries_is_never_mixed(server, tmp_path, sha256, honest):
-    server.script = [changes] if honest else [changes, range_whatever_changed]
+@pytest.mark.parametrize("second", [whole, range_whatever_changed, ignores_ranges])
+def test_a_file_that_changes_between_tries_is_never_mixed(server, tmp_path, sha256, second):
+    server.script = [changes, second]
     fetch(server, tmp_path / "part", sha256 and hashlib.sha256(OTHER).hexdigest())
 
 
-@pytest.mark.parametrize("second", [range_whatever_changed, ignores_ranges])
-def test_a_file_that_changes_where_nothing_tells_versions_apart_is_never_mixed(server, tmp_path, second):
-    server.tag = None
-    server.script = [changes, second]
-    server.always = with_headers(ETag=None)
-    fetch(server, tmp_path / "part", hashlib.sha256(OTHER).hexdigest())
-    server.script, server.body, server.tag = [changes, second], CONTENT, None
-    fetch(server, tmp_path / "other", None)
-
-
 @pytest.mark.parametrize("leftover", [CONTENT[:500], CONTENT, b"of another file", CONTENT + b"more"])
-def test_what_an_earlier_download_left_is_used_only_if_it_fits(server, tmp_path, leftover):
+def test_leftovers_of_an_earlier_download_are_used_only_if_they_fit(server, tmp_path, leftover):
     (tmp_path / "part").write_bytes(leftover)
     fetch(server, tmp_path / "part")
-    assert server.ranges[0] == f"bytes={len(leftover)}-"
+    assert server.ranges[:1] == ([] if leftover == CONTENT else [f"bytes={len(leftover)}-"])
 
 
-def test_leftovers_are_not_used_when_nothing_could_tell_that_they_fit(server, tmp_path):
+def test_leftovers_are_not_used_without_a_sha256(server, tmp_path):
     (tmp_path / "part").write_bytes(b"of another file")
     fetch(server, tmp_path / "part", sha256=None)
     assert server.ranges == [None]
 
 
-@pytest.mark.parametrize("jump", [-1e9, -1.0, 0.0, 1e9])
-def test_a_clock_that_jumps_breaks_nothing(server, tmp_path, monkeypatch, jump):
-    """Also not the bar, whose library reads that clock."""
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    now = [1.7e9]
-
-    def jumping() -> float:
-        now[0] += jump * random.random()
-        return now[0]
-
-    monkeypatch.setattr(time, "time", jumping)
-    monkeypatch.setattr(tqdm.std, "time", jumping)
-    monkeypatch.setattr("sys.stderr", Terminal())
-    server.script = [cut, status(503, Retry_After="2"), cut]
-    assert fetch(server, tmp_path / "part") == [1.0, 2.0, 4.0]
+def test_no_progress_bar_is_shown_without_a_terminal(server, tmp_path, capsys):
+    fetch(server, tmp_path / "part")
+    assert capsys.readouterr() == ("", "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What does not pass
+# Faults that stay
 
 
 @HASHES
@@ -363,40 +272,29 @@ def test_a_clock_that_jumps_breaks_nothing(server, tmp_path, monkeypatch, jump):
     "act, requests, problem",
     [
         (status(404), 1, "HTTP 404 Not Found"),
-        (status(403), 1, "HTTP 403 Forbidden"),
         (status(204), 1, "HTTP 204 No Content"),
         (status(302), 1, "HTTP 302 Found"),
-        (status(503), 5, r"HTTP 503 Service Unavailable \(5 tries\)"),
-        (status(416), 5, r"the server has no such range \(5 tries\)"),
-        (status(416, Content_Range="bytes */0"), 5, r"the server has no such range \(5 tries\)"),
-        (another_range, 5, r"another range than asked for \(5 tries\)"),
-        (status(206), 5, r"another range than asked for \(5 tries\)"),
-        (closes, 5, r"the connection was cut \(ConnectionError\) \(5 tries\)"),
-        (sends(b"nonsense\r\n\r\n"), 5, r"the connection was cut .*\(5 tries\)"),
-        (cut_and_ignores_ranges, 5, r"the connection ended after 33,333 of 100,000 bytes \(5 tries\)"),
-        (with_headers(Content_Length=len(CONTENT) + 9), 5, r"ended after 100,000 of 100,009 bytes \(5 tries\)"),
-        (with_headers(Content_Length=10**15), 5, r"ended after 100,000 of 1,000,000,000,000,000 bytes \(5 tries\)"),
-        (with_headers(Content_Length="5, 6"), 5, r"answer makes no sense .*\(5 tries\)"),
-        (cut_chunked, 5, r"the connection was cut \(ProtocolError\) \(5 tries\)"),
-        (hangs, 5, r"no data for 0.1 s \(5 tries\)"),
-        (hangs_midway, 5, r"no data for 0.1 s \(5 tries\)"),
-        (drips, 5, r"only [0-9]+ bytes came in 0 s \(5 tries\)"),
-        (with_headers(Content_Encoding="br"), 1, "sent as 'br', which was not asked for"),
+        (status(503), 5, "HTTP 503 Service Unavailable"),
+        (status(416), 5, r"another file or range now \(5 tries\)"),
+        (another_range, 5, r"another file or range now \(5 tries\)"),
+        (closes, 5, "the connection was cut"),
+        (cut_and_ignores_ranges, 5, r"the connection was cut after 33,333 of 100,000 bytes \(5 tries\)"),
+        (with_headers(Content_Length=10**15), 5, r"cut after 100,000 of 1,000,000,000,000,000 bytes \(5 tries\)"),
+        (with_headers(Content_Length="5, 6"), 1, "cannot be asked for .Content-Length contained multiple"),
+        (cut_chunked, 5, r"the connection was cut \(5 tries\)"),
+        (hangs_midway, 5, r"no data for .* s after 32,768 of 100,000 bytes \(5 tries\)"),
         (page, 1, "sent a web page in place of the file"),
-        (redirect("/toy"), 31, "not a usable address .Exceeded 30 redirects"),
-        (redirect("file:///etc/passwd"), 1, "not a usable address .*file:///etc/passwd"),
+        (redirect("/toy"), 31, "cannot be asked for .Exceeded 30 redirects"),
+        (redirect("file:///etc/passwd"), 1, "cannot be asked for .*file:///etc/passwd"),
         (redirect("http://[nonsense"), 1, "cannot be asked for .Invalid IPv6 URL"),
-        (redirect("http://" + "a" * 70 + "/"), 1, "not a usable address .*label empty or too long"),
-        (sends(b"HTTP/1.0 302 Found\r\nLocation: /\xff\xfe\r\n\r\n"), 1, "cannot be asked for .*codec can't decode"),
-        (redirect("http://127.0.0.1:9/"), 2, r"the connection was refused or there is no route \(2 tries\)"),
+        (redirect("http://127.0.0.1:9/"), 1, "the connection was refused or there is no route"),
     ],
 )
-def test_faults_that_do_not_pass_end_the_download(server, tmp_path, impatient, act, requests, problem, sha256):
-    server.always, part = act, tmp_path / "part"
+def test_a_lasting_fault_is_one_message(server, tmp_path, act, requests, problem, sha256):
+    server.always = act
     with pytest.raises(DataError, match=f"{server.url}/toy: .*{problem}") as caught:
-        fetch(server, part, sha256)
-    assert "\n" not in str(caught.value) and requests <= len(server.ranges) <= requests + (sha256 is not None)
-    assert sha256 or not part.exists()  # what is left can be gone on from
+        fetch(server, tmp_path / "part", sha256)
+    assert "\n" not in str(caught.value) and len(server.ranges) == requests
 
 
 @pytest.mark.parametrize(
@@ -405,45 +303,22 @@ def test_faults_that_do_not_pass_end_the_download(server, tmp_path, impatient, a
         (with_headers(Content_Length=THIRD), "not the expected one: 33,333 bytes"),
         (lambda request: request.reply(OTHER), "not the expected one: 100,000 bytes"),
         (lambda request: request.reply(b""), "not the expected one: 0 bytes"),
-        (lambda request: request.reply(gzip.compress(CONTENT), Content_Encoding="gzip"), "not the expected one"),
         (page, "web page"),
     ],
 )
-def test_the_wrong_file_is_refused_and_removed(server, tmp_path, act, problem):
+def test_a_wrong_file_is_refused_and_removed(server, tmp_path, act, problem):
     server.always = act
     with pytest.raises(DataError, match=problem):
         fetch(server, tmp_path / "part")
     assert len(server.ranges) == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_login_page_behind_a_redirection_is_refused(server, tmp_path):
-    server.script = [redirect("/login"), page]
-    with pytest.raises(DataError, match="sent a web page"):
-        fetch(server, tmp_path / "part")
-    assert not list(tmp_path.iterdir())
-
-
 def test_pieces_that_never_fit_together_end_the_download(server, tmp_path):
     (tmp_path / "part").write_bytes(b"of another file")
-    server.script = [range_whatever_changed, changes, range_whatever_changed]
-    server.tag = None
+    server.script, server.tag = [range_whatever_changed, changes, range_whatever_changed], None
     with pytest.raises(DataError, match="not the expected one"):
         fetch(server, tmp_path / "part")
     assert len(server.ranges) == 3 and not list(tmp_path.iterdir())
-
-
-def test_going_back_and_forth_is_not_progress(server, tmp_path):
-    """A cut, then a wrong range that removes what was there, and so on: all cuts end further than the file was."""
-    server.script = [cut, another_range] * 50
-    with pytest.raises(DataError, match="5 tries"):
-        fetch(server, tmp_path / "part")
-    assert len(server.ranges) == 5
-
-
-def test_a_server_that_cuts_after_every_few_bytes_is_given_up(server, tmp_path):
-    server.always = lambda request: whole(request, 0.001)
-    with pytest.raises(DataError, match=r"the connection ended after [0-9]+ of 100,000 bytes \(5 tries\)"):
-        fetch(server, tmp_path / "part")
 
 
 def no_such_name(*arguments, **options):
@@ -453,63 +328,49 @@ def no_such_name(*arguments, **options):
 @pytest.mark.parametrize(
     "url, problem",
     [
-        ("http://127.0.0.1:9/toy", r"the connection was refused or there is no route \(2 tries\)"),
-        ("http://name.invalid/toy", r"the host's name cannot be resolved \(no network\?\) \(2 tries\)"),
-        ("http://[nonsense", "not a usable address"),
-        ("http:///toy", "not a usable address"),
-        ("http://host:port/", "not a usable address"),
-        ("http://host:99999999/", "not a usable address"),
-        ("ftp://host/toy", "not a usable address"),
-        ("http://a..b/toy", "not a usable address"),
-        ("http://\udcff/toy", "not a usable address"),
+        ("http://127.0.0.1:9/toy", "the connection was refused or there is no route"),
+        ("http://name.invalid/toy", r"the host's name cannot be resolved \(no network\?\)"),
+        ("http://[nonsense", "cannot be asked for"),
+        ("http://host:port/", "cannot be asked for"),
+        ("ftp://host/toy", "cannot be asked for"),
+        ("http://\udcff/toy", "cannot be asked for"),
     ],
 )
 def test_an_address_that_leads_nowhere_is_told_at_once(tmp_path, monkeypatch, url, problem):
     if "name.invalid" in url:
         monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
-    pauses = []
     with pytest.raises(DataError, match=problem):
-        download.download(url, tmp_path / "part", pause=pauses.append)
-    assert len(pauses) <= 1 and not list(tmp_path.iterdir())
+        download.download(url, tmp_path / "part")
+    assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whatever comes in whatever order
-
-ACTS = (
-    *(whole, cut, cut, ignores_ranges, cut_and_ignores_ranges, page, hangs, hangs_midway, drips, closes, chunked),
-    *(cut_chunked, another_range, short_range, range_whatever_changed, changes),
-    *(status(code) for code in (204, 206, 302, 404, 416, 429, 503)),
-    *(with_headers(Content_Length=value) for value in (None, -5, "abc", "9" * 5000, "5, 6", 99_000, 100_009)),
-    *(with_headers(ETag=value) for value in (None, 'W/"1"', '"3"')),
-    *(with_headers(Content_Encoding=value) for value in ("br", "gzip")),
-    *(redirect(address) for address in ("/toy", "/login", "http://127.0.0.1:9/", "file:///etc/passwd", "")),
-    *(sends(raw) for raw in (b"\0", b"HTTP/1.1 200\r\n\r\nabc", b"HTTP/9.9 999 \xff\r\n:\r\n\r\n")),
-)
+ACTS = (whole, cut, cut, ignores_ranges, cut_and_ignores_ranges, page, hangs, hangs_midway, closes, cut_chunked,
+        another_range, short_range, range_whatever_changed, changes, redirect("/toy"),
+        *(status(code) for code in (404, 416, 503)),
+        *(with_headers(Content_Length=value) for value in (None, "abc", 99_000, 100_009)),
+        *(with_headers(ETag=value) for value in (None, 'W/"1"', '"3"')))  # fmt: skip
 
 
-@thorough(short=200, soak=5000)
-def test_the_file_comes_whole_or_not_at_all(tmp_path, monkeypatch, n):
-    """And once the server has come to its senses, the next download mends what was left."""
+@thorough(short=25, soak=2000)
+def test_the_file_comes_whole_or_not_at_all_and_the_next_download_mends_it(tmp_path, monkeypatch, n):
     for case in range(n):
         choose, part = random.Random(case), tmp_path / str(case)
         with closing(Server()) as server:
             server.script = choose.choices(ACTS, k=choose.randrange(1, 12))
             monkeypatch.setattr(download, "TIMEOUTS", (1.0, 0.03))
             try:
-                download.download(server.url + "/toy", part, TOY.sha256, pause=lambda seconds: None)
+                download.download(server.url + "/toy", part, TOY.sha256)
             except DataError as error:
                 assert "\n" not in str(error), case
             else:
                 assert part.read_bytes() == CONTENT, case
-            assert len(server.ranges) < 60, case
         monkeypatch.setattr(download, "TIMEOUTS", (5.0, 5.0))
         with closing(Server()) as server:
             fetch(server, part)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What prepare makes of it
+# prepare.py with an address
 
 
 def test_prepare_downloads_checks_and_keeps_the_archive(server, tmp_path):
@@ -521,7 +382,7 @@ def test_prepare_downloads_checks_and_keeps_the_archive(server, tmp_path):
     assert len(server.ranges) == 1 and (home / "toy.txt.zip").read_bytes() == server.body
 
 
-def test_a_downloaded_part_is_refused_or_named_and_never_kept_as_the_text(server, tmp_path):
+def test_a_downloaded_part_of_the_text_is_refused_or_named_and_never_kept(server, tmp_path):
     server.body, url = gzip.compress(CONTENT[:70_000]), server.url + "/toy.gz"
     with pytest.raises(DataError, match="not the published toy"):
         prepare(TOY, tmp_path, tmp_path, source=url)
@@ -532,15 +393,14 @@ def test_a_downloaded_part_is_refused_or_named_and_never_kept_as_the_text(server
     assert not list(tmp_path.glob("toy*"))
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "x-gzip"])
-def test_a_text_that_was_compressed_unasked_is_read(server, tmp_path, encoding):
-    server.always = lambda request: request.reply(gzip.compress(CONTENT), Content_Encoding=encoding)
+def test_a_text_that_was_compressed_unasked_is_read(server, tmp_path):
+    server.always = lambda request: request.reply(gzip.compress(CONTENT), Content_Encoding="gzip")
     assert prepare(TOY, tmp_path, tmp_path, source=server.url + "/toy.txt")["canonical"]
 
 
 @pytest.mark.parametrize("url", ["http://[nonsense", "https://", "HTTP://127.0.0.1:9/toy"])
 def test_a_source_that_is_no_usable_address_is_named(tmp_path, url):
-    with pytest.raises(DataError, match=r"no usable text\n- .*: (not a usable address|the connection was refused)"):
+    with pytest.raises(DataError, match=r"no usable text\n- .*: (cannot be asked for|the connection was refused)"):
         prepare(OWN, tmp_path, tmp_path, source=url)
     assert not list(tmp_path.iterdir())
 
@@ -553,8 +413,8 @@ def spec_at(server: Server) -> TextSpec:
     return replace(TOY, remotes=(Remote(server.url + "/toy.txt", TOY.sha256),))
 
 
-@thorough(short=5, soak=75)
-def test_a_disk_that_fills_up_is_one_message_and_with_room_the_download_goes_on(server, tmp_path, n):
+@thorough(short=4, soak=75)
+def test_a_full_disk_is_one_message_and_with_room_the_download_resumes(server, tmp_path, n):
     with tmpfs(tmp_path / "disk", "size=1m") as disk:
         for room in np.linspace(0, 300_000, n).astype(int):
             folder = disk / str(room)
@@ -562,23 +422,22 @@ def test_a_disk_that_fills_up_is_one_message_and_with_room_the_download_goes_on(
             (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - room // 4096 * 4096))
             message = told(spec_at(server), folder)
             assert message.count("\n") == 1 and message.startswith(str(folder))
-            assert ": cannot be written: the disk is full; free some space and run the same command again" in message
+            assert " could not be written: the disk is full; free some space or choose another --out" in message
             fetched = sum(path.stat().st_size for path in folder.glob("toy.txt*"))
-            assert fetched >= min(room // 4096 * 4096, len(CONTENT)) - 4096 and not list(folder.glob("*.bin*"))
+            assert fetched >= min(room, len(CONTENT)) - download.BLOCK and not list(folder.glob("*.bin*"))
             (disk / "filler").unlink()
             server.ranges.clear()
-            to_ask_for = [] if (folder / "toy.txt").exists() else [f"bytes={fetched}-" if fetched else None]
+            to_ask_for = [] if fetched == len(CONTENT) else [f"bytes={fetched}-" if fetched else None]
             assert prepare(spec_at(server), folder, folder)["canonical"] and server.ranges == to_ask_for
             shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("limit", [0, 1, 40_000, 99_999])
+@pytest.mark.parametrize("limit", [0, 40_000, 99_999])
 @HASHES
-def test_a_file_that_may_not_grow_is_one_message(server, tmp_path, limit, sha256):
+def test_a_file_size_limit_is_one_message(server, tmp_path, limit, sha256):
     part = tmp_path / "part"
-    with file_size_limit(limit), pytest.raises(DataError, match="part: cannot be written: larger than a file may"):
+    with file_size_limit(limit), pytest.raises(FileError, match="part could not be written: File too large; "):
         fetch(server, part, sha256)
-    assert part.exists() == (sha256 is not None)
     server.ranges.clear()
     fetch(server, part, sha256)
     assert server.ranges == [f"bytes={limit}-" if sha256 and limit else None]
@@ -589,7 +448,7 @@ def test_a_part_that_cannot_be_written_ends_the_search_for_sources(server, tmp_p
     folder = tmp_path / "toy"
     (folder / "toy.txt.part").mkdir(parents=True)
     message = told(replace(spec_at(server), rebuild=lambda *_: CONTENT), folder)
-    assert message == f"{folder}/toy.txt.part: cannot be written: Is a directory; choose another --out\n"
+    assert message.startswith(f"{folder}/toy.txt.part could not be written: Is a directory; ")
 
 
 def slowly(request: Request) -> None:
@@ -601,7 +460,7 @@ def slowly(request: Request) -> None:
         time.sleep(0.001)
 
 
-def test_several_that_download_into_one_folder_take_turns(server, tmp_path):
+def test_concurrent_downloads_into_one_folder_take_turns(server, tmp_path):
     server.always = slowly
     children = [in_child(lambda: prepare(spec_at(server), tmp_path, tmp_path)) for _ in range(3)]
     for child in children:
@@ -611,13 +470,13 @@ def test_several_that_download_into_one_folder_take_turns(server, tmp_path):
     assert len(server.ranges) == 1 and not list(tmp_path.glob("*.part"))
 
 
-@thorough(short=10, soak=200)
-def test_a_killed_download_goes_on_where_it_was(server, tmp_path, n):
+@thorough(short=4, soak=100)
+def test_a_killed_download_resumes(server, tmp_path, n):
     server.always, resumed = slowly, 0
     for case in range(n):
         folder, at = tmp_path / str(case), random.Random(case).randrange(len(CONTENT))
         part = folder / "toy.txt.part"
-        child = in_child(partial(build.run, spec_at(server), folder, [], say=download.silent))
+        child = in_child(partial(build.main, spec_at(server), folder, [], say=download.silent))
         while child.is_alive() and download._size(part) < at:
             time.sleep(0.0005)
         child.kill()
@@ -625,8 +484,8 @@ def test_a_killed_download_goes_on_where_it_was(server, tmp_path, n):
         left = part.stat().st_size if part.exists() else None
         assert not (folder / "toy.txt").exists() or (folder / "toy.txt").read_bytes() == CONTENT
         server.ranges.clear()
-        build.run(spec_at(server), folder, [], say=download.silent)
-        assert server.ranges == ([] if left is None else [f"bytes={left}-" if left else None])
+        build.main(spec_at(server), folder, [], say=download.silent)
+        assert server.ranges == ([] if left in (None, len(CONTENT)) else [f"bytes={left}-" if left else None])
         assert Dataset.open(folder).canonical and not list(folder.glob("*.part"))
         resumed += bool(left)
-    assert resumed > n / 2
+    assert resumed >= n / 4

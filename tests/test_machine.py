@@ -305,14 +305,3 @@ def test_memory_that_is_kept_is_not_asked_for_again():
         program = FAULTS.format(root=str(machines.ROOT))
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert int(done.stdout) < 10_000
-
-
-@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
-def test_free_memory_is_what_the_system_or_a_container_can_still_give(monkeypatch):
-    free = machines.free_memory(CPU)
-    assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    monkeypatch.setattr(machines, "_container_bytes_free", lambda: 1000)
-    assert machines.free_memory(CPU) == 1000
-    monkeypatch.setattr(machines, "_system_bytes_free", lambda: None)
-    monkeypatch.setattr(machines, "_container_bytes_free", lambda: None)
-    assert machines.free_memory(CPU) is None

@@ -1,4 +1,7 @@
-"""records.py: what a run records can be read back; what is damaged, foreign or contradicts itself is refused."""
+"""run/records.py: the record of a run is read back unchanged, and an invalid one is refused in one line.
+
+Also the last lines on the screen (run/screen_report.py), which are made from a record.
+"""
 
 import copy
 import json
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from run import records
 from run.records import RecordError
+from run.screen_report import final_report
 from run.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,14 +38,6 @@ def dense(dense_run):
 @pytest.fixture(scope="session")
 def moe(moe_run):
     return record_in(moe_run)
-
-
-@pytest.fixture(scope="session")
-def random(words, tmp_path_factory):
-    """A record of 4 experts, top-1, with random routers and nothing dropped."""
-    out_dir = tmp_path_factory.mktemp("runs") / "random"
-    assert train_tiny(words, out_dir, n_expert=4, router="random", aux_loss="none") == 0
-    return record_in(out_dir)
 
 
 @pytest.fixture(scope="session")
@@ -117,28 +113,33 @@ def test_records_are_read_where_torch_is_not_installed():
 
 
 RUNS = {
-    "expert choice": dict(n_expert=4, router="expert_choice", capacity_factor=0.75, aux_loss="none"),
+    "expert choice": dict(n_expert=4, router="expert_choice", capacity_factor=0.75, aux_loss="none", max_iters=3),
     "one set, bfloat16": dict(
-        n_expert=4, expert_top_k=2, n_layer=3, router="two_level", share_experts=True, dtype="bfloat16"
+        n_expert=4, expert_top_k=2, n_layer=3, router="two_level", share_experts=True, dtype="bfloat16", max_iters=3
     ),
     "top-p, by block": dict(
-        n_expert=4, n_expert_by_block="4,2", expert_top_k=2, router_top_p=0.5, aux_loss="none", z_loss_coef=1e-3
+        n_expert=4,
+        n_expert_by_block="4,2",
+        expert_top_k=2,
+        router_top_p=0.5,
+        aux_loss="none",
+        z_loss_coef=1e-3,
+        max_iters=3,
     ),
-    "soft, some blocks": dict(n_expert=4, expert_top_k=0, moe_every=2, aux_loss="none", bias=True, mlp_hidden=24),
-    "biases, accumulated": dict(bias=True, gradient_accumulation_steps=2, max_iters=23, train_characters=5000),
-    "writing": dict(max_iters=1, inference_samples=1),
-    "writing from what sees the future": dict(max_iters=1, inference_samples=1, n_expert=4, router_level="sequence"),
+    "biases, accumulated": dict(bias=True, gradient_accumulation_steps=2, max_iters=3, train_characters=5000),
+    "samples": dict(max_iters=1, inference_samples=1),
+    "samples of a leaky model": dict(max_iters=1, inference_samples=1, n_expert=4, router_level="sequence"),
 }
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_what_a_run_records_is_read_as_it_is(words, tmp_path, run):
+def test_the_record_of_a_run_is_read_back_unchanged(words, tmp_path, run):
     assert train_tiny(words, tmp_path, **RUNS[run]) == 0
     assert records.read(tmp_path / "summary.json") == json.loads((tmp_path / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["dense", "moe", "random", "cuda"])
-def test_the_records_that_these_tests_change_are_whole(name, request, tmp_path):
+@pytest.mark.parametrize("name", ["dense", "moe", "cuda"])
+def test_the_records_that_these_tests_change_are_valid(name, request, tmp_path):
     record = request.getfixturevalue(name)
     assert records.read(written(tmp_path, record)) == record
 
@@ -149,20 +150,11 @@ def test_a_run_without_a_test_split_is_read(tmp_path):
     assert records.read(tmp_path / "run" / "summary.json")["test"] is None
 
 
-def test_a_run_that_went_on_with_another_schedule_is_read(words, tmp_path):
+def test_a_run_resumed_with_another_schedule_is_read(words, tmp_path):
     assert train_tiny(words, tmp_path / "run", max_iters=10) == 0
     assert train_tiny(words, tmp_path / "run", max_iters=20, eval_interval=7, init_from="resume") == 0
     record = records.read(tmp_path / "run" / "summary.json")
     assert record["resumed"] == 1 and [line["step"] for line in record["evaluations"]] == [0, 10, 14, 20]
-
-
-def test_a_run_that_was_resumed_may_be_evaluated_before_anything_is_logged(cuda):
-    assert records.problems(changed(cuda, {"evaluations.1.train_mode": None})) == []
-
-
-def test_a_record_from_before_the_time_of_writing_was_watched_is_read(dense):
-    assert dense["inference"] == {"samples": 0, "tokens_per_second": None, "exclusive": False}
-    assert records.problems(without(dense, "inference.exclusive")) == []
 
 
 def test_text_may_be_of_any_characters(dense):
@@ -170,9 +162,22 @@ def test_text_may_be_of_any_characters(dense):
     assert records.problems(changed(dense, {"machine.device": "𝕏 \U0010ffff \ue000 \ud7ff"})) == []
 
 
-def test_a_model_may_be_compiled_wherever_it_was_asked_for(dense):
-    changes = {"machine.compile": True, "config.compile": True, "seconds.compile": 1.0, "seconds.total": 1000.0}
-    assert records.problems(changed(dense, changes)) == []
+def test_a_record_without_newer_fields_is_read(dense):
+    """Some records in results/ are older than these."""
+    assert dense["inference"] == {"samples": 0, "tokens_per_second": None, "exclusive": False}
+    old = without(without(dense, "inference.exclusive"), "config.router_jitter")
+    assert dense["config"]["router_jitter"] == Config.router_jitter and records.problems(old) == []
+
+
+def test_fields_that_tables_do_not_know_are_left_alone(dense):
+    """A router may record statistics of its own."""
+    assert records.problems(changed(dense, {"surprise": 1, "clean.best.bits": None})) == []
+
+
+def test_another_count_of_parameters_or_flops_is_no_mistake(moe):
+    """Only the model knows how many a new router has."""
+    changes = {"parameters.router": doubled, "parameters.total": doubled, "training_flops_per_token": doubled}
+    assert records.problems(changed(moe, changes)) == []
 
 
 def test_a_record_is_read_with_every_key_of_its_config(dense, tmp_path):
@@ -181,17 +186,12 @@ def test_a_record_is_read_with_every_key_of_its_config(dense, tmp_path):
     assert read == dense and type(read["config"]["n_head"]) is int
 
 
-def test_a_key_that_is_younger_than_the_record_has_its_default(dense):
-    assert dense["config"]["router_jitter"] == Config.router_jitter
-    assert records.problems(without(dense, "config.router_jitter")) == []
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files that are no records
 
 FILES = {
-    "empty": ("", "no record, or not all of one: Expecting value"),
-    "text": ("a summary", "no record, or not all of one: Expecting value"),
+    "empty": ("", "no record: not valid JSON: Expecting value"),
+    "text": ("a summary", "no record: not valid JSON: Expecting value"),
     "list": ("[1, 2]", "[1, 2] is no record of train.py; expected an object"),
     "NaN": ('{"a": NaN}', "NaN is in it, which is no number"),
     "Infinity": ('{"a": [Infinity]}', "Infinity is in it"),
@@ -221,28 +221,28 @@ FILES = {
 
 
 @pytest.mark.parametrize("content", FILES)
-def test_a_file_that_is_no_record_is_refused(tmp_path, content):
+def test_another_file_is_refused(tmp_path, content):
     text, message = FILES[content]
     assert message in refusal(written(tmp_path, text))
 
 
-def test_what_cannot_be_read_is_refused(tmp_path):
+def test_an_unreadable_file_is_refused(tmp_path):
     assert "cannot be read: No such file" in refusal(tmp_path / "absent.json")
     assert "cannot be read: Is a directory" in refusal(tmp_path)
     (tmp_path / "latin1.json").write_bytes('{"title": "Bücher"}'.encode("latin-1"))
-    assert "no record, or not all of one: 'utf-8' codec" in refusal(tmp_path / "latin1.json")
+    assert "no record: not valid JSON: 'utf-8' codec" in refusal(tmp_path / "latin1.json")
 
 
 def test_a_record_that_was_cut_short_is_refused(moe, tmp_path):
     text = json.dumps(moe)
-    for length in range(0, len(text), len(text) // 50):
-        assert "no record, or not all of one" in refusal(written(tmp_path, text[:length]))
+    for length in range(0, len(text), len(text) // 10):
+        assert "no record: not valid JSON" in refusal(written(tmp_path, text[:length]))
 
 
-def test_a_message_is_the_first_problem_and_how_many_more(dense, tmp_path):
+def test_a_message_has_the_first_problem_and_how_many_more(dense, tmp_path):
     assert refusal(written(tmp_path, changed(dense, {"leaky": True}))).endswith("makes it False")
     record = without(changed(dense, {"iterations": -1, "tokens": "many"}), "epochs")
-    assert refusal(written(tmp_path, record)) == "missing field 'epochs' in the record (and 2 more)"
+    assert refusal(written(tmp_path, record)) == "iterations is -1; expected an integer from 0 (and 2 more)"
     with pytest.raises(RecordError, match=f"{records.WAY_OUT}$"):
         records.read(tmp_path / "summary.json")
 
@@ -251,46 +251,32 @@ def test_a_message_is_the_first_problem_and_how_many_more(dense, tmp_path):
 # Fields and their kinds
 
 KINDS = [
-    ("dense", {"tokns": 1}, "unknown field 'tokns' in the record; nearest: tokens"),
-    ("dense", {"clean.best.bits": 1}, "unknown field 'bits' in clean.best"),
-    ("moe", {"routing.1.loads": []}, "unknown field 'loads' in routing[1]; nearest: load"),
-    ("moe", {"routing.0.drop_rate_by_class.vowels": 0.1}, "unknown field 'vowels' in routing[0].drop_rate_by_class"),
     ("dense", {"tokens": True}, "tokens is True; expected an integer from 0"),
     ("dense", {"tokens": 1280.0}, "tokens is 1280.0; expected an integer from 0"),
     ("dense", {"tokens": 2**63}, "tokens is 9223372036854775808; expected an integer"),
     ("dense", {"resumed": -1}, "resumed is -1; expected an integer from 0"),
+    ("dense", {"machine.cores": 0}, "machine.cores is 0; expected an integer from 1"),
     ("dense", {"epochs": True}, "epochs is True; expected a finite number from 0"),
     ("dense", {"epochs": "1.5"}, "epochs is '1.5'; expected a finite number"),
     ("dense", {"epochs": 10**400}, "; expected a finite number"),
     ("dense", {"epochs": None}, "epochs is None; expected a finite number"),
     ("dense", {"evaluations.1.clean.nats": -0.5}, "evaluations[1].clean.nats is -0.5; expected a loss from 0"),
-    *(
-        ("dense", {path: 1e4}, "is 10000.0; expected a loss from 0 and below 10,000")
-        for path in (
-            "evaluations.1.clean.nats", "evaluations.1.clean.bpc", "evaluations.1.paper.val_with_aux",
-            "evaluations.1.train_mode.objective", "clean.best.bpc", "test.nats", "paper.best_val", "train_mode.loss",
-        )
-    ),
+    ("dense", {"test.nats": 1e4}, "test.nats is 10000.0; expected a loss from 0 and below 10,000"),
     ("dense", {"inference.exclusive": None}, "inference.exclusive is None; expected true or false"),
     ("moe", {"evaluations.2.load.1.3": 1.5}, "evaluations[2].load[1][3] is 1.5; expected a number from 0 to 1"),
-    ("moe", {"routing.0.drop_rate_by_symbol.5": -0.1}, "routing[0].drop_rate_by_symbol[5] is -0.1; expected a number"),
     ("dense", {"evaluations": {}}, "evaluations is {}; expected a list"),
     ("dense", {"evaluations.1": 5}, "evaluations[1] is 5; expected an object"),
     ("dense", {"seconds": [1.0]}, "seconds is [1.0]; expected an object"),
-    ("dense", {"config": None}, "config is None; expected an object"),
     ("dense", {"title": 5}, "title is 5; expected text"),
     ("dense", {"title": "\ud800"}, r"title is '\ud800'; expected text that UTF-8 can encode"),
-    ("dense", {"machine.device": "a \udfff"}, r"machine.device is 'a \udfff'; expected text that UTF-8 can encode"),
     ("dense", {"config.out_dir": "\udcff"}, r"config: out_dir is '\udcff'; expected text that UTF-8 can encode"),
     ("dense", {"leaky": 0}, "leaky is 0; expected true or false"),
-    ("dense", {"git.dirty": "no"}, "git.dirty is 'no'; expected true or false"),
     ("dense", {"git.commit": "main"}, "git.commit is 'main'; expected 40 to 64 hexadecimal digits"),
     ("dense", {"dataset.sha256": "86c4"}, "dataset.sha256 is '86c4'; expected 64 hexadecimal digits"),
     ("dense", {"dataset.unit": "word"}, "dataset.unit is 'word'; expected 'character' or 'byte'"),
     ("dense", {"machine.device_type": "tpu"}, "machine.device_type is 'tpu'; expected 'cpu', 'cuda' or 'mps'"),
-    ("dense", {"machine.dtype": "float64"}, "machine.dtype is 'float64'; expected 'float32' or 'bfloat16'"),
-    ("dense", {"machine.dtype": []}, "machine.dtype is []; expected"),
-]  # fmt: skip
+    ("dense", {"machine.dtype": []}, "machine.dtype is []; expected 'float32' or 'bfloat16'"),
+]
 
 
 @pytest.mark.parametrize("name, changes, message", KINDS, ids=str)
@@ -310,7 +296,7 @@ def test_a_number_too_large_for_a_float_is_refused(dense, tmp_path):
     assert refusal(written(tmp_path, text)) == "epochs is inf; expected a finite number from 0"
 
 
-def test_what_is_not_known_may_be_null(dense):
+def test_unknown_numbers_may_be_null(dense):
     unknown = {"git": {"commit": None, "dirty": None}, "others.cpu_share": None, "peak_memory_bytes": None}
     assert records.problems(changed(dense, {**unknown, "exclusive": False})) == []
 
@@ -328,10 +314,6 @@ def doubled(value):
     return 2 * value
 
 
-def reversed_(value):
-    return value[::-1]
-
-
 CONTRADICTIONS = [
     # the config
     ("dense", {"config.n_emdb": 32}, "config: unknown key 'n_emdb'; nearest key: n_embd"),
@@ -344,134 +326,45 @@ CONTRADICTIONS = [
     ("dense", {"leaky": True}, "leaky is True"),
     ("dense", {"iterations": 21}, "iterations is 21, but the rest of the record makes it 20"),
     ("dense", {"tokens": 1281}, "tokens is 1281, but the rest of the record makes it 1280"),
-    ("dense", {"config.eval_only": True}, "config.eval_only is true"),
-    ("cuda", {"config.overwrite": True}, "config.overwrite is true"),
-    ("dense", {"config.init_from": "resume"}, "resumed is 0, but config.init_from is 'resume'"),
-    ("dense", {"resumed": 1}, "resumed is 1, but config.init_from is 'scratch'"),
-    ("dense", {"config.inference_samples": 3}, "inference.samples is 0, but the rest of the record makes it 3"),
-    # the data set
-    ("dense", {"epochs": doubled}, "epochs is"),
-    ("dense", {"dataset.splits.train": doubled}, "epochs is"),
-    ("dense", {"dataset.splits.train": 0}, "dataset.splits.train is 0, too few characters for block_size = 16"),
-    ("dense", {"dataset.splits.val": 16}, "dataset.splits.val is 16, too few characters for block_size = 16"),
-    ("dense", {"config.train_characters": 1000}, "dataset.splits.train is"),
-    ("dense", {"dataset.vocab_size": doubled}, "parameters.embedding is"),
-    ("dense", {"test": None}, "test is null, but dataset.splits has one"),
-    ("dense", {"dataset.splits": {"train": 20000, "val": 2000}}, "test is there, but dataset.splits has none"),
-    # what was measured
-    ("dense", {"evaluations": []}, "evaluations is empty"),
+    ("moe", {"routing": lambda layers: layers[:1]}, "routing is of 1 layers; the config has 2 MoE layers"),
+    # the evaluations
+    ("dense", {"evaluations": []}, "steps of the evaluations are []; expected them to rise from 0 to 20"),
+    ("dense", {"evaluations.1.step": 0}, "steps of the evaluations are [0, 0, 20]"),
+    ("dense", {"evaluations.0.step": 1}, "steps of the evaluations are [1, 10, 20]"),
+    ("dense", {"evaluations.2.step": 19}, "steps of the evaluations are [0, 10, 19]"),
     ("dense", {"evaluations.1.clean.nats": 3.0}, "evaluations[1].clean.bpc is"),
-    ("dense", {"evaluations.1.clean.bpc": doubled}, "evaluations[1].clean.bpc is"),
     ("dense", {"clean.best.nats": doubled}, "clean.best.nats is"),
-    ("dense", {"clean.best.bpc": doubled}, "clean.best.bpc is"),
     ("dense", {"clean.best.step": 0}, "clean.best.step is 0"),
-    ("dense", {"clean.final.nats": doubled}, "clean.final.nats is"),
     ("dense", {"clean.final.step": 10}, "clean.final.step is 10, but the rest of the record makes it 20"),
     ("dense", {"evaluations.1.clean": {"nats": 0.1, "bpc": 0.1 / math.log(2)}}, "clean.best.nats is"),
     ("dense", {"test.bpc": doubled}, "test.bpc is"),
     ("dense", {"test.step": 10}, "test.step is 10, but the rest of the record makes it 20"),
-    ("dense", {"paper.best_val": doubled}, "paper.best_val is"),
-    ("moe", {"paper.best_val_with_aux": doubled}, "paper.best_val_with_aux is"),
-    ("moe", {"paper.final_train": doubled}, "paper.final_train is"),
-    ("moe", {"paper.final_val": doubled}, "paper.final_val is"),
+    ("moe", {"paper.best_val": doubled}, "paper.best_val is"),
     ("moe", {"paper.final_train_with_aux": doubled}, "paper.final_train_with_aux is"),
-    ("moe", {"paper.final_val_with_aux": doubled}, "paper.final_val_with_aux is"),
-    ("dense", {"evaluations.0.paper.val_with_aux": doubled}, "evaluations[0].paper.val_with_aux is"),
-    ("dense", {"evaluations.0.paper.train_with_aux": doubled}, "evaluations[0].paper.train_with_aux is"),
-    ("moe", {"evaluations.0.paper.val": doubled}, "less than"),
-    ("moe", {"evaluations.0.paper.train": doubled}, "evaluations[0].paper.train_with_aux is"),
-    ("dense", {"evaluations.1.train_mode.objective": doubled}, "evaluations[1].train_mode.objective is"),
-    ("moe", {"evaluations.1.train_mode.objective": 0.1}, "train_mode.objective is 0.1, less than the loss"),
     ("dense", {"train_mode": {"loss": 9.0, "objective": 9.0}}, "train_mode.loss is 9.0"),
     ("dense", {"train_mode": None}, "train_mode is None"),
-    ("dense", {"evaluations.0.train_mode": {"loss": 1.0, "objective": 1.0}}, "evaluations[0].train_mode is there"),
-    ("dense", {"evaluations.1.train_mode": None}, "evaluations[1].train_mode is null"),
-    # when
-    ("dense", {"evaluations.1.step": 11}, "evaluations[1].step is 11, but the rest of the record makes it 10"),
-    ("cuda", {"evaluations.1.step": 0}, "steps of the evaluations are [0, 0, 20]; expected them to rise from 0 to 20"),
-    ("cuda", {"evaluations.0.step": 1}, "steps of the evaluations are [1, 10, 20]"),
-    ("cuda", {"evaluations.2.step": 19}, "steps of the evaluations are [0, 10, 19]"),
-    ("dense", {"evaluations.0.train_seconds": 0.01}, "evaluations[0].train_seconds is 0.01; expected 0"),
-    ("dense", {"evaluations.1.train_seconds": 1e6}, "train_seconds of the evaluations are"),
-    ("dense", {"seconds.train": doubled}, "seconds.train is"),
-    ("dense", {"tokens_per_second": doubled}, "tokens_per_second is"),
-    ("dense", {"seconds.eval": 1e6}, "less than the parts of it"),
-    ("dense", {"seconds.save": 1e6}, "less than the parts of it"),
-    ("dense", {"seconds.total": 0.0}, "seconds.total is 0.0, less than the parts of it"),
-    ("dense", {"inference.tokens_per_second": 99.0}, "inference.tokens_per_second is 99.0, of 0 samples"),
-    ("dense", {"inference.exclusive": True}, "inference.exclusive is true, of 0 samples"),
-    # where
+    # whether its times count
     ("dense", {"exclusive": False}, "exclusive is False, but the rest of the record makes it True"),
     ("dense", {"others.cpu_share": 0.5}, "exclusive is True, but the rest of the record makes it False"),
     ("cuda", {"others.device_bytes": 2**34}, "exclusive is True, but the rest of the record makes it False"),
-    ("dense", {"others.device_bytes": 0}, "others.device_bytes is 0, but machine.device_type is 'cpu'"),
-    ("dense", {"machine.cuda": "12.8"}, "machine.cuda is '12.8', but machine.device_type is 'cpu'"),
-    ("dense", {"machine.device_type": "mps"}, "machine.device_type is 'mps', but config.device is 'cpu'"),
-    ("dense", {"machine.dtype": "bfloat16"}, "machine.dtype is 'bfloat16', but config.dtype is 'auto' on cpu"),
-    ("cuda", {"config.dtype": "float32"}, "machine.dtype is 'bfloat16', but config.dtype is 'float32' on cuda"),
-    ("dense", {"machine.compile": True}, "machine.compile is true, but config.compile is 'auto' on cpu"),
-    ("cuda", {"config.compile": False}, "machine.compile is true, but config.compile is False on cuda"),
-    ("cuda", {"seconds.compile": 0.0}, "seconds.compile is 0.0, but machine.compile is true"),
-    ("dense", {"machine.cores": 0}, "machine.cores is 0"),
-    ("dense", {"machine.threads": 0}, "machine.threads is 0"),
-    # the model
-    *(("dense", {f"parameters.{kind}": 7}, f"parameters.{kind} is 7") for kind in records.SCHEMA["parameters"]),
-    *(
-        ("moe", {f"parameters.{kind}": 7}, f"parameters.{kind} is 7")
-        for kind in ("total", "active", "embedding", "attention", "mlp", "norm")
-    ),
-    ("moe", {"parameters.router": 7}, "parameters.total is"),
-    ("moe", {"parameters.experts": 7}, "parameters.total is"),
-    ("moe", {"parameters.active": 10**6}, "parameters.active is 1000000; expected from"),
-    ("dense", {"training_flops_per_token": doubled}, "training_flops_per_token is"),
-    ("random", {"training_flops_per_token": doubled}, "training_flops_per_token is"),
-    ("random", {"parameters.active": lambda count: count + 16}, "training_flops_per_token is"),
-    ("random", {"evaluations.1.paper.val_with_aux": doubled}, "evaluations[1].paper.val_with_aux is"),
-    # the routing
-    ("dense", {"routing": "routing of moe"}, "routing is"),
-    ("dense", {"evaluations.1.load": [[1.0]]}, "evaluations[1].load is of [1] experts; the MoE blocks have []"),
-    ("moe", {"routing": lambda layers: layers[:1]}, "routing is"),
-    ("moe", {"evaluations.1.load": lambda layers: layers[:1]}, "evaluations[1].load is of [4] experts; the MoE blocks"),
-    ("moe", {"evaluations.1.load.0": [0.5, 0.5]}, "load is of [2, 4] experts; the MoE blocks have [4, 4]"),
-    ("moe", {"evaluations.1.load.0": [0.5, 0.5, 0.5, 0.0]}, "evaluations[1].load[0] adds up to 1.5; expected 1"),
-    ("moe", {"routing.0.load": reversed_}, "routing[0].load[0] is"),
-    ("moe", {"routing.0.load_cv2": 0.9}, "routing[0].load_cv2 is 0.9"),
-    ("moe", {"routing.0.dead": 3}, "routing[0].dead is 3"),
-    ("moe", {"routing.0.tokens": 3}, "routing[0].tokens is 3"),
-    ("moe", {"dataset.splits.val": doubled}, "routing[0].tokens is"),
-    ("moe", {"routing.1.choices": 1.0}, "routing[1].choices is 1.0, but the rest of the record makes it 2.0"),
-    ("moe", {"routing.1.entropy": 1.5}, "routing[1].entropy is 1.5; expected at most 1.38"),
-    ("moe", {"routing.1.gate_mass": 2.5}, "routing[1].gate_mass is 2.5; expected at most 1 of 2.0 choices each"),
-    ("moe", {"routing.0.drop_rate_by_position": [0.1]}, "routing[0].drop_rate_by_position has 1 rates, not 16"),
-    ("moe", {"routing.0.drop_rate_by_symbol": [0.1]}, "routing[0].drop_rate_by_symbol has 1 rates, not"),
-    ("moe", {"config.capacity_factor": 0.0}, "routing[0].drop_rate is"),
-    ("moe", {"config.capacity_factor": 0.0}, "routing[0].unserved is"),
-    ("moe", {"config.capacity_factor": 0.0}, "expected [] of capacity_factor = 0.0"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name, changes, message", CONTRADICTIONS, ids=case)
-def test_a_contradiction_is_found(name, changes, message, moe, request):
-    changes = {path: moe["routing"] if value == "routing of moe" else value for path, value in changes.items()}
+def test_a_contradiction_is_refused(name, changes, message, request):
     found = records.problems(changed(request.getfixturevalue(name), changes))
     assert any(message in problem for problem in found), found
 
 
-@pytest.mark.parametrize("name", ["position", "symbol", "class"])
-def test_drops_that_a_capacity_could_tell_must_be_there(moe, name):
-    found = records.problems(without(moe, f"routing.1.drop_rate_by_{name}"))
-    assert len(found) == 1 and found[0].startswith("routing[1] has ['drop_rate_by_")
-
-
-def test_of_several_best_evaluations_the_first_is_the_best(dense):
-    """It is the one whose weights best.pt holds."""
+def test_the_first_of_equally_good_evaluations_is_the_best(dense):
+    """best.pt holds its weights."""
     least = dense["evaluations"][2]["clean"]
     record = changed(dense, {"evaluations.1.clean": least, "clean.best.step": 10, "test.step": 10})
     assert records.problems(record) == []
     assert records.problems(changed(record, {"clean.best.step": 20}))
 
 
-def test_floats_may_differ_by_rounding_and_no_more(dense):
+def test_floats_may_differ_by_rounding_only(dense):
     for factor, is_refused in ((1 + 1e-12, False), (1 - 1e-12, False), (1 + 1e-7, True)):
         record = changed(dense, {"clean.best.bpc": lambda bpc: bpc * factor})  # noqa: B023, called at once
         assert bool(records.problems(record)) == is_refused
@@ -480,34 +373,6 @@ def test_floats_may_differ_by_rounding_and_no_more(dense):
 # ---------------------------------------------------------------------------------------------------------------------
 # Any change at all
 
-# What nothing else in a record says. Entries of lists are *.
-UNCHECKED = {
-    *("dataset.name", "dataset.canonical", "dataset.sha256", "git.commit", "git.dirty"),
-    *(f"machine.{name}" for name in ("device", "cores", "threads", "torch", "python")),
-    *(f"seconds.{name}" for name in ("eval", "save", "compile", "total")),
-    *("others.cpu_share", "median_step_ms", "peak_memory_bytes"),
-    *("dataset.splits.val", "dataset.splits.test"),
-    *(f"evaluations.*.{name}" for name in ("train_seconds", "train_mode.loss", "train_mode.objective")),
-    *(f"evaluations.*.paper.{name}" for name in ("train", "val", "train_with_aux", "val_with_aux")),
-    *("parameters.active", "training_flops_per_token", "machine.processes"),
-    *(f"routing.*.{name}" for name in ("importance_cv2", "drop_rate", "unserved", "entropy", "gate_mass")),
-    *(f"routing.*.drop_rate_by_{name}.*" for name in ("position", "symbol")),
-    *(f"routing.*.drop_rate_by_class.{name}" for name in records.CLASSES),
-    *(
-        f"config.{name}"
-        for name in (
-            "out_dir",
-            "overwrite",
-            "always_save_checkpoint",
-            "prepare",
-            "log_interval",
-            "save_minutes",
-            "save_every",
-        )
-    ),
-    *(f"config.{name}" for name in ("wandb_log", "wandb_project", "wandb_run_name", "device")),
-}
-
 
 def leaves(value, path=()):
     """{path: leaf}; a path is a tuple of names and numbers."""
@@ -515,22 +380,6 @@ def leaves(value, path=()):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {below: leaf for key, inner in items for below, leaf in leaves(inner, (*path, key)).items()}
     return {path: value}
-
-
-def meaning(record):
-    """All that the rest of a record could contradict; a key that its config lacks has its default, a flag that its
-    inference lacks counts as no, and where an evaluation does not say what has collapsed, its loads do."""
-    config = Config.from_dict(record["config"])
-    record = {**record, "config": config.to_dict()}
-    record["evaluations"] = [
-        {"collapsed": records.collapsed_blocks(config, line["load"]), **line} for line in record["evaluations"]
-    ]
-    record["inference"] = {"exclusive": False, **record["inference"]}
-    return {path: leaf for path, leaf in leaves(record).items() if shape_of(path) not in UNCHECKED}
-
-
-def shape_of(path):
-    return ".".join("*" if type(part) is int else part for part in path)
 
 
 def other_kind(value):
@@ -577,10 +426,10 @@ def mutated(record, path, how):
     return record
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_any_change_is_refused_or_changes_no_meaning(dense, moe, random, tmp_path_factory, data):
-    record = data.draw(st.sampled_from([dense, moe, random]))
+def test_any_change_is_refused_in_one_line_or_changes_no_result(dense, moe, tmp_path_factory, data):
+    record = data.draw(st.sampled_from([dense, moe]))
     path = data.draw(st.sampled_from(list(leaves(record))))
     other = mutated(record, path, data.draw(st.sampled_from(["dropped", "renamed", *VALUES])))
     file = tmp_path_factory.getbasetemp() / "changed.json"
@@ -590,7 +439,9 @@ def test_any_change_is_refused_or_changes_no_meaning(dense, moe, random, tmp_pat
     except RecordError as error:
         assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
     else:
-        assert meaning(read) == meaning(record)
+        assert final_report(read) and records.machine_of(read)
+        for name in ("run_id", "tokens", "clean", "paper", "train_mode", "test", "exclusive"):
+            assert read[name] == record[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -617,10 +468,10 @@ def of_seed(record, seed):
     return changed(record, {"config.seed": seed, "run_id": config.run_id})
 
 
-def test_records_come_sorted_by_path_and_others_are_passed_over(results, dense, moe):
+def test_records_are_sorted_by_path_and_other_files_passed_over(results, dense, moe):
     files = {"b/dense-s7.json": of_seed(dense, 7), "b/dense-s1337.json": dense, "a/moe-s1337.json": moe}
     others = {"a/times.json": "{}", "a/timing-1.json": "{}", "top.json": "{}", "a/deep/x.json": "{}", "a/x.txt": "no"}
-    others["bench/epyc-cpu.json"] = "{}"  # of speed.py
+    others["bench/epyc-cpu.json"] = "{}"  # a bench
     kept, left_out = results({**files, **others}, skip=("times", "timing"))
     assert kept == ["a/moe-s1337.json", "b/dense-s1337.json", "b/dense-s7.json"] and left_out == []
 
@@ -628,45 +479,43 @@ def test_records_come_sorted_by_path_and_others_are_passed_over(results, dense, 
 def test_a_damaged_record_is_named_and_the_rest_counts(results, dense):
     kept, left_out = results({"a/cut-s1.json": '{"format"', "a/dense-s1337.json": dense})
     assert kept == ["a/dense-s1337.json"]
-    assert len(left_out) == 1 and left_out[0].startswith("results/a/cut-s1.json: no record, or not all of one")
+    assert len(left_out) == 1 and left_out[0].startswith("results/a/cut-s1.json: no record: not valid JSON")
 
 
 @pytest.mark.parametrize("name", ["dense-s7.json", "dense-s11337.json", "dense.json", "s1337.json", "summary.json"])
 def test_a_file_must_be_named_after_its_seed(results, dense, name):
     kept, left_out = results({f"a/{name}": dense})
     assert kept == [] and left_out == [
-        f"results/a/{name}: expected a name that ends in -s1337.json, for that is its record's seed; rename it"
+        f"results/a/{name}: its record has another seed; rename it, to a name that ends in -s1337.json"
     ]
 
 
 def test_a_copy_counts_once(results, dense):
     kept, left_out = results({"a/dense-s1337.json": dense, "b/twin-s1337.json": dense})
     assert kept == ["a/dense-s1337.json"]
-    assert left_out == [
-        "results/b/twin-s1337.json: the same record as results/a/dense-s1337.json, which counts; delete one"
-    ]
+    assert left_out == ["results/b/twin-s1337.json: the same record as results/a/dense-s1337.json; delete one"]
 
 
-def test_two_records_of_one_run_both_do_not_count(results, dense, moe):
+def test_two_different_records_of_one_run_do_not_count(results, dense, moe):
     """A seed that is counted twice makes n and the spread of its row wrong."""
     again = changed(dense, {"median_step_ms": doubled})
     kept, left_out = results({"a/dense-s1337.json": dense, "a/moe-s1337.json": moe, "b/dense-s1337.json": again})
     assert kept == ["a/moe-s1337.json"]
     assert len(left_out) == 1 and left_out[0].endswith("none counts, keep one")
     assert left_out[0].startswith(
-        "results/a/dense-s1337.json, results/b/dense-s1337.json: records that differ, of one run"
+        "results/a/dense-s1337.json, results/b/dense-s1337.json: different records of one run"
     )
     assert dense["run_id"] in left_out[0]
 
 
-def test_the_same_run_on_another_machine_or_with_uncommitted_changes_is_another_cell(results, dense):
+def test_a_run_repeated_on_another_machine_or_with_uncommitted_changes_counts_apart(results, dense):
     elsewhere = changed(dense, {"machine.device": "another CPU"})
     dirty = changed(dense, {"git.dirty": True})
     kept, left_out = results({"a/1-s1337.json": dense, "a/2-s1337.json": elsewhere, "a/3-s1337.json": dirty})
     assert kept == ["a/1-s1337.json", "a/2-s1337.json", "a/3-s1337.json"] and left_out == []
 
 
-def test_no_folder_and_an_empty_one_hold_no_records(tmp_path):
+def test_a_missing_or_empty_folder_has_no_records(tmp_path):
     assert records.read_all(tmp_path / "absent") == records.read_all(str(tmp_path)) == ([], [])
 
 
@@ -674,7 +523,7 @@ def test_no_folder_and_an_empty_one_hold_no_records(tmp_path):
 # What a record says
 
 
-def test_a_machine_is_one_line_of_what_times_depend_on(dense, cuda):
+def test_a_machine_is_told_in_one_line(dense, cuda):
     machine = {"device": "AMD EPYC", "cores": 1, "threads": 1, "torch": "2.13.0+cpu"}
     dense = changed(dense, {"machine": {**dense["machine"], **machine}})
     assert records.machine_of(dense) == "AMD EPYC, 1 core, 1 thread, torch 2.13.0+cpu, float32"
@@ -684,7 +533,7 @@ def test_a_machine_is_one_line_of_what_times_depend_on(dense, cuda):
     assert records.machine_of(cuda) == "NVIDIA H200, torch 2.11.0+cu128, bfloat16, compiled"
 
 
-def test_a_backend_that_was_chosen_by_hand_makes_another_machine(dense, moe):
+def test_a_backend_chosen_by_hand_counts_as_another_machine(dense, moe):
     auto, by_hand = records.machine_of(moe), changed(moe, {"config.moe_backend": "reference"})
     assert records.machine_of(by_hand) == f"{auto}, reference backend"
     assert records.machine_of(without(moe, "config.moe_backend")) == auto
@@ -695,7 +544,7 @@ def test_a_backend_that_was_chosen_by_hand_makes_another_machine(dense, moe):
 @pytest.mark.parametrize(
     "commit, dirty, clean", [("0", False, True), ("0", True, False), ("0", None, False), (None, False, False)]
 )
-def test_a_run_is_clean_when_a_commit_says_what_made_it(commit, dirty, clean):
+def test_a_run_is_clean_if_a_commit_identifies_its_code(commit, dirty, clean):
     assert records.is_clean({"git": {"commit": commit, "dirty": dirty}}) is clean
 
 
@@ -706,5 +555,5 @@ def test_a_run_is_clean_when_a_commit_says_what_made_it(commit, dirty, clean):
         ("cuda", 0.9, 2**30, True), ("cuda", 0.0, 2**30 + 1, False), ("cuda", 0.0, None, False),
     ],
 )  # fmt: skip
-def test_times_count_when_others_left_the_hardware_alone(device, cpu_share, device_bytes, exclusive):
+def test_times_count_if_other_programs_left_the_hardware_alone(device, cpu_share, device_bytes, exclusive):
     assert records.is_exclusive(device, cpu_share, device_bytes) is exclusive

@@ -23,7 +23,7 @@ from data.common import DataError, find
 from papers.experiments import Row, Table
 from run import records
 from run.settings import Config
-from support import configurator, machines
+from support import configurator, console, machines
 from support.files import ROOT
 from support.options import ConfigError
 
@@ -587,7 +587,7 @@ def test_the_list_tells_how_cells_stand_and_how_long_they_take(place, capfd):
     assert lines[0].startswith("one-cpu-s1337  finished: ") and lines[0].endswith("results/T/one-cpu-s1337.json")
     assert lines[1].endswith(" (uncommitted changes)")
     writing = 10 * 500 / 99  # seconds that the record's total does not have in it
-    times = [records.duration((100 + writing) * part) for part in (0.5, 1, 1.5)]
+    times = [console.duration((100 + writing) * part) for part in (0.5, 1, 1.5)]
     assert lines[2] == f"one-cpu-s1338  cut: step 10 of 20, {times[0]} as measured"
     assert lines[3] == f"two-cpu-s1338  missing, {times[1]} by its FLOPs"
     assert lines[4] == f"4 runs: 2 finished, 1 cut, 1 missing; left: {times[2]}, on {place.cells('T')[0].machine}"

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent
-sys.path.insert(0, str(HOME.parent.parent))  # first, so that no installed package named `data` comes before ours
+sys.path.insert(0, str(HOME.parent.parent))  # first, so that `data` is ours and not an installed package
 
-from data.build import TRAIN_VAL_TEST, Remote, TextSpec, run  # noqa: E402
+from data.build import TRAIN_VAL_TEST, Remote, TextSpec, main  # noqa: E402
 
 ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
 
@@ -27,8 +27,7 @@ SPEC = TextSpec(
     size=100_000_000,
     sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
     head_sha256="05fc5f44993ef0557959db76bf47e45badb2dd9c69d93ce08911935b5e52bf40",
-    vocab_size=205,
 )
 
 if __name__ == "__main__":
-    run(SPEC, HOME, sys.argv[1:], say=print)
+    main(SPEC, HOME, sys.argv[1:], say=print)

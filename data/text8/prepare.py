@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent
-sys.path.insert(0, str(HOME.parent.parent))  # first, so that no installed package named `data` comes before ours
+sys.path.insert(0, str(HOME.parent.parent))  # first, so that `data` is ours and not an installed package
 
-from data.build import TRAIN_VAL_TEST, Remote, TextSpec, run  # noqa: E402
+from data.build import TRAIN_VAL_TEST, Remote, TextSpec, main  # noqa: E402
 
 ZIP_SHA256 = "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"
 
@@ -28,8 +28,7 @@ SPEC = TextSpec(
     size=100_000_000,
     sha256="6e890197040d37d85beb962ae1f041ff1d9a9ca8d20c7d99c85027eebf51dca7",
     head_sha256="28b8d3ca377976b77aeef1ae27ec72f62ee1756f92e79498a1cbbb06afa371b4",
-    vocab_size=27,
 )
 
 if __name__ == "__main__":
-    run(SPEC, HOME, sys.argv[1:], say=print)
+    main(SPEC, HOME, sys.argv[1:], say=print)

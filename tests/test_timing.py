@@ -1,4 +1,4 @@
-"""trials.py: what is timed is the real thing, in pairs, and only if it is right."""
+"""speed/timing.py: a bench times train.py's own update and the real decoder, in pairs, and only if they are right."""
 
 import dataclasses
 
@@ -31,20 +31,19 @@ def dataset(words):
     return Dataset.open(words)
 
 
-def subject(dataset, name, **changes):
-    return timing.Subject(name, name, tiny(**{**KINDS[name], **changes}), dataset, CPU)
+def candidate(dataset, name, **changes):
+    return timing.Candidate(name, name, tiny(**{**KINDS[name], **changes}), dataset, CPU)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is timed
+# Candidates and decodings
 
 
 @pytest.mark.parametrize("name", ["dense", "moe4"])
-def test_a_subject_trains_as_train_py_does(words, dataset, tmp_path, name):
-    """Bit for bit: the same weights, the same batches, the same updates."""
+def test_a_candidate_trains_bit_for_bit_as_train_py_does(words, dataset, tmp_path, name):
     assert train_tiny(words, tmp_path / "run", max_iters=5, dropout=0.2, **KINDS[name]) == 0
     saved = checkpoint.load(tmp_path / "run" / "ckpt.pt")
-    one = timing.Subject(name, name, Config.from_dict(saved["config"]), dataset, CPU)
+    one = timing.Candidate(name, name, Config.from_dict(saved["config"]), dataset, CPU)
     for _ in range(5):
         one.train()
     assert one.steps_made == 5
@@ -54,7 +53,7 @@ def test_a_subject_trains_as_train_py_does(words, dataset, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["reference", "reference_moe4"])
 def test_a_reference_trains_too(dataset, name):
-    one = subject(dataset, name, learning_rate=1e-2)
+    one = candidate(dataset, name, learning_rate=1e-2)
     x, y = one.batch(0)
     before = one.model(x, y).loss.item()
     for _ in range(20):
@@ -62,8 +61,8 @@ def test_a_reference_trains_too(dataset, name):
     assert one.model(x, y).loss.item() < before - 0.5
 
 
-def test_a_reference_writes_the_same_text_without_a_cache(dataset):
-    one = subject(dataset, "reference_moe4")
+def test_a_reference_samples_the_same_text_without_a_cache(dataset):
+    one = candidate(dataset, "reference_moe4")
     plain, cached = one.decoder(3), Decoder(one.model, 3, timing.TEMPERATURE, timing.TOP_K)
     assert isinstance(plain, timing.Uncached)
     tokens, other = one.text(3)[:, :5], one.text(3)[:, :5]
@@ -76,52 +75,52 @@ def test_a_reference_writes_the_same_text_without_a_cache(dataset):
 
 
 @pytest.mark.parametrize("name", ["dense", "reference"])
-def test_steps_of_decoding_have_half_a_block_before_them_on_average(dataset, name):
-    writing, lengths = timing.Writing(subject(dataset, name), 2), []
-    next_ = writing.decoder.next
-    unit = writing.decode()
+def test_decoding_steps_see_half_a_block_on_average(dataset, name):
+    decodings, lengths = timing.Decoding(candidate(dataset, name), 2), []
+    next_ = decodings.decoder.next
+    unit = decodings.decode()
     for _ in range(12):
         unit.prepare()
-        writing.decoder.next = lambda ids, uniform: lengths.append(writing.decoder.length) or next_(ids, uniform)
+        decodings.decoder.next = lambda ids, uniform: lengths.append(decodings.decoder.length) or next_(ids, uniform)
         unit.run()
-        writing.decoder.next = next_
+        decodings.decoder.next = next_
     assert len(lengths) == 12 * unit.repeats
     assert abs(sum(lengths) / len(lengths) - 16 // 2) <= 1
     assert max(lengths) - min(lengths) < 16 // 4 if name == "dense" else set(lengths) == {8}
 
 
 def test_prefill_reads_half_a_block_into_an_empty_cache(dataset):
-    writing = timing.Writing(subject(dataset, "moe4"), 3)
+    decodings = timing.Decoding(candidate(dataset, "moe4"), 3)
     for _ in range(2):
-        unit = writing.prefill()
+        unit = decodings.prefill()
         unit.prepare()
-        assert writing.decoder.length == 0
+        assert decodings.decoder.length == 0
         unit.run()
-        assert writing.decoder.length == 8 and writing.tokens_B.shape == (3,)
-    writing.decode().run()  # goes on from there
+        assert decodings.decoder.length == 8 and decodings.tokens_B.shape == (3,)
+    decodings.decode().run()  # goes on from there
 
 
-def test_a_subject_says_what_ran(dataset):
-    ways = subject(dataset, "moe4", moe_backend="sorted").backends()
+def test_a_candidate_says_what_ran(dataset):
+    ways = candidate(dataset, "moe4", moe_backend="sorted").backends()
     assert ways == {"train": "sorted, eager", "decode": "not measured"}
-    one = subject(dataset, "dense")
-    one.ways_to_write |= {1: "a graph", 8: "a graph", 32: "eager"}
+    one = candidate(dataset, "dense")
+    one.decoders_used |= {1: "a graph", 8: "a graph", 32: "eager"}
     assert one.backends() == {"train": "eager", "decode": "batch 1, 8: a graph; batch 32: eager"}
-    assert "plain AdamW" in subject(dataset, "reference").backends()["train"]
+    assert "plain AdamW" in candidate(dataset, "reference").backends()["train"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Is it right?
+# Checks
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_what_is_right_passes(dataset, name):
-    one = subject(dataset, name, dropout=0.2)
+def test_a_right_model_passes_the_checks(dataset, name):
+    one = candidate(dataset, name, dropout=0.2)
     assert timing.is_right(timing.check_training(one))
     for _ in range(3):
         one.train()
     for batch_size in (1, 3):
-        row = timing.check_decoding(one, timing.Writing(one, batch_size).decoder, batch_size)
+        row = timing.check_decoding(one, timing.Decoding(one, batch_size).decoder, batch_size)
         assert timing.is_right(row) and f"batch {batch_size}" in row["what"]
     assert timing.is_right(timing.check_training(one))
 
@@ -129,11 +128,11 @@ def test_what_is_right_passes(dataset, name):
 @pytest.mark.parametrize("backend", sorted(set(backends.BACKENDS) - {"reference"}))
 @pytest.mark.parametrize("name", ["moe4", "moe4_linear"])
 def test_every_backend_passes(dataset, backend, name):
-    assert timing.is_right(timing.check_training(subject(dataset, name, moe_backend=backend)))
+    assert timing.is_right(timing.check_training(candidate(dataset, name, moe_backend=backend)))
 
 
-def test_a_check_leaves_nothing_behind(dataset):
-    one, other = subject(dataset, "moe4", dropout=0.2), subject(dataset, "moe4", dropout=0.2)
+def test_a_check_does_not_change_training(dataset):
+    one, other = candidate(dataset, "moe4", dropout=0.2), candidate(dataset, "moe4", dropout=0.2)
     torch.manual_seed(5)
     timing.check_training(one)
     one.train()
@@ -158,7 +157,7 @@ def not_a_number(x_ND, routing, *experts):
 @pytest.mark.parametrize("wrong", [gates_without_gradient, off_by_a_thousandth, not_a_number])
 def test_a_wrong_backend_is_found(dataset, monkeypatch, wrong):
     monkeypatch.setitem(backends.BACKENDS, "sliced", wrong)
-    assert not timing.is_right(timing.check_training(subject(dataset, "moe4", moe_backend="sliced")))
+    assert not timing.is_right(timing.check_training(candidate(dataset, "moe4", moe_backend="sliced")))
 
 
 class Forgetful(Decoder):
@@ -171,7 +170,7 @@ class Forgetful(Decoder):
 
 
 def test_a_wrong_decoder_is_found(dataset):
-    one = subject(dataset, "dense")
+    one = candidate(dataset, "dense")
     for parameter in one.model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     one.model.eval()
@@ -183,9 +182,9 @@ def test_errors_are_relative_and_the_worst_tensor_counts():
     exact = [torch.tensor([3.0, 4.0]), torch.tensor([100.0])]
     found = [torch.tensor([3.0, 4.2]), torch.tensor([101.0])]
     plain = [torch.tensor([3.0, 4.1]), torch.tensor([100.0])]
-    row = timing.check("it", found, plain, exact, torch.float32)
+    row = timing.worst_error("it", found, plain, exact, torch.float32)
     assert row == {"what": "it", "error": pytest.approx(0.01), "limit": pytest.approx(1e-5)}  # the second
-    assert not timing.is_right(row) and timing.is_right(timing.check("it", plain, plain, exact, torch.float32))
+    assert not timing.is_right(row) and timing.is_right(timing.worst_error("it", plain, plain, exact, torch.float32))
 
 
 def test_many_models_can_be_compiled_in_one_process(dataset, monkeypatch):
@@ -194,7 +193,7 @@ def test_many_models_can_be_compiled_in_one_process(dataset, monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="eager", **options))
     for _ in range(4):
-        one = subject(dataset, "dense", n_layer=1, dropout=0.1)
+        one = candidate(dataset, "dense", n_layer=1, dropout=0.1)
         assert one.compile() is None and one.is_compiled and one.backends()["train"] == "compiled"
         assert timing.is_right(timing.check_training(one))
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -213,7 +212,7 @@ def clock(monkeypatch):
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 
-def test_units_are_timed_in_turn_and_each_round_starts_with_another(clock):
+def test_units_are_timed_in_turn_and_rounds_start_with_different_ones(clock):
     ran = []
 
     def unit(name, seconds):
@@ -230,15 +229,15 @@ def test_units_are_timed_in_turn_and_each_round_starts_with_another(clock):
     [(100, 101, 2), (7.5, 10, 2), (3, 10, 1), (0.1, 3, 1)],
     ids=["as long as asked", "at least 10", "one to warm up", "rounds that take too long"],
 )
-def test_how_many_rounds(clock, seconds, rounds, warm):
+def test_number_of_rounds(clock, seconds, rounds, warm):
     ran = []
     unit = timing.Unit(lambda: (ran.append(1), clock(1.0)))
     times = timing.timings({"a": unit}, CPU, seconds, at_least=10, at_most=1000)
     assert len(times["a"]) == rounds and len(ran) == rounds + warm
 
 
-def test_spread_is_the_median_between_deciles():
-    assert timing.spread(list(range(1, 12))) == {"median": 6, "p10": 2, "p90": 10, "n": 11}
+def test_percentiles_are_the_median_and_the_deciles():
+    assert timing.percentiles(list(range(1, 12))) == {"median": 6, "p10": 2, "p90": 10, "n": 11}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,16 +268,16 @@ def accounted(monkeypatch):
 )
 def test_the_floor_is_the_accounting_over_the_ceilings(dataset, accounted, task, batch_size, tokens, flops, moved):
     """A block has 16 positions: prefill reads 8, decoding has 8 before it, a text of 18 meets a full window twice."""
-    one = subject(dataset, "dense")
+    one = candidate(dataset, "dense")
     found = timing.floor_of(one, task, batch_size, tokens, {"flops_per_second": 10.0, "bytes_per_second": 1e9})
     assert found == {"flops": flops, "bytes": moved, "seconds": flops / 10}
     found = timing.floor_of(one, task, batch_size, tokens, {"flops_per_second": 1e9, "bytes_per_second": 10.0})
     assert found["seconds"] == moved / 10
 
 
-def test_ceilings_are_numbers_of_this_machine(dataset, monkeypatch):
+def test_ceilings_count_the_operations_and_bytes(dataset, monkeypatch):
     monkeypatch.setattr(timing, "best_rate", lambda call, amount, machine: (call(), amount)[1])
-    model = subject(dataset, "dense").model
+    model = candidate(dataset, "dense").model
     count = sum(parameter.numel() for parameter in model.parameters())
     assert timing.ceilings(CPU, model) == {"flops_per_second": 2 * 1024**3, "bytes_per_second": 2 * 4 * count}
 
@@ -295,16 +294,16 @@ def test_the_best_rate_is_that_of_the_fastest_try(clock):
 @pytest.mark.cuda
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", FAST)
-def test_what_is_fast_on_cuda_is_right_and_its_memory_is_counted(words, name, is_compiled):
+def test_fast_ways_on_cuda_are_right_and_their_memory_is_counted(words, name, is_compiled):
     gpu = machines.choose("cuda", compile=is_compiled)
     config = Config(**{**KINDS[name], "n_layer": 2, "n_embd": 64, "n_head": 2, "block_size": 64, "batch_size": 4})
-    one = timing.Subject(name, name, dataclasses.replace(config, dropout=0.1), Dataset.open(words, "cuda"), gpu)
+    one = timing.Candidate(name, name, dataclasses.replace(config, dropout=0.1), Dataset.open(words, "cuda"), gpu)
     if is_compiled:
         assert one.compile() is None
     assert timing.is_right(timing.check_training(one))
     one.train()
     assert timing.peak_bytes(gpu, timing.Unit(one.train), one.bytes_held(True)) > one.bytes_held(True)
     for batch_size in (1, 8):
-        writing = timing.Writing(one, batch_size)
-        assert timing.is_right(timing.check_decoding(one, writing.decoder, batch_size))
-        assert isinstance(writing.decoder, decoding.CapturedDecoder), writing.decoder.how
+        decodings = timing.Decoding(one, batch_size)
+        assert timing.is_right(timing.check_decoding(one, decodings.decoder, batch_size))
+        assert isinstance(decodings.decoder, decoding.CapturedDecoder), decodings.decoder.how
