@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny
-from test_moe import GRID, SYMBOLS, name_of
+from test_moe import GRID, SYMBOLS, covering, name_of
 from test_probe import CPU, assert_same, characters, model_of, windows_of
 
 from analysis.ablation import (
@@ -228,6 +228,7 @@ def test_shuffling_keeps_load_and_gates_and_nothing_else():
 # Tables
 
 
+FEW = covering(GRID)
 COOLED = tiny(**PLAIN, router_temperature=9.0, router_bias_rate=0.01)
 
 
@@ -305,7 +306,7 @@ def test_the_router_of_a_table_is_made_of_the_layers_own():
 # Other numbers of experts
 
 
-@pytest.mark.parametrize("config", GRID, ids=name_of)
+@pytest.mark.parametrize("config", FEW, ids=name_of)
 def test_with_the_trained_k_it_is_the_same_model(config):
     model, windows = model_of(config), windows_of(config)
     before = torch.get_rng_state()
@@ -420,7 +421,11 @@ def test_where_layers_share_their_experts_only_one_merges_them():
 # All of it
 
 
-@pytest.mark.parametrize("config", GRID, ids=name_of)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(config, marks=() if config in FEW else pytest.mark.soak) for config in GRID],
+    ids=map(name_of, GRID),
+)
 def test_every_combination_gives_numbers_and_leaves_the_model_as_it_was(config):
     model, windows, passes = model_of(config), windows_of(config, n_batches=1), []
     before, weights = see(model, windows, CPU), {name: value.clone() for name, value in model.state_dict().items()}

@@ -89,7 +89,7 @@ def test_a_step_at_a_position_on_the_device_is_a_step_at_that_length(kind):
         torch.testing.assert_close(model(ids[:, t : t + 1], cache=static).logits, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["dense", "top1", "top2_capacity", "concat_capacity", "soft_concat"])
+@pytest.mark.parametrize("kind", ["dense", "top1", "concat_capacity"])
 def test_the_step_compiles_into_one_graph_before_it_is_captured(kind, monkeypatch):
     """Within the recording of a graph nothing can be compiled."""
 

@@ -48,7 +48,8 @@ for block in (0, 1):
     assert 9 < scale < 11 and scale != 10
 
 assert sample.main(["--out_dir=straight", "--num_samples=1", "--max_new_tokens=30"]) == 0
-assert analyze.main(["straight", "--characters=500", "--pass_characters=200", "--gradient_batches=2", "--sample_characters=20"]) == 0
+few = ["--characters=500", "--pass_characters=200", "--gradient_batches=2", "--sample_characters=20"]
+assert analyze.main(["straight", *few]) == 0
 record = records.read("straight/summary.json")
 assert record["config"]["router"] == "scaled" and not record["leaky"]
 assert record["parameters"]["router"] == 2 * (4 * 16 + 1)

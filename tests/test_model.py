@@ -18,6 +18,7 @@ from run import accounting
 from run.accounting import dense_equal_active, dense_equal_total
 from run.settings import Config
 from support import configurator, machines
+from support.options import options_of
 
 ROOT = Path(configurator.__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "cpu.py")
@@ -402,8 +403,51 @@ def test_generation_refuses_what_it_cannot_do():
 # Every shipped config
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_config_builds_and_trains_a_step(path):
+def structure(config):
+    """{(key, value)} of what can change the code that a config runs: of numbers, whether they are 0, 1 or more."""
+    keys = [name for name, option in options_of(Config).items() if option.group in ("Model", "Mixture of experts")]
+    values = {key: getattr(config, key) for key in keys if key != "n_expert_by_block"}
+    return {(key, min(value, 2) if isinstance(value, int) else value or 0.0) for key, value in values.items()}
+
+
+SHIPPED = {path: structure(configurator.parse(Config, [str(path)])) for path in CONFIGS}
+DISTINCT = list({frozenset(values): path for path, values in reversed(SHIPPED.items())}.values())[::-1]
+# Few configs with every value of every key that a shipped one has.
+TRACED = [
+    tiny(dropout=0.2, **keys)
+    for keys in (
+        dict(mlp_hidden=24),
+        dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", capacity_factor=1.0),
+        dict(n_expert=4, expert_top_k=0, expert_kind="linear_sum", aux_loss="none"),
+        dict(n_expert=4, router="hash", aux_loss="none", expert_inner_dropout=0.1),
+        dict(n_expert=4, router="ngram_hash", aux_loss="none", n_shared_expert=1, expert_hidden=8),
+        dict(n_expert=4, router="random", router_level="sequence", aux_loss="none"),
+        dict(n_expert=4, router="expert_choice", capacity_factor=1.0, aux_loss="none"),
+        dict(
+            n_expert=4, router="two_level", share_experts=True, expert_dropout=0.1,
+            aux_loss_coef_schedule="linear", router_temperature_schedule="linear",
+        ),
+        dict(n_expert=4, router="frozen", router_level="segment", segment_size=5, aux_loss="none"),
+        dict(
+            n_expert=4, expert_top_k=2, router_bias_rate=0.001, gate="sigmoid", aux_loss="none", gate_renormalize=True
+        ),
+        dict(n_expert=4, router_level="prefix", aux_loss="cv2", expert_init="switch", gate_straight_through=True),
+        dict(
+            n_expert=4, expert_top_k=4, router_top_p=0.5, capacity_factor=0.5, capacity_group="batch", moe_every=2,
+            expert_init="sigma_moe", router_jitter=0.1, z_loss_coef=0.001, bias=True, aux_loss_coef=0.001,
+        ),
+    )
+]  # fmt: skip
+
+
+def test_the_traced_configs_have_every_value_that_a_shipped_one_has():
+    sizes = {"n_layer", "n_head", "n_embd", "segment_size", "aux_loss_coef"}
+    missing = set().union(*SHIPPED.values()) - set().union(*map(structure, TRACED))
+    assert {(key, value) for key, value in missing if key not in sizes and not isinstance(value, float)} == set()
+
+
+@pytest.mark.parametrize("path", DISTINCT, ids=lambda path: path.stem)
+def test_a_config_of_each_structure_builds_and_trains_a_step(path):
     config = configurator.parse(
         Config, [str(path), str(ROOT / "config/cpu.py"), "--n_layer=2", "--n_embd=32", "--batch_size=2"]
     )
@@ -413,27 +457,41 @@ def test_a_shipped_config_builds_and_trains_a_step(path):
     assert torch.isfinite(out.objective) and len(out.stats) == len(config.moe_layers)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in CONFIGS if path.stem.startswith("shakespeare")], ids=lambda path: path.stem
-)
-def test_a_shipped_config_traces_as_one_graph(path):
+def trace(config):
     """No graph break anywhere, forward and backward; the compiler behind the tracer is not needed for that."""
     torch._dynamo.reset()
-    options = ["--n_layer=2", "--n_embd=32", "--batch_size=2", "--dropout=0.1", "--moe_every=2"]
-    config = configurator.parse(Config, [str(path), str(ROOT / "config/cpu.py"), *options])
-    model = GPT(config, VOCABULARY)
-    out = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens(2, 64), tokens(2, 64))
+    model, shape = GPT(config, VOCABULARY), (2, config.block_size)
+    out = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens(*shape), tokens(*shape))
     out.objective.backward()
     assert torch.isfinite(out.loss)
 
 
-@pytest.mark.parametrize("backend", ["masked", "sorted", "padded"])
-def test_what_auto_chooses_on_cuda_compiles_into_one_graph_with_the_gradients_of_eager_steps(backend, monkeypatch):
+@pytest.mark.parametrize("config", TRACED, ids=range(len(TRACED)))
+def test_every_option_traces_as_one_graph(config):
+    trace(config)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("path", DISTINCT, ids=lambda path: path.stem)
+def test_a_shipped_config_traces_as_one_graph(path):
+    options = ["--n_layer=2", "--n_embd=32", "--batch_size=2", "--dropout=0.1", "--moe_every=2"]
+    trace(configurator.parse(Config, [str(path), str(ROOT / "config/cpu.py"), *options]))
+
+
+TOP1, ROOMY, TIGHT = dict(expert_top_k=1), *(dict(expert_top_k=2, capacity_factor=f) for f in (1.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    "backend, models",
+    [("masked", [TOP1]), ("sorted", [ROOMY]), ("padded", [TIGHT, ROOMY])],
+    ids=["masked", "sorted", "padded"],
+)
+def test_backends_of_cuda_compile_into_one_graph_with_the_gradients_of_eager_steps(backend, models, monkeypatch):
     """Those of the router in float32, though the rest is bfloat16; and in one process models that differ in a number,
     a capacity too, on which shapes depend."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    for keys in (dict(expert_top_k=1), *(dict(expert_top_k=2, capacity_factor=factor) for factor in (1.0, 0.5))):
+    for keys in models:
         model = GPT(tiny(n_expert=4, moe_backend=backend, **keys), VOCABULARY)
         x, y = tokens(2, 16), tokens(2, 16)
         gradients = []

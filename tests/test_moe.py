@@ -60,6 +60,16 @@ def grid():
     return chosen
 
 
+def covering(configs):
+    """A few of these configs in which each value of each key occurs that occurs in any of them."""
+    left = {config: set(dataclasses.asdict(config).items()) for config in configs}
+    chosen, missing = [], set().union(*left.values())
+    while missing:
+        chosen.append(max(left, key=lambda config: len(left[config] & missing)))
+        missing -= left[chosen[-1]]
+    return chosen
+
+
 GRID = grid()
 CAUSAL = [config for config in GRID if config.is_causal]
 
