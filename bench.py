@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from data.common import DataError, Dataset, find
+from data.common import DataError, Dataset, find_dataset
 from run import accounting
 from run.records import RecordError
 from run.settings import Config
@@ -242,7 +242,7 @@ class Bench:
         print("\n" + "\n".join(bench_screen.table_lines(rows, titles)), flush=True)
 
 
-def record_of(bench, candidates, config, size, machine, neighbours, seconds):
+def bench_record(bench, candidates, config, size, machine, other_load, seconds):
     """The record that bench_records.py reads, with the models of which anything was measured."""
     measured = {row["model"] for row in bench.measurements}
     return {
@@ -251,7 +251,7 @@ def record_of(bench, candidates, config, size, machine, neighbours, seconds):
         "quick": config.quick,
         "machine": machines.describe(machine._replace(compile=any(candidate.is_compiled for candidate in candidates))),
         "git": machines.git_state(),
-        "others": neighbours.so_far(),
+        "others": other_load.so_far(),
         "seconds": seconds,
         "ceilings": bench.ceilings,
         "models": {
@@ -314,11 +314,11 @@ def main(argv):
     size = config.size if config.size != "auto" else "paper" if machine.device.type == "cuda" else "cpu"
     old = bench_records.read(config.compare) if config.compare else None
     print("\n".join([f"{size} size; {machine.reason}", *machine_notes(machine)]))
-    dataset = Dataset.open(find("shakespeare_char"), machine.device)
+    dataset = Dataset.open(find_dataset("shakespeare_char"), machine.device)
     if config.json:
         check_writable(config.json)
 
-    neighbours = machines.Neighbours(machine)
+    other_load = machines.OtherLoad(machine)
     names = config.chosen_models()
     configs = {name: model_config(name, size, machine, config.seed) for name in names}
     candidates = [Candidate(name, MODELS[name][0], configs[name], dataset, machine) for name in names]
@@ -330,7 +330,7 @@ def main(argv):
         print("Without the dense model there is nothing to compare with.", file=sys.stderr)
         return 3
 
-    record = record_of(bench, candidates, config, size, machine, neighbours, time.perf_counter() - started)
+    record = bench_record(bench, candidates, config, size, machine, other_load, time.perf_counter() - started)
     print("\n" + "\n".join(bench_screen.legend_lines(record)))
     if config.quick:
         print(f"Quick: few rounds, and only {QUICK.characters} characters a sample. For a first look, not for quoting.")

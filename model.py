@@ -157,7 +157,7 @@ class GPT(nn.Module):
         super().__init__()
         counts = torch.ones(vocab_size, device="cpu") if symbol_counts is None else torch.as_tensor(symbol_counts)
         self.config = config
-        self.batch_mean = own_mean  # in training; run/processes.py has another, for processes that share a batch
+        self.batch_mean = own_mean  # in training; Updater sets another for processes that share a batch
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)

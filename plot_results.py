@@ -20,7 +20,7 @@ from typing import NamedTuple
 from analysis import analyses
 from papers import experiments
 from papers.experiments import CLAIMS, SCALES, TABLES, Comparison
-from report import cells, figures, figures_of_rows, figures_of_run, figures_of_speed, page, verdicts
+from report import cells, figures, figures_of_run, figures_of_speed, figures_of_table, page, style, verdicts
 from run import records
 from run.records import RecordError
 from run.settings import Config
@@ -87,8 +87,7 @@ def part_of(comparison, number):
     rulings = [
         verdicts.decide(claim, comparison) for claim in CLAIMS if claim.table == table.name and scale in claim.scales
     ]
-    drawings = {name: drawer(name)(comparison) for name in FIGURES[table.name]}
-    drawings["differences"] = differences(comparison)
+    drawings = {name: figures.FIGURES[name](comparison) for name in (*FIGURES[table.name], "differences")}
     shown = shown_of(comparison)
     for analysis in shown:
         drawings |= figures_of_run.of_run(analysis)
@@ -96,14 +95,9 @@ def part_of(comparison, number):
     for name, drawing in drawings.items():
         if drawing:
             suffix = f"_{number}" if number > 1 else ""
-            svg = figures.svg(drawing.figure)
+            svg = style.svg(drawing.figure)
             pictures[f"{table.name}_{scale}_{name}{suffix}.svg"] = page.Picture(svg, drawing.caption, drawing.alt)
     return Part(comparison, rulings, [cells.grid_of(comparison, view) for view in table.views], pictures, shown)
-
-
-def drawer(name):
-    """The function that draws a figure of a table."""
-    return getattr(figures, name, None) or getattr(figures_of_rows, name)
 
 
 def shown_of(comparison):
@@ -111,20 +105,6 @@ def shown_of(comparison):
     found = [analysis for of_row in comparison.cells.values() for analysis in of_row]
     is_shown = comparison.table.of == "analyses"
     return [one for one in found if is_shown and one["sample"] and one["config"]["router"] == "learned"][:1]
-
-
-def differences(comparison):
-    """Each row against its baseline on the clean measure."""
-    found = []
-    for row in comparison.table.rows_at(comparison.scale):
-        if not row.baseline:
-            continue
-        effect = verdicts.effect_of(comparison, "clean", row.name, row.baseline, "difference")
-        pair = figures.published(comparison, row, "paper")
-        if effect:
-            published = pair[0] - pair[1] if pair else None
-            found.append((row.label, effect.mean, effect.low, effect.high, effect.n, published))
-    return figures.difference_forest(comparison, found)
 
 
 def parts_of(found, analysed=()):
@@ -172,7 +152,7 @@ class Bench(NamedTuple):
         return " ".join(
             [
                 *doubts,
-                f"{bench_records.headline(record)}. Every model is timed in turn with the others, in one process. "
+                f"{bench_records.about(record)}. Every model is timed in turn with the others, in one process. "
                 "A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is that of the ratios "
                 "of pairs, above 1 where a model is slower. Of the floor: the least time for what must be computed "
                 "and moved, at the "
@@ -198,7 +178,7 @@ def benches_of(found):
         drawing, suffix = figures_of_speed.relative_time(record), f"_{counts[size]}" if counts[size] > 1 else ""
         pictures = {}
         if drawing:
-            svg = figures.svg(drawing.figure)
+            svg = style.svg(drawing.figure)
             pictures[f"speed_{size}{suffix}.svg"] = page.Picture(svg, drawing.caption, drawing.alt)
         benches.append(Bench(record, cells.speed_grids(record), pictures))
     return benches
@@ -538,7 +518,7 @@ def draw_latest(folders, output):
             print(f"left out: {error}", file=sys.stderr)
     if not runs:
         raise RecordError("none of these folders holds a run with an evaluation")
-    figures.png(figures.curves_of_runs(labelled(runs)).figure, output)
+    style.png(figures_of_table.curves_of_runs(labelled(runs)).figure, output)
     print(f"wrote {output}")
 
 

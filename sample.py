@@ -1,14 +1,13 @@
-"""Text from a trained model, streamed as it is made.
+"""Write text with a trained model, character by character.
 
     python sample.py --out_dir=out/shakespeare_moe4-cpu-s1337
     python sample.py --out_dir=… --start="ROMEO:" --temperature=0.7 --max_new_tokens=300
     python sample.py --out_dir=… --start=FILE:prompt.txt
     python sample.py --out_dir=… --show_experts --layer=2     coloured by the experts of block 2
 
-The first --seed gives the first sample, the next seed the second, and so on: a sample depends on its own seed alone.
-A character's colour is the expert with its largest gate; where colours cannot be shown (no terminal, or NO_COLOR is
-set), expert numbers stand under the text. Past block_size, the model goes on from the last half window (see
-`model.Decoder`).
+Sample i has the seed --seed + i, and depends on that seed alone. With --show_experts, a character has the colour of the
+expert with its largest gate; without a terminal, or with NO_COLOR set, expert numbers stand under the text. Past
+block_size characters, the model goes on from the last half window (see `model.Decoder`).
 """
 
 import os
@@ -37,14 +36,14 @@ class SampleConfig:
     start: str = option(
         "", "prompt, or FILE:path; empty = a newline, or a space where the vocabulary has none", group="Text"
     )
-    num_samples: int = option(1, "how many", group="Text", at_least=1)
-    max_new_tokens: int = option(500, "characters of each", group="Text", at_least=1, at_most=10**7)
+    num_samples: int = option(1, "number of samples", group="Text", at_least=1)
+    max_new_tokens: int = option(500, "characters of each sample", group="Text", at_least=1, at_most=10**7)
     temperature: float = option(
         0.8, "below 1 safer, above 1 wilder; 0 = always the most likely character", group="Text", at_least=0
     )
     top_k: int = option(200, "sample among the k most likely characters; 0 = all", group="Text", at_least=0)
     seed: int = option(
-        1337, "of the first sample; each next one takes the next", group="Text", at_least=0, at_most=2**32 - 1
+        1337, "seed of the first sample; the next one has the next seed", group="Text", at_least=0, at_most=2**32 - 1
     )
     show_experts: bool = option(False, "colour characters by their expert", group="Experts")
     layer: int = option(
@@ -52,8 +51,15 @@ class SampleConfig:
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Writers: what the terminal shows
+
+
 class PlainWriter:
-    """Characters as they come. Each token may come with its expert, or None for one that the model has not read."""
+    """Prints the text alone, as its tokens come.
+
+    expert: the number of a token's expert, None where experts are not shown or the model has not read the token.
+    """
 
     def __init__(self, vocabulary):
         self.decode = vocabulary.decoder()
@@ -75,18 +81,19 @@ class PlainWriter:
 
 
 class ColourWriter(PlainWriter):
-    """Each character on the colour of its expert; a newline shows as ⏎, for a coloured line feed would paint the rest
-    of the row."""
+    """Prints each character on the colour of its expert.
+
+    A newline is shown as ⏎ first, because a coloured line feed would paint the rest of the row.
+    """
 
     def show(self, character, expert):
-        visible = "⏎" if character == "\n" else character
-        print(
-            visible if expert is None else coloured(visible, expert), end="\n" if character == "\n" else "", flush=True
-        )
+        is_newline = character == "\n"
+        visible = "⏎" if is_newline else character
+        print(visible if expert is None else coloured(visible, expert), end="\n" * is_newline, flush=True)
 
 
 class NumberWriter(PlainWriter):
-    """Each line of text, and under it the last digit of every character's expert (a dot where it has none)."""
+    """Prints each line of text, and under it the last digit of each character's expert, or a dot without one."""
 
     def __init__(self, vocabulary):
         super().__init__(vocabulary)
@@ -104,22 +111,43 @@ class NumberWriter(PlainWriter):
         self.text, self.numbers = "", ""
 
 
+def make_writer(vocabulary, layer):
+    if layer is None:
+        return PlainWriter(vocabulary)
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        return ColourWriter(vocabulary)
+    return NumberWriter(vocabulary)
+
+
 def coloured(text, expert):
     red, green, blue = bytes.fromhex(EXPERT_COLOURS[expert % len(EXPERT_COLOURS)].removeprefix("#"))
     return f"\x1b[30;48;2;{red};{green};{blue}m{text}\x1b[0m"
 
 
+def expert_legend(trained, layer, in_colour):
+    """One line that names the block and its experts, in their colours if in_colour."""
+    block = trained.moe_layers[layer]
+    names = [f"expert {expert}" for expert in range(trained.of_block(block).n_expert)]
+    entries = [coloured(f" {name} ", expert) for expert, name in enumerate(names)] if in_colour else names
+    return f"block {block}: " + "  ".join(entries)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From options to text
+
+
 def load_model(config, device):
-    """-> (model in eval mode, its vocabulary, its Config)"""
+    """(model in eval mode, its vocabulary, its Config). Raises ConfigError for a model that is not causal."""
     model, vocabulary, trained = load(config.out_dir, CHECKPOINTS[config.checkpoint], device)
     if not trained.is_causal:
-        leaks, twins = (", ".join(words) for words in (trained.leaks, trained.leaks.values()))
+        leaks, causal = (", ".join(words) for words in (trained.leaks, trained.leaks.values()))
         reason = f"{leaks}: its experts depend on later characters or on other sequences"
-        raise ConfigError([f"{config.out_dir} was trained with {reason}, so it cannot be sampled from; {twins} can"])
+        raise ConfigError([f"{config.out_dir} was trained with {reason}, so it cannot be sampled from; {causal} can"])
     return model, vocabulary, trained
 
 
 def prompt_text(start, vocabulary):
+    """The prompt that --start means. Raises DataError for a file that is not UTF-8, OSError for an unreadable one."""
     if start.startswith("FILE:"):
         path = Path(start.removeprefix("FILE:"))
         try:
@@ -133,7 +161,7 @@ def prompt_text(start, vocabulary):
 
 
 def shown_layer(config, trained):
-    """Which of the MoE layers --layer means, or None when experts are not shown."""
+    """The index of --layer among the model's MoE layers; None when experts are not shown."""
     if not config.show_experts:
         return None
     blocks = trained.moe_layers
@@ -146,31 +174,18 @@ def shown_layer(config, trained):
     return blocks.index(config.layer)
 
 
-def make_writer(vocabulary, layer, trained):
-    if layer is None:
-        return PlainWriter(vocabulary)
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        return ColourWriter(vocabulary)
-    return NumberWriter(vocabulary)
-
-
-def legend(trained, layer, in_colour):
-    names = [f"expert {expert}" for expert in range(trained.of_block(trained.moe_layers[layer]).n_expert)]
-    entries = [coloured(f" {name} ", expert) for expert, name in enumerate(names)] if in_colour else names
-    return f"block {trained.moe_layers[layer]}: " + "  ".join(entries)
-
-
 def write_sample(decoder, prompt, config, device, writer, layer, seed):
-    """Prompt and continuation. A character's expert is known once the model has read it, so writing stays one
-    character behind."""
+    """Write the prompt and its continuation.
+
+    Writing stays one character behind the model, because a character's expert is known once the model has read it.
+    """
     generator = torch.Generator().manual_seed(seed)
     unwritten = prompt
-    # One step more than there are characters to write: the last character must be read, too.
+    # One step more than there are new characters, so that the model reads the last one too.
     for step in decoder.write(torch.tensor([prompt], device=device), config.max_new_tokens + 1, [generator]):
         experts = step.experts(layer)[0].tolist() if layer is not None else []
         experts = [None if expert < 0 else expert for expert in experts]
-        # A long prompt is cut to the last block_size characters, and a cache is rebuilt from half of it: experts belong
-        # to the end.
+        # The model reads only the last characters: of a long prompt block_size, of a rebuilt cache half as many.
         known = [None] * (len(unwritten) - len(experts)) + experts[-len(unwritten) :]
         for token, expert in zip(unwritten, known):
             writer.write(token, expert)
@@ -190,9 +205,9 @@ def main(argv):
     for i in range(config.num_samples):
         if i:
             print("-" * 40)
-        writer = make_writer(vocabulary, layer, trained)
+        writer = make_writer(vocabulary, layer)
         if layer is not None:
-            print(legend(trained, layer, isinstance(writer, ColourWriter)))
+            print(expert_legend(trained, layer, isinstance(writer, ColourWriter)))
         write_sample(decoder, prompt, config, machine.device, writer, layer, config.seed + i)
     return 0
 

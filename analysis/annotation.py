@@ -1,15 +1,13 @@
-"""What each character of a text is: the labels that information.py holds against the experts.
+"""Labels for each character of a text: its class, its place in the word, its speaker and so on.
 
-    of = annotate(ids_N, vocabulary, dataset.symbol_counts("train"), context=config.block_size)
-    of["speaker"].labels, of["speaker"].names
+    found = annotate(ids_N, vocabulary, dataset.symbol_counts("train"), context=config.block_size)
+    found["speaker"].labels, found["speaker"].names
 
-SYNTAX says what a character is in its word and line, CONTEXT what stands before it, TOPIC what the text is about there.
-All of SYNTAX and CONTEXT is causal: it depends on the character and on what precedes it. TOPIC is not: `JULIET:` is
-labelled Juliet from its J on.
+information.py compares them with the experts. Annotations in SYNTAX and CONTEXT are causal: they depend on the
+character and those before it. Those in TOPIC are not: `JULIET:` is labelled Juliet from its J on. A symbol of the
+vocabulary counts as a character; where it is a byte, a letter outside ASCII is several.
 
-Everything is per symbol of the vocabulary. Where that is the byte, a letter outside ASCII is several.
-
-Shapes: N characters of the text; V vocabulary size.
+Shapes: N characters of the text; V vocabulary size. Needs no torch.
 """
 
 import re
@@ -17,22 +15,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analysis.analyses import CONTEXT
 from analysis.information import dense
-from data.common import character_class
-from run.records import CLASSES
+from data.characters import CLASSES, character_class
+
+# Names of annotations. SYNTAX: a character's place in its word and line. CONTEXT: the characters before it. TOPIC: what
+# the text is about at that place.
+SYNTAX = ("class", "place in the word", "place in the line")
+CONTEXT = ("previous character", "previous two", "previous three")
+TOPIC = ("speaker", "play", "article", "passage")
 
 BANDS = ("commonest quarter", "second quarter", "third quarter", "rarest quarter")
 PLACES_IN_WORD = ("no letter", "first letter", "second letter", "third letter", "fourth letter", "fifth or later")
 PLACES_IN_LINE = {0: "first of the line", 1: "2nd to 4th", 4: "5th to 16th", 16: "17th to 40th", 40: "41st or later"}
 PASSAGES = 16
-MOST_NAMES = 1000  # more than that nobody reads
+MOST_NAMES = 1000  # more names than anyone reads are left out
 
 NAME_LINE = re.compile(r"(?:\A\n?|(?<=\n\n))([A-Z][^\n:]{0,39}):(?=\n)")
 PARAGRAPH = re.compile(r"(?:\A\n?|(?<=\n\n))(?=[^\n])")
 PAGE = re.compile(r"<page>(?:\s*<title>([^<\n]{0,200})</title>)?")
 
-# tinyshakespeare's plays in its order, by the words they open with; it marks them in no other way.
+# tinyshakespeare's plays in its order, with their opening words, which are the only mark of a new play.
 PLAYS = {
     "Coriolanus": "First Citizen:\nBefore we proceed any further, hear me speak.",
     "Richard III": "GLOUCESTER:\nNow is the winter of our discontent",
@@ -48,31 +50,31 @@ PLAYS = {
 
 class Annotation(NamedTuple):
     labels: np.ndarray  # (N,) int64, >= 0
-    names: list[str] | None  # what value i is called; None where nobody would read so many
+    names: list[str] | None  # the name of value i; None where there are more than MOST_NAMES
 
 
 def annotate(ids_N, vocabulary, counts_V, context=None) -> dict[str, Annotation]:
-    """What each character of a text is, by name of the annotation; what makes no sense for this text is left out.
+    """{name: Annotation} of a text, without those that do not apply to it.
 
     ids_N      the text, ids of `vocabulary`
-    counts_V   how often each symbol occurs in the training split, which frequency bands are made of
-    context    the model's block_size, where the text was read in windows of that length: what precedes a character in
-               another window was not seen, and counts as nothing before it; None: all of the text was seen
+    counts_V   how often each symbol occurs in the training split, for frequency bands
+    context    the model's block_size, where it read the text in windows of that length: characters in an earlier window
+               were not seen and do not count; None: all of the text was seen
 
     - character, class, frequency band (`frequency_bands`): of the symbol itself.
-    - place in the word: of letters, by how many of the word's precede it. A word is a run of ASCII letters, apostrophes
-      that follow a letter, and symbols above 127.
-    - place in the line: characters since the newline, in ranges. Without where the text has no newline.
-    - previous character, previous two, previous three: without the character itself; places with fewer before them have
-      codes of their own.
+    - place in the word: for letters, the number of letters before it in the word. A word is a run of ASCII letters,
+      apostrophes that follow a letter, and symbols above 127.
+    - place in the line: characters since the newline, in ranges. Left out where the text has no newline.
+    - previous character, previous two, previous three: without the character itself; places with fewer characters
+      before them have codes of their own.
     - speaker, play, article: where the text marks them (`speakers`, `plays`, `articles`), from each mark to the next.
-    - passage: 16 equal stretches of the text, a stand-in for topic where nothing is marked.
+    - passage: 16 equal stretches of the text, as a stand-in for topic where nothing is marked.
     """
     ids_N = np.asarray(ids_N, dtype=np.int64)
     classes_V, class_names = class_of(vocabulary)
     codes_V = np.array([symbol if isinstance(symbol, int) else ord(symbol) for symbol in vocabulary.symbols])
     codes_N = codes_V[ids_N]
-    # A character a symbol, so that places in it are places in the text; a byte becomes the character of its number.
+    # One character for each symbol, so that positions agree; a byte becomes the character with its number.
     text = codes_N.astype("<u4").tobytes().decode("utf-32-le")
     found = {
         "character": Annotation(ids_N, _few([name_of(symbol) for symbol in vocabulary.symbols])),
@@ -90,7 +92,7 @@ def annotate(ids_N, vocabulary, counts_V, context=None) -> dict[str, Annotation]
 
 
 def name_of(symbol: str | int) -> str:
-    """A symbol of a vocabulary as a figure can show it: itself, space, newline, tab, U+0301 or byte 0xC3."""
+    """A printable name of a symbol: itself, space, newline, tab, U+0301 or byte 0xC3."""
     character = chr(symbol) if isinstance(symbol, int) else symbol
     known = {" ": "space", "\n": "newline", "\t": "tab"}
     if character in known or (character.isascii() and character.isprintable()):
@@ -101,21 +103,21 @@ def name_of(symbol: str | int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Of the symbol
+# Annotations of the symbol
 
 
 def class_of(vocabulary) -> tuple[np.ndarray, list[str]]:
-    """Each symbol's class (V,) int64, and what class i is called."""
+    """Each symbol's class (V,) int64, and the names of the classes."""
     classes = [CLASSES.index(character_class(symbol)) for symbol in vocabulary.symbols]
     return np.array(classes, dtype=np.int64), list(CLASSES)
 
 
 def frequency_bands(counts_V) -> np.ndarray:
-    """Each symbol's place in BANDS: (V,) int64.
+    """Each symbol's frequency band, an index into BANDS: (V,) int64.
 
-    With the symbols of the training text laid side by side, the commonest first (of equals the smaller id first), a
-    symbol belongs to the quarter in which the middle of its own stretch lies. A band holds about a quarter of the text,
-    to within half of a symbol at either end; symbols that do not occur in training are in the last.
+    Sort the characters of the training text by symbol, the commonest first (of equals the smaller id first). A symbol
+    belongs to the quarter that holds the middle of its stretch. So each band holds a quarter of the text to within half
+    a symbol at either end; symbols that do not occur in training are in the last band.
     """
     counts_V = np.asarray(counts_V, dtype=np.int64)
     order = np.argsort(-counts_V, kind="stable")
@@ -127,12 +129,14 @@ def frequency_bands(counts_V) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Of its place
+# Annotations of its place
 
 
 def places_in_word(codes_N) -> np.ndarray:
-    """Each character's place in PLACES_IN_WORD, from the code of each: (N,) int64. The text's beginning counts as a
-    word's."""
+    """Each character's place in its word, an index into PLACES_IN_WORD: (N,) int64.
+
+    codes_N: code points or bytes. A word may begin at the start of the text.
+    """
     lower_N = codes_N | 32  # of the capitals; nothing else becomes an ASCII letter
     letter_N = ((lower_N >= ord("a")) & (lower_N <= ord("z"))) | (codes_N > 127)
     in_word_N = letter_N.copy()
@@ -141,7 +145,10 @@ def places_in_word(codes_N) -> np.ndarray:
 
 
 def places_in_line(codes_N) -> Annotation | None:
-    """The text's beginning counts as a line's. A newline belongs to the line that it ends."""
+    """Each character's place in its line, in ranges; None where the text has no newline.
+
+    The text begins with a new line, and a newline belongs to the line that it ends.
+    """
     newline_N = codes_N == ord("\n")
     if not newline_N.any():
         return None
@@ -151,14 +158,14 @@ def places_in_line(codes_N) -> Annotation | None:
 
 
 def _since(marks_N) -> np.ndarray:
-    """How many characters ago the last mark was, 0 at a mark; the text is preceded by one."""
+    """The distance to the last mark, 0 at a mark; there is one before the text."""
     places_N = np.arange(len(marks_N))
     return places_N - np.maximum.accumulate(np.where(marks_N, places_N, -1))
 
 
 def previous(ids_N, vocabulary, context) -> dict[str, Annotation]:
-    """The n characters before each, as far as its window of `context` reaches."""
-    nothing = vocabulary.size  # an id more
+    """The annotations in CONTEXT: the one to three characters before each, within its window of `context`."""
+    nothing = vocabulary.size  # an id of its own
     seen_N = np.arange(len(ids_N)) % (context or max(1, len(ids_N)))  # characters before it in its window
     found, codes_N = {}, np.zeros_like(ids_N)
     for n, name in enumerate(CONTEXT, start=1):
@@ -179,14 +186,14 @@ def passages(length) -> Annotation:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Of what the text is about
+# Annotations of the topic
 
 
 def speakers(text, unit) -> Annotation | None:
-    """Who speaks, where a play gives it in a line `Name:` alone, after a blank line or at the text's start.
+    """The speaker in a play, from lines with `Name:` alone after a blank line or at the text's start.
 
-    None where there are fewer than 2, or where the paragraphs that begin so are less than half of the text: prose has
-    such lines here and there. A name that occurs in two plays is one value.
+    None where there are fewer than 2 speakers, or where the paragraphs with such a line are less than half of the text,
+    for prose has a few of them too. The same name in two plays is one speaker.
     """
     marks = [(match.start(1), match[1]) for match in NAME_LINE.finditer(text)]
     names = sorted({name for _, name in marks})
@@ -196,30 +203,34 @@ def speakers(text, unit) -> Annotation | None:
         return None
     values = [(start, names.index(name)) for start, name in marks]
     names = [_readable(name, unit) for name in names]
-    return _held(values, names, "before the first speaker", len(text))
+    return _until_next(values, names, "before the first speaker", len(text))
 
 
 def plays(text) -> Annotation | None:
-    """The play, by the opening words in PLAYS; what precedes the first that is found belongs to the play before it in
-    the table. None where there are fewer than 2."""
+    """The play, by the opening words in PLAYS; None where there are fewer than 2.
+
+    Text before the first opening belongs to the play before it in the table.
+    """
     names = list(PLAYS)
     marks = sorted((text.find(words), names.index(name)) for name, words in PLAYS.items() if words in text)
     if marks and marks[0][0] > 0 and marks[0][1] > 0:
         marks.insert(0, (0, marks[0][1] - 1))
-    return _held(marks, names, "before the first play", len(text)) if len(marks) > 1 else None
+    return _until_next(marks, names, "before the first play", len(text)) if len(marks) > 1 else None
 
 
 def articles(text, unit) -> Annotation | None:
-    """The article of a Wikipedia dump, from each `<page>` on. None where there are fewer than 2."""
+    """The article of a Wikipedia dump, each from its `<page>` on; None where there are fewer than 2."""
     found = list(PAGE.finditer(text))
     if len(found) < 2:
         return None
     names = [_readable(match[1], unit) if match[1] else f"article {i + 1}" for i, match in enumerate(found)]
-    return _held([(match.start(), i) for i, match in enumerate(found)], names, "before the first article", len(text))
+    return _until_next(
+        [(match.start(), i) for i, match in enumerate(found)], names, "before the first article", len(text)
+    )
 
 
-def _held(marks, names, before, length) -> Annotation:
-    """Each mark's value (place, value) from its place to the next's; `before` is another value, if it is needed."""
+def _until_next(marks, names, before, length) -> Annotation:
+    """Each mark (place, value) holds until the next one; `before` names the text before the first mark, if any."""
     if marks[0][0] > 0:
         marks, names = [(0, len(names)), *marks], [*names, before]
     places, values = np.array(marks).T
@@ -232,5 +243,5 @@ def _few(names) -> list[str] | None:
 
 
 def _readable(name, unit) -> str:
-    """A name found in the text, whose characters stand for bytes if that is the unit."""
+    """A name found in the text, decoded from UTF-8 where the text is of bytes."""
     return name.encode("latin-1").decode("utf-8", errors="replace") if unit == "byte" else name

@@ -1,16 +1,16 @@
-"""The gradients of a trained model: what pulls its routers, and whether the tokens of an expert pull the same way.
+"""Gradients of a trained model: what moves its routers, and whether tokens of one expert agree.
 
-    router_gradients(model, batches, machine)      cross-entropy against the balancing loss, per MoE layer
-    conflicts(model, batches, machine, classes_V, class_names)      between the tokens of an MLP or expert, per block
+    router_gradients(model, batches, machine)      cross-entropy against the balancing loss, for each MoE layer
+    conflicts(model, batches, machine, classes_V, class_names)      between tokens of an MLP or expert, for each block
 
 `batches`: [(x, y)], (B, T) int64 each, of the training split. The model is measured in eval mode (no dropout, jitter or
-masked experts), and left as it was: nothing is trained, no `.grad` written, no random stream of others read.
+masked experts) and left unchanged: nothing is trained, no `.grad` is written, no random stream of others is read.
 
-The gradient of token t is its own contribution, through this one application of the MLP or expert, to the gradient of
-the summed cross-entropy of the batch: what it does to its own loss, and through attention to those of later tokens.
-Added up over tokens (and over the layers that share a set of experts) they are the parameter's gradient. For a linear
-layer W a it is δ aᵀ, with δ the gradient of the sum at the layer's output, so that  ⟨g_t, g_s⟩ = (a_t·a_s)(δ_t·δ_s):
-the gradients themselves are never made. A bias is a weight of an input that is always 1, or the gate.
+A token's gradient is its own contribution to the gradient of the batch's summed cross-entropy, through this one
+application of the MLP or expert. It acts on the token's own loss, and through attention on those of later tokens.
+Summed over tokens (and over layers that share a set of experts) it is the parameter's gradient. For a linear layer W a
+it is δ aᵀ, with δ the gradient of the sum at the layer's output, so  ⟨g_t, g_s⟩ = (a_t·a_s)(δ_t·δ_s)  and the gradients
+themselves are never computed. A bias is a weight whose input is always 1, or the gate.
 
 Letters as in `moe.py`; n tokens of a group, S sequences.
 """
@@ -35,16 +35,9 @@ from support.intervals import interval_of_mean
 FEWEST_TOKENS = 20  # of a class, for a mean over its pairs
 
 
-def cosine(a, b):
-    """Of two tensors of one shape, taken as vectors; None where one of them is 0."""
-    a, b = (tensor.detach().cpu().double().flatten() for tensor in (a, b))
-    norms = (a.norm() * b.norm()).item()
-    return max(-1.0, min(1.0, (a @ b).item() / norms)) if norms else None
-
-
 @contextlib.contextmanager
-def measured(model):
-    """In eval mode and with gradients, until the end; then each module in the mode that it was in."""
+def eval_with_gradients(model):
+    """A context in eval mode with gradients; afterwards each module has its former mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -60,41 +53,41 @@ def measured(model):
 
 
 def router_gradients(model, batches, machine, draws=200, seed=0):
-    """A dict per MoE layer of how cross-entropy and the balancing loss pull its router's weight (E, D); None where a
-    router has no weight that is trained (frozen, random, hash), or one of the two has no gradient (one expert; a switch
-    loss that is constant, because every expert is always chosen equally often).
+    """How cross-entropy and the balancing loss pull each MoE layer's router weight (E, D): one dict for each layer.
 
-    The balancing loss is the model's own, over all layers, before its coefficient; `aux_loss=none` is measured by the
-    switch loss, with a coefficient of 0. two_level: the weight of the experts, not that of the groups.
+    None for a router without a trained weight, and where one of the losses has no gradient: with one expert, or a
+    switch loss that is constant because all experts are always chosen equally often. The balancing loss is the model's
+    own over all layers, before its coefficient; for `aux_loss=none` the switch loss, with a coefficient of 0. With
+    groups of experts, the weight is that of the experts.
 
         block, loss     the block's index; switch or cv2
-        n               batches in which both gradients are there
-        cosines         of the two gradients, one a batch
+        n               batches in which both gradients exist
+        cosines         of the two gradients, one for each batch
         cosine, sd, low, high   their mean, sample SD and the 95% t interval of the mean (None from one batch)
         negative        the share of batches in which they point away from each other
         norm_cross_entropy, norm_balance    mean norms
-        coefficient, ratio      coefficient · norm_balance / norm_cross_entropy: how much of the pull is balancing
+        coefficient, ratio      ratio = coefficient · norm_balance / norm_cross_entropy: the pull of balancing
 
-    chance: each {mean, sd, low, high (95% quantiles), n values}, or None where there is nothing to draw from.
-        features        of the mean cosine, with the balancing gradient's D columns in random order, the same one in all
-                        batches. It keeps norms and what each expert gets, and says what two gradients give that have
-                        no direction in common. Its mean is D · Σ_e (mean of row e of the one)(of the other) / norms:
-                        near 0 behind a LayerNorm. It is too narrow for a claim of conflict: both gradients are sums
-                        over the same tokens of (a number per expert) × (the router's input), so they share the mean
-                        input's direction, and two that have nothing else in common lie outside it, on either side.
-        experts         the same with the rows in random order: the shared inputs stay, and what is destroyed is which
-                        expert each loss favours. This one bears on conflict. Its mean is 0 for a softmax, whose rows
-                        add up to 0; of E! orders, with 2 experts it says nothing beyond the sign, which flips.
-        other_batches   cosines of the cross-entropy's gradient in one batch and the balancing gradient in another. No
-                        chance in the strict sense: what holds in every batch, a lasting conflict too, is still in it.
-                        Where `cosine` differs from it, the tokens of the batch itself make the difference.
+    chance: three controls, each {mean, sd, low, high (95% quantiles), n values}, or None without values.
+        features        the mean cosine with the D columns of the balancing gradient in random order, the same order in
+                        all batches. Norms and what each expert gets stay; any common direction is lost. The mean is
+                        D · Σ_e (mean of row e of the one)(of the other) / norms, near 0 behind a LayerNorm. Too narrow
+                        for a claim of conflict: both gradients are sums over the same tokens of (a number for each
+                        expert) × (the router's input), share the mean input's direction, and so lie outside this
+                        interval, on either side, even where they have nothing else in common.
+        experts         the same with the rows in random order: shared inputs stay, and which expert each loss favours
+                        is lost. This is the control for conflict. Its mean is 0 for a softmax, whose rows add up to 0.
+                        There are E! orders, so with 2 experts it shows only the sign, which flips.
+        other_batches   the cross-entropy gradient of one batch with the balancing gradient of another. Not strictly
+                        chance: what holds in every batch, a lasting conflict too, stays. Where `cosine` differs from
+                        it, the tokens of the batch itself make the difference.
     """
     generator = torch.Generator().manual_seed(seed)
     blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, moe.MoE)]
     weights = [getattr(layer.router, "weight", None) for layer in model.moe_layers()]
     trained = [i for i, weight in enumerate(weights) if weight is not None and weight.requires_grad]
     pulls = [[] for _ in weights]  # of each layer: [(gradient of the cross-entropy, of the balancing loss)]
-    with measured(model):
+    with eval_with_gradients(model):
         for x, y in batches if trained else ():
             with machine.autocast():
                 out = model(x, y)
@@ -110,13 +103,13 @@ def router_gradients(model, batches, machine, draws=200, seed=0):
     coefficient = model.aux_loss_coef.item() if model.config.balances else 0.0
     loss = {"none": "switch"}.get(model.config.aux_loss, model.config.aux_loss)
     return [
-        {"block": block, "loss": loss, **compared(pairs, coefficient, draws, generator)} if pairs else None
+        {"block": block, "loss": loss, **compare_pulls(pairs, coefficient, draws, generator)} if pairs else None
         for block, pairs in zip(blocks, pulls)
     ]
 
 
 def balancing_loss(out, config):
-    """As the model's objective has it, before its coefficient; the switch loss where it has none."""
+    """The balancing loss of the model's objective before its coefficient; the switch loss where it has none."""
     if config.aux_loss != "none":
         return out.aux[config.aux_loss].raw
     layers = torch.stack([balance.switch_loss(routing) for routing in out.routing])
@@ -124,15 +117,20 @@ def balancing_loss(out, config):
 
 
 def has_balance(routings, config):
-    """Whether the balancing loss of these layers (one, and those after it) depends on their routers: a switch loss does
-    not where all loads are equal, though rounding gives it a gradient."""
+    """Whether the balancing loss of these layers depends on their routers.
+
+    A switch loss does not where all loads are equal, though rounding gives it a gradient. routings: of one layer and
+    those after it.
+    """
     loads = [choices_per_expert(routing).sum(dim=0) for routing in routings]
     return config.aux_loss == "cv2" or any((load_E != load_E[0]).any().item() for load_E in loads)
 
 
-def compared(pairs, coefficient, draws, generator):
-    """What router_gradients says of one layer. pairs: (gradient of the cross-entropy, of the balancing loss), (E, D)
-    each, one pair a batch."""
+def compare_pulls(pairs, coefficient, draws, generator):
+    """The entry of one layer in router_gradients.
+
+    pairs: (gradient of cross-entropy, gradient of the balancing loss), (E, D) each, one pair for each batch.
+    """
     ours, theirs = (torch.stack(gradients) for gradients in zip(*pairs))
     norms = [gradients.flatten(1).norm(dim=1) for gradients in (ours, theirs)]
     ours, theirs = (gradients / norm[:, None, None] for gradients, norm in zip((ours, theirs), norms))
@@ -155,15 +153,15 @@ def compared(pairs, coefficient, draws, generator):
         "coefficient": coefficient,
         "ratio": coefficient * mean_norms[1] / mean_norms[0],
         "chance": {
-            "features": spread([(ours * theirs[:, :, order]).sum().item() / n for order in features]),
-            "experts": spread([(ours * theirs[:, order]).sum().item() / n for order in experts]),
-            "other_batches": spread(across[~torch.eye(n, dtype=torch.bool)].tolist()),
+            "features": distribution([(ours * theirs[:, :, order]).sum().item() / n for order in features]),
+            "experts": distribution([(ours * theirs[:, order]).sum().item() / n for order in experts]),
+            "other_batches": distribution(across[~torch.eye(n, dtype=torch.bool)].tolist()),
         },
     }
 
 
-def spread(values):
-    """{mean, sd, low, high, n} with the 2.5% and 97.5% quantiles; None of fewer than 2 values."""
+def distribution(values):
+    """{mean, sd, low, high, n}, low and high the 2.5% and 97.5% quantiles; None for fewer than 2 values."""
     if len(values) < 2:
         return None
     low, high = np.quantile(values, [0.025, 0.975]).tolist()
@@ -183,7 +181,7 @@ def spread(values):
 class Tokens(NamedTuple):
     """n tokens that one MLP or expert served."""
 
-    x_ND: torch.Tensor  # what went into it
+    x_ND: torch.Tensor  # inputs
     slope_ND: torch.Tensor  # the gradient of the summed cross-entropy where its output is added to the others'
     gate_N: torch.Tensor  # 1 where nothing gates it
     sequence_N: torch.Tensor  # int64, counted over all batches
@@ -192,77 +190,78 @@ class Tokens(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A linear map in which token t's gradient is δ_t a_tᵀ."""
+    """A linear layer, in which token t's gradient is δ_t a_tᵀ."""
 
     a: torch.Tensor  # (n, in) its inputs
     delta: torch.Tensor  # (n, out) the gradient at its outputs
 
 
-class Likeness(NamedTuple):
-    """Of the gradients of one group's tokens."""
+class Similarity(NamedTuple):
+    """How similar the gradients of one group's tokens are."""
 
-    group: dict  # as `conflicts` gives it
+    group: dict | None  # its entry in `conflicts`
     without_S: torch.Tensor  # cosine_between_sequences when one sequence is left out; NaN where no pair is left
     size_S: torch.Tensor  # int64, tokens of each sequence
-    classes: torch.Tensor  # (3, classes, classes): of pairs of different sequences the cosines' sum and how many they
-    # are; each class's tokens on the diagonal
+    # (3, classes, classes): sum and number of cosines between sequences; tokens of a class, on the diagonal
+    classes: torch.Tensor
 
 
 def conflicts(model, batches, machine, classes_V, class_names, limit=1024, draws=20, seed=0, labels=None):
-    """A dict per block of how alike the gradients are that the tokens of its MLP, or of each of its experts, send to
-    the weights (and biases) of that MLP or expert, both layers together.
+    """How similar the gradients are that the tokens of an MLP, or of an expert, send to its weights.
 
-    classes_V: each symbol's class, an index of class_names. limit: tokens of a group that are compared, drawn at random
-    and evenly from the batches. labels: (N,) int64 of the tokens with a target, in order, or (blocks, N): another way
-    to split up a dense MLP's tokens, as by class, by a hash or by the routing of another model.
+    One dict for each block; weights and biases of both layers together.
+
+    classes_V: each symbol's class, an index into class_names. limit: tokens of a group that are compared, drawn at
+    random and evenly from the batches. labels: (N,) int64 of the tokens with a target, in order, or (blocks, N):
+    another split of a dense MLP's tokens, for example by class, by a hash, or by another model's routing.
 
         block, kind     dense or experts
-        groups          one an expert, or one for a dense MLP with `expert` None
-        shared          the same of the shared experts, that every token goes through; None where there are none
-        mean            over the groups, each weighted by the tokens that it served: what a token meets on average
-        classes         mean cosine between and within classes (pairs within an expert, pooled over experts; the current
-                        token's class), None where a class has fewer than 20 tokens; a dense MLP's or the experts'
-        labelled        dense, with labels: {cosine of pairs with one label, pairs, chance: the same of shuffled labels}
+        groups          one for each expert, or one for a dense MLP with `expert` None
+        shared          the same for the shared experts, which every token goes through; None without any
+        mean            over the groups, weighted by the tokens that each served: what a token meets on average
+        classes         mean cosine between and within classes of the current token (pairs within an expert, pooled over
+                        experts); None where a class has fewer than 20 tokens
+        labelled        dense, with labels: {cosine of pairs with equal labels, pairs, chance: with shuffled labels}
 
-    A group, None where it has fewer than 2 tokens:
+    A group, or None where it has fewer than 2 tokens:
         expert, tokens  its index; the tokens with a target that it served (kept, with whatever gate)
-        compared        how many of them are in the numbers below; those whose gradient is exactly 0 are not
+        compared        how many of them are in the numbers below; tokens whose gradient is exactly 0 are not
         cosine          mean over pairs of tokens of the cosine of their gradients
         negative        the share of pairs whose gradients point away from each other: conflict
         signal          mean ⟨g_t, g_s⟩ over pairs / mean |g|²: the part of a gradient that survives averaging over very
-                        many tokens, |E g|² / E |g|² estimated without bias. |mean g|² / mean |g|² is larger by about
-                        1/n, so that an expert would beat a dense MLP only for having fewer tokens.
+                        many tokens, an unbiased |E g|² / E |g|². |mean g|² / mean |g|² is larger by about 1/n, so that
+                        an expert would beat a dense MLP only because it has fewer tokens.
         cosine_between_sequences, error   the same over pairs of different sequences, which alone are nearly
-                        independent; its standard error from leaving out one sequence at a time (jackknife; None from
-                        fewer than 3). `classes` and `labelled` are of these pairs too.
-        chance          {mean, sd} of `cosine` when the errors δ go to other tokens of the group, at random, in both
-                        layers alike: what the inputs' likeness and the errors' likeness give by themselves. What
-                        `cosine` has beyond it comes from tokens with like inputs that have like errors.
+                        independent; its standard error by leaving out one sequence at a time (jackknife; None from
+                        fewer than 3). `classes` and `labelled` use these pairs too.
+        chance          {mean, sd} of `cosine` when the errors δ go to other tokens of the group at random, in both
+                        layers alike: the part due to similar inputs, and similar errors, by themselves. The rest of
+                        `cosine` comes from tokens with similar inputs that have similar errors.
 
-    Where training has converged on these tokens their gradients add up to about 0: `cosine` and `signal` are then near
-    0 and about half of the pairs conflict, whatever the model. What can be read is how models differ at equal loss.
+    After convergence on these tokens their gradients add up to about 0: `cosine` and `signal` are then near 0 and about
+    half of the pairs conflict, in any model. Compare models at equal loss.
 
-    Random groups of a dense MLP's tokens have its mean cosine, whatever their size, for it is a mean over pairs: the
-    dense number is what the experts' is compared with, and it needs no null of its own. Between tokens of different
-    experts there is no cosine: their gradients are of different parameters. The gradient that passes through a gate
-    into the router is not an expert's, and auxiliary losses are left out. linear_sum has no groups: an expert is one
-    matrix there, before a GELU and a second layer that all share, so its number would not be of the same thing.
+    The experts' cosine is compared with the dense MLP's. That needs no null of its own, for a random group of a dense
+    MLP's tokens has its mean cosine, whatever the group's size. Tokens of different experts have no cosine: their
+    gradients are of different parameters. The gradient through a gate into the router is not an expert's, and auxiliary
+    losses are left out. linear_sum has no groups: there an expert is one matrix before a GELU and a second layer that
+    all share, so its number would not be comparable.
     """
     generator = torch.Generator().manual_seed(seed)
-    with measured(model):
-        served, groups = collect(model, batches, machine, torch.as_tensor(classes_V), labels, limit, generator)
+    with eval_with_gradients(model):
+        served, groups = collect_tokens(model, batches, machine, torch.as_tensor(classes_V), labels, limit, generator)
         n_sequences = sum(len(x) for x, _ in batches)
         found = []
         for i, block in enumerate(model.blocks):
             of_block, on_labels = {}, None
             for name, tokens in groups[i].items():
-                layers, tokens = moving(layers_of(block.mlp, name, tokens), tokens)
+                layers, tokens = without_zero_gradients(linear_layers(block.mlp, name, tokens), tokens)
                 cosines = cosines_of(layers)
-                of_block[name] = likeness(
+                of_block[name] = similarity(
                     name, served[i][name], layers, cosines, tokens, n_sequences, len(class_names), draws, generator
                 )
                 if name is None and labels is not None:
-                    on_labels = labelled(cosines, tokens, draws, generator)
+                    on_labels = compare_labels(cosines, tokens, draws, generator)
             shared = of_block.pop(SHARED, None)
             found.append(
                 {
@@ -270,7 +269,7 @@ def conflicts(model, batches, machine, classes_V, class_names, limit=1024, draws
                     "kind": "experts" if isinstance(block.mlp, moe.MoE) else "dense",
                     "groups": [one.group for one in of_block.values()],
                     "shared": shared and shared.group,
-                    "mean": mean_of(list(of_block.values())),
+                    "mean": weighted_mean(list(of_block.values())),
                     "classes": class_means(list(of_block.values())),
                     "labelled": on_labels,
                 }
@@ -278,9 +277,8 @@ def conflicts(model, batches, machine, classes_V, class_names, limit=1024, draws
     return found
 
 
-def collect(model, batches, machine, classes_V, labels, limit, generator):
-    """-> ([{group: how many tokens it served}], [{group: Tokens, about `limit` of them at most}]), one of each a
-    block."""
+def collect_tokens(model, batches, machine, classes_V, labels, limit, generator):
+    """Two lists over blocks: [{group: number of tokens served}], [{group: Tokens, about `limit` at most}]."""
     served, pieces = ([defaultdict(list) for _ in model.blocks] for _ in range(2))
     quota, n_sequences, n_tokens = max(1, limit // max(1, len(batches))), 0, 0
     for x, y in batches:
@@ -305,8 +303,7 @@ def collect(model, batches, machine, classes_V, labels, limit, generator):
 
 
 def applications(model, x, y, machine):
-    """[(its input (N, D), the gradient of the summed cross-entropy at its output (N, D), Routing or None)], one a
-    block's MLP."""
+    """[(input (N, D), gradient of the summed cross-entropy at the output (N, D), Routing or None)] of all MLPs."""
     seen = []
 
     def see(module, inputs, output):
@@ -332,7 +329,7 @@ SHARED = "shared"
 
 
 def groups_of(mlp, x_ND, routing):
-    """(name, gate (N,), whether it serves a token (N,)) of each expert, or of the dense MLP, whose name is None."""
+    """[(name, gate (N,), whether it serves a token (N,))] of each expert, or of the dense MLP, whose name is None."""
     every, whole = torch.ones_like(x_ND[:, 0]), torch.ones_like(x_ND[:, 0], dtype=torch.bool)
     if routing is None:
         return [(None, every, whole)]
@@ -344,8 +341,8 @@ def groups_of(mlp, x_ND, routing):
     return groups + ([(SHARED, every, whole)] if mlp.shared is not None else [])
 
 
-def layers_of(mlp, name, tokens):
-    """The two Layers of a group, from what went in and the gradient at what came out."""
+def linear_layers(mlp, name, tokens):
+    """The two Layers of a group, from its inputs and the gradient at its outputs."""
     if name in (None, SHARED):
         dense = mlp.shared if name == SHARED else mlp
         fc, proj = dense.fc, dense.proj
@@ -376,27 +373,27 @@ def two_layers(tokens, w_in_HD, bias_in, w_out_HD, has_bias_out, activate):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How alike their gradients are
+# Similarity of their gradients
 
 
-def moving(layers, tokens):
-    """Without the tokens whose gradient is 0, which has no direction."""
+def without_zero_gradients(layers, tokens):
+    """The layers and tokens without those tokens whose gradient is 0 and has no direction."""
     moves = norms_of(layers) > 0
     return [Layer(*(column[moves] for column in layer)) for layer in layers], Tokens(*(c[moves] for c in tokens))
 
 
 def norms_of(layers):
-    """(n,): of each token's gradient of all these weights."""
+    """(n,): the norm of each token's gradient of all these weights."""
     return sum((a.norm(dim=1) * delta.norm(dim=1)).square() for a, delta in layers).sqrt()
 
 
 def cosines_of(layers):
-    """(n, n): of the tokens' gradients of all these weights together."""
+    """(n, n): cosines of the tokens' gradients of all these weights together."""
     norm_N1 = norms_of(layers)[:, None]
     return sum((a @ a.t()) * ((delta / norm_N1) @ (delta / norm_N1).t()) for a, delta in layers)
 
 
-def likeness(name, served, layers, cosines_NN, tokens, n_sequences, n_classes, draws, generator) -> Likeness:
+def similarity(name, served, layers, cosines_NN, tokens, n_sequences, n_classes, draws, generator) -> Similarity:
     n, norm_N = len(cosines_NN), norms_of(layers)
     is_between = tokens.sequence_N[:, None] != tokens.sequence_N
     between_NN = cosines_NN * is_between
@@ -404,7 +401,9 @@ def likeness(name, served, layers, cosines_NN, tokens, n_sequences, n_classes, d
     of_S = cosines_NN.new_zeros(n_sequences).index_add(0, tokens.sequence_N, between_NN.sum(dim=1))
     pairs_S = size_S * (n - size_S)
     without_S = (of_S.sum() - 2 * of_S) / (pairs_S.sum() - 2 * pairs_S)  # both orders of each pair are in all of these
-    classes = [summed(values, tokens.class_N, n_classes) for values in (between_NN, is_between.to(cosines_NN.dtype))]
+    classes = [
+        sum_by_class(values, tokens.class_N, n_classes) for values in (between_NN, is_between.to(cosines_NN.dtype))
+    ]
     classes.append(torch.bincount(tokens.class_N, minlength=n_classes).to(cosines_NN.dtype).diag())
     group = None
     if n > 1:
@@ -419,13 +418,13 @@ def likeness(name, served, layers, cosines_NN, tokens, n_sequences, n_classes, d
             "signal": (product / pairs / norm_N.square().mean()).item(),
             "cosine_between_sequences": of_S.sum().item() / pairs_S.sum().item() if pairs_S.any() else None,
             "error": jackknife(without_S, size_S),
-            "chance": chance(layers, draws, generator),
+            "chance": chance_cosine(layers, draws, generator),
         }
-    return Likeness(group, without_S, size_S, torch.stack(classes))
+    return Similarity(group, without_S, size_S, torch.stack(classes))
 
 
-def summed(values_NN, class_N, n_classes):
-    """(classes, classes): values added up by the classes of row and column."""
+def sum_by_class(values_NN, class_N, n_classes):
+    """(classes, classes): sums of values by the classes of row and column."""
     rows = values_NN.new_zeros(n_classes, len(class_N)).index_add(0, class_N, values_NN)
     return values_NN.new_zeros(n_classes, n_classes).index_add(1, class_N, rows)
 
@@ -438,8 +437,8 @@ def jackknife(without_S, size_S):
     return ((len(values) - 1) * values.var(correction=0)).sqrt().item()
 
 
-def chance(layers, draws, generator):
-    """{mean, sd} of the mean cosine when the tokens' δ are in random order, the same one in both layers."""
+def chance_cosine(layers, draws, generator):
+    """{mean, sd} of the mean cosine with the tokens' δ in random order, the same order in both layers."""
     n, means = len(layers[0].a), []
     grams = [(a @ a.t(), delta @ delta.t()) for a, delta in layers]
     for _ in range(draws):
@@ -450,9 +449,11 @@ def chance(layers, draws, generator):
     return {"mean": statistics.fmean(means), "sd": statistics.stdev(means)}
 
 
-def mean_of(found):
-    """The groups' numbers, each weighted by the tokens that it served, without those that have no such number; None
-    without a group of 2 tokens."""
+def weighted_mean(found):
+    """The groups' mean numbers, weighted by the tokens that each served; None without a group of 2 tokens.
+
+    A group that lacks a number is left out of its mean.
+    """
     found = [one for one in found if one.group]
     if not found:
         return None
@@ -475,7 +476,7 @@ def mean_of(found):
 
 
 def class_means(found):
-    """The classes' matrix as nested lists, from the sums of all groups; None where there are no groups."""
+    """The matrix of mean cosines between classes as nested lists, pooled over groups; None without groups."""
     if not found:
         return None
     sums, pairs, tokens = torch.stack([one.classes for one in found]).sum(dim=0)
@@ -485,8 +486,8 @@ def class_means(found):
     return [[value if there else None for value, there in zip(*row)] for row in zip(means, shown)]
 
 
-def labelled(cosines_NN, tokens, draws, generator):
-    """What `conflicts` says of the labels of a dense MLP's tokens; None where no pair shares one."""
+def compare_labels(cosines_NN, tokens, draws, generator):
+    """The entry "labelled" in `conflicts`; None where no pair of tokens has equal labels."""
     is_between = tokens.sequence_N[:, None] != tokens.sequence_N
 
     def alike(label_N):
@@ -497,4 +498,4 @@ def labelled(cosines_NN, tokens, draws, generator):
     cosine, pairs = alike(tokens.label_N)
     orders = [torch.randperm(len(cosines_NN), generator=generator).to(cosines_NN.device) for _ in range(draws)]
     shuffled = [value for value, _ in (alike(tokens.label_N[order]) for order in orders) if value is not None]
-    return {"cosine": cosine, "pairs": pairs, "chance": spread(shuffled)} if pairs else None
+    return {"cosine": cosine, "pairs": pairs, "chance": distribution(shuffled)} if pairs else None

@@ -1,21 +1,21 @@
-"""How much one label of each character says of another: entropies and mutual informations, and their controls.
+"""Entropies and mutual informations of labels of characters, with estimates of what chance gives.
 
     measured(expert_N, class_N)                           # I(class; expert), beside what chance gives
     measured(expert_N, speaker_N, given=character_N)      # I(speaker; expert | character)
 
-Everything is in nats, and estimated from counts. Labels are int64 arrays (N,) >= 0, an entry a character of the text;
-their values need not be dense. Times and memory grow as N log N at most, N may be millions.
+Everything is in nats, and estimated from counts. Labels are int64 arrays (N,) >= 0 with one entry for each character
+of the text; their values need not be dense. Time and memory grow as N log N at most; N may be millions.
 
-The estimates are the plug-in ones with Miller's and Madow's correction (Miller 1955, "Note on the bias of information
-estimates"): the entropy of K values counted in n draws is too small by about (K - 1) / (2n). What is left of the bias
-of H(expert | context) for 4 experts and 111,540 characters, whose contexts are as frequent as Zipf's law has it, for
-routers from independent to nearly determined (measured in tests/test_information.py):
+Estimates are plug-in estimates with the Miller-Madow correction (Miller 1955, "Note on the bias of information
+estimates"): the entropy of K values counted in n draws is too small by about (K - 1) / (2n). The remaining bias of
+H(expert | context), for 4 experts and 111,540 characters with Zipf-distributed contexts, for routers from independent
+to nearly determined (measured in tests/test_information.py):
 
 - 60 contexts: 0 to -0.0003 nats (plug-in: -0.0006 to -0.0008);
 - 1,000 contexts: -0.002 to -0.005 (plug-in: -0.009 to -0.014);
-- 10,000 contexts: -0.04 to -0.09, of at most 1.39 (plug-in: -0.06 to -0.13). That is not small: most contexts are seen
-  a few times, too few to show all of their experts. An information from so many contexts is too large by that much,
-  and means something only beside its chance_mean.
+- 10,000 contexts: -0.04 to -0.09, of at most 1.39 (plug-in: -0.06 to -0.13). That is large: most contexts occur only a
+  few times, too few to show all of their experts. An information from so many contexts is too large by that much; read
+  it beside its chance_mean.
 
 Shape: N characters; X values of `given`; K values of `labels`.
 """
@@ -31,7 +31,7 @@ ROOM = 4  # a table of counts may have this many cells a character before sortin
 
 
 class Measured(NamedTuple):
-    """An information beside what the same estimate gives where there is none."""
+    """An information, and what the same estimate gives by chance."""
 
     nats: float
     share: float  # nats / H(labels); 0.0 where H is 0
@@ -46,7 +46,7 @@ class Measured(NamedTuple):
 
 
 def dense(labels_N) -> tuple[np.ndarray, int]:
-    """The same partition with the labels 0, 1, …, K - 1 in the order of their values, (N,) int64, and K."""
+    """Relabels with 0, 1, …, K - 1 in the order of the values: (labels (N,) int64, K)."""
     largest = int(labels_N.max(initial=0))
     if largest >= ROOM * len(labels_N):
         values, codes_N = np.unique(labels_N, return_inverse=True)
@@ -56,7 +56,7 @@ def dense(labels_N) -> tuple[np.ndarray, int]:
 
 
 def joined(*labels) -> np.ndarray:
-    """The label of a tuple of labels: dense codes (N,) int64, equal where all of them are equal."""
+    """One label for each combination of labels: dense codes (N,) int64."""
     codes_N, _ = dense(labels[0])
     for other_N in labels[1:]:
         other_N, count = dense(other_N)
@@ -65,7 +65,7 @@ def joined(*labels) -> np.ndarray:
 
 
 def _counted(codes_N) -> tuple[np.ndarray, np.ndarray]:
-    """The values there are, ascending, and how often."""
+    """The distinct values, ascending, and their counts."""
     if int(codes_N.max(initial=0)) >= ROOM * len(codes_N):
         return np.unique(codes_N, return_counts=True)
     counts = np.bincount(codes_N)
@@ -77,28 +77,23 @@ def _counted(codes_N) -> tuple[np.ndarray, np.ndarray]:
 # Entropies
 
 
-def plugin_entropy(labels_N) -> float:
-    """H of the shares that were counted: too small by about (K - 1) / (2N)."""
-    return _plugin(_counted(np.asarray(labels_N))[1])
-
-
 def entropy(labels_N) -> float:
     """H(labels), corrected: plug-in + (K - 1) / (2N) (Miller 1955), at most ln K, for K observed values."""
     return conditional_entropy(labels_N, np.zeros_like(labels_N))
 
 
 def conditional_entropy(labels_N, given_N) -> float:
-    """H(labels | given) = sum over x of n_x/N * min(H_x + (K_x - 1) / (2 n_x), ln K).
+    """H(labels | given) = sum over x of n_x/N * min(H_x + (K_x - 1) / (2 n_x), ln K), corrected.
 
-    H_x is the plug-in entropy of the n_x labels where given is x, K_x their distinct values, and K those of all labels.
-    Exactly 0 where given determines the labels.
+    H_x is the plug-in entropy of the n_x labels where given is x, K_x the number of their distinct values, and K the
+    number of distinct values of all labels. Exactly 0 where given determines the labels.
 
-    No distribution over K values has more than ln K, so no x counts for more. Where n_x is small the correction, up to
-    1/2 nat, is the expansion's first term far outside its range, and the limit keeps it from inventing entropy: two
-    different labels in two draws count as 0.69 of two labels, not as 0.94. The price: where the truth is near ln K
-    (experts in balance that know nothing of x) errors upwards are cut and errors downwards are not, so that about a
-    third of the bias comes back (4 experts: E[max(0, 3 - chi2 with 3 degrees)] / 3 = 0.31). An information given less
-    is then too large by that, as is its chance_mean.
+    The limit ln K is the largest entropy of K values. Where n_x is small, the correction (up to 1/2 nat) is far outside
+    the range of the expansion that it comes from, and the limit keeps it from inventing entropy: two different labels
+    in two draws count as 0.69 nats for two possible labels, not as 0.94. The price: where the true entropy is near ln K
+    (experts in balance that are independent of x), errors upwards are cut and errors downwards are not, so that about a
+    third of the bias returns (4 experts: E[max(0, 3 - chi2 with 3 degrees)] / 3 = 0.31). An information is then too
+    large by that much, and so is its chance_mean.
     """
     labels_N, values = dense(np.asarray(labels_N))
     given_N, contexts = dense(np.asarray(given_N))
@@ -114,11 +109,10 @@ def conditional_entropy(labels_N, given_N) -> float:
 
 
 def information(labels_N, about_N, given_N=None) -> float:
-    """I(about; labels) = H(labels) - H(labels | about), or I(about; labels | given) =
-    H(labels | given) - H(labels | given, about), each corrected.
+    """I(about; labels) = H(labels) - H(labels | about), corrected; with `given`, both terms are conditional on it too.
 
-    It may come out a little below zero, and is left there: an estimate that is cut at zero is too large on average
-    wherever there is nothing, and the mean over layers or seeds would show an information that none of them has.
+    A slightly negative estimate is kept: cut at zero, estimates of a zero information would be too large on average,
+    and their mean over layers or seeds would show an information that none of them has.
     """
     about_N = np.asarray(about_N)
     given_N = np.zeros_like(about_N) if given_N is None else np.asarray(given_N)
@@ -130,26 +124,25 @@ def information(labels_N, about_N, given_N=None) -> float:
 
 
 def measured(labels_N, about_N, given_N=None, draws=5, seed=0, null=None, block=64) -> Measured:
-    """`information`, and the same estimate on `draws` >= 2 texts in which there is no such relation.
+    """`information`, and the same estimate on `draws` >= 2 texts without such a relation: the null.
 
-    null "shuffled": the labels are permuted at random; with `given`, among the characters of equal given, so that
-    H(labels | given) stays as it is. The control of whatever varies from character to character. Its mean is the
-    estimate's bias where there is no relation. It is not the bias where there is one: labels that are determined have
-    none.
+    null "shuffled": the labels are permuted at random; with `given`, among characters with equal given, so that
+    H(labels | given) stays the same. The control for annotations that vary from character to character. Its mean is the
+    estimate's bias where there is no relation. Where there is one the bias is smaller: determined labels have none.
 
-    null "shifted": `about` is turned round the text by random offsets of a tenth of it at least, which keeps its serial
-    structure. Two labels that each drift slowly through a text agree by chance far more than shuffled ones do. The
-    control of what stays the same for long: a speaker, a play, an article. Two cautions:
+    null "shifted": `about` is rotated around the text by random offsets of at least a tenth of it, which keeps its
+    serial structure. Two labels that both drift slowly through a text agree by chance far more than shuffled ones do.
+    The control for annotations that stay the same for long: a speaker, a play, an article. Two cautions:
 
-    - Where `about` and `given` belong together (the previous character, the place in the word, given the character)
-      shifting makes pairs that no text has, and so a larger bias, three times as large for the previous two characters
-      of Shakespeare: use "shuffled" there.
-    - Where `about` cuts the text into few pieces (16 passages, two plays) the shifted pieces largely tell the same, so
-      that chance_mean is no bias and chance_sd is wide: use "blocks" there.
+    - Where `about` and `given` are related (the previous character or the place in the word, given the character),
+      shifting makes pairs that occur in no text, and a larger bias: three times as large for the previous two
+      characters of Shakespeare. Use "shuffled" there.
+    - Where `about` cuts the text into few pieces (16 passages, two plays), shifted pieces carry largely the same
+      information, so that chance_mean is no bias and chance_sd is wide. Use "blocks" there.
 
-    null "blocks": `about` is cut into pieces of `block` characters, which change places at random. The control of
-    pieces that are longer than a block, where the labels have nothing to do with each other from one block to the next
-    but by what the text is about: routing that starts anew with each window of that size.
+    null "blocks": `about` is cut into pieces of `block` characters, which are rearranged at random. The control for
+    annotations with longer pieces, where labels in different blocks are related only through the topic: routing that
+    starts anew with each window of that size.
 
     Default: "shuffled" where given is None, else "shifted".
     """
@@ -170,19 +163,19 @@ def measured(labels_N, about_N, given_N=None, draws=5, seed=0, null=None, block=
 
 
 def shifted(labels_N, generator) -> np.ndarray:
-    """The labels turned round the text by a random offset, SMALLEST_SHIFT of the text or more in either direction."""
+    """The labels rotated around the text by a random offset, at least SMALLEST_SHIFT of it in either direction."""
     least = math.ceil(SMALLEST_SHIFT * len(labels_N))
     return np.roll(labels_N, generator.integers(least, len(labels_N) - least, endpoint=True))
 
 
 def rearranged(labels_N, block, generator) -> np.ndarray:
-    """The labels in pieces of `block`, the last one perhaps shorter, which change places at random."""
+    """The labels in pieces of `block` (the last may be shorter), in random order."""
     pieces = [labels_N[start : start + block] for start in range(0, len(labels_N), block)]
     return np.concatenate([pieces[i] for i in generator.permutation(len(pieces))])
 
 
 def shuffled(labels_N, generator, given_N=None) -> np.ndarray:
-    """The labels permuted at random; with `given_N`, within each of its values."""
+    """The labels in random order; with `given_N`, shuffled among characters with equal given."""
     if given_N is None:
         return generator.permutation(labels_N)
     order_N = np.lexsort((generator.random(len(labels_N)), given_N))  # sorted by given, at random within it
@@ -196,17 +189,12 @@ def shuffled(labels_N, generator, given_N=None) -> np.ndarray:
 
 
 def effective_number(counts) -> float:
-    """exp of the plug-in entropy of the counts: the number of equally loaded experts that would be as uneven (their
-    perplexity), 1 to len(counts); 0.0 where nothing was counted."""
+    """The effective number of experts: exp of the plug-in entropy of the counts, or perplexity.
+
+    From 1 to len(counts), the latter for equal counts; 0.0 where nothing was counted.
+    """
     counts = np.asarray(counts, dtype=np.float64)
     return math.exp(_plugin(counts[counts > 0])) if counts.any() else 0.0
-
-
-def cv(counts) -> float:
-    """Coefficient of variation of the counts: population SD / mean (Shazeer et al. 2017 square it); 0.0 where nothing
-    was counted."""
-    counts = np.asarray(counts, dtype=np.float64)
-    return float(counts.std() / counts.mean()) if counts.any() else 0.0
 
 
 def agreement(labels_N, others_N) -> float:
@@ -215,8 +203,10 @@ def agreement(labels_N, others_N) -> float:
 
 
 def chance_agreement(labels_N, others_N) -> float:
-    """The agreement of two labels that know nothing of each other but are as frequent: sum over values of p * q (as in
-    Cohen's kappa, 1960)."""
+    """The expected agreement of independent labels with the same frequencies: sum over values of p * q.
+
+    As in Cohen's kappa (Cohen 1960).
+    """
     size = int(max(np.max(labels_N), np.max(others_N))) + 1
     p, q = (np.bincount(of, minlength=size) / len(of) for of in (labels_N, others_N))
     return float(p @ q)

@@ -167,9 +167,8 @@ def prepare(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder, say):
-        text = obtain_text(spec, home, folder, source, allow_partial, say)
+        text, name, canonical = obtain_text(spec, home, folder, source, allow_partial, say)
         say(f"read {text.origin}")
-        name, canonical = identify(spec, text, allow_partial=True)
         try:
             return write_dataset(folder, name, canonical, text.content, spec.unit, spec.splits)
         except DataError as error:
@@ -196,14 +195,18 @@ def _lock(folder: Path, say: Say) -> Iterator[None]:
 # Sources
 
 
-def obtain_text(spec: TextSpec, home: Path, folder: Path, source: str | None, allow_partial: bool, say: Say) -> RawText:
-    """The text of the first source that works. Raises one DataError that lists why each source failed."""
+def obtain_text(
+    spec: TextSpec, home: Path, folder: Path, source: str | None, allow_partial: bool, say: Say
+) -> tuple[RawText, str, bool]:
+    """(text, name, canonical) from the first source that works.
+
+    Raises one DataError that lists why each source failed.
+    """
     failures = []
     for candidate in _sources(spec, home, folder, source, say):
         try:
             text = candidate.read()
-            identify(spec, text, allow_partial and not candidate.published)
-            return text
+            return text, *identify(spec, text, allow_partial and not candidate.published)
         except DataError as error:  # a FileError is passed on: the next source would have the same disk
             failures.append(f"{candidate.label}: {str(error).removeprefix(f'{candidate.label}: ')}")
             if source is None:

@@ -4,9 +4,9 @@
 - Dataset.open: verifies meta.json and every bin before the first batch.
 - Dataset.batch: random windows as a pure function of (split, seed, step).
 - Dataset.windows: a whole split in order, each symbol predicted exactly once.
-- find: a config's `dataset` -> the folder that holds it.
+- find_dataset: a config's `dataset` -> the folder that holds it.
 
-    data = Dataset.open(find("shakespeare_char"), device="cuda")
+    data = Dataset.open(find_dataset("shakespeare_char"), device="cuda")
     x, y = data.batch("train", seed=1337, step=0, batch_size=64, block_size=256)
 
 Shapes: B batch_size, T block_size. `data/build.py` writes the folders that are read here.
@@ -156,24 +156,6 @@ class Vocabulary:
         start = self.symbols[:256]
         known = repr("".join(start) if self.unit == CHARACTER else bytes(start)) + "…" * (len(start) < self.size)
         return f"not in the vocabulary: {unknown}{more}; it has {self.size} {self.unit}s: {known}"
-
-
-def character_class(symbol: str | int) -> str:
-    """The class of a symbol: vowel, consonant, capital, digit, space, newline, punctuation or other.
-
-    Bytes above 127 and characters beyond ASCII are "other".
-    """
-    character = chr(symbol) if isinstance(symbol, int) else symbol
-    if not character.isascii():
-        return "other"
-    if character.isupper():
-        return "capital"
-    if character.isalpha():
-        return "vowel" if character in "aeiou" else "consonant"
-    if character.isdigit():
-        return "digit"
-    blank = {"\n": "newline", " ": "space"}
-    return blank.get(character) or ("punctuation" if character.isprintable() else "other")
 
 
 def _is_symbol(symbol: object, unit: str) -> bool:
@@ -413,9 +395,7 @@ def _read_bin(folder: Path, split: str, entry: dict, vocab_size: int) -> np.ndar
         problem = f"missing or unreadable ({error.strerror}), expected {expected:,} bytes"
         raise DataError(f"{path}: {problem}; make it again with {prepare_command(folder)}") from error
     problem = None
-    if size % TOKEN.itemsize:
-        problem = f"{size:,} bytes, an odd number, expected {expected:,} (two for each token)"
-    elif size != expected:
+    if size != expected:
         state = "empty" if size == 0 else "cut short" if size < expected else "too long"
         problem = f"{state}, {size:,} bytes, meta.json expects {expected:,}"
     elif digest != entry["sha256"]:
@@ -459,7 +439,7 @@ def _check_text(folder: Path, source: dict, vocabulary: Vocabulary, splits: list
 # Finding data sets
 
 
-def find(dataset: str) -> Path:
+def find_dataset(dataset: str) -> Path:
     """The folder of a config's `dataset`: a name in data/, or (with a separator in it) the path of a folder.
 
     Raises DataError with the nearest names when there is no such folder. The folder may still be unprepared.

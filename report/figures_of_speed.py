@@ -1,7 +1,7 @@
 """The picture of a bench: how long each model takes over the dense one, beside what was published.
 
     drawing = relative_time(bench)                      # of a record that bench_records.py reads; None without a ratio
-    path.write_text(figures.svg(drawing.figure))
+    path.write_text(style.svg(drawing.figure))
 
 Nothing here needs torch.
 """
@@ -10,18 +10,9 @@ from __future__ import annotations
 
 import math
 
-from report.figures import (
-    ERROR_BARS,
-    INK,
-    Drawing,
-    beside,
-    number,
-    panels_of,
-    row_axis,
-    row_style,
-    rows_height,
-    styled,
-)
+from report.axes import panels_of, row_axis, rows_height, text_above, text_beside, whiskers
+from report.captions import number
+from report.style import ERROR_BARS, INK, ZERO, Drawing, row_style, styled
 from run import records
 from speed import bench_records
 
@@ -73,7 +64,7 @@ def relative_time(bench: dict) -> Drawing | None:
         "inference is eager, one text at a time, without a cache.",
         *bench_records.note_of_references(bench),
         *bench_records.doubts(bench),
-        f"{bench_records.headline(bench)}; {records.machine_of(bench)}.",
+        f"{bench_records.about(bench)}; {records.machine_of(bench)}.",
     ]
     spoken = []
     for label, name in zip(labels, names):
@@ -104,8 +95,7 @@ def published_times(task) -> list[float]:
 def draw_published(axes, ratios) -> None:
     low, high = min(ratios), max(ratios)
     axes.axvspan(low, high, **BAND)
-    above = {"xytext": (0, 3), "textcoords": "offset points", "xycoords": ("data", "axes fraction"), "ha": "center"}
-    axes.annotate(f"published: {number(low, 2)}–{number(high, 2)}", (math.sqrt(low * high), 1), **above)
+    text_above(axes, f"published: {number(low, 2)}–{number(high, 2)}", math.sqrt(low * high))
 
 
 def draw_ratio(axes, y, ratio, style) -> bool:
@@ -116,11 +106,9 @@ def draw_ratio(axes, y, ratio, style) -> bool:
         edge, marker = (0.03, "<") if ratio["median"] < low else (0.97, ">")
         axes.plot(edge, y, color=style.colour, marker=marker, markersize=7, transform=axes.get_yaxis_transform())
     else:
-        ends = [[ratio["median"] - ratio["p10"]], [ratio["p90"] - ratio["median"]]]
-        axes.errorbar(
-            ratio["median"], y, xerr=ends, color=style.colour, marker=style.marker, markersize=6, **ERROR_BARS
-        )
-    beside(axes, bench_records.significant(ratio["median"]), y)
+        bars = {"xerr": whiskers(ratio["median"], ratio["p10"], ratio["p90"]), **ERROR_BARS}
+        axes.errorbar(ratio["median"], y, color=style.colour, marker=style.marker, markersize=6, **bars)
+    text_beside(axes, bench_records.significant(ratio["median"]), y)
     return beyond
 
 
@@ -131,7 +119,7 @@ def ratio_axis(axes, ratios) -> None:
     low, high = low / margin, high * margin
     inside = [[tick for tick in ticks if low <= tick <= high] for ticks in RATIO_TICKS]
     ticks = next((ticks for ticks in inside if len(ticks) <= MOST_TICKS), inside[-1])
-    axes.axvline(1, color=INK, linewidth=0.9)
+    axes.axvline(1, **ZERO)
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

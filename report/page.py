@@ -15,7 +15,7 @@ from collections import Counter
 from html import escape
 from typing import NamedTuple
 
-from support.palette import EXPERT_COLOURS
+from support.palette import EXPERT_COLOURS, PAPER, PAPER_ON_DARK
 
 
 class Text(NamedTuple):
@@ -81,7 +81,7 @@ class Section(NamedTuple):
 # Text in any of these colours on `paper` or on `panel` has a contrast of 4.5 or more (WCAG AA; tests/test_report.py).
 # The verdicts' hues are of those that colour-blind readers tell apart; their words and shapes do not need them.
 LIGHT = {
-    "paper": "#ffffff",
+    "paper": PAPER,
     "panel": "#f3f5f6",
     "line": "#ccd3d8",
     "ink": "#1a1d20",
@@ -93,7 +93,7 @@ LIGHT = {
     "unrun": "#535b63",
 }
 DARK = {
-    "paper": "#14171a",
+    "paper": PAPER_ON_DARK,
     "panel": "#1e2327",
     "line": "#3d464d",
     "ink": "#e6e8ea",

@@ -1,11 +1,11 @@
-"""Files that a run must not lose: written whole or not at all, and checked before they are believed.
+"""Checkpoint files: written atomically, and verified by a checksum before they are used.
 
     save("out/run/ckpt.pt", state, previous="out/run/ckpt.previous.pt")
     state = load("out/run/ckpt.pt")        # or CheckpointError: missing, cut short, damaged, foreign
 
-A checkpoint is the zip archive that `torch.save` writes, of tensors, numbers, strings, lists and dicts only, sealed
-with its SHA-256 in the archive's comment, where `torch.load` passes over it. The seal is looked at before anything in
-the file is, and what is sealed is read with weights_only=True: a stranger's file runs none of its code.
+A checkpoint is the zip archive that `torch.save` writes, of tensors, numbers, strings, lists and dicts only. The
+archive's comment holds its SHA-256, which `torch.load` ignores. The checksum is verified first, and the content is read
+with weights_only=True: a file from a stranger runs no code.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ RUN_FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "ckpt.previous.pt", "bes
 
 
 class CheckpointError(FileError):
-    """A checkpoint that cannot be written, read or used: which, why, and the way out."""
+    """A checkpoint cannot be written, read or used: which, why, and the way out."""
 
 
 class Unreadable(CheckpointError):
-    """One that the system does not let us read at the moment, and that may be good."""
+    """The system cannot read the checkpoint at the moment; it may be good."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,12 +35,13 @@ class Unreadable(CheckpointError):
 
 
 def save(path: Path, state: dict, previous: Path | None = None) -> None:
-    """state: nested dicts and lists of tensors, numbers, strings, None. previous: where what `path` held is kept."""
+    """Write a checkpoint. state: nested dicts and lists of tensors, numbers, strings, None; previous: the path under
+    which the old file is kept."""
     write_atomically(path, sealed(packed({"format": FORMAT, **state})), previous)
 
 
 def load(path: Path) -> dict:
-    """What `save` was given, on the CPU. CheckpointError if the file is missing, damaged or not one of ours."""
+    """The saved state, on the CPU. CheckpointError if the file is missing, damaged or not one of ours."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint")
@@ -79,13 +80,12 @@ def packed(state) -> bytes:
 
 
 def unpacked(content: bytes):
-    """What was packed, on the CPU; whatever the bytes are, nothing in them is run."""
+    """The packed state, on the CPU. No code in the bytes is run."""
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def sealed(archive: bytes) -> bytes:
-    """A zip archive without a comment -> with the format and its SHA-256 for one (its length stands in front of it, in
-    the archive's last two bytes)."""
+    """Add format and SHA-256 to a zip archive, as its comment, whose length is in the archive's last two bytes."""
     length = len(FORMAT) + len(" sha256 ") + 64
     body = archive[:-2] + length.to_bytes(2, "little")
     return body + f"{FORMAT} sha256 {hashlib.sha256(body).hexdigest()}".encode()

@@ -1,9 +1,11 @@
-"""How a model is measured, always in eval mode, never touching a global random stream.
+"""How a model is measured: always in eval mode, and without touching a global random stream.
 
-clean   cross-entropy over the whole split, in windows of block_size, each character predicted once
-paper   as the papers do it: mean over random batches; also with the weighted auxiliary losses added in, as some of
-        them seem to have done
-inference_speed   the papers' way, but for a clock that waits for the device: no cache, one text at a time
+full_loss         full validation: cross-entropy over a whole split, in windows of block_size, each character predicted
+                  once. Records call it "clean".
+sampled_loss      sampled validation: the mean over random batches, as the papers report it, with and without the
+                  weighted auxiliary losses. Records call it "paper".
+evaluation        both, with routing statistics: the numbers of an evaluation line in metrics.jsonl
+inference_speed   characters a second, timed as the papers time it but for waiting for the device
 """
 
 import math
@@ -13,17 +15,20 @@ from typing import NamedTuple
 import torch
 
 import balance
-from data.common import character_class
+from data.characters import character_class
 from model import IGNORED, sample
-from run.processes import ALONE
+from run import records
+from run.processes import ONE_PROCESS
 
 # The random batches of an evaluation come from another stream than those of training with the same seed.
 EVALUATION_STREAM = 2**32
 
 
-class Clean(NamedTuple):
+class FullLoss(NamedTuple):
+    """Full validation."""
+
     nats: float  # per character (per byte on enwik8)
-    tokens: int  # how many were predicted
+    tokens: int  # predicted characters
     stats: list[balance.RoutingStats]  # per MoE layer, over these tokens
 
     @property
@@ -31,7 +36,9 @@ class Clean(NamedTuple):
         return bits(self.nats)
 
 
-class Paper(NamedTuple):
+class SampledLoss(NamedTuple):
+    """Sampled validation."""
+
     nats: float
     with_aux: float  # nats + the weighted auxiliary losses
 
@@ -39,6 +46,66 @@ class Paper(NamedTuple):
 def bits(nats):
     """Bits per character from nats per character."""
     return nats / math.log(2)
+
+
+@torch.no_grad()
+def full_loss(model, dataset, split, config, machine, processes=ONE_PROCESS) -> FullLoss:
+    """Cross-entropy over the whole split, shared among the processes. model: a GPT or its compiled form."""
+    model.eval()
+    losses, counts, stats = [], [], None
+    for i, (x, y) in enumerate(dataset.windows(split, config.block_size, config.batch_size)):
+        count = (y != IGNORED).sum()
+        counts.append(count)
+        losses.append(torch.zeros((), device=x.device))
+        if not processes.owns(i) and i > 0:  # all read the first, which shows the shapes of the statistics
+            continue
+        with machine.autocast():
+            out = model(x, y)
+        if processes.owns(i):
+            losses[-1] = out.loss.float() * count
+            stats = balance.add_stats(stats, out.stats)
+        else:
+            stats = [balance.RoutingStats(*(torch.zeros_like(value) for value in layer)) for layer in out.stats]
+    total, *sums = processes.all_reduce_sum([torch.stack(losses), *(value for layer in stats for value in layer)])
+    width = len(balance.RoutingStats._fields)
+    stats = [balance.RoutingStats(*sums[i : i + width]) for i in range(0, len(sums), width)]
+    tokens = int(torch.stack(counts).sum())
+    return FullLoss(total.cpu().double().sum().item() / tokens, tokens, stats)
+
+
+@torch.no_grad()
+def sampled_loss(model, dataset, split, config, machine, step, processes=ONE_PROCESS) -> SampledLoss:
+    """Mean over config.eval_iters random batches, shared among the processes; they depend on seed and step alone."""
+    model.eval()
+    losses, objectives = torch.zeros(2, config.eval_iters, device=machine.device)
+    for i in filter(processes.owns, range(config.eval_iters)):
+        x, y = dataset.batch(
+            split, config.seed + EVALUATION_STREAM, step * config.eval_iters + i, config.batch_size, config.block_size
+        )
+        with machine.autocast():
+            out = model(x, y)
+        losses[i], objectives[i] = out.loss, out.objective
+    losses, objectives = processes.all_reduce_sum([losses, objectives])
+    return SampledLoss(losses.cpu().double().mean().item(), objectives.cpu().double().mean().item())
+
+
+def evaluation(model, dataset, config, machine, step, processes=ONE_PROCESS) -> dict:
+    """The evaluation line of metrics.jsonl at this step: full and sampled validation, and routing statistics."""
+    full = full_loss(model, dataset, "val", config, machine, processes)
+    train, val = (sampled_loss(model, dataset, split, config, machine, step, processes) for split in ("train", "val"))
+    loads = [balance.summarize(layer)["load"] for layer in full.stats]
+    return {
+        "kind": "eval",
+        "step": step,
+        "clean": {"nats": full.nats, "bpc": full.bpc},
+        "paper": {"train": train.nats, "val": val.nats, "train_with_aux": train.with_aux, "val_with_aux": val.with_aux},
+        "load": loads,
+        "collapsed": records.collapsed_blocks(config, loads),
+        "routing": [
+            balance.summarize(layer, in_detail=True) | drop_rate_by_class(layer, dataset.vocabulary)
+            for layer in full.stats
+        ],
+    }
 
 
 def drop_rate_by_class(stats: balance.RoutingStats, vocabulary) -> dict:
@@ -53,54 +120,12 @@ def drop_rate_by_class(stats: balance.RoutingStats, vocabulary) -> dict:
 
 
 @torch.no_grad()
-def clean(model, dataset, split, config, machine, ranks=ALONE) -> Clean:
-    """model: a GPT or its compiled form; it is put in eval mode. ranks: the processes that share the windows."""
-    model.eval()
-    losses, counts, stats = [], [], None
-    for i, (x, y) in enumerate(dataset.windows(split, config.block_size, config.batch_size)):
-        count = (y != IGNORED).sum()
-        counts.append(count)
-        losses.append(torch.zeros((), device=x.device))
-        if not ranks.takes(i) and i > 0:  # all read the first, which shows the shapes of the statistics
-            continue
-        with machine.autocast():
-            out = model(x, y)
-        if ranks.takes(i):
-            losses[-1] = out.loss.float() * count
-            stats = balance.add_stats(stats, out.stats)
-        else:
-            stats = [balance.RoutingStats(*(torch.zeros_like(value) for value in layer)) for layer in out.stats]
-    total, *sums = ranks.total([torch.stack(losses), *(value for layer in stats for value in layer)])
-    width = len(balance.RoutingStats._fields)
-    stats = [balance.RoutingStats(*sums[i : i + width]) for i in range(0, len(sums), width)]
-    tokens = int(torch.stack(counts).sum())
-    return Clean(total.cpu().double().sum().item() / tokens, tokens, stats)
-
-
-@torch.no_grad()
-def paper(model, dataset, split, config, machine, step, ranks=ALONE) -> Paper:
-    """Mean over config.eval_iters random batches, which depend on the seed and the step alone. ranks: the processes
-    that share them."""
-    model.eval()
-    losses, objectives = torch.zeros(2, config.eval_iters, device=machine.device)
-    for i in filter(ranks.takes, range(config.eval_iters)):
-        x, y = dataset.batch(
-            split, config.seed + EVALUATION_STREAM, step * config.eval_iters + i, config.batch_size, config.block_size
-        )
-        with machine.autocast():
-            out = model(x, y)
-        losses[i], objectives[i] = out.loss, out.objective
-    losses, objectives = ranks.total([losses, objectives])
-    return Paper(losses.cpu().double().mean().item(), objectives.cpu().double().mean().item())
-
-
-@torch.no_grad()
 def inference_speed(model, config, machine, characters=500) -> list[float]:
-    """Characters a second of each of config.inference_samples texts, written as the papers' template does: batch 1,
-    temperature 0.8, top-k 200, eager, and without a cache, so that each character costs a pass over the whole context.
-    One thing differs: the template reads its clock without waiting for the device, ours waits, before and after.
+    """Characters a second of each of config.inference_samples texts, written as the papers' scripts do.
 
-    Empty where the routing looks at later characters, so that nothing can be written.
+    Batch 1, temperature 0.8, top-k 200, eager, no cache: each character costs a pass over the whole context. Unlike the
+    papers' scripts, the clock waits for the device, before and after. Empty where routing looks at later characters, so
+    that no text can be written.
     """
     if not config.is_causal:
         return []

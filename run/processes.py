@@ -1,11 +1,10 @@
-"""The processes that train one model together, as torchrun starts them; alone, there is one.
+"""The processes that train one model together, as torchrun starts them. Without torchrun there is one.
 
     torchrun --nproc_per_node=2 train.py config/shakespeare_moe4.py
 
-Together they read the sequences that one process would read, each its own part of every update: whole micro-batches
-where gradient_accumulation_steps can be shared out evenly, else a part of each micro-batch. Gradients are averaged by
-torch's DistributedDataParallel (gloo between CPUs, NCCL between GPUs); what else must agree is summed here. Process 0
-alone writes.
+Together they read the sequences that one process would read. Each takes its own part of every update: whole
+micro-batches where gradient_accumulation_steps can be divided evenly, else a part of each micro-batch. Gradients are
+averaged by torch's DistributedDataParallel (gloo between CPUs, NCCL between GPUs). Only the first process writes.
 """
 
 import datetime
@@ -20,62 +19,65 @@ from run import checkpoint
 from support import files
 from support.options import ConfigError
 
-PATIENCE = datetime.timedelta(hours=2)  # in the control group, where the others wait while the first prepares or saves
+PATIENCE = datetime.timedelta(hours=2)  # how long the others wait while the first process prepares or saves
+TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # its variables, and their defaults
 
 
-class Ranks:
-    """number: which of `count` processes this is; local: which of the on_machine ones of its machine."""
+class Processes:
+    """The group of processes, seen from one of them. The attributes are torch's: rank of world_size processes in all,
+    local_rank of local_world_size on this machine."""
 
-    def __init__(self, number=0, count=1, local=0, on_machine=1):
-        self.number, self.count, self.local, self.on_machine = number, count, local, on_machine
-        self.control = None  # the group of what is decided between hosts, without a device
+    def __init__(self, rank=0, world_size=1, local_rank=0, local_world_size=1):
+        self.rank, self.world_size = rank, world_size
+        self.local_rank, self.local_world_size = local_rank, local_world_size
+        self.control = None  # a gloo group for decisions, which need no GPU
 
     @classmethod
-    def of_environment(cls):
-        """As torchrun tells it. Nothing is connected yet: see `join`. ConfigError where that cannot be."""
-        told = {name: os.environ.get(name, str(default)) for name, default in TOLD.items()}
-        ranks = cls(*(int(text) if text.isdecimal() else -1 for text in told.values()))
-        if not (0 <= ranks.number < ranks.count and 0 <= ranks.local < ranks.on_machine <= ranks.count):
-            found = ", ".join(f"{name}={text}" for name, text in told.items())
-            raise ConfigError(
-                [f"{found} in the environment: not as torchrun sets them, which starts several processes"]
-            )
-        return ranks
+    def from_environment(cls):
+        """The group that torchrun describes in the environment, not yet connected: see `join`. ConfigError where the
+        variables contradict each other."""
+        found = {name: os.environ.get(name, str(default)) for name, default in TORCHRUN.items()}
+        group = cls(*(int(text) if text.isdecimal() else -1 for text in found.values()))
+        are_local = 0 <= group.local_rank < group.local_world_size <= group.world_size
+        if not (are_local and 0 <= group.rank < group.world_size):
+            told = ", ".join(f"{name}={text}" for name, text in found.items())
+            raise ConfigError([f"{told} in the environment: not as torchrun sets them, which starts several processes"])
+        return group
 
     @property
     def is_first(self):
-        return self.number == 0
+        return self.rank == 0
 
     def check(self, config):
-        """ConfigError for what cannot be shared out."""
-        if self.count == 1:
+        """Refuse a config whose batches cannot be divided among the processes: ConfigError."""
+        if self.world_size == 1:
             return
         problems = []
         if config.device not in ("auto", "cuda", "cpu"):
             problems.append(
-                f"device={config.device!r} is one device for {self.count} processes; expected auto, cuda or cpu: each "
-                "process takes the GPU of its own number"
+                f"device={config.device!r} is one device for {self.world_size} processes; expected auto, cuda or cpu: "
+                "each process takes the GPU of its own number"
             )
         if config.eval_only:
-            problems.append("eval_only evaluates in one process: leave torchrun away")
+            problems.append("eval_only evaluates in one process: start it without torchrun")
         if self.splits_batches(config):
-            if config.batch_size % self.count:
+            if config.batch_size % self.world_size:
                 problems.append(
-                    f"{self.count} processes can share neither gradient_accumulation_steps = "
+                    f"{self.world_size} processes can share neither gradient_accumulation_steps = "
                     f"{config.gradient_accumulation_steps} nor batch_size = {config.batch_size} evenly; expected one "
                     "of them to be a multiple of their number"
                 )
             if "capacity_group=batch" in config.leaks:
                 problems.append(
-                    "capacity_group=batch lets all of a batch share a capacity, so that no batch can be shared out; "
-                    f"set capacity_group=sequence, or gradient_accumulation_steps to a multiple of {self.count}"
+                    "capacity_group=batch lets the whole batch share a capacity, so a batch cannot be divided; "
+                    f"set capacity_group=sequence, or gradient_accumulation_steps to a multiple of {self.world_size}"
                 )
         if problems:
             raise ConfigError(problems)
 
     def join(self, device):
-        """Meet the others."""
-        if self.count == 1:
+        """Connect to the other processes. ConfigError where that fails."""
+        if self.world_size == 1:
             return
         if device.type not in ("cuda", "cpu"):
             raise ConfigError([f"device {device} cannot be used by several processes; set --device=cpu"])
@@ -83,9 +85,9 @@ class Ranks:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
         except (ValueError, RuntimeError) as error:
-            said = files.first_line(error)
+            reason = files.first_line(error)
             raise ConfigError(
-                [f"the {self.count} processes cannot meet ({said}); is this started by torchrun?"]
+                [f"the {self.world_size} processes cannot meet ({reason}); is this started by torchrun?"]
             ) from error
 
     def leave(self):
@@ -94,92 +96,93 @@ class Ranks:
             self.control = None
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Work
+    # Dividing the work
 
     def splits_batches(self, config):
-        """Whether the processes share single micro-batches, and not whole ones."""
-        return config.gradient_accumulation_steps % self.count > 0
+        """Whether each micro-batch is divided among the processes, for want of enough whole ones."""
+        return config.gradient_accumulation_steps % self.world_size > 0
 
-    def own(self, rows, config):
-        """rows (gradient_accumulation_steps · batch_size, …), all of an update -> this process's part of them, a tensor
-        for each micro-batch."""
+    def own_batches(self, rows, config):
+        """This process's micro-batches of an update. rows (gradient_accumulation_steps · batch_size, …): all of the
+        update's sequences. -> a list of tensors"""
         batches = rows.split(config.batch_size)
         if self.splits_batches(config):
-            return [batch.chunk(self.count)[self.number] for batch in batches]
-        share = len(batches) // self.count
-        return batches[self.number * share : (self.number + 1) * share]
+            return [batch.chunk(self.world_size)[self.rank] for batch in batches]
+        share = len(batches) // self.world_size
+        return batches[self.rank * share : (self.rank + 1) * share]
 
-    def takes(self, i):
-        """Whether piece i of a work that is dealt out is this process's."""
-        return i % self.count == self.number
+    def owns(self, i):
+        """Whether piece i of evenly dealt work belongs to this process."""
+        return i % self.world_size == self.rank
 
-    def parallel(self, model, device):
-        """The form of a model (or of its compiled form) whose backward pass averages the gradients."""
+    def data_parallel(self, model, device):
+        """The model (or its compiled form) with gradients averaged over the processes in its backward pass."""
         wrapper = torch.nn.parallel.DistributedDataParallel
-        names = inspect.signature(wrapper).parameters  # torch 2.13 has another name for it than 2.11
-        synced = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        names = inspect.signature(wrapper).parameters  # torch 2.13 renamed one of them
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         devices = [device] if device.type == "cuda" else None
-        return wrapper(model, device_ids=devices, **{synced: False})
+        return wrapper(model, device_ids=devices, **{buffers: False})
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What must agree
+    # Communication
 
-    def total(self, tensors):
-        """The sum over all processes of each tensor of a list, in one exchange; on this device, new tensors."""
-        if self.count == 1 or not tensors:
+    def all_reduce_sum(self, tensors):
+        """Sums over the processes of each tensor of a list, in one exchange. -> new tensors on the same device"""
+        if self.world_size == 1 or not tensors:
             return tensors
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
         dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
 
-    def mean_of_batch(self, value):
-        """The mean over the processes that share a micro-batch of a mean over its tokens, with the gradient of this
-        process's own part: what DistributedDataParallel averages is then the gradient of the whole."""
-        whole = value.detach().clone()
-        dist.all_reduce(whole)
-        return value + (whole / self.count - value).detach()
-
-    def largest(self, number):
-        """Of a number that each process has, in all of them."""
-        if self.count == 1:
+    def all_reduce_max(self, number):
+        """Maximum over processes."""
+        if self.world_size == 1:
             return number
         numbers = torch.tensor(number)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.control)
         return numbers.item()
 
-    def gathered(self, state):
-        """[each process's state], nested lists and dicts of tensors and numbers, in all of them."""
-        if self.count == 1:
+    def batch_mean(self, value):
+        """Turns this process's mean over tokens into the mean over the whole micro-batch.
+
+        The gradient stays that of this process's part: DistributedDataParallel averages it to that of the whole.
+        """
+        mean = value.detach().clone()
+        dist.all_reduce(mean)
+        return value + (mean / self.world_size - value).detach()
+
+    def all_gather(self, state):
+        """[each process's state], in every process. state: nested lists and dicts of tensors and numbers."""
+        if self.world_size == 1:
             return [state]
         own = torch.frombuffer(bytearray(checkpoint.packed(state)), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([len(own)]), group=self.control)
         longest = max(map(int, sizes))
-        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.count)]
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - len(own))), group=self.control)
         return [checkpoint.unpacked(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes)]
 
-    def wait(self):
-        """Until all are here."""
+    def barrier(self):
+        """Wait for all processes."""
         if self.control is not None:
             dist.barrier(self.control)
 
-    def agree(self, numbers):
-        """CheckpointError where the processes differ in one of these {name: number}, which all must have read alike."""
+    def check_agreement(self, numbers):
+        """CheckpointError where the processes read different values of one of these {name: number}."""
         for name, number in numbers.items():
-            if self.largest(number) != -self.largest(-number):
+            if self.all_reduce_max(number) != -self.all_reduce_max(-number):
                 raise checkpoint.CheckpointError(
-                    f"the {self.count} processes see different numbers of {name}s, here {number}: out_dir and the data "
-                    "set must be the same on every machine"
+                    f"the {self.world_size} processes see different numbers of {name}s, here {number}: out_dir and the "
+                    "data set must be the same on every machine"
                 )
 
 
-TOLD = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # by torchrun, in the environment
-ALONE = Ranks()
+ONE_PROCESS = Processes()
 
 
-def is_loss_of_another(error):
+def is_lost_connection(error):
     """Whether a RuntimeError says that another process is gone."""
     words = "Connection closed by peer|Connection reset by peer|Broken pipe|NCCL|gloo"
     return isinstance(error, dist.DistError) or bool(re.search(words, str(error)))

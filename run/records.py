@@ -17,25 +17,11 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+from data.characters import CLASSES
 from run.settings import Config
 from support.files import one_line, read_json, shown
 from support.options import ConfigError
-from support.schema import (
-    COMMIT,
-    COUNT,
-    DEVICE,
-    DTYPE,
-    FLAG,
-    LOSS_NUMBER,
-    NUMBER,
-    OBJECT,
-    POSITIVE,
-    SHA256,
-    SHARE,
-    TEXT,
-    UNIT,
-    mismatches,
-)
+from support.schema import COMMIT, COUNT, FLAG, LOSS_NUMBER, NUMBER, OBJECT, POSITIVE, SHA256, SHARE, TEXT, mismatches
 
 FORMAT = "charmoe record 2"
 MAKERS = {"charmoe record": "train.py", "charmoe bench": "bench.py", "charmoe analysis": "analyze.py"}  # by format
@@ -61,7 +47,6 @@ class RecordError(ValueError):
 # What a record holds: see support/schema.py for how to read this
 
 KINDS_OF_PARAMETERS = ("embedding", "attention", "mlp", "router", "experts", "norm")
-CLASSES = ("vowel", "consonant", "capital", "digit", "space", "newline", "punctuation", "other")  # of characters
 LOSS = {"nats": LOSS_NUMBER, "bpc": LOSS_NUMBER}
 LOSS_AT_STEP = {**LOSS, "step": COUNT}
 TRAIN_MODE = {"loss": LOSS_NUMBER, "objective": LOSS_NUMBER}  # objective: with the weighted auxiliary losses
@@ -98,7 +83,7 @@ SCHEMA = {
         "name": TEXT,
         "canonical": FLAG,
         "sha256": SHA256,
-        "unit": UNIT,
+        "unit": {"character", "byte"},
         "vocab_size": COUNT,
         "splits": {"train": COUNT, "val": COUNT, "test?": COUNT},
     },
@@ -108,13 +93,13 @@ SCHEMA = {
     "git": {"commit": (COMMIT, None), "dirty": (FLAG, None)},
     "machine": {
         "device": TEXT,
-        "device_type": DEVICE,
+        "device_type": {"cpu", "cuda", "mps"},
         "cores": POSITIVE,
         "threads": POSITIVE,
         "torch": TEXT,
         "cuda": (TEXT, None),
         "python": TEXT,
-        "dtype": DTYPE,
+        "dtype": {"float32", "bfloat16"},
         "compile": FLAG,
         "processes?": POSITIVE,  # that trained together; 1 where it is missing
     },
@@ -145,15 +130,18 @@ SCHEMA = {
 }
 
 
-def record_of(config, dataset, model, description, progress, test, writing, peak_memory) -> dict:
-    """description: of `machine.describe`; progress: train.py's, at the end of the run; test: an `evaluate.Clean`, or
-    None without a test split; writing: {"speeds": of `evaluate.inference_speed`, "seconds": that it took, "others": of
-    `machine.Neighbours` meanwhile}; peak_memory: bytes, None where it is not known."""
+def record_of(config, dataset, model, state, test, writing, peak_memory) -> dict:
+    """The record of a complete run.
+
+    state: its `state.TrainingState`; test: an `evaluate.FullLoss`, or None without a test split; writing: {"speeds": of
+    `evaluate.inference_speed`, "seconds": that it took, "others": `machines.OtherLoad` meanwhile}; peak_memory: bytes,
+    None where it is not known.
+    """
     from run import accounting  # needs torch, without which records are read
 
-    evaluations = progress["evaluations"]
+    evaluations, description = state.evaluations, state.machine
     said = derived(config, evaluations)
-    seconds, others = progress["seconds"], progress["others"]
+    seconds, others = state.seconds, state.others
     share = cpu_share(others, seconds["total"], description)
     speeds, share_of_writing = writing["speeds"], cpu_share(writing["others"], writing["seconds"], description)
     device_type = description["device_type"]
@@ -165,15 +153,15 @@ def record_of(config, dataset, model, description, progress, test, writing, peak
         "dataset": dataset.describe(),
         "parameters": accounting.count_parameters(model),
         "training_flops_per_token": accounting.training_flops_per_token(model),
-        "git": progress["git"],
+        "git": state.git,
         "machine": description,
         "others": {"cpu_share": share, "device_bytes": others["device_bytes"]},
         "exclusive": is_exclusive(device_type, share, others["device_bytes"]),
-        "resumed": progress["resumed"],
+        "resumed": state.resumed,
         "epochs": said["tokens"] / dataset.sizes["train"],
         "test": None if test is None else {"nats": test.nats, "bpc": test.bpc, "step": said["clean"]["best"]["step"]},
         "seconds": seconds,
-        "median_step_ms": statistics.median(progress["step_ms"]),
+        "median_step_ms": statistics.median(state.step_ms),
         "tokens_per_second": said["tokens"] / seconds["train"],
         "inference": {
             "samples": len(speeds),
@@ -230,9 +218,8 @@ def is_exclusive(device_type, cpu_share, device_bytes) -> bool:
 def utilisation(load, k):
     """Share of its experts that a layer makes use of: (exp H(load) − k) / (E − k).
 
-    0 where all tokens go to the same k experts, 1 where all experts get equally many. exp H, the perplexity of the
-    load, is the effective number of experts. None unless each token chooses k of E experts, k below E.
-    load: each expert's share of the choices.
+    From 0, where all tokens go to the same k experts, to 1, where all experts get equally many. exp H is the effective
+    number of experts. None unless each token chooses k of E experts, k < E. load: each expert's share of the choices.
     """
     if not 0 < k < len(load):
         return None
@@ -258,7 +245,7 @@ def is_clean(record) -> bool:
 
 
 def machine_of(record) -> str:
-    """Hardware and software, in one line: only runs with the same line are compared.
+    """Hardware and software, in one line. Only runs with the same line are compared.
 
     "AMD EPYC, 1 core, 1 thread, torch 2.13.0+cpu, float32", or "NVIDIA H200, torch 2.11.0+cu128, bfloat16, compiled,
     masked backend". An MoE model's backend is named unless it was chosen automatically. Also for records without a
@@ -284,26 +271,27 @@ def machine_of(record) -> str:
 def problems(record) -> list[str]:
     """Everything that is wrong with a record, a line each. Contradictions are looked for only where all fields are of
     the right kind and the config is valid."""
-    if not isinstance(record, dict):
-        return [f"{shown(record)} is no record of train.py; expected {OBJECT}"]
-    if record.get("format") != FORMAT:
-        return [format_problem(record.get("format"))]
-    wrong = list(mismatches(record, SCHEMA))
+    wrong = kind_problems(record, FORMAT, SCHEMA)
     if wrong:
         return wrong
     config, wrong = config_in(record["config"], "config")
     return wrong or list(contradictions(record, config))
 
 
-def format_problem(found, expected=FORMAT) -> str:
-    """Why a file with this "format" is not a record of the expected format."""
-    told = f"has no format {expected!r}" if found is None else f"its format is {shown(found)}, expected {expected!r}"
+def kind_problems(record, expected, schema) -> list[str]:
+    """Why a value read from a file is no record of the expected format and schema, a line each."""
     kind, version = expected.rsplit(" ", 1)
+    if not isinstance(record, dict):
+        return [f"{shown(record)} is no record of {MAKERS[kind]}; expected {OBJECT}"]
+    found = record.get("format")
+    if found == expected:
+        return list(mismatches(record, schema))
+    told = f"has no format {expected!r}" if found is None else f"its format is {shown(found)}, expected {expected!r}"
     match = re.fullmatch(r"(.+) (\d{1,9})", found) if isinstance(found, str) else None
     if match and match[1] == kind:
-        return f"{told}: {'older' if int(match[2]) < int(version) else 'newer'} code made it"
+        return [f"{told}: {'older' if int(match[2]) < int(version) else 'newer'} code made it"]
     maker = MAKERS.get(match[1]) if match else None
-    return f"{told}: it is {f'a record of {maker}, and ' if maker else ''}no record of {MAKERS[kind]}"
+    return [f"{told}: it is {f'a record of {maker}, and ' if maker else ''}no record of {MAKERS[kind]}"]
 
 
 def config_in(values, origin) -> tuple[Config | None, list[str]]:
@@ -315,7 +303,7 @@ def config_in(values, origin) -> tuple[Config | None, list[str]]:
 
 
 def contradictions(record, config) -> Iterator[str]:
-    """What a record says of itself and its config or its evaluations say otherwise, a line each."""
+    """Where a record's summary is not what its config and its evaluations make it, a line each."""
     evaluations, test = record["evaluations"], record["test"]
     steps = [line["step"] for line in evaluations]
     if [*steps[:1], *steps[-1:]] != [0, config.max_iters] or not all(a < b for a, b in pairwise(steps)):
@@ -391,11 +379,8 @@ def read_all(folder, skip=()) -> tuple[list[tuple[Path, dict]], list[str]]:
     """
     folder = Path(folder)
     cells, left_out = {}, []
-    paths = [
-        path
-        for path in folder.glob("*/*.json")
-        if path.parent.name not in (BENCH, ANALYSIS) and not path.name.startswith(skip)
-    ]
+    paths = (path for path in folder.glob("*/*.json") if path.parent.name not in (BENCH, ANALYSIS))
+    paths = (path for path in paths if not path.name.startswith(skip))
     for path, name, record in read_each(sorted(paths), folder.parent, read, left_out):
         ending = f"-s{record['config']['seed']}.json"
         if path.name.endswith(ending):

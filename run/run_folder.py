@@ -1,7 +1,7 @@
-"""The folder of a run: what it holds, who may write to it, and what is read back when the run goes on.
+"""The folder of a run: its files, the lock on it, and the checkpoint from which the run resumes.
 
     folder = RunFolder(config)
-    saved = folder.open()                        # what the run goes on from, or None; until here nothing is written
+    saved = folder.open()                        # the checkpoint to resume from, or None; nothing is written yet
     with folder.writable(config, saved) as metrics:
         metrics.write(line)
         folder.save(state, is_best=True)         # ckpt.pt, best.pt
@@ -9,9 +9,9 @@
 
 config.json       every key
 metrics.jsonl     a line a log or evaluation, appended; a checkpoint knows how long it was
-ckpt.pt           the whole state after some step, the best weights so far among it
-ckpt.previous.pt  the one before, in case the disk damages it; gone when the run is complete
-best.pt           the best weights so far, for sample.py; the run itself goes by those in ckpt.pt
+ckpt.pt           the whole state after some step, with the best weights so far
+ckpt.previous.pt  the checkpoint before it, in case the disk damages ckpt.pt; removed when the run is complete
+best.pt           the best weights so far, for sample.py; the run itself reads those in ckpt.pt
 snapshots/        step-000100.pt, …: the weights after so many updates, with save_every, for analyze.py
 summary.json      the record, of a complete run only
 """
@@ -30,23 +30,23 @@ from support.options import ConfigError
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there nothing keeps two runs apart
+except ImportError:  # Windows has no such locks
     fcntl = None
 
-REFUSED = "ckpt.refused.pt"  # a ckpt.pt that was of no use, for whoever wants to look at it
+REFUSED = "ckpt.refused.pt"  # the new name of a damaged ckpt.pt, kept for inspection
 AGAIN = "--init_from=scratch --overwrite=True makes the run again"
 STATE = ("config", "dataset", "vocabulary", "model", "optimizer", "best", "progress", "processes")  # of a checkpoint
 
 
 class RunFolder:
-    """config: as asked for."""
+    """out_dir, as a config names it."""
 
     def __init__(self, config):
         self.config, self.path = config, Path(config.out_dir)
-        self.read = "ckpt.pt"  # which checkpoint the run goes on from
-        self.version = None  # of that file, by which it can be told from another one of its name
-        self.note = None  # why it is not ckpt.pt
-        self.file, self.is_locked = None, False  # metrics.jsonl while the run writes, and whether that keeps others out
+        self.read = "ckpt.pt"  # the checkpoint to resume from
+        self.version = None  # of that file: see version_of
+        self.note = None  # why another checkpoint than ckpt.pt is read
+        self.file, self.is_locked = None, False  # metrics.jsonl while the run writes, and whether a lock is held on it
 
     def __str__(self):
         return str(self.path)
@@ -55,7 +55,7 @@ class RunFolder:
         return self.path / name
 
     def held(self):
-        """Files of a run that are there; an empty metrics.jsonl holds nothing."""
+        """The names of a run's files that exist; an empty metrics.jsonl does not count."""
         files = [name for name in checkpoint.RUN_FILES if (self / name).exists()]
         return [name for name in files if name != "metrics.jsonl" or (self / name).stat().st_size]
 
@@ -63,8 +63,8 @@ class RunFolder:
     # Before the run
 
     def open(self):
-        """The checkpoint to go on from, or None for a new run. ConfigError or CheckpointError where that would destroy
-        something, or cannot be."""
+        """The checkpoint to resume from, or None for a new run. ConfigError or CheckpointError where that is impossible
+        or would destroy something."""
         config, held = self.config, self.held()
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError([f"out_dir={config.out_dir} is a file; expected a folder, or a name for a new one"])
@@ -81,11 +81,11 @@ class RunFolder:
                 + (" --overwrite=True" if held else "")
             )
         if config.init_from == "auto" and set(held) <= {"config.json", "metrics.jsonl"}:
-            return None  # nothing, or a run that was stopped before its first checkpoint
+            return None  # an empty folder, or a run that was stopped before its first checkpoint
         if held and not config.overwrite and not config.eval_only:
             raise ConfigError(
                 [
-                    f"{self} holds {self.what_it_holds()}; nothing was changed. Choose one of:",
+                    f"{self} holds {self.description()}; nothing was changed. Choose one of:",
                     *(["--init_from=resume goes on with it;"] if has_checkpoint else []),
                     "--out_dir=… or another --seed=… makes this run elsewhere;",
                     "--overwrite=True throws it away and starts again",
@@ -94,7 +94,7 @@ class RunFolder:
         return None
 
     def newest_good(self):
-        """What ckpt.pt holds, or where it is of no use the one before it, as `note` tells then."""
+        """The content of ckpt.pt; where it is damaged, of the checkpoint before it, and then `note` says so."""
         problems = []
         for self.read in ("ckpt.pt", "ckpt.previous.pt"):
             if problems and not (self / self.read).exists():
@@ -116,7 +116,7 @@ class RunFolder:
         raise CheckpointError(f"{'; and '.join(problems)}; {AGAIN}")
 
     def check(self, saved):
-        """CheckpointError where a checkpoint is not all of one, or metrics.jsonl has lost lines that it knows of."""
+        """CheckpointError where a checkpoint lacks a part, or metrics.jsonl has lost lines since then."""
         missing = [name for name in STATE if name not in saved]
         if missing:
             raise CheckpointError(f"{self / self.read} is no checkpoint of a run: it lacks {', '.join(missing)}")
@@ -128,7 +128,8 @@ class RunFolder:
                 "something else changed it"
             )
 
-    def what_it_holds(self):
+    def description(self):
+        """The run in this folder, in words."""
         try:
             title = json.loads((self / "config.json").read_text()).get("title") or "a run"
         except (OSError, ValueError, AttributeError):
@@ -142,15 +143,17 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writable(self, config, saved):
-        """Inside it, the run of this config that goes on from `saved` (None: a new one) writes here, and no other one
-        can. -> its Metrics"""
+        """Lock the folder and prepare it for a run that resumes from `saved` (None: a new run). -> its Metrics
+
+        The folder belongs to this run alone until the context ends. CheckpointError where another run has it.
+        """
         with files.writing(self / "metrics.jsonl"):
             self.path.mkdir(parents=True, exist_ok=True)
             files.sync_folder(self.path.parent)
             file = open(self / "metrics.jsonl", "ab", buffering=0)
         with file:
             self.file, self.is_locked = file, lock(file, self)
-            # Another run may have come, or gone on with this one, while this one got ready.
+            # Another run may have written here while this one got ready.
             if saved and version_of(self / self.read) != self.version or not saved and self.open():
                 raise CheckpointError(f"another run has been at work in {self} meanwhile; nothing was changed")
             with files.writing(self.path):
@@ -164,16 +167,18 @@ class RunFolder:
                 for step, path in self.snapshots():
                     if not saved or step > saved["progress"]["step"]:
                         path.unlink()
-                file.truncate(saved["progress"]["metrics_bytes"] if saved else 0)  # what came later did not happen
+                file.truncate(saved["progress"]["metrics_bytes"] if saved else 0)  # later lines are made again
             files.write_json(self / "config.json", config.to_dict())
             if saved and saved["best"]:
-                self.save_best(saved)  # the power may have failed before it was
+                self.save_best(saved)  # a power cut may have prevented it
             yield Metrics(file)
 
     def save(self, state, is_best):
-        """Replace ckpt.pt, which is kept as the previous one; is_best: and best.pt, which it describes."""
+        """Write ckpt.pt, and keep the old one as ckpt.previous.pt. is_best: also write best.pt, from state["best"]."""
         if version_of(self / "metrics.jsonl", is_growing=True) != version_of(self.file.fileno(), is_growing=True):
-            raise CheckpointError(f"{self} was deleted or replaced while this run went on: it writes there no more")
+            raise CheckpointError(
+                f"{self} was deleted or replaced while this run went on: nothing more is written there"
+            )
         checkpoint.save(self / "ckpt.pt", state, previous=self / "ckpt.previous.pt")
         if is_best:
             self.save_best(state)
@@ -182,35 +187,35 @@ class RunFolder:
         self.save_weights("best.pt", state, state["best"])
 
     def save_weights(self, name, about, weights):
-        """about: a state, of which only what the weights are of is kept; weights: {"step", "model"}."""
+        """about: a dict with config, dataset and vocabulary; weights: {"step", "model"}."""
         kept = {name: about[name] for name in ("config", "dataset", "vocabulary")}
         checkpoint.save(self / name, {**kept, **weights})
 
     def save_snapshot(self, about, weights):
-        """Keep these weights, see save_weights; where they are there already, they are the same."""
+        """Write the weights of one step to snapshots/: see save_weights."""
         with files.writing(self / "snapshots"):
             (self / "snapshots").mkdir(exist_ok=True)
         self.save_weights(f"snapshots/step-{weights['step']:06}.pt", about, weights)
 
     def snapshots(self):
-        """[(step, path)] of those that are there, by step."""
+        """[(step, path)] of its snapshots, by step."""
         return snapshots_in(self.path)
 
     def complete(self, record):
-        """The run is done: write its record, after which nothing more is."""
+        """Write the record of the complete run, its last file."""
         (self / "ckpt.previous.pt").unlink(missing_ok=True)
         files.write_json(self / "summary.json", record)
 
 
 def snapshots_in(folder):
-    """[(step, path)] of the weights that a run kept with save_every, by step."""
+    """[(step, path)] of the weights that a run kept with save_every, in order."""
     found = [(re.fullmatch(r"step-(\d{6,18})\.pt", path.name), path) for path in Path(folder, "snapshots").glob("*.pt")]
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def lock(file, folder) -> bool:
-    """Until the file is closed, no other run has this lock; CheckpointError where one has it. -> whether this system,
-    and this file system, know locks at all"""
+    """Take an exclusive lock until the file is closed; CheckpointError where another run has it. -> whether the system
+    and the file system support locks"""
     if not fcntl:
         return False
     try:
@@ -223,8 +228,8 @@ def lock(file, folder) -> bool:
 
 
 def version_of(file, is_growing=False):
-    """What tells a file (a path, or a descriptor) from every other; and, unless it may be growing, from itself with
-    another content. None where there is none."""
+    """A value that changes when a file (a path or a descriptor) is replaced or, unless is_growing, written to. None
+    where there is no file."""
     try:
         status = os.stat(file)
     except OSError:
@@ -233,7 +238,8 @@ def version_of(file, is_growing=False):
 
 
 class Metrics:
-    """metrics.jsonl: one line a log or evaluation, appended. file: open for appending, in bytes, without a buffer."""
+    """metrics.jsonl, a line a log or evaluation. file: open for appending bytes, unbuffered; mirror: also gets the
+    lines."""
 
     def __init__(self, file):
         self.file, self.mirror = file, None
@@ -247,18 +253,19 @@ class Metrics:
             self.mirror(line)
 
     def sync(self):
-        """Make it durable. -> its length in bytes"""
+        """Synchronise the file to the disk. -> its length in bytes"""
         with files.writing(self.file.name):
             os.fsync(self.file.fileno())
         return self.file.seek(0, os.SEEK_END)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whether a checkpoint is of this run
+# Whether a checkpoint fits a run
 
 
 def check_resumable(saved, config, dataset):
-    """A checkpoint goes on only as the experiment that it is, on the text that it knows. -> what may differ and does"""
+    """CheckpointError unless the config is the checkpoint's experiment, on the same text. -> the permitted differences,
+    as Config.differences has them"""
     theirs = Config.from_dict(saved["config"])
     # The text is compared by its hash below, for the same data set can be named in several ways.
     differing = [row for row in config.differences(theirs, ("experiment",)) if row[0] != "dataset"]
@@ -281,7 +288,7 @@ def check_resumable(saved, config, dataset):
 
 
 def texts(there, here):
-    """Of two descriptions of data sets, all in which they can differ."""
+    """Two data sets, there and here, side by side. there, here: of Dataset.describe."""
     sides = (
         f"{data['name']} ({data['vocab_size']} symbols, splits {data['splits']}, SHA-256 {data['sha256'][:8]}…)"
         for data in (there, here)
@@ -290,8 +297,8 @@ def texts(there, here):
 
 
 def difference(there, here):
-    """Of two descriptions of machines: "cores 2, threads 2 there, cores 1, threads 1 here". there: None in a checkpoint
-    that is older than its description."""
+    """What differs between two machines: "cores 2, threads 2 there, cores 1, threads 1 here". there, here: of
+    machines.describe; there is None in old checkpoints."""
     if there is None:
         return f"which one is not known, {here['device']} here"
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]

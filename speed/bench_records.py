@@ -90,7 +90,7 @@ def inverse_ratio(ratio) -> dict:
     return {"median": 1 / ratio["median"], "p10": 1 / ratio["p90"], "p90": 1 / ratio["p10"], "n": ratio["n"]}
 
 
-def headline(record) -> str:
+def about(record) -> str:
     """Size, shape and commit, in a line: "CPU size: 4 layers, 128 wide, context 64, commit 0123456"."""
     size, config, commit = size_title(record), config_of(record["models"][DENSE]), record["git"]["commit"]
     shape = f"{config.n_layer} layers, {config.n_embd} wide, context {config.block_size}"
@@ -195,11 +195,7 @@ def published_ratios(measure) -> dict[str, float]:
 def problems(record) -> list[str]:
     """Everything that is wrong with a record, a line each. Contradictions are looked for only where all fields are of
     the right kind and the configs are valid."""
-    if not isinstance(record, dict):
-        return [f"{shown(record)} is no record of bench.py; expected {OBJECT}"]
-    if record.get("format") != FORMAT:
-        return [records.format_problem(record.get("format"), FORMAT)]
-    wrong = list(mismatches(record, SCHEMA))
+    wrong = records.kind_problems(record, FORMAT, SCHEMA)
     models = record["models"].items() if not wrong else ()
     for name, model in models:
         wrong += [] if FITS[NAME](name) else [f"models has {shown(name)}; expected {NAME}"]

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from model import GPT, Decoder
 from run import accounting, evaluate, update
+from run.totals import RunningTotals
 from speed import bench_records, decoding
 
 TEMPERATURE, TOP_K = 0.8, 200  # of sampling, as in sample.py and the papers
@@ -35,7 +36,7 @@ STEPS_IN_A_ROW = 8  # of decoding, timed in one go
 
 
 class Unit(NamedTuple):
-    """What is timed in one go."""
+    """One run that is timed, and what comes before it."""
 
     run: Callable
     prepare: Callable = lambda: None  # called before each run, not timed
@@ -54,7 +55,7 @@ class Candidate:
             options = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2))
             self.optimizer = torch.optim.AdamW(self.model.parameters(), **options, fused=machine.device.type == "cuda")
         else:
-            self.updater, self.sums = update.Updater(self.model, config, machine), update.Sums()
+            self.updater, self.totals = update.Updater(self.model, config, machine), RunningTotals()
             self.optimizer = self.updater.optimizer
         self.steps_made, self.checks, self.decoders_used = 0, [], {}
         self.compile_seconds = {"train": None, "decode": None}
@@ -65,9 +66,9 @@ class Candidate:
 
     def compile(self):
         """Compiles the model for training; returns why that failed, or None."""
-        compiled = update.compile_model(self.model, *self.batch(0), self.machine)
+        compiled = self.updater.compile(*self.batch(0))
         if not compiled.failure:
-            self.updater.run_model, self.compile_seconds["train"] = compiled.model, compiled.seconds
+            self.compile_seconds["train"] = compiled.seconds
         return compiled.failure
 
     def batch(self, step):
@@ -82,7 +83,7 @@ class Candidate:
             self._plain_update(x, y)
         else:
             self.model.set_step(self.steps_made)
-            self.updater.update(self.steps_made, x, y, self.sums)
+            self.updater.update(self.steps_made, x, y, self.totals)
         self.steps_made += 1
 
     def _plain_update(self, x, y):
@@ -225,7 +226,7 @@ def worst_error(what, found, plain, exact, dtype):
 def plain_and_exact(candidate):
     """(its model on the reference backend, the same in twice the precision), both in eval mode."""
     config, machine = dataclasses.replace(candidate.config, moe_backend="reference"), candidate.machine
-    with update.undone(candidate.model):  # initial weights, drawn and thrown away
+    with update.without_side_effects(candidate.model):  # initial weights, drawn and thrown away
         plain = GPT(config, candidate.dataset.vocabulary.size)
     plain.load_state_dict(candidate.model.state_dict())
     exact = copy.deepcopy(plain).to(torch.float64 if machine.dtype == torch.float32 else torch.float32)
@@ -243,7 +244,7 @@ def check_training(candidate):
 
     def gradients(run_model, model, context):
         ids, targets = (rows.to(model.token_embedding.weight.device) for rows in (x, y))
-        with update.undone(model):
+        with update.without_side_effects(model):
             with context:
                 objective = run_model.eval()(ids, targets).objective
             objective.backward()

@@ -1,5 +1,11 @@
-"""The edges of a script: what it was asked to print, one message for a mistake, its exit code; and the signals that
-wait until nothing is half done."""
+"""Error messages, exit codes and signals of a script.
+
+console.run(main, (ConfigError, FileError))     # calls main(argv), prints one message for an error, exits
+
+with StopSignals() as signals:                  # Ctrl-C and kill wait until the loop looks
+    while not signals.caught:
+        ...
+"""
 
 import contextlib
 import os
@@ -13,12 +19,12 @@ from support.files import one_line
 
 MISTAKE = 2  # exit codes; stopped by signal number n: 128 + n
 NOT_FINITE = 3
-LEFT_ALONE = 4  # another process of the run ended
+PROCESS_LOST = 4  # another process of the run ended
 MEMORY_WORDS = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed", "Overflow when")
 
 
 class Failure(Exception):
-    """Why a script ends early, for which the user is not to blame, and its exit code."""
+    """A script ends early, and not by the user's mistake: the reason and the exit code."""
 
     def __init__(self, text, code):
         super().__init__(text)
@@ -26,8 +32,11 @@ class Failure(Exception):
 
 
 def run(main, mistakes=(), out_of_memory="take something smaller"):
-    """Calls main(argv) -> exit code, and ends the program. mistakes: the exceptions that are the user's to mend, told
-    in one message; out_of_memory: what takes less."""
+    """Call main(argv) -> exit code, and end the program with that code.
+
+    mistakes: the exceptions that mean a user's mistake, shown as one message without a traceback; out_of_memory: advice
+    for a run that does not fit into memory.
+    """
     name = Path(sys.argv[0]).name
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by whoever started us
@@ -43,7 +52,7 @@ def run(main, mistakes=(), out_of_memory="take something smaller"):
     except tuple(mistakes) as error:
         lines = map(one_line, str(error).splitlines())  # names of files may have anything in them
         code = tell(f"{name}: " + "\n".join(lines), sys.stderr, MISTAKE)
-    except BrokenPipeError:  # whoever read what was printed has seen enough
+    except BrokenPipeError:  # the reader, as head, has seen enough
         code = 0
     except OSError as error:
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
@@ -54,8 +63,8 @@ def run(main, mistakes=(), out_of_memory="take something smaller"):
         is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if not is_memory and not any(words in str(error) for words in MEMORY_WORDS):
             raise
-        said = (str(error).strip().splitlines() or ["no more is to be had"])[0]
-        code = tell(f"{name}: out of memory ({said}); {out_of_memory}", sys.stderr, MISTAKE)
+        reason = (str(error).strip().splitlines() or ["none is left"])[0]
+        code = tell(f"{name}: out of memory ({reason}); {out_of_memory}", sys.stderr, MISTAKE)
     try:
         sys.stdout.flush()
     except OSError:  # Python would try again, and complain
@@ -64,20 +73,21 @@ def run(main, mistakes=(), out_of_memory="take something smaller"):
 
 
 def tell(text, stream, code):
-    """Print the last words of a script. One process of several leaves them to the first, as long as that has any: the
-    launcher ends the others when one has ended."""
+    """Print a script's last message. -> code
+
+    Of several processes the first speaks first, and the launcher then ends the others.
+    """
     number = os.environ.get("RANK", "0")
     if number != "0":
         time.sleep(3)
         text = f"process {number}: {text}"
-    with contextlib.suppress(OSError):  # nobody is there any more to read it
+    with contextlib.suppress(OSError):  # nobody reads it any more
         print(text, file=stream, flush=True)
     return code
 
 
-class Lasting:
-    """A stream to write to whose reader may go (a closed terminal, a pipe to head): what it then does not take is lost,
-    and nothing else is."""
+class IgnoreClosedPipe:
+    """A stream that drops its text, without an error, once the terminal or pipe behind it is closed."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -95,19 +105,21 @@ class Lasting:
 
 
 def stopping_signals():
-    """Those that ask a program to end: Ctrl-C, kill, Slurm's USR1 before the time is over, a terminal that closes; but
-    not the last where somebody told the system to ignore it (nohup)."""
+    """The signals that ask a program to end: Ctrl-C, kill, Slurm's USR1 before a job's time is over, and the closing of
+    its terminal, unless nohup has that ignored."""
     kinds = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
     return [n for n in kinds if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class Stopped(Exception):
-    """A signal came while nothing was half done."""
+    """A stopping signal came inside of StopSignals.unless_stopped."""
 
 
 class StopSignals:
-    """Inside it, the stopping_signals do not stop the program: `caught` lists them for the loop to look at. A second
-    Ctrl-C stops it on the spot; of the others some launchers send several."""
+    """Inside, stopping signals are only listed in `caught`, for the loop to look at between two steps.
+
+    A second Ctrl-C ends the program on the spot. Other signals may come several times, as some launchers send them.
+    """
 
     def __enter__(self):
         self.caught, self.raising = [], False
@@ -127,8 +139,7 @@ class StopSignals:
             raise Stopped
 
     def unless_stopped(self, function, at_once=True):
-        """What function() returns; None where a signal came meanwhile, which ends it at once (at_once=False: which
-        waits)."""
+        """function(), or None where a signal cut it short. at_once=False: signals wait, and nothing is cut short."""
         try:
             self.raising = at_once
             result = function()

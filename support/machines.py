@@ -1,5 +1,9 @@
-"""Where a script runs: which device, which precision, compiled or not, and why; and the description of it that
-records carry."""
+"""The machine and the code of a run: device, precision, compilation, memory, load of others, and git's commit.
+
+machine = choose("auto", "auto", "auto")      # machine.reason says what was chosen, and why
+machines.describe(machine)                    # as records name it
+machines.git_state()                          # the commit of the code that this process has loaded
+"""
 
 import contextlib
 import ctypes
@@ -8,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +22,7 @@ import torch._functorch.config  # torch itself imports it late
 from support.files import ROOT
 from support.options import ConfigError
 
-CODE = "*.py"  # what git's state is told of: results that are drawn or committed change no run
-UNKNOWN = {"core_seconds": None, "device_bytes": None}  # what Neighbours say where nobody can tell
+UNKNOWN_LOAD = {"core_seconds": None, "device_bytes": None}  # of OtherLoad, where it cannot be measured
 
 
 class Machine(NamedTuple):
@@ -39,9 +43,9 @@ class Machine(NamedTuple):
 
 
 def choose(device="auto", dtype="auto", compile="auto", number=None) -> Machine:
-    """Resolve the keys device, dtype and compile. Raises ConfigError where what was asked for is not there.
+    """Resolve the keys device, dtype and compile. ConfigError where the device is not there.
 
-    number: of this process among several on this machine, each of which takes a GPU of its own.
+    number: this process's number among several on this machine, each of which takes a GPU of its own.
     """
     device, why_device = _device(device)
     if device.type == "cuda" and number is not None:
@@ -94,7 +98,7 @@ def _dtype(asked, device):
 
 
 def describe(machine: Machine) -> dict:
-    """The machine as records name it; never a host name or a path."""
+    """The machine as records name it: no host name, no path."""
     device = machine.device
     cuda = device.type == "cuda"
     return {
@@ -119,22 +123,21 @@ def _cpu_name():
     return names[0] if names else platform.machine()
 
 
-class Neighbours:
-    """What others do on the hardware of this process: a time counts only where they do little.
+class OtherLoad:
+    """How much other processes use the hardware of this one: a time counts only where they use little.
 
-    On a CPU their processor time (and what a hypervisor withheld) on the cores that this process may use; on CUDA the
-    memory that they hold. CUDA does not tell whose memory it is, so that device_bytes includes the context of this
-    process itself, some hundred MB: records.OTHERS_DEVICE_BYTES, up to which times count, allows for it.
+    On a CPU: their processor time (and what a hypervisor withheld) on the cores that this process may use. On CUDA: the
+    memory in use outside of torch here. CUDA does not say whose it is, so device_bytes includes this process's own
+    context of some hundred MB, which records.OTHERS_DEVICE_BYTES allows for.
     """
 
     def __init__(self, machine: Machine, before: dict | None = None):
-        """before: what `so_far` said when an earlier session of the same run ended."""
+        """before: `so_far` at the end of an earlier session of the same run."""
         self.machine, self.before = machine, before or {"core_seconds": 0.0, "device_bytes": 0}
         self.busy, self.own = _busy_seconds(), _own_seconds()
 
     def so_far(self) -> dict:
-        """core_seconds that others took; device_bytes of the GPU that are in use and not torch's here, the context of
-        this process included, at most. None for what the system does not tell, or this device does not have."""
+        """{"core_seconds": of other processes, "device_bytes": the most in use}; None for what cannot be measured."""
         return {
             "core_seconds": _after(self._core_seconds(), self.before["core_seconds"], sum),
             "device_bytes": _after(self._device_bytes(), self.before["device_bytes"], max),
@@ -145,7 +148,7 @@ class Neighbours:
         if busy is None or self.busy is None:
             return None
         others = busy - self.busy - own
-        if others < -(0.02 * own + 0.1):  # more than clocks that tick apart: the system speaks of other cores
+        if others < -(0.02 * own + 0.1):  # more than rounding: the system counts other cores
             return None
         return max(0.0, others)
 
@@ -161,7 +164,7 @@ def _after(now, before, combine):
 
 
 def _busy_seconds():
-    """Of the cores that this process may use, since the machine started; None where the system does not tell of all."""
+    """Busy time since the machine started, of the cores that this process may use; None where one is not listed."""
     try:
         lines = Path("/proc/stat").read_text().splitlines()
         cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
@@ -183,7 +186,7 @@ def core_count() -> int:
 
 
 def peak_memory(machine: Machine) -> int | None:
-    """Bytes at the highest point so far: of the device on CUDA, of the process on a CPU, None where it is not known."""
+    """The most memory used so far, in bytes: of the device on CUDA, of the process on a CPU, else None."""
     if machine.device.type == "cuda":
         return torch.cuda.max_memory_allocated(machine.device)
     if machine.device.type == "cpu" and platform.system() == "Linux":
@@ -194,12 +197,12 @@ def peak_memory(machine: Machine) -> int | None:
 
 
 def compiled(function):
-    """torch.compile, into one graph or not at all; the gradients are those of the same without compilation.
+    """torch.compile into a single graph, or an error; gradients are those of the function without compilation.
 
-    Models share their code, and torch compiles one piece of code only so often: several models in a process must not
-    count as one. Nor must a number in which they differ, such as a capacity, become an unknown of the graph: shapes
-    that depend on it cannot be compiled. A backward pass is computed outside of autocast, as it is called: inside, the
-    router's would be in the precision of the matrix products. torch has that setting for a process, not for a function.
+    Several models share their code, so the limit on recompilations counts for each model apart. Numbers in which they
+    differ, such as a capacity, stay constants of the graph (dynamic=False): shapes that depend on unknowns cannot be
+    compiled. The backward pass runs outside of autocast, as in eager mode, else the router's gradients would be in
+    bfloat16; torch has that setting only for a whole process.
     """
     torch._functorch.config.backward_pass_autocast = "off"
     options = dict(fullgraph=True, dynamic=False)
@@ -210,11 +213,10 @@ def compiled(function):
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees, until it ends: the tensors of a step are as large as those of the
-    step before, and pages that come anew from the system are zeroed first. -> whether the C library (glibc) does so
+    """Let this process keep the memory that it frees, for the next step needs as much. -> whether glibc does so
 
-    On one CPU core the system took 2 of 80 ms of a training step with 4 experts for it, and 6 of 124 with two experts a
-    token.
+    Pages that come anew from the system are zeroed first. On one CPU core that took 2 of 80 ms of a training step with
+    4 experts, and 6 of 124 with two experts a token.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -224,21 +226,34 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, 32 << 20)) and bool(mallopt(trim_threshold, 1 << 30))
 
 
-def git_state() -> dict:
-    """The commit of this code, and whether tracked code differs from it; None where git cannot tell."""
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", CODE)
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+def loaded_code() -> list[str]:
+    """The files of this project that this process has imported; not config files, which are no modules."""
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    paths = {Path(file).resolve() for file in files if file}
+    ours = (path.relative_to(ROOT) for path in paths if path.is_relative_to(ROOT))
+    return sorted(str(path) for path in ours if not {"site-packages", "dist-packages"} & set(path.parts))
 
 
-def same_code(before: str | None, now: str | None) -> bool:
-    """Whether the code of two commits is the same; not known counts as no."""
+def git_state(paths: list[str] | None = None) -> dict:
+    """{"commit": git's, "dirty": whether one of these files differs from it or is not in it}; None where git fails.
+
+    paths: from ROOT; by default loaded_code(), so that a change to another part of the project makes no run dirty.
+    """
+    options = ("--porcelain", "--untracked-files=all", "--ignored")
+    changes = git("--literal-pathspecs", "status", *options, "--", *(loaded_code() if paths is None else paths))
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def same_code(before: str | None, now: str | None, paths: list[str] | None = None) -> bool:
+    """Whether these files, by default loaded_code(), are the same in two commits; an unknown commit counts as no."""
     if not all(re.fullmatch("[0-9a-f]{40,64}", commit or "") for commit in (before, now)):
         return False
-    return git("diff", "--quiet", before, now, "--", CODE) is not None
+    paths = loaded_code() if paths is None else paths
+    return git("--literal-pathspecs", "diff", "--quiet", before, now, "--", *paths) is not None
 
 
 def git(*arguments):
-    """What git prints about this code, without the last line's end; None where it fails or is not there."""
+    """The output of a git command on this project, stripped; None where git fails or is not installed."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -3,9 +3,9 @@
     SCHEMA = {"title": TEXT, "losses": [NUMBER], "test": ({"nats": NUMBER}, None), "processes?": POSITIVE}
     list(mismatches({"title": 5}, SCHEMA))    # ["title is 5; expected text …", "missing field 'losses' …", …]
 
-In a schema, a dict is an object with at least these fields ("name?" may be missing), a list is a list of one kind,
-(kind, None) is that kind or null, and a text is one of the kinds of values below. Fields that a schema does not name
-are not looked at.
+In a schema, a dict is an object with at least these fields ("name?" may be missing), [kind] is a list of that kind,
+(kind, None) is that kind or null, {"a", "b"} is one of these texts, and a text is one of the kinds of values below.
+Fields that a schema does not name are not looked at.
 """
 
 import re
@@ -20,7 +20,6 @@ LINE, NAME = "a line of text", "a name of lower-case letters, digits, - and _"  
 COUNT, POSITIVE = "an integer from 0", "an integer from 1"
 NUMBER, ABOVE_ZERO, SIGNED = "a finite number from 0", "a finite number above 0", "a finite number"
 SHARE, LOSS_NUMBER = "a number from 0 to 1", "a loss from 0 and below 10,000"  # tables have room for no larger loss
-UNIT, DEVICE, DTYPE = "'character' or 'byte'", "'cpu', 'cuda' or 'mps'", "'float32' or 'bfloat16'"
 SHA256, COMMIT = "64 hexadecimal digits", "40 to 64 hexadecimal digits"
 
 
@@ -50,9 +49,6 @@ FITS = {
     SIGNED: lambda value: _is_number(value, -sys.float_info.max),
     SHARE: lambda value: _is_number(value, 0, 1),
     LOSS_NUMBER: lambda value: _is_number(value, 0) and value < 1e4,
-    UNIT: lambda value: value in ("character", "byte"),
-    DEVICE: lambda value: value in ("cpu", "cuda", "mps"),
-    DTYPE: lambda value: value in ("float32", "bfloat16"),
     SHA256: lambda value: _is_match(value, "[0-9a-f]{64}"),
     COMMIT: lambda value: _is_match(value, "[0-9a-f]{40,64}"),
 }
@@ -74,6 +70,9 @@ def mismatches(value, schema, where="") -> Iterator[str]:
     elif isinstance(schema, list) and isinstance(value, list):
         for i, inner in enumerate(value):
             yield from mismatches(inner, schema[0], f"{where}[{i}]")
+    elif isinstance(schema, set):
+        if not (isinstance(value, str) and value in schema):
+            yield f"{where} is {shown(value)}; expected {' or '.join(map(repr, sorted(schema)))}"
     else:
         expected = OBJECT if isinstance(schema, dict) else LIST if isinstance(schema, list) else schema
         if not FITS[expected](value):

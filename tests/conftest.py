@@ -58,6 +58,11 @@ def thorough(short, soak):
     return pytest.mark.parametrize("n", [pytest.param(short, id="short"), long])
 
 
+def soaked(*values):
+    """A case of a parametrized test that only pytest -m soak runs."""
+    return pytest.param(*values, marks=pytest.mark.soak)
+
+
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
@@ -106,7 +111,7 @@ def train_tiny(dataset, out_dir, *arguments, **changes):
 
 
 @pytest.fixture(scope="session")
-def processes():
+def forkserver():
     """A context whose processes have torch imported when they begin."""
     context = multiprocessing.get_context("forkserver")
     before = os.environ.get("PYTHONPATH")

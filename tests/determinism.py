@@ -4,8 +4,7 @@
     python tests/determinism.py --config=config/shakespeare_dense.py --skip="backend|parts|again"
 
 Each variant is trained like the baseline (4 experts, top-1, config/cpu.py, in one process with one thread) but for one
-thing that should not matter, for each of some seeds; what is told is how far the weights and the validation loss are
-from support import files
+thing that should not matter, for each of some seeds. The table says how far the weights and the validation loss are
 from the baseline's at the end. docs/determinism.md has the table.
 """
 

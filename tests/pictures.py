@@ -1,8 +1,8 @@
-"""What every picture must be, and how tests read one: for the files that test pictures.
+"""Checks that every picture must pass, and ways to read the numbers of one.
 
 assert_readable(name, drawing.figure, points=8)     no letter is smaller, outside, or on another
-assert_stands_alone(name, figures.svg(drawing.figure))
-in_a_fresh_process("import test_figures as t; print(t.digest('…'))")
+assert_stands_alone(name, style.svg(drawing.figure))
+in_a_fresh_process("import test_figures as t; print(t.digest())")
 """
 
 import os
@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from matplotlib.text import Text
 
-from report import figures
+from report import style
 
-ROOT = Path(figures.__file__).resolve().parents[1]
+ROOT = Path(style.__file__).resolve().parents[1]
 
 
 def assert_readable(name, figure, points):
@@ -49,7 +49,7 @@ def assert_stands_alone(name, text):
     root = ET.fromstring(text)
     assert root.get("viewBox") and "prefers-color-scheme:dark" in text and "currentColor" in text, name
     # One colour of ink in the sheet, for light; all else that is ink follows the reader's scheme.
-    assert text.count(figures.INK) == 1 and len(text) < 250_000, name
+    assert text.count(style.INK) == 1 and len(text) < 250_000, name
     for element in root.iter():
         for key, value in element.attrib.items():
             assert not key.endswith("href") or value.startswith("#"), (name, value)

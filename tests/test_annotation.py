@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import analyses, annotation
+from analysis import annotation
 from analysis.annotation import annotate
 from data.common import Vocabulary
 
@@ -52,15 +52,15 @@ def test_every_character_has_a_label_and_every_label_a_name(text, unit):
         assert names is None or (labels.max() < len(names) and len(set(names)) == len(names))
 
 
-def test_the_order_is_fixed_and_what_makes_no_sense_is_left_out():
+def test_annotations_that_do_not_apply_are_left_out_and_the_order_is_fixed():
     own = ["character", "class", "frequency band", "place in the word"]
-    assert list(annotated("only words")) == [*own, *analyses.CONTEXT, "passage"]
-    assert list(annotated(SCENE)) == [*own, "place in the line", *analyses.CONTEXT, "speaker", "passage"]
-    both = {*analyses.SYNTAX, *analyses.CONTEXT, *analyses.TOPIC, *own}
+    assert list(annotated("only words")) == [*own, *annotation.CONTEXT, "passage"]
+    assert list(annotated(SCENE)) == [*own, "place in the line", *annotation.CONTEXT, "speaker", "passage"]
+    both = {*annotation.SYNTAX, *annotation.CONTEXT, *annotation.TOPIC, *own}
     assert set(annotated(SCENE)) | {"play", "article"} == both
 
 
-def test_characters_are_called_what_a_figure_can_show():
+def test_symbols_have_printable_names():
     assert called("a \n\té̀", "character") == ["a", "space", "newline", "tab", "é", "U+0300"]
     assert called("aé", "character", "byte") == ["a", "byte 0xC3", "byte 0xA9"]
 
@@ -126,14 +126,14 @@ def test_places_in_lines_by_hand():
 
 @settings(deadline=None)
 @given(st.text("aB' \n:é", min_size=2, max_size=40), st.data())
-def test_what_syntax_and_context_say_of_a_character_does_not_depend_on_what_follows(text, data):
+def test_syntax_and_context_do_not_depend_on_later_characters(text, data):
     length = data.draw(st.integers(1, len(text) - 1))
     vocabulary = vocabulary_of(text, "character")
     ids_N, counts_V = vocabulary.encode(text), np.ones(vocabulary.size)
     whole, part = (annotate(ids, vocabulary, counts_V) for ids in (ids_N, ids_N[:length]))
-    for name in set(part) - set(analyses.TOPIC):
+    for name in set(part) - set(annotation.TOPIC):
         whole_N, part_N = whole[name].labels[:length], part[name].labels
-        if name in analyses.CONTEXT:  # whose codes are dense: the same partition
+        if name in annotation.CONTEXT:  # whose codes are dense: the same partition
             whole_N, part_N = (np.unique(of, return_inverse=True)[1] for of in (whole_N, part_N))
         assert np.array_equal(whole_N, part_N), name
 
@@ -148,7 +148,7 @@ def partition(keys):
 
 
 @pytest.mark.parametrize("context", [None, 1, 3, 7, 100])
-@pytest.mark.parametrize("n, name", list(enumerate(analyses.CONTEXT, start=1)))
+@pytest.mark.parametrize("n, name", list(enumerate(annotation.CONTEXT, start=1)))
 @pytest.mark.parametrize("unit", ["character", "byte"])
 def test_contexts_are_the_symbols_before_within_the_window(unit, n, name, context):
     text = "abracadabra, é bébé, abracadabra"
@@ -186,7 +186,7 @@ def test_a_speaker_speaks_until_the_next_one(unit):
     assert stretches(called(text, "speaker", unit)) == expected
 
 
-def test_what_precedes_the_first_speaker_is_nobodys():
+def test_text_before_the_first_speaker_has_none():
     assert stretches(called("so?\n\n" + SCENE, "speaker"))[:2] == [("before the first speaker", 5), ("BRUTUS", 31)]
 
 
@@ -216,7 +216,7 @@ def test_prose_has_no_speakers(text):
     assert "speaker" not in annotated(text)
 
 
-def test_names_follow_each_other_directly():
+def test_a_speaker_may_have_no_words():
     text = "ALL:\n\nFirst Citizen:\n\nALL, &c:\nYes.\n"
     assert stretches(called(text, "speaker")) == [("ALL", 6), ("First Citizen", 16), ("ALL, &c", 14)]
 
@@ -226,12 +226,12 @@ def script(*plays):
 
 
 @pytest.mark.parametrize("unit", ["character", "byte"])
-def test_plays_are_told_by_their_opening_words(unit):
+def test_plays_are_found_by_their_opening_words(unit):
     plays = list(annotation.PLAYS)
     assert stretches(called(script(*plays), "play", unit)) == [(play, len(script(play))) for play in plays]
 
 
-def test_what_precedes_the_first_opening_belongs_to_the_play_before():
+def test_text_before_the_first_opening_belongs_to_the_play_before():
     text = "of the shrew.\n\n" + script("The Tempest")
     expected = [("The Taming of the Shrew", 15), ("The Tempest", len(script("The Tempest")))]
     assert stretches(called(text, "play")) == expected
@@ -248,7 +248,7 @@ def test_one_play_is_no_topic(text):
     assert "play" not in annotated(text)
 
 
-def test_articles_begin_with_their_page_and_are_called_by_their_title():
+def test_articles_begin_at_their_page_and_have_its_title():
     parts = [
         "<siteinfo/>\n  ",
         "<page>\n    <title>Été</title>\n    <text>a &lt;page&gt; b</text>\n  </page>\n  ",
@@ -269,7 +269,7 @@ def test_one_article_is_no_topic():
     assert "article" not in annotated("siteinfo <page><title>A</title>")
 
 
-def test_more_articles_than_anyone_reads_have_no_names():
+def test_too_many_articles_have_no_names():
     labels, names = annotated("<page>" * (annotation.MOST_NAMES + 1))["article"]
     assert names is None and labels.max() == annotation.MOST_NAMES
 

@@ -36,7 +36,7 @@ model_config = bench.model_config
 def make_small(patch, words):
     """Makes the models of a bench tiny, on a tiny text, timed for a moment each."""
     patch.setattr(bench, "model_config", lambda *about: dataclasses.replace(model_config(*about), **TINY))
-    patch.setattr(bench, "find", lambda name: words)
+    patch.setattr(bench, "find_dataset", lambda name: words)
     patch.setattr(bench, "FULL", SHORT)
     patch.setattr(bench, "QUICK", SHORT)
     patch.setattr(bench.timing, "PATIENCE", 1e9)  # always ROUNDS
@@ -265,13 +265,13 @@ def test_a_mistake_is_one_clear_message(option, words):
 
 def test_an_unprepared_text_names_the_command(monkeypatch, tmp_path):
     (tmp_path / "shakespeare_char").mkdir()
-    monkeypatch.setattr(bench, "find", lambda name: tmp_path / name)
+    monkeypatch.setattr(bench, "find_dataset", lambda name: tmp_path / name)
     assert "not prepared yet" in refused(DataError) and "prepare" in refused(DataError)
 
 
 def test_the_text_is_shakespeare(monkeypatch):
     asked = []
-    monkeypatch.setattr(bench, "find", lambda name: asked.append(name) or exec("raise KeyboardInterrupt"))
+    monkeypatch.setattr(bench, "find_dataset", lambda name: asked.append(name) or exec("raise KeyboardInterrupt"))
     with pytest.raises(KeyboardInterrupt):
         bench.main(["--device=cpu"])
     assert asked == ["shakespeare_char"]

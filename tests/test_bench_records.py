@@ -185,7 +185,7 @@ def test_any_change_is_refused_in_one_line_or_can_be_shown(tmp_path_factory, dat
             *bench_records.slower(record, read),
             *bench_records.not_compared(record, read),
             *bench_records.doubts(read),
-            bench_records.headline(read),
+            bench_records.about(read),
         ]
         assert not any("\n" in line for line in told)
 

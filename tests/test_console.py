@@ -43,7 +43,7 @@ def ending(monkeypatch, capsys, error, **options):
         (OSError(5, "Input/output error"), (2, "", "train.py: a file: Input/output error\n")),
         (KeyboardInterrupt(), (130, "", "train.py: stopped\n")),
         (torch.OutOfMemoryError("too\nbig"), (2, "", "train.py: out of memory (too); take less\n")),
-        (MemoryError(), (2, "", "train.py: out of memory (no more is to be had); take less\n")),
+        (MemoryError(), (2, "", "train.py: out of memory (none is left); take less\n")),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -103,7 +103,7 @@ def test_what_nobody_reads_any_more_is_lost_and_nothing_else():
         def flush(self):
             raise BrokenPipeError
 
-    stream = console.Lasting(Closed())
+    stream = console.IgnoreClosedPipe(Closed())
     print("hello", file=stream, flush=True)
     assert not stream.closed
 
@@ -158,8 +158,8 @@ def stubborn():
         os._exit(0)
 
 
-def test_a_second_ctrl_c_ends_the_program_on_the_spot(processes):
-    process = processes.Process(target=stubborn)
+def test_a_second_ctrl_c_ends_the_program_on_the_spot(forkserver):
+    process = forkserver.Process(target=stubborn)
     process.start()
     process.join(30)
     assert process.exitcode == -signal.SIGINT
@@ -168,7 +168,7 @@ def test_a_second_ctrl_c_ends_the_program_on_the_spot(processes):
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">/dev/full", ">&- 2>&-"])
 def test_a_script_needs_nobody_who_listens(closed):
     code = "import sys; from support import console\n\n"
-    code += "def main(argv):\n    print('hello', file=console.Lasting(sys.stdout), flush=True)\n"
+    code += "def main(argv):\n    print('hello', file=console.IgnoreClosedPipe(sys.stdout), flush=True)\n"
     code += "    return 3\n\nconsole.run(main)\n"
     done = subprocess.run(["sh", "-c", f'{sys.executable} -c "{code}" {closed}'], cwd=ROOT, capture_output=True)
     assert done.returncode == 3 and done.stderr == b""

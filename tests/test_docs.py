@@ -32,7 +32,7 @@ def test_a_command_has_options_that_its_script_takes(script, words, monkeypatch)
         importlib.import_module(script).main([*words, "--print-config"])
     assert " = " in caught.value.text
     if script == "sweep":
-        names, _, handed_on = sweep.divided(words)
+        names, _, handed_on = sweep.split_words(words)
         sweep.check_tables(names, "paper")
         sweep.changes_of(handed_on)
 

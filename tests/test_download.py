@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import thorough
-from test_data import CONTENT, OTHER, OWN, TOY, archive, file_size_limit, in_child, tmpfs, told
+from toy import CONTENT, OTHER, OWN, TOY, archive, file_size_limit, in_child, tmpfs, told
 
 from data import build, download
 from data.build import Remote, TextSpec, prepare

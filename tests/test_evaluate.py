@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from conftest import tiny
 
 import balance
-from data.common import Dataset, Vocabulary, character_class
+from data.characters import character_class
+from data.common import Dataset, Vocabulary
 from model import GPT
 from run import evaluate
 from support import machines
@@ -58,7 +59,7 @@ def clean_by_hand(model, text, block_size):
 def test_clean_is_the_cross_entropy_of_the_whole_split(dataset, changes, split):
     config = tiny(**changes)
     model = model_of(config, dataset)
-    measured = evaluate.clean(model, dataset, split, config, CPU)
+    measured = evaluate.full_loss(model, dataset, split, config, CPU)
     text = characters(dataset, split)
     assert measured.nats == pytest.approx(clean_by_hand(model, text, config.block_size), rel=1e-5)
     assert measured.tokens == len(text) - 1
@@ -70,21 +71,21 @@ def test_clean_does_not_depend_on_batch_size(dataset, changes):
     config = tiny(**changes)
     model = model_of(config, dataset)
     losses = [
-        evaluate.clean(model, dataset, "val", tiny(**changes, batch_size=size), CPU).nats for size in (1, 4, 7, 64)
+        evaluate.full_loss(model, dataset, "val", tiny(**changes, batch_size=size), CPU).nats for size in (1, 4, 7, 64)
     ]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
 
 def test_the_statistics_of_clean_count_each_character_once(dataset):
     config = tiny(**MOE)
-    measured = evaluate.clean(model_of(config, dataset), dataset, "val", config, CPU)
+    measured = evaluate.full_loss(model_of(config, dataset), dataset, "val", config, CPU)
     assert [int(layer.tokens) for layer in measured.stats] == [dataset.sizes["val"] - 1] * 2
     assert [int(layer.load.sum()) for layer in measured.stats] == [2 * (dataset.sizes["val"] - 1)] * 2
 
 
 def test_a_dense_model_has_no_statistics(dataset):
     config = tiny()
-    assert not evaluate.clean(model_of(config, dataset), dataset, "val", config, CPU).stats
+    assert not evaluate.full_loss(model_of(config, dataset), dataset, "val", config, CPU).stats
 
 
 def test_measuring_moves_no_global_random_stream_and_drops_nothing(dataset):
@@ -107,8 +108,8 @@ def test_measuring_moves_no_global_random_stream_and_drops_nothing(dataset):
         model.train()
         results.append(
             (
-                evaluate.clean(model, dataset, "val", noisy, CPU).nats,
-                evaluate.paper(model, dataset, "val", noisy, CPU, 3),
+                evaluate.full_loss(model, dataset, "val", noisy, CPU).nats,
+                evaluate.sampled_loss(model, dataset, "val", noisy, CPU, 3),
             )
         )
     assert states() == before
@@ -118,8 +119,8 @@ def test_measuring_moves_no_global_random_stream_and_drops_nothing(dataset):
 def test_measuring_leaves_no_gradient(dataset):
     config = tiny(**MOE)
     model = model_of(config, dataset)
-    evaluate.clean(model, dataset, "val", config, CPU)
-    evaluate.paper(model, dataset, "val", config, CPU, 0)
+    evaluate.full_loss(model, dataset, "val", config, CPU)
+    evaluate.sampled_loss(model, dataset, "val", config, CPU, 0)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -129,7 +130,7 @@ def test_paper_depends_on_seed_and_step_alone(dataset):
 
     def measure(seed, step):
         torch.rand(1), np.random.rand(), random.random()  # whatever came before
-        return evaluate.paper(model, dataset, "val", tiny(seed=seed), CPU, step).nats
+        return evaluate.sampled_loss(model, dataset, "val", tiny(seed=seed), CPU, step).nats
 
     assert measure(1, 10) == measure(1, 10)
     assert len({measure(1, 10), measure(1, 20), measure(2, 10), measure(2, 20)}) == 4
@@ -146,7 +147,7 @@ def test_paper_is_the_mean_over_its_batches_with_and_without_the_weighted_losses
         out = model(x, y)
         losses.append(F.cross_entropy(out.logits.flatten(0, 1), y.flatten()).item())
         auxiliary.append(0.1 * out.aux["switch"].raw.item() + 0.01 * out.aux["z"].raw.item())
-    measured = evaluate.paper(model, dataset, "val", config, CPU, 5)
+    measured = evaluate.sampled_loss(model, dataset, "val", config, CPU, 5)
     assert measured.nats == pytest.approx(sum(losses) / 3, rel=1e-5)
     assert measured.with_aux - measured.nats == pytest.approx(sum(auxiliary) / 3, rel=1e-4)
     assert sum(auxiliary) > 0.1
@@ -154,7 +155,7 @@ def test_paper_is_the_mean_over_its_batches_with_and_without_the_weighted_losses
 
 def test_a_dense_model_has_nothing_to_add_to_paper(dataset):
     config = tiny()
-    measured = evaluate.paper(model_of(config, dataset), dataset, "val", config, CPU, 0)
+    measured = evaluate.sampled_loss(model_of(config, dataset), dataset, "val", config, CPU, 0)
     assert measured.with_aux == measured.nats
 
 
@@ -170,7 +171,7 @@ def test_paper_never_sees_the_batches_of_training(dataset, monkeypatch):
     monkeypatch.setattr(Dataset, "batch", spy)
     for seed in (0, 1337, 2**32 - 1):
         config = tiny(seed=seed)
-        evaluate.paper(model_of(config, dataset), dataset, "train", config, CPU, 0)
+        evaluate.sampled_loss(model_of(config, dataset), dataset, "train", config, CPU, 0)
     training_seeds = range(2**32)
     assert len(seen) == 3 * config.eval_iters and not any(seed in training_seeds for seed, _ in seen)
 
@@ -196,14 +197,14 @@ def test_evaluations_of_different_steps_share_no_batch(dataset, monkeypatch):
     config = tiny(eval_iters=3)
     model = model_of(config, dataset)
     for step in (0, 1, 2, 10):
-        evaluate.paper(model, dataset, "val", config, CPU, step)
+        evaluate.sampled_loss(model, dataset, "val", config, CPU, step)
     assert len(set(steps)) == len(steps) == 12
 
 
 def test_bits():
     assert evaluate.bits(math.log(2)) == 1.0
     assert evaluate.bits(math.log(256)) == pytest.approx(8.0)
-    assert evaluate.Clean(nats=math.log(4), tokens=1, stats=[]).bpc == pytest.approx(2.0)
+    assert evaluate.FullLoss(nats=math.log(4), tokens=1, stats=[]).bpc == pytest.approx(2.0)
 
 
 def test_characters_fall_into_the_classes_that_tables_speak_of():

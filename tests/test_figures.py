@@ -5,12 +5,17 @@ import hashlib
 import math
 import re
 
+import matplotlib
 import pytest
+import test_figures_of_rows
+import test_figures_of_run
+import test_figures_of_speed
 from matplotlib.collections import PolyCollection
 from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of, panel_over
 
 from papers.experiments import TABLES, Comparison
-from report import figures, page
+from report import captions, figures_of_differences, figures_of_table, style
+from report.figures import FIGURES
 from support.intervals import interval_of_difference
 
 DENSE, MOE4 = "shakespeare_dense", "shakespeare_moe4"
@@ -67,102 +72,101 @@ def filled(table, seeds, scale="cpu", only=lambda name: True):
     return comparison(table, cells, scale)
 
 
-ALL = ("loss_curves", "loss_against_cost", "relative_cost", "load_over_training", "aux_decomposition", "boundary_map")
-WITHOUT_LOAD = tuple(name for name in ALL if name != "load_over_training")  # which takes longest
-SOME = {DENSE, MOE4, "shakespeare_moe4_inner_dropout"}
-CASES = {  # case -> what is drawn of what
-    "three seeds": lambda: [
-        (filled("A", 3), WITHOUT_LOAD),
-        (filled("B", 3), ("relative_cost",)),
-        (filled("C", 3), ("load_over_training",)),
-        (filled("boundary", 3), ("boundary_map",)),
-    ],
-    "one seed, rows missing": lambda: [
-        (filled("A", 1, only=lambda name: name in SOME), ALL),
-        (filled("boundary", 1, only=lambda name: "w64" in name or "dense" in name), ("boundary_map",)),
-    ],
-    "no baseline": lambda: [
-        (filled("A", 2, only=lambda name: name == MOE4), ("loss_curves", "relative_cost", "aux_decomposition"))
-    ],
-    "paper size": lambda: [(filled("D", 5, "paper"), ("loss_against_cost", "aux_decomposition"))],
+PICTURES = {  # figure -> a table and its seeds
+    "loss_curves": ("A", 3),
+    "loss_against_cost": ("A", 3),
+    "relative_cost": ("B", 3),
+    "load_over_training": ("C", 2),
+    "aux_decomposition": ("A", 3),
+    "boundary_map": ("boundary", 3),
+    "differences": ("A", 3),
 }
-EFFECTS = [
-    ("4 experts, aux 0.01", -0.02, -0.03, -0.01, 3, 0.07),
-    ("4 experts, dropout inside them", 0.01, None, None, 1),
-    ("a label that is no row's, and that is so long that it needs two lines", 0.0, -0.01, 0.01, 5),
-]
 RUNS = {"one": [{"evaluations": record(1)["evaluations"]}], "two": [record(1, 1.8), record(2, 1.7)]}
 
 
 @functools.cache
-def drawings(case):
-    """{name: Drawing, its SVG} of every picture that there is."""
-    found = {"runs": figures.curves_of_runs(RUNS)}
-    for of, names in CASES[case]():
-        found |= {f"{of.table.name} {name}": getattr(figures, name)(of) for name in names}
-    found["forest"] = figures.difference_forest(of, EFFECTS)
-    return {name: (drawing, figures.svg(drawing.figure)) for name, drawing in found.items() if drawing}
+def drawings():
+    """{name: Drawing} of one instance of each figure."""
+    found = {name: FIGURES[name](filled(*of)) for name, of in PICTURES.items()}
+    return found | {"curves_of_runs": figures_of_table.curves_of_runs(RUNS)}
 
 
-def digest(case):
-    return hashlib.sha256("".join(text for _, text in drawings(case).values()).encode()).hexdigest()
+@functools.cache
+def sparse_drawings(case):
+    """{name: Drawing or None} of a comparison from which much is missing."""
+    only = {"one seed": {DENSE, MOE4, "shakespeare_moe4_inner_dropout"}, "no baseline": {MOE4}}[case]
+    return {name: FIGURES[name](filled("A", 1, only=lambda row: row in only)) for name in PICTURES}
 
 
-def test_a_fresh_process_draws_the_same_bytes_and_needs_no_torch():
-    code = "import sys, test_figures as t; print(t.digest('one seed, rows missing'), 'torch' in sys.modules)"
-    assert in_a_fresh_process(code) == [digest("one seed, rows missing"), "False"]
+def digest():
+    """Of pictures of every kind: a table's, its rows', a run's and a bench's."""
+    a_run, rows = test_figures_of_run.drawings("two"), test_figures_of_rows.drawings("C")
+    chosen = [
+        *(drawings()[name] for name in ("loss_against_cost", "relative_cost", "boundary_map")),
+        *(a_run[name] for name in ("experts", "load", "gradients")),
+        *(rows[name] for name in ("information_by_row", "stability_by_row")),
+        test_figures_of_speed.drawing_of("some models"),
+    ]
+    return hashlib.sha256("".join(style.svg(drawing.figure) for drawing in chosen).encode()).hexdigest()
 
 
-def test_bytes_do_not_depend_on_what_was_done_before(tmp_path, monkeypatch):
-    """Neither a PNG between two SVGs nor a reader's matplotlibrc changes anything."""
-    import matplotlib
+def assert_caption_stands_alone(name, drawing, size="CPU size: 4 layers"):
+    assert size in drawing.caption and MACHINE in drawing.caption and "n = " in drawing.caption, name
+    assert drawing.alt.endswith(".") and not re.search(r"None|\b(nan|inf)\b", drawing.caption + drawing.alt), name
 
-    drawing = figures.loss_curves(filled("C", 2))
-    first = figures.svg(drawing.figure)
-    figures.png(drawing.figure, tmp_path / "a.png")
-    assert figures.svg(drawing.figure) == first and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+def test_every_figure_of_a_table_is_drawn_here_or_with_the_rows():
+    assert FIGURES.keys() - PICTURES.keys() == set(test_figures_of_rows.BY_ROW)
+
+
+def test_a_fresh_process_draws_the_same_bytes_without_torch():
+    code = "import sys, test_figures as t; print(t.digest(), 'torch' in sys.modules)"
+    assert in_a_fresh_process(code) == [digest(), "False"]
+
+
+def test_bytes_depend_neither_on_earlier_pictures_nor_on_matplotlibrc(tmp_path, monkeypatch):
+    drawing = figures_of_table.loss_curves(filled("C", 2))
+    first = style.svg(drawing.figure)
+    style.png(drawing.figure, tmp_path / "a.png")
+    assert style.svg(drawing.figure) == first and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     for key, value in {"font.size": 20, "axes.grid": False, "lines.linewidth": 9, "svg.fonttype": "none"}.items():
         monkeypatch.setitem(matplotlib.rcParams, key, value)
-    assert figures.svg(figures.loss_curves(filled("C", 2)).figure) == first
+    assert style.svg(figures_of_table.loss_curves(filled("C", 2)).figure) == first
     assert matplotlib.rcParams["font.size"] == 20
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_whatever_is_missing_the_rest_is_drawn(case):
-    found = drawings(case)
-    relative = {"A relative_cost", "A aux_decomposition"}
-    assert len(found) == {"three seeds": 9, "one seed, rows missing": 8, "no baseline": 3, "paper size": 4}[case]
-    assert relative.isdisjoint(found) if case == "no baseline" else case == "paper size" or relative <= found.keys()
-    for name, (drawing, text) in found.items():
-        assert not re.search(r"\b(nan|inf)\b", re.sub("<!--.*?-->", "", text), re.IGNORECASE), name
-        if name != "runs":
-            size = "Paper size: 6 layers" if "paper" in case else "CPU size: 4 layers"
-            assert size in drawing.caption and MACHINE in drawing.caption and "n = " in drawing.caption, name
-        assert drawing.alt.endswith(".") and "None" not in drawing.caption + drawing.alt, name
+@pytest.mark.parametrize("name", [*PICTURES, "curves_of_runs"])
+def test_a_picture_is_readable_and_stands_alone_in_light_and_dark(name):
+    drawing = drawings()[name]
+    assert_readable(name, drawing.figure, points=8)
+    assert_stands_alone(name, style.svg(drawing.figure))
+    if name != "curves_of_runs":
+        assert_caption_stands_alone(name, drawing)
+
+
+def test_missing_rows_leave_the_rest_readable():
+    found = {name: drawing for name, drawing in sparse_drawings("one seed").items() if drawing}
+    assert set(found) == PICTURES.keys() - {"boundary_map"}
+    for name, drawing in found.items():
+        assert_readable(name, drawing.figure, points=8)
+        assert_caption_stands_alone(name, drawing)
+
+
+def test_without_the_baseline_nothing_is_compared_with_it():
+    found = {name for name, drawing in sparse_drawings("no baseline").items() if drawing}
+    assert found == {"loss_curves", "loss_against_cost", "load_over_training"}
 
 
 def test_without_records_there_is_no_picture():
     empty = comparison("A", {})._replace(machine="")
-    assert [getattr(figures, name)(empty) for name in ALL] == [None] * len(ALL)
-    assert figures.difference_forest(filled("A", 2), []) is None
-    assert figures.curves_of_runs({}) is None and figures.curves_of_runs({"a": [{"evaluations": []}]}) is None
+    assert [draw(empty) for draw in FIGURES.values()] == [None] * len(FIGURES)
+    assert figures_of_table.curves_of_runs({}) is None
+    assert figures_of_table.curves_of_runs({"a": [{"evaluations": []}]}) is None
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_an_svg_stands_alone_in_light_and_dark(case):
-    for name, (_, text) in drawings(case).items():
-        assert_stands_alone(name, text)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_no_text_is_small_outside_or_on_another(case):
-    for name, (drawing, _) in drawings(case).items():
-        assert_readable(name, drawing.figure, points=8)
-
-
-def test_curves_are_means_with_a_band_from_lowest_to_highest():
+def test_curves_are_means_with_a_band_from_lowest_to_highest_seed():
     runs = [record(1, 1.8), record(2, 1.9), record(3, 2.0)]
-    drawing = figures.loss_curves(comparison("A", {DENSE: runs}))
+    drawing = figures_of_table.loss_curves(comparison("A", {DENSE: runs}))
     (line,) = lines_of(panel_over(drawing, "updates"))
     assert line[-1] == (2000, pytest.approx(1.9)) and line[0] == (0, pytest.approx(4.2))
     (read,) = lines_of(panel_over(drawing, "characters read, millions"))
@@ -174,34 +178,34 @@ def test_curves_are_means_with_a_band_from_lowest_to_highest():
     assert 1.7 < low < 1.8 and 2.0 < high < 2.5  # 4.2 nats of the first step do not squash the rest
 
 
-def test_times_of_runs_that_shared_the_machine_are_nowhere():
+def test_times_of_runs_that_shared_the_machine_are_not_drawn():
     alone, shared = record(1, 1.8, seconds=100.0), record(2, 1.9, seconds=900.0, exclusive=False)
     of = comparison("A", {DENSE: [alone, shared], MOE4: [record(1, 1.7, 4, seconds=120.0), shared]})
-    curves = figures.loss_curves(of)
+    curves = figures_of_table.loss_curves(of)
     assert [line[-1] for line in lines_of(panel_over(curves, "training time, s"))] == [(100.0, 1.8), (120.0, 1.7)]
     assert [line[-1][1] for line in lines_of(panel_over(curves, "updates"))] == pytest.approx([1.85, 1.8])
     assert "2 of 4 runs" in curves.caption
-    cost = panel_over(figures.loss_against_cost(of), "training time, s")
+    cost = panel_over(figures_of_table.loss_against_cost(of), "training time, s")
     assert {x for line in lines_of(cost) for x, _ in line} == {100.0, 120.0}
-    relative = panel_over(figures.relative_cost(of), "training time")
+    relative = panel_over(figures_of_differences.relative_cost(of), "training time")
     assert pytest.approx(1.2) in [line[0][0] for line in lines_of(relative)]
 
 
-def test_without_any_time_that_counts_only_what_has_none_is_drawn():
+def test_without_exclusive_runs_no_time_is_drawn():
     of = comparison("A", {DENSE: [record(1, exclusive=False)], MOE4: [record(1, 1.8, 4, exclusive=False)]})
-    for drawing in (figures.loss_curves(of), figures.loss_against_cost(of)):
+    for drawing in (figures_of_table.loss_curves(of), figures_of_table.loss_against_cost(of)):
         assert not [axes for axes in drawing.figure.axes if "time" in axes.get_xlabel()]
         assert "No run is known to have had its cores to itself" in drawing.caption
-    assert figures.relative_cost(of) is None
+    assert figures_of_differences.relative_cost(of) is None
 
 
-def test_a_seed_that_is_there_twice_counts_once():
-    drawing = figures.loss_curves(comparison("A", {DENSE: [record(1, 1.8), record(1, 1.8)]}))
+def test_two_runs_of_one_seed_count_once():
+    drawing = figures_of_table.loss_curves(comparison("A", {DENSE: [record(1, 1.8), record(1, 1.8)]}))
     assert "n = 1 seed a row" in drawing.caption
 
 
 def test_cost_shows_every_seed_and_their_mean():
-    drawing = figures.loss_against_cost(comparison("A", {MOE4: [record(1, 1.8, 4), record(2, 1.9, 4)]}))
+    drawing = figures_of_table.loss_against_cost(comparison("A", {MOE4: [record(1, 1.8, 4), record(2, 1.9, 4)]}))
     points = [point for line in lines_of(panel_over(drawing, "all parameters")) for point in line]
     assert points[:3] == [(2.3, 1.8), (2.3, 1.9), (2.3, pytest.approx(1.85))]
     low, high = panel_over(drawing, "all parameters").get_ylim()
@@ -210,7 +214,7 @@ def test_cost_shows_every_seed_and_their_mean():
 
 
 def test_equal_parameters_stand_side_by_side_in_the_tables_order():
-    assert figures.side_by_side([5.0, 1.0, 5.1, 5.05], near=0.2, gap=8) == [-8.0, 0.0, 0.0, 8.0]
+    assert figures_of_table.side_by_side([5.0, 1.0, 5.1, 5.05], near=0.2, gap=8) == [-8.0, 0.0, 0.0, 8.0]
 
 
 def test_relative_cost_is_a_ratio_with_its_spread_beside_the_published_one():
@@ -218,7 +222,7 @@ def test_relative_cost_is_a_ratio_with_its_spread_beside_the_published_one():
     ours = [record(seed, 1.9, 4, seconds=seconds) for seed, seconds in ((1, 150.0), (2, 160.0))]
     of = comparison("B", {DENSE: base, "shakespeare_top2": ours})
     mean = math.sqrt(150 * 160 / (100 * 104))
-    drawing = figures.relative_cost(of)
+    drawing = figures_of_differences.relative_cost(of)
     drawn = [line[0][0] for line in lines_of(panel_over(drawing, "training time"))]
     assert pytest.approx(mean) in drawn and pytest.approx(460.5 / 287.9) in drawn
     speeds = [line[0][0] for line in lines_of(panel_over(drawing, "inference speed"))]
@@ -226,37 +230,37 @@ def test_relative_cost_is_a_ratio_with_its_spread_beside_the_published_one():
     assert "Open: as published" in drawing.caption
 
 
-def test_load_is_that_of_the_first_seed_and_even_is_drawn():
+def test_load_is_the_first_seeds_beside_an_even_share():
     runs = [record(1337, 1.9, 4), record(1338, 1.9, 4)]
     runs[1]["evaluations"][-1]["load"] = [[1.0, 0.0, 0.0, 0.0]] * 2
-    drawing = figures.load_over_training(comparison("A", {DENSE: [record(1337)], MOE4: runs}))
+    drawing = figures_of_table.load_over_training(comparison("A", {DENSE: [record(1337)], MOE4: runs}))
     first = drawing.figure.axes[0]
     even, *experts = lines_of(first)
     assert even[0][1] == 25 and [line[-1][1] for line in experts] == pytest.approx([6.25, 18.75, 31.25, 43.75])
     assert len(drawing.figure.axes) == 2 and "Seed 1337 alone" in drawing.caption and "dense" not in drawing.alt
 
 
-def test_the_auxiliary_loss_is_told_from_the_models_own():
+def test_auxiliary_loss_is_drawn_apart_from_the_models_own():
     dense = [record(1, 1.90), record(2, 1.92)]
     moe = [record(1, 1.88, 4, 0.04), record(2, 1.90, 4, 0.04)]
-    drawing = figures.aux_decomposition(comparison("A", {DENSE: dense, MOE4: moe}))
+    drawing = figures_of_differences.aux_decomposition(comparison("A", {DENSE: dense, MOE4: moe}))
     model, aux = drawing.figure.axes[0].patches
     assert (model.get_x(), model.get_width()) == (0, pytest.approx(-0.02))
     assert (aux.get_x(), aux.get_width()) == (pytest.approx(-0.02), pytest.approx(0.04))
     texts = [text.get_text() for text in drawing.figure.axes[0].texts]
     assert texts == ["−0.020 + 0.040", "published: 0.07, at the paper's size"]
     assert "model −0.020, auxiliary loss +0.040" in drawing.alt
-    paper = figures.aux_decomposition(comparison("A", {DENSE: dense, MOE4: moe}, "paper"))
+    paper = figures_of_differences.aux_decomposition(comparison("A", {DENSE: dense, MOE4: moe}, "paper"))
     assert "the published gap of 0.07 nats." in paper.caption
 
 
-def test_the_map_has_a_number_where_both_models_ran_and_hatching_elsewhere():
+def test_boundary_map_has_numbers_where_both_models_ran_and_hatching_elsewhere():
     cells = {
         "w64_30k_dense": [record(1, 2.0), record(2, 2.0)],
         "w64_30k_moe4": [record(1, 2.05, 4, epochs=51.2), record(2, 2.07, 4, epochs=51.2)],
         "w128_all_dense": [record(1)],  # alone, it makes no difference
     }
-    drawing = figures.boundary_map(comparison("boundary", cells))
+    drawing = figures_of_differences.boundary_map(comparison("boundary", cells))
     squares, texts = drawing.figure.axes[0].patches, [text.get_text() for text in drawing.figure.axes[0].texts]
     assert len(squares) == 12 and [bool(square.get_hatch()) for square in squares] == [False] + [True] * 11
     effect = interval_of_difference([2.05, 2.07], [2.0, 2.0])
@@ -264,47 +268,49 @@ def test_the_map_has_a_number_where_both_models_ran_and_hatching_elsewhere():
     assert texts == [f"+0.060\n{interval}\nn = 2, 51 epochs"] + ["not run"] * 11
     red, _, blue, _ = squares[0].get_facecolor()
     assert red > blue  # MoE is worse
-    assert figures.boundary_map(filled("A", 1)) is None
+    assert figures_of_differences.boundary_map(filled("A", 1)) is None
 
 
-def test_a_forest_draws_what_it_is_given():
-    drawing = figures.difference_forest(filled("A", 2), EFFECTS)
+def test_differences_have_intervals_beside_the_published_ones():
+    cells = {
+        DENSE: [record(1, 1.90), record(2, 1.92)],
+        MOE4: [record(1, 1.88, 4), record(2, 1.91, 4)],
+        "shakespeare_moe2": [record(1, 1.93, 4)],
+    }
+    drawing = figures_of_differences.differences(comparison("A", cells))
     axes = drawing.figure.axes[0]
-    assert [text.get_text() for text in axes.texts] == [
-        "−0.020 [−0.030, −0.010], n = 3",
-        "+0.010, n = 1",
-        "0.000 [−0.010, 0.010], n = 5",
-    ]
+    effect = interval_of_difference([1.88, 1.91], [1.90, 1.92])
+    interval = f"[{effect.low:.3f}, {effect.high:.3f}]".replace("-", "−")
+    assert [text.get_text() for text in axes.texts] == ["+0.020, n = 1", f"−0.015 {interval}, n = 2"]
     whiskers = [[point[0] for point in path.vertices] for bar in axes.collections for path in bar.get_paths()]
-    assert whiskers == [pytest.approx([-0.03, -0.01]), pytest.approx([-0.01, 0.01])]
-    assert (0.07, 0) in [line[0] for line in lines_of(axes)] and "Open: as published" in drawing.caption
+    assert whiskers == [pytest.approx([effect.low, effect.high])]
+    assert (pytest.approx(0.07), 1) in [line[0] for line in lines_of(axes)] and "Open: as published" in drawing.caption
+    styles = [line.get_color() for line in axes.get_lines() if line.get_marker() in ("s", "^")]
+    assert styles == [style.row_style(1).colour, style.row_style(2).colour]
 
 
-def test_daggers_are_explained_where_they_stand():
+def test_daggers_are_explained_in_the_caption():
     odd = record(1, leaky=True, dataset={"name": "enwik8-head-4.15M", "canonical": False, "unit": "byte"})
-    drawing = figures.loss_curves(comparison("A", {DENSE: [record(1)], MOE4: [odd]}))
+    drawing = figures_of_table.loss_curves(comparison("A", {DENSE: [record(1)], MOE4: [odd]}))
     assert "4 experts, aux 0.01 †" in drawing.alt and "dense †" not in drawing.alt
     assert "† a text that is not the published data set (enwik8-head-4.15M); routing that sees" in drawing.caption
     assert panel_over(drawing, "characters or bytes read") and "Not run: 2 experts" in drawing.caption
 
 
-def test_rows_are_told_apart_by_colour_marker_and_line_and_keep_them():
-    styles = [figures.row_style(i) for i in range(280)]
+def test_280_rows_have_distinct_styles_that_do_not_depend_on_missing_rows():
+    styles = [style.row_style(i) for i in range(280)]
     assert len(set(styles)) == 280 and len({style.colour for style in styles[:7]}) == 7
     full, part = (filled("A", 1, only=only) for only in (lambda name: True, lambda name: name == MOE4))
-    assert figures.cells_of(part)[0].style == figures.cells_of(full)[2].style
+    assert captions.cells_of(part)[0].style == captions.cells_of(full)[2].style
 
 
-def test_local_runs_are_drawn_with_train_and_mean():
-    drawing = figures.curves_of_runs(RUNS)
+def test_local_runs_are_drawn_with_seeds_mean_and_training_loss():
+    drawing = figures_of_table.curves_of_runs(RUNS)
     ends = [line[-1][1] for line in lines_of(drawing.figure.axes[0])]
     assert ends == pytest.approx([1.9, 1.9, 1.8, 1.8, 1.7, 1.75, 1.65])  # seeds, mean, train: of each label
     assert drawing.figure.legends[0].get_texts()[1].get_text() == "two (n = 2)"
 
 
-def test_letters_in_a_square_can_be_read():
-    assert figures.readable_on("#0072B2") == "#ffffff" and figures.readable_on("#f4f4f4") == "#000000"
-
-
-def test_pictures_stand_on_the_ground_of_the_report():
-    assert (figures.PAPER, figures.PAPER_ON_DARK) == (page.LIGHT["paper"], page.DARK["paper"])
+def test_text_in_a_square_is_black_or_white_by_contrast():
+    colours = [figures_of_differences.text_colour_on(colour) for colour in ("#0072B2", "#f4f4f4")]
+    assert colours == ["#ffffff", "#000000"]

@@ -1,14 +1,13 @@
 """The picture of a bench: the right numbers, whatever is missing; readable in light and dark."""
 
 import functools
-import hashlib
 import re
 
 import pytest
 from benches import CPU, GPU, bench, find
-from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of, panel_over
+from pictures import assert_readable, assert_stands_alone, lines_of, panel_over
 
-from report import figures
+from report import style
 from report.figures_of_speed import relative_time
 
 MODELS = ("dense", "moe4", "moe4_linear")
@@ -41,32 +40,17 @@ def drawing_of(case):
     return relative_time(CASES[case]())
 
 
-def digest(case):
-    return hashlib.sha256(figures.svg(drawing_of(case).figure).encode()).hexdigest()
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_caption_and_alt_stand_alone(case):
+def test_the_picture_is_readable_and_stands_alone_in_light_and_dark(case):
     drawing = drawing_of(case)
+    assert_readable(case, drawing.figure, points=8)
+    assert_stands_alone(case, style.svg(drawing.figure))
     size, machine = ("Paper size: 6 layers", GPU) if case == "paper size" else ("CPU size: 4 layers", CPU)
     assert size in drawing.caption and machine["device"] in drawing.caption and "n = " in drawing.caption
     assert not re.search(r"None|\b(nan|inf)\b", drawing.caption + drawing.alt) and drawing.alt.endswith(".")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_picture_can_be_read_and_stands_alone(case):
-    assert_readable(case, drawing_of(case).figure, points=8)
-    picture = figures.svg(drawing_of(case).figure)
-    assert_stands_alone(case, picture)
-    assert not re.search(r">[^<]*\b(nan|inf|None)\b", picture)
-
-
-def test_a_fresh_process_draws_the_same_bytes_and_needs_no_torch():
-    code = "import sys, test_figures_of_speed as t; print(t.digest('some models'), 'torch' in sys.modules)"
-    assert in_a_fresh_process(code) == [digest("some models"), "False"]
-
-
-def test_time_over_the_dense_models_is_the_pairs_median_with_its_percentiles():
+def test_ratios_are_medians_of_pairs_with_their_percentiles():
     record = bench()
     drawing = relative_time(record)
     axes = panel_over(drawing, "training")
@@ -82,16 +66,16 @@ def test_time_over_the_dense_models_is_the_pairs_median_with_its_percentiles():
     assert "4 experts, top-1 1.22 (training), 1.11 (decoding, batch 1), 1.35 (decoding, batch 8)" in drawing.alt
 
 
-def test_what_is_far_slower_gets_an_arrow_and_leaves_the_others_room():
-    drawing = relative_time(bench())
+def test_a_far_slower_model_gets_an_arrow_and_leaves_the_others_room():
+    drawing = drawing_of("all models")
     axes = panel_over(drawing, "decoding, batch 32")
     assert axes.get_xlim()[1] < 3 and [line.get_marker() for line in axes.get_lines()].count(">") == 2
     assert "36.0" in [text.get_text() for text in axes.texts] and "Arrow: beyond the axis." in drawing.caption
-    assert "Arrow" not in relative_time(some_of(bench())).caption
+    assert "Arrow" not in drawing_of("some models").caption
 
 
-def test_published_ratios_stand_where_the_papers_batch_size_is():
-    drawing = relative_time(bench())
+def test_published_ratios_are_drawn_at_the_papers_batch_size_only():
+    drawing = drawing_of("all models")
     published = {
         axes.get_xlabel().partition(":")[0]: text.get_text()
         for axes in drawing.figure.axes
@@ -101,7 +85,7 @@ def test_published_ratios_stand_where_the_papers_batch_size_is():
     assert published == {"training": "published: 1.51–1.61", "decoding, batch 1": "published: 1.76–2.26"}
 
 
-def test_a_bench_that_was_disturbed_says_so_under_its_picture():
+def test_a_doubtful_bench_says_so_in_the_caption():
     record = bench() | {"git": {"commit": "0" * 40, "dirty": True}}
     assert "The code had uncommitted changes." in relative_time(record).caption
     assert relative_time(only_dense()) is None

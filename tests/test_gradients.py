@@ -51,25 +51,11 @@ def group_of(a, delta, sequences=None):
     sequences = torch.arange(n) if sequences is None else torch.tensor(sequences)
     tokens = Tokens(None, None, None, sequences, torch.zeros(n, dtype=torch.int64), None)
     cosines = gradients.cosines_of(layers)
-    return gradients.likeness(0, n, layers, cosines, tokens, n, 1, 20, torch.Generator().manual_seed(0)).group
+    return gradients.similarity(0, n, layers, cosines, tokens, n, 1, 20, torch.Generator().manual_seed(0)).group
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Angles by hand
-
-
-@pytest.mark.parametrize(
-    "a, b, expected",
-    [
-        ([[1, 2], [3, 4]], [[2, 4], [6, 8]], 1),
-        ([[1, 2], [3, 4]], [[-2, 1], [4, -3]], 0),
-        ([[1, 2], [3, 4]], [[-1, -2], [-3, -4]], -1),
-        ([3, 0], [3, 3], math.sqrt(0.5)),
-        ([3, 0], [0, 0], None),
-    ],
-)
-def test_the_cosine_of_two_tensors(a, b, expected):
-    assert gradients.cosine(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +79,14 @@ def test_two_tokens_of_a_linear_layer(a, delta, expected):
     assert group["error"] is None  # two sequences tell none
 
 
-def test_only_pairs_of_different_sequences_are_between_them():
+def test_cosine_between_sequences_uses_pairs_of_different_sequences_only():
     group = group_of([[1.0]] * 4, [[1.0], [1.0], [-1.0], [-1.0]], sequences=[0, 0, 1, 1])
     assert (group["cosine"], group["negative"]) == pytest.approx((-1 / 3, 2 / 3))
     assert group["cosine_between_sequences"] == pytest.approx(-1)
     assert group_of([[1.0]] * 2, [[1.0]] * 2, sequences=[1, 1])["cosine_between_sequences"] is None
 
 
-def test_chance_is_what_inputs_and_errors_give_by_themselves():
+def test_chance_is_the_cosine_with_shuffled_errors():
     inputs = torch.randn(30, 4).tolist()
     same_error = group_of(inputs, [[1.0, 2.0]] * 30)
     assert same_error["chance"]["mean"] == pytest.approx(same_error["cosine"], **EXACT)
@@ -204,7 +190,7 @@ def give_own_weights(mlp, n):
 
 
 @every_model
-def test_gram_matrices_are_those_of_the_gradients_themselves(changes):
+def test_gram_matrices_equal_per_token_gradients_of_autograd(changes):
     model, batches = model_of(**changes), batches_of()
     expected = explicit(model, batches)
     found = conflicts(model, batches, limit=1000)
@@ -235,7 +221,7 @@ SHARING = {"share_experts": {"n_layer": 2, "n_expert": 2, "expert_top_k": 1, "sh
 
 
 @pytest.mark.parametrize("changes", [*MODELS.values(), *SHARING.values()], ids=[*MODELS, *SHARING])
-def test_the_tokens_gradients_add_up_to_the_parameters(changes):
+def test_token_gradients_sum_to_the_parameter_gradient(changes):
     model, batches = model_of(**changes), batches_of(count=2)
     if model.config.is_causal:  # the last batch is padded, as at the end of a split
         batches[1][1][-1, 2:] = IGNORED
@@ -243,7 +229,7 @@ def test_the_tokens_gradients_add_up_to_the_parameters(changes):
     for x, y in batches:
         (model(x, y).loss * (y != IGNORED).sum()).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters() if ".mlp." in name}
-    _, groups = gradients.collect(model, batches, CPU, torch.tensor(CLASSES), None, 1000, torch.Generator())
+    _, groups = gradients.collect_tokens(model, batches, CPU, torch.tensor(CLASSES), None, 1000, torch.Generator())
     found = {}
     for i, (block, of) in enumerate(zip(model.blocks, groups)):
         for name, tokens in of.items():
@@ -251,7 +237,7 @@ def test_the_tokens_gradients_add_up_to_the_parameters(changes):
             places = ("w_in", "bias_in", "w_out", "bias_out") if is_expert else (
                 "fc.weight", "fc.bias", "proj.weight", "proj.bias",
             )  # fmt: skip
-            first, second = gradients.layers_of(block.mlp, name, tokens)
+            first, second = gradients.linear_layers(block.mlp, name, tokens)
             D, H = tokens.x_ND.size(1), first.delta.size(1)
             sums = [first.delta.t() @ first.a, second.delta.t() @ second.a]
             parts = [sums[0][:, :D], sums[0][:, D:].flatten(), sums[1][:, :H], sums[1][:, H:].flatten()]
@@ -274,7 +260,7 @@ def test_the_tokens_gradients_add_up_to_the_parameters(changes):
 # Groups, classes, labels, errors
 
 
-def test_the_error_is_that_of_leaving_out_one_sequence_at_a_time():
+def test_error_is_the_jackknife_over_sequences():
     model, batches = model_of(), batches_of(count=2)
     ((rows, sequence),) = explicit(model, batches)[0].values()
     cosines = F.normalize(rows) @ F.normalize(rows).t()
@@ -291,7 +277,7 @@ def test_the_error_is_that_of_leaving_out_one_sequence_at_a_time():
         assert block["mean"][key] == pytest.approx(block["groups"][0][key])
 
 
-def test_the_mean_weighs_experts_by_the_tokens_that_they_served():
+def test_mean_weighs_experts_by_tokens_served():
     (block,) = conflicts(model_of(n_expert=3, expert_top_k=1), batches_of(count=4), limit=1000)
     groups = [group for group in block["groups"] if group]
     assert len(groups) > 1 and block["mean"]["tokens"] == sum(group["tokens"] for group in groups)
@@ -301,7 +287,7 @@ def test_the_mean_weighs_experts_by_the_tokens_that_they_served():
     assert block["mean"]["chance"]["sd"] == pytest.approx(sd)
 
 
-def test_classes_are_compared_within_and_between():
+def test_cosines_within_and_between_classes():
     model, batches = model_of(), batches_of(count=4)
     batches = [(x.where(x != 4, 0), y) for x, y in batches]
     batches[0][0][0, :3] = 4  # three tokens of the last class: too few
@@ -317,7 +303,7 @@ def test_classes_are_compared_within_and_between():
             assert value == (expected if expected is None else pytest.approx(expected, **EXACT))
 
 
-def test_labels_split_up_a_dense_mlp():
+def test_labels_split_the_tokens_of_a_dense_mlp():
     model, batches = model_of(n_layer=2), batches_of(count=4)
     batches[3][1][2, 3:] = IGNORED
     counted = torch.cat([y.flatten() for _, y in batches]) != IGNORED
@@ -336,7 +322,7 @@ def test_labels_split_up_a_dense_mlp():
     assert conflicts(model, batches)[0]["labelled"] is None
 
 
-def test_tokens_over_the_limit_are_drawn_from_all_batches_by_the_seed_alone():
+def test_tokens_beyond_the_limit_are_sampled_from_all_batches_by_seed():
     model, batches = model_of(n_expert=2, expert_top_k=1), batches_of(count=4)
     batches[3][1][:] = IGNORED
     (block,) = conflicts(model, batches, limit=20)
@@ -365,7 +351,7 @@ def test_an_expert_without_tokens_is_none():
 # Routers
 
 
-def test_a_switch_losss_gradient_by_hand():
+def test_switch_loss_gradient_by_hand():
     model, batches = model_of(n_expert=3, expert_top_k=1, aux_loss_coef=0.02), batches_of(count=3)
     (layer,) = gradients.router_gradients(model, batches, CPU)
     cosines, norms = [], []
@@ -394,7 +380,7 @@ def test_a_switch_losss_gradient_by_hand():
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("aux_loss", ["switch", "cv2", "none"])
-def test_the_balancing_loss_is_the_models_own_over_all_layers(aux_loss, reduction):
+def test_balancing_loss_is_the_models_own_over_all_layers(aux_loss, reduction):
     model = model_of(n_layer=2, n_expert=3, expert_top_k=1, aux_loss=aux_loss, aux_loss_reduction=reduction)
     ((x, y),) = batches = batches_of(count=1)
     found = gradients.router_gradients(model, batches, CPU)
@@ -412,7 +398,7 @@ def test_the_balancing_loss_is_the_models_own_over_all_layers(aux_loss, reductio
 def test_angles_between_a_routers_gradients(angle):
     ours = torch.randn(4, 3, 10, dtype=torch.float64)
     turned = {0: 2 * ours, 90: ours @ quarter_turn(10), 180: -3 * ours}[angle]
-    found = gradients.compared(list(zip(ours, turned)), 0.5, 50, torch.Generator().manual_seed(0))
+    found = gradients.compare_pulls(list(zip(ours, turned)), 0.5, 50, torch.Generator().manual_seed(0))
     assert found["cosines"] == pytest.approx([math.cos(math.radians(angle))] * 4, abs=1e-12)
     assert found["ratio"] == pytest.approx({0: 1.0, 90: 0.5, 180: 1.5}[angle])
     if angle != 90:
@@ -427,12 +413,12 @@ def quarter_turn(size):
     return turn
 
 
-def test_the_nulls_are_centred_and_cover_unrelated_gradients():
+def test_controls_are_centred_and_cover_unrelated_gradients():
     generator = torch.Generator().manual_seed(0)
     inside = {"features": 0, "experts": 0}
     for _ in range(200):
         pairs = [(centred(torch.randn(6, 40)), centred(torch.randn(6, 40))) for _ in range(2)]
-        found = gradients.compared(pairs, 1.0, 100, generator)
+        found = gradients.compare_pulls(pairs, 1.0, 100, generator)
         for name, of in inside.items():
             null = found["chance"][name]
             assert abs(null["mean"]) < 5 * null["sd"] / math.sqrt(100) + 1e-3
@@ -446,14 +432,14 @@ def centred(gradient):
     return gradient - gradient.mean(dim=1, keepdim=True)
 
 
-def test_a_common_direction_alone_is_beyond_the_features_null_and_within_the_experts():
+def test_a_common_direction_is_outside_the_features_control_and_inside_the_experts_control():
     """Why the first null is too narrow for a claim: two losses that share no more than the mean input."""
     generator = torch.Generator().manual_seed(0)
     inside = {"features": 0, "experts": 0}
     for _ in range(100):
         mean_input = torch.randn(1, 40)
         pairs = [(centred(torch.randn(6, 1) * mean_input), centred(torch.randn(6, 1) * mean_input))]
-        found = gradients.compared(pairs, 1.0, 200, generator)
+        found = gradients.compare_pulls(pairs, 1.0, 200, generator)
         for name in inside:
             null = found["chance"][name]
             inside[name] += null["low"] <= found["cosine"] <= null["high"]
@@ -463,7 +449,7 @@ def test_a_common_direction_alone_is_beyond_the_features_null_and_within_the_exp
 def test_other_batches_keep_what_holds_in_every_batch():
     lasting = centred(torch.randn(4, 20))
     pairs = [(lasting + 1e-3 * torch.randn(4, 20), -lasting) for _ in range(5)]
-    found = gradients.compared(pairs, 1.0, 10, torch.Generator())["chance"]
+    found = gradients.compare_pulls(pairs, 1.0, 10, torch.Generator())["chance"]
     assert found["other_batches"]["mean"] < -0.99 and found["other_batches"]["n"] == 20
 
 
@@ -507,7 +493,7 @@ def both(model, batches):
 @pytest.mark.parametrize(
     "changes", [{}, {"n_expert": 3, "expert_top_k": 2, "n_shared_expert": 1}], ids=["dense", "moe"]
 )
-def test_the_model_is_left_as_it_was(changes):
+def test_the_model_is_left_unchanged(changes):
     model, batches = model_of(n_layer=2, dropout=0.3, **changes), batches_of()
     model.train()
     model.blocks[0].eval()
@@ -529,7 +515,7 @@ def test_the_model_is_left_as_it_was(changes):
     torch.testing.assert_close(state(), before, rtol=0, atol=0)
 
 
-def test_hooks_and_modes_are_put_back_after_an_error():
+def test_hooks_and_modes_are_restored_after_an_error():
     model = model_of()
     model.train()
     with pytest.raises(ValueError, match="positions"):
@@ -546,7 +532,7 @@ def test_no_dropout_jitter_or_masked_expert_is_measured():
 
 
 @every_model
-def test_what_comes_back_is_plain(changes):
+def test_results_are_plain_json_values(changes):
     model, batches = model_of(**changes), batches_of()
     found = both(model, batches)
     assert json.loads(json.dumps(found, allow_nan=False)) == list(found)
@@ -555,7 +541,7 @@ def test_what_comes_back_is_plain(changes):
 
 @pytest.mark.cuda
 @every_model
-def test_a_gpu_finds_the_same_and_works_in_bfloat16(changes):
+def test_cuda_agrees_and_bfloat16_works(changes):
     model, batches = model_of(**changes), batches_of()
     expected = conflicts(model, batches, limit=1000)
     model.cuda()

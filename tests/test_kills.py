@@ -1,5 +1,5 @@
-"""A run that is killed, at any moment and however often, and gone on with is the run that never was: bit for bit the
-weights, optimiser state, random state, metrics and record. Real processes, SIGKILL, everything random switched on."""
+"""Resume after a kill is bit-identical: weights, optimiser, random state, metrics and record are those of the run that
+nobody killed. Real processes, SIGKILL at any moment, everything random switched on."""
 
 import io
 import json
@@ -28,7 +28,7 @@ KINDS = {
 
 
 class Reaper:
-    """Kills its own process at the n-th of the moments that are announced to it (never for None), and counts them."""
+    """Kills its own process at the n-th announced moment (never if n is None), and counts the moments."""
 
     def __init__(self, n, is_power_cut):
         self.n, self.is_power_cut, self.count, self.files = n, is_power_cut, 0, []
@@ -37,7 +37,7 @@ class Reaper:
         self.count += 1
         if self.count != self.n:
             return
-        if self.is_power_cut:  # what was not made durable is lost with it
+        if self.is_power_cut:  # what was not synchronised to the disk is lost
             for file in self.files:
                 if not file.closed:
                     os.truncate(file.fileno(), file.durable)
@@ -53,7 +53,7 @@ class Reaper:
         return call
 
     def watch(self):
-        """Announce what touches the run's files: before, after, and when half of a write is done; and every batch."""
+        """Announce a moment before and after each file operation and batch, and in the middle of each write."""
         from data.common import Dataset
         from run import checkpoint, run_folder
 
@@ -88,7 +88,7 @@ class Reaper:
 
 
 def child(options, n, is_power_cut, log):
-    """train.py with these options, killed at its n-th moment. Writes how many there were to `log`, where it lives."""
+    """Run train.py with these options and kill it at its n-th moment. A survivor writes their number to `log`."""
     import torch
 
     import train
@@ -107,8 +107,8 @@ def child(options, n, is_power_cut, log):
 
 
 @pytest.fixture(scope="module")
-def runner(processes, words, tmp_path_factory):
-    """A function that runs a KIND in a process: to its end, or until it is killed. -> (exit code, moments, seconds)"""
+def runner(forkserver, words, tmp_path_factory):
+    """A function that runs a KIND in a process, to its end or until a kill. -> (exit code, moments, seconds)"""
     log = tmp_path_factory.mktemp("logs") / "log"
 
     def run(kind, out_dir, n=None, after=None, is_power_cut=False, **changes):
@@ -122,7 +122,7 @@ def runner(processes, words, tmp_path_factory):
         }
         log.write_text("")
         started = time.monotonic()
-        process = processes.Process(target=child, args=(options, n, is_power_cut, log))
+        process = forkserver.Process(target=child, args=(options, n, is_power_cut, log))
         process.start()
         process.join(after)
         if after is not None and process.exitcode is None:
@@ -159,7 +159,7 @@ def kinds(n):
 
 
 def complete(runner, kind, out_dir, whole):
-    """Go on to the end, and compare."""
+    """Resume to the end, and compare with the run that nobody killed."""
     code, *_ = runner(kind, out_dir)
     assert code == 0
     assert_same_run(whole, out_dir)
@@ -168,14 +168,14 @@ def complete(runner, kind, out_dir, whole):
 
 
 def generator(n):
-    """The same kills in each short form; others in each long one."""
+    """Random kills: the same ones in the short form, new ones in each long form."""
     seed = 0 if n < 40 else random.SystemRandom().randrange(2**32)
     print("seed", seed)
     return random.Random(seed)
 
 
-@thorough(14, 200)
-def test_a_run_killed_at_any_time_and_gone_on_with_is_the_run_that_was_not(runner, uninterrupted, tmp_path, n):
+@thorough(3, 200)
+def test_resume_after_a_kill_at_any_time_is_bit_identical(runner, uninterrupted, tmp_path, n):
     times = generator(n)
     for kind in kinds(n):
         whole, _, seconds = uninterrupted(kind)
@@ -183,9 +183,9 @@ def test_a_run_killed_at_any_time_and_gone_on_with_is_the_run_that_was_not(runne
         complete(runner, kind, tmp_path / "run", whole)
 
 
-@thorough(28, 400)
-def test_a_run_killed_within_any_file_operation_loses_nothing(runner, uninterrupted, tmp_path, n):
-    """Half of them lose what was written and not yet made durable, as a power cut does."""
+@thorough(len(KINDS), 400)
+def test_resume_after_a_kill_within_any_file_operation_is_bit_identical(runner, uninterrupted, tmp_path, n):
+    """Half of the kills also lose what was not yet synchronised to the disk, as a power cut does."""
     moments = generator(n)
     for i, kind in enumerate(kinds(n)):
         whole, count, _ = uninterrupted(kind)
@@ -196,7 +196,7 @@ def test_a_run_killed_within_any_file_operation_loses_nothing(runner, uninterrup
 
 @pytest.mark.soak
 @pytest.mark.parametrize("is_power_cut", [False, True], ids=["killed", "power cut"])
-def test_every_moment_of_a_run(runner, uninterrupted, tmp_path, is_power_cut):
+def test_resume_after_a_kill_at_every_moment_is_bit_identical(runner, uninterrupted, tmp_path, is_power_cut):
     whole, count, _ = uninterrupted("hard")
     for n in range(1, count + 1):
         code, *_ = runner("hard", tmp_path / "run", n=n, is_power_cut=is_power_cut)
@@ -204,8 +204,8 @@ def test_every_moment_of_a_run(runner, uninterrupted, tmp_path, is_power_cut):
         complete(runner, "hard", tmp_path / "run", whole)
 
 
-@thorough(2, 40)
-def test_many_kills_of_one_run(runner, uninterrupted, tmp_path, n):
+@thorough(1, 40)
+def test_resume_after_many_kills_is_bit_identical(runner, uninterrupted, tmp_path, n):
     moments, resumed = generator(n), 0
     for kind in ["hard", *kinds(n)][:n]:
         whole, count, _ = uninterrupted(kind)
@@ -220,4 +220,4 @@ def test_many_kills_of_one_run(runner, uninterrupted, tmp_path, n):
         assert code == 0
         resumed += record_of(tmp_path / "run")["resumed"]
         complete(runner, kind, tmp_path / "run", whole)
-    assert resumed >= n / 2  # the others were killed before their first checkpoint each time
+    assert resumed >= n / 2  # the others never lived to their first checkpoint

@@ -73,7 +73,7 @@ def test_its_mean_is_the_validation_loss(words, changes):
     config, dataset = tiny(**changes), Dataset.open(words)
     model = model_of(config, dataset.vocabulary.size)
     windows = list(dataset.windows("val", config.block_size, config.batch_size))
-    seen, measured = see(model, windows, CPU), evaluate.clean(model, dataset, "val", config, CPU)
+    seen, measured = see(model, windows, CPU), evaluate.full_loss(model, dataset, "val", config, CPU)
     assert seen.nats == pytest.approx(measured.nats, rel=1e-6)
     assert len(seen.nats_N) == measured.tokens == dataset.sizes["val"] - 1 and seen.nats_N.dtype == np.float64
     for mine, theirs in zip(seen.stats, measured.stats, strict=True):

@@ -273,9 +273,9 @@ KINDS = [
     ("dense", {"leaky": 0}, "leaky is 0; expected true or false"),
     ("dense", {"git.commit": "main"}, "git.commit is 'main'; expected 40 to 64 hexadecimal digits"),
     ("dense", {"dataset.sha256": "86c4"}, "dataset.sha256 is '86c4'; expected 64 hexadecimal digits"),
-    ("dense", {"dataset.unit": "word"}, "dataset.unit is 'word'; expected 'character' or 'byte'"),
-    ("dense", {"machine.device_type": "tpu"}, "machine.device_type is 'tpu'; expected 'cpu', 'cuda' or 'mps'"),
-    ("dense", {"machine.dtype": []}, "machine.dtype is []; expected 'float32' or 'bfloat16'"),
+    ("dense", {"dataset.unit": "word"}, "dataset.unit is 'word'; expected 'byte' or 'character'"),
+    ("dense", {"machine.device_type": "tpu"}, "machine.device_type is 'tpu'; expected 'cpu' or 'cuda' or 'mps'"),
+    ("dense", {"machine.dtype": []}, "machine.dtype is []; expected 'bfloat16' or 'float32'"),
 ]
 
 
@@ -426,7 +426,7 @@ def mutated(record, path, how):
     return record
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_change_is_refused_in_one_line_or_changes_no_result(dense, moe, tmp_path_factory, data):
     record = data.draw(st.sampled_from([dense, moe]))

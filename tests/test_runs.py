@@ -1,5 +1,5 @@
-"""runs.py: a run's folder keeps what it was given, whatever befalls it: damaged files, full and read-only disks, two
-runs at once, clocks and names of all kinds."""
+"""run_folder.py: a run's folder loses nothing, whatever happens: damaged files, full and read-only disks, two runs at
+once, clocks and names of all kinds."""
 
 import contextlib
 import itertools
@@ -15,21 +15,31 @@ import time
 import pytest
 import torch
 from alike import HARD, assert_same_run, essence, lines_of, record_of, steps_of, weights_of
-from conftest import ROOT, TINY, as_script, contents, english, interrupt, prepare_text, train_tiny
+from conftest import ROOT, TINY, as_script, contents, english, interrupt, prepare_text, soaked, train_tiny
 
 import train
-from run import checkpoint, run_folder
+from run import checkpoint, run_folder, update
 from run.checkpoint import CheckpointError
 from support.options import ConfigError
 
 
-@pytest.fixture
-def stopped(words, tmp_path, at_step):
+@pytest.fixture(scope="module")
+def stopped_run(words, tmp_path_factory):
     """The out_dir of a HARD run that was stopped after step 15; its checkpoint before that is of step 10."""
-    at_step(interrupt(), 14)
-    assert train_tiny(words, tmp_path / "run", **HARD) == 130
-    assert checkpoint.load(tmp_path / "run" / "ckpt.previous.pt")["progress"]["step"] == 10
-    return tmp_path / "run"
+    out_dir, rate = tmp_path_factory.mktemp("runs") / "stopped", update.learning_rate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            update, "learning_rate", lambda step, config: (step == 14 and interrupt()(), rate(step, config))[1]
+        )
+        assert train_tiny(words, out_dir, **HARD) == 130
+    assert checkpoint.load(out_dir / "ckpt.previous.pt")["progress"]["step"] == 10
+    return out_dir
+
+
+@pytest.fixture
+def stopped(stopped_run, tmp_path):
+    """A copy of it that a test may change."""
+    return shutil.copytree(stopped_run, tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,7 +75,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage, told", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
+def test_resume_from_the_checkpoint_before_a_damaged_one_is_bit_identical(
     words, stopped, uninterrupted, capsys, damage, told
 ):
     damage(stopped / "ckpt.pt")
@@ -78,7 +88,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
     assert (stopped / "ckpt.refused.pt").exists() is (told != DAMAGES["gone"][1])
 
 
-def test_a_checkpoint_that_only_cannot_be_read_now_is_not_passed_over(words, stopped, monkeypatch):
+def test_a_checkpoint_that_cannot_be_read_now_is_refused_and_kept(words, stopped, monkeypatch):
     """It may be good: a network disk that stumbles, permissions."""
     before, original = contents(stopped), open
 
@@ -104,7 +114,7 @@ def test_when_both_are_damaged_both_are_named_and_nothing_is_changed(words, stop
     assert contents(stopped) == before
 
 
-def test_the_good_one_stays_good_when_the_next_save_fails(words, stopped, uninterrupted, monkeypatch):
+def test_a_failed_save_keeps_the_last_good_checkpoint(words, stopped, uninterrupted, monkeypatch):
     """The damaged file must not take the place of the good one."""
     flip(stopped / "ckpt.pt")
 
@@ -118,9 +128,7 @@ def test_the_good_one_stays_good_when_the_next_save_fails(words, stopped, uninte
     assert_same_run(uninterrupted, stopped)
 
 
-def test_metrics_that_lost_their_end_are_gone_on_with_from_the_checkpoint_that_fits(
-    words, stopped, uninterrupted, capsys
-):
+def test_resume_with_shortened_metrics_takes_the_checkpoint_that_fits(words, stopped, uninterrupted, capsys):
     known = checkpoint.load(stopped / "ckpt.previous.pt")["progress"]["metrics_bytes"]
     content = (stopped / "metrics.jsonl").read_bytes()
     assert len(content) > known
@@ -142,9 +150,7 @@ def test_weights_of_another_shape_are_one_message(words, stopped):
 # Going on, or not
 
 
-def test_auto_starts_where_nothing_is_goes_on_where_a_run_is_and_rests_where_it_is_complete(
-    words, tmp_path, uninterrupted, at_step, capsys
-):
+def test_auto_starts_resumes_and_ends_a_run_by_one_command(words, tmp_path, uninterrupted, at_step, capsys):
     """One command line for a queue that starts a job again and again."""
     at_step(interrupt(signal.SIGTERM), 12)
     codes = [train_tiny(words, tmp_path / "run", init_from="auto", **HARD) for _ in range(3)]
@@ -153,7 +159,7 @@ def test_auto_starts_where_nothing_is_goes_on_where_a_run_is_and_rests_where_it_
     assert record_of(tmp_path / "run")["config"]["init_from"] == "resume"
 
 
-def test_auto_begins_again_where_no_checkpoint_was_written_yet(words, tmp_path, dense_run):
+def test_auto_begins_again_without_a_checkpoint(words, tmp_path, dense_run):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "train"')
@@ -163,7 +169,7 @@ def test_auto_begins_again_where_no_checkpoint_was_written_yet(words, tmp_path, 
     assert "ckpt.pt.partial" not in contents(tmp_path / "run")
 
 
-def test_auto_does_not_throw_a_record_away(words, tmp_path):
+def test_auto_does_not_overwrite_a_record(words, tmp_path):
     """A folder that somebody has emptied of checkpoints, to save room."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("{}")
@@ -173,7 +179,7 @@ def test_auto_does_not_throw_a_record_away(words, tmp_path):
 
 
 @pytest.mark.parametrize("init_from", ["auto", "resume"])
-def test_going_on_and_throwing_away_are_not_asked_for_together(words, stopped, init_from):
+def test_resume_and_overwrite_together_are_refused(words, stopped, init_from):
     with pytest.raises(ConfigError, match="choose one"):
         train_tiny(words, stopped, init_from=init_from, overwrite=True, **HARD)
 
@@ -195,7 +201,7 @@ def saves(monkeypatch):
     return steps
 
 
-def test_a_long_interval_is_saved_in_between_and_that_changes_nothing(words, tmp_path, monkeypatch, uninterrupted):
+def test_saves_between_evaluations_change_no_number(words, tmp_path, monkeypatch, uninterrupted):
     steps = saves(monkeypatch)
     assert train_tiny(words, tmp_path / "run", save_minutes=1e-9, **HARD) == 0
     assert sorted(set(steps)) == list(range(21))
@@ -208,13 +214,13 @@ def test_a_long_interval_is_saved_in_between_and_that_changes_nothing(words, tmp
 
 
 @pytest.mark.parametrize("minutes", [0, 60])
-def test_else_only_evaluations_save(words, tmp_path, monkeypatch, minutes):
+def test_without_them_only_evaluations_save(words, tmp_path, monkeypatch, minutes):
     steps = saves(monkeypatch)
     assert train_tiny(words, tmp_path / "run", save_minutes=minutes) == 0
     assert steps == [0, 10, 20]
 
 
-def test_time_spent_on_saving_is_not_time_spent_on_training(words, tmp_path, monkeypatch):
+def test_time_of_saving_does_not_count_as_training(words, tmp_path, monkeypatch):
     original = checkpoint.save
 
     def slow(*arguments, **options):
@@ -250,10 +256,8 @@ def sizes(uninterrupted):
     return {path.name: path.stat().st_size for path in uninterrupted.iterdir()}
 
 
-@pytest.mark.parametrize("room", [0.5, 1.4, 2.6, 3.2], ids="room for {} checkpoints".format)
-def test_a_disk_that_is_full_costs_nothing_and_with_room_the_run_goes_on(
-    words, tmp_path, sizes, uninterrupted, monkeypatch, capsys, room
-):
+@pytest.mark.parametrize("room", [soaked(0.5), 1.4, soaked(2.6), 3.2], ids="room for {} checkpoints".format)
+def test_resume_after_a_full_disk_is_bit_identical(words, tmp_path, sizes, uninterrupted, monkeypatch, capsys, room):
     """Whatever file it is that does not fit: the first checkpoint, the second, the best weights, the metrics."""
     with small_disk(tmp_path / "disk", int(room * sizes["ckpt.pt"]) // 4096 * 4096) as remount:
         out_dir = tmp_path / "disk" / "run"
@@ -276,7 +280,9 @@ def test_a_disk_that_is_full_costs_nothing_and_with_room_the_run_goes_on(
 
 
 @pytest.mark.parametrize("when", ["before", "during"])
-def test_a_disk_that_is_read_only_is_one_message(words, tmp_path, uninterrupted, at_step, monkeypatch, capsys, when):
+def test_resume_after_a_read_only_disk_is_bit_identical(
+    words, tmp_path, uninterrupted, at_step, monkeypatch, capsys, when
+):
     with small_disk(tmp_path / "disk", "50m") as remount:
         out_dir = tmp_path / "disk" / "run"
         options = {**TINY, "dataset": words, "out_dir": out_dir, "init_from": "auto", **HARD}
@@ -313,11 +319,11 @@ def child(options, log):
     train.console.run(train.main, (ConfigError, train.DataError, CheckpointError))
 
 
-@pytest.mark.parametrize("init_from", ["scratch", "auto"])
-def test_of_runs_that_start_at_once_in_one_folder_one_is_made(words, tmp_path, processes, uninterrupted, init_from):
+@pytest.mark.parametrize("init_from", ["auto", soaked("scratch")])
+def test_of_runs_started_at_once_in_one_folder_one_is_made(words, tmp_path, forkserver, uninterrupted, init_from):
     options = {**TINY, "dataset": words, "out_dir": tmp_path / "run", "init_from": init_from, **HARD}
     logs = [tmp_path / f"log{i}" for i in range(4)]
-    rivals = [processes.Process(target=child, args=(options, log)) for log in logs]
+    rivals = [forkserver.Process(target=child, args=(options, log)) for log in logs]
     for rival in rivals:
         rival.start()
     for rival in rivals:
@@ -334,7 +340,7 @@ def test_of_runs_that_start_at_once_in_one_folder_one_is_made(words, tmp_path, p
 
 
 @pytest.mark.parametrize("end", ["complete", "stopped"])
-def test_a_run_that_went_on_while_this_one_got_ready_is_not_gone_back_on(words, stopped, monkeypatch, at_step, end):
+def test_resume_is_refused_where_another_run_wrote_meanwhile(words, stopped, monkeypatch, at_step, end):
     """As when a job is started again while the old one still saves: the checkpoint that was read is not the last."""
     original = train.GPT
 
@@ -352,7 +358,7 @@ def test_a_run_that_went_on_while_this_one_got_ready_is_not_gone_back_on(words, 
     assert (stopped / "summary.json").exists() is (end == "complete")
 
 
-def test_a_folder_that_was_replaced_is_not_written_to(words, tmp_path, at_step):
+def test_a_replaced_folder_is_not_written_to(words, tmp_path, at_step):
     """Deleted by hand while the run goes on, and another one begun there."""
 
     def replace():
@@ -366,7 +372,7 @@ def test_a_folder_that_was_replaced_is_not_written_to(words, tmp_path, at_step):
     assert contents(tmp_path / "run") == {"metrics.jsonl": b"another's"}
 
 
-def test_a_file_system_without_locks_is_told_and_used(words, tmp_path, monkeypatch, capsys, dense_run):
+def test_a_file_system_without_locks_is_reported_and_used(words, tmp_path, monkeypatch, capsys, dense_run):
     def no_locks(*arguments):
         raise OSError(38, "Function not implemented")
 
@@ -380,8 +386,8 @@ def test_a_file_system_without_locks_is_told_and_used(words, tmp_path, monkeypat
 # Clocks and names
 
 
-@pytest.mark.parametrize("jump", [-1e7, 1e7], ids=["back", "forth"])
-def test_a_clock_that_is_set_changes_no_time(words, tmp_path, monkeypatch, jump):
+@pytest.mark.parametrize("jump", [-1e7, soaked(1e7)])
+def test_setting_the_clock_changes_no_time(words, tmp_path, monkeypatch, jump):
     """Summer time, NTP, somebody's hand."""
     original, jumps = time.time, itertools.count()
     monkeypatch.setattr(time, "time", lambda: original() + jump * next(jumps))
@@ -405,15 +411,16 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_a_folder_may_have_any_name(tmp_path, at_step, monkeypatch, capfd, name):
-    """Of the run and of the data; and the command that goes on can be pasted."""
+@pytest.mark.parametrize("kind", ["spaces and quotes", "not Latin", *map(soaked, [*NAMES][3:]), soaked("umlauts")])
+def test_a_folder_may_have_any_name(tmp_path, at_step, monkeypatch, capfd, kind):
+    """The folder of the run, and that of the data. The command that resumes can be pasted into a shell."""
+    name = NAMES[kind]
     dataset = prepare_text(tmp_path / name / "data", english(1500, seed=4))
     at_step(interrupt(), 3)
     assert train_tiny(dataset, tmp_path / name / "run", max_iters=6, n_expert=4) == 130
     told = capfd.readouterr().out
     command = told[told.rindex("  python ") :].strip()
-    if name in (NAMES["spaces and quotes"], NAMES["a line break"]):  # a real shell, for what a shell could spoil
+    if kind in ("spaces and quotes", "a line break"):  # a real shell, for what a shell could spoil
         done = subprocess.run(["sh", "-c", command.replace("python", sys.executable, 1)], cwd=ROOT, capture_output=True)
         assert done.returncode == 0, done.stderr
     else:
@@ -423,14 +430,14 @@ def test_a_folder_may_have_any_name(tmp_path, at_step, monkeypatch, capfd, name)
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "/".join(["deep" * 20] * 60), "a\0b"], ids=["name", "path", "NUL"])
-def test_a_name_that_no_folder_can_have_is_one_message(words, tmp_path, monkeypatch, capsys, name):
+def test_an_impossible_folder_name_is_one_message(words, tmp_path, monkeypatch, capsys, name):
     options = {**TINY, "dataset": words, "out_dir": tmp_path / name}
     assert as_script(monkeypatch, *(f"--{key}={value}" for key, value in options.items())) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and len(message) < 12_000 and "Traceback" not in message
 
 
-def test_the_config_of_a_run_can_be_read_by_anybody(words, tmp_path):
+def test_config_json_is_ascii(words, tmp_path):
     assert train_tiny(words, tmp_path / "Ü", title="Größe 🧪") == 0
     assert json.loads((tmp_path / "Ü" / "config.json").read_text(encoding="ascii"))["title"] == "Größe 🧪"
     shutil.rmtree(tmp_path / "Ü")

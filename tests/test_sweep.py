@@ -1,5 +1,5 @@
-"""sweep.py: every cell is run once, whatever was there before and whoever else is at it. Most runs are of a train.py
-that only pretends."""
+"""sweep.py makes every missing run once, whatever its folder holds and whoever else runs a sweep. In most tests a
+pretended train.py runs in place of the real one."""
 
 import contextlib
 import fcntl
@@ -19,10 +19,10 @@ import pytest
 from conftest import TINY
 
 import sweep
-from data.common import DataError, find
+from data.common import DataError, find_dataset
+from papers import planned_runs
 from papers.experiments import Row, Table
 from run import records
-from run.settings import Config
 from support import configurator, console, machines
 from support.files import ROOT
 from support.options import ConfigError
@@ -83,7 +83,7 @@ class Place:
         self.order()
 
     def order(self, **orders):
-        """What the pretender does with a cell: exit=3, kill=True, pause=0.1 a step, deaf=True to a signal."""
+        """What the pretender does in a run: exit=3, kill=True, pause=0.1 a step, deaf=True to a signal."""
         (self.folder / "orders.json").write_text(json.dumps({f"{k}": v for k, v in orders.items()}))
 
     def words(self, *words):
@@ -98,9 +98,10 @@ class Place:
         process.start()
         return process
 
-    def cells(self, table, seeds=1):
+    def first_run(self):
         machine = json.loads((self.folder / "record.json").read_text())["machine"]
-        return sweep.cells_of([table], "cpu", seeds, sweep.Here(self.out, self.results, [], {}, machine))
+        setup = planned_runs.Setup(self.out, self.results, [], {}, machine)
+        return planned_runs.plan(sweep.TABLES, ["T"], "cpu", 1, setup)[0]
 
     def calls(self):
         with contextlib.suppress(OSError):
@@ -137,12 +138,13 @@ def place(tmp_path, words, dense_run, monkeypatch):
     shutil.copy(dense_run / "summary.json", tmp_path / "record.json")
     machine = json.loads((tmp_path / "record.json").read_text())["machine"]
     monkeypatch.setattr(sweep, "machine_here", lambda changes: machine)
+    monkeypatch.setattr(sweep, "git_of_training", lambda: {"commit": "0" * 40, "dirty": False})
     return Place(tmp_path)
 
 
-def record_of(place, cell_row, seed, dirty=True, seconds=None, device=None):
+def record_of(place, of_row, seed, dirty=True, seconds=None, device=None):
     """What the pretender would have written."""
-    config = cell_row.config_at("cpu", seed)
+    config = of_row.config_at("cpu", seed)
     record = json.loads((place.folder / "record.json").read_text())
     record |= {"config": config.to_dict(), "run_id": config.run_id, "title": config.title}
     record["git"] = {"commit": "0" * 40, "dirty": dirty}
@@ -175,10 +177,10 @@ def a_row(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is run, and in which order
+# Which runs are made, and in which order
 
 
-def test_one_seed_of_every_row_comes_before_the_second_of_any(place, capfd):
+def test_every_row_gets_its_first_seed_before_any_gets_a_second(place, capfd):
     assert place.main("T", "--seeds=2") == 0
     order = ["one-cpu-s1337", "two-cpu-s1337", "one-cpu-s1338", "two-cpu-s1338"]
     assert place.names() == order
@@ -191,7 +193,7 @@ def test_one_seed_of_every_row_comes_before_the_second_of_any(place, capfd):
     assert "4 runs: 4 finished" in shown
 
 
-def test_what_is_finished_is_not_run_again(place):
+def test_finished_runs_are_not_run_again(place):
     """Not a record in another table's folder under another name, and not a complete run whose record was not copied."""
     write(place.results / "elsewhere" / "my-own-s1337.json", record_of(place, a_row("one"), 1337))
     summary = write(place.out / "two-cpu-s1337" / "summary.json", record_of(place, a_row("two"), 1337))
@@ -210,29 +212,28 @@ def test_a_row_of_several_tables_is_run_once(place):
 
 @pytest.mark.parametrize(
     "asked, rows, shown",
-    [
-        (["U", "T", "T"], ["two", "three", "one"], "U, T"),
-        (["--seeds=1", "U", "all"], ["one", "two", "three"], "U, all"),
-    ],
+    [(["U", "T", "T"], ["two", "three", "one"], "U, T"), (["U", "all"], ["one", "two", "three"], "U, all")],
 )
 def test_several_tables_get_a_seed_of_every_row_before_the_next_seed(place, capfd, asked, rows, shown):
-    assert place.main(*asked, "--seeds=2") == 0
-    assert place.names() == [f"{name}-cpu-s{seed}" for seed in (1337, 1338) for name in rows]
-    assert f"{shown} at scale cpu, 2 seeds" in capfd.readouterr().out
+    assert place.main(*asked, "--seeds=2", "--list") == 0
+    told, *listed = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed[:6]] == [f"{name}-cpu-s{seed}" for seed in (1337, 1338) for name in rows]
+    assert told.startswith(f"{shown} at scale cpu, 2 seeds")
 
 
 @pytest.mark.parametrize(
     "dirty, told",
     [(True, "There are uncommitted changes: "), (None, "git knows no commit of this code: "), (False, "")],
 )
-def test_code_whose_records_will_not_count_is_told_before_they_are_made(place, monkeypatch, capfd, dirty, told):
-    monkeypatch.setattr(machines, "git_state", lambda: {"commit": None if dirty is None else "0" * 40, "dirty": dirty})
+def test_uncommitted_code_is_reported_before_runs_are_made(place, monkeypatch, capfd, dirty, told):
+    git = {"commit": None if dirty is None else "0" * 40, "dirty": dirty}
+    monkeypatch.setattr(sweep, "git_of_training", lambda: git)
     assert place.main("T", "--seeds=1") == 0
     shown = capfd.readouterr().out
     assert told in shown and ("count in no mean" in shown) == bool(told)
 
 
-def test_keys_of_the_machine_are_handed_on(place):
+def test_keys_of_the_machine_are_passed_on_to_train(place):
     assert place.main("T", "--seeds=1", "--log_interval=3", "--", "--device=cpu") == 0
     assert all({"--log_interval=3", "--device=cpu"} <= {*words} for _, _, words in place.calls())
 
@@ -250,29 +251,29 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("case", SPOILT)
-def test_what_a_folder_holds_is_gone_on_with_and_never_destroyed(place, case):
+def test_a_folder_is_resumed_or_left_alone_and_never_destroyed(place, case):
     held, name, kind, words = SPOILT[case]
-    cell = place.cells("T")[0]
-    folder = place.out / cell.name
+    run = place.first_run()
+    folder = place.out / run.name
     for file in held:
         write(folder / file, "")
     if "config.json" in held:
         write(folder / "config.json", a_row(name).config_at("cpu").to_dict())
     if "summary.json" in held:
         write(folder / "summary.json", record_of(place, a_row(name), 1337))
-    state = sweep.look_at_folder(cell)
+    state = planned_runs.state_of_folder(run)
     assert (state.kind, state.words) == (kind, words), state
     assert kind != "cannot be run" or "move it away" in state.text
 
 
-def test_a_complete_run_with_a_damaged_record_is_not_thrown_away(place, capfd):
+def test_a_complete_run_with_a_damaged_record_is_kept(place, capfd):
     damaged = write(place.out / "one-cpu-s1337" / "summary.json", '{"format": "charmoe record 2"')
     assert place.main("T", "--seeds=1") == 1
     assert place.names() == ["two-cpu-s1337"] and damaged.exists()
-    assert "holds a complete run whose record is of no use" in capfd.readouterr().err
+    assert "holds a complete run whose record cannot be used" in capfd.readouterr().err
 
 
-def test_a_bad_file_in_results_is_told_and_left_alone(place, capfd):
+def test_a_bad_file_in_results_is_reported_and_left_alone(place, capfd):
     bad = write(place.results / "T" / "one-cpu-s1337.json", "{}")
     assert place.main("T", "--seeds=1") == 0
     assert bad.read_text() == "{}"
@@ -282,30 +283,34 @@ def test_a_bad_file_in_results_is_told_and_left_alone(place, capfd):
     assert place.main("T", "--seeds=1") == 0 and len(place.calls()) == 2
 
 
-def test_records_that_contradict_each_other_are_not_joined_by_a_third(place, capfd):
+def test_no_third_record_joins_two_that_contradict_each_other(place, capfd):
     for number, name in enumerate(("one-cpu-s1337", "one-cpu-2-s1337")):
         write(place.results / "T" / f"{name}.json", record_of(place, a_row("one"), 1337, seconds=1.0 + number))
     assert place.main("T", "--seeds=1") == 1
     assert place.names() == ["two-cpu-s1337"]
     told = capfd.readouterr().err
-    assert "records that differ" in told and "cannot be run: one-cpu-s1337: " in told and "left out; keep one" in told
+    assert (
+        "different records of one run" in told
+        and "cannot be run: one-cpu-s1337: " in told
+        and "left out; keep one" in told
+    )
 
 
-def test_a_misnamed_record_is_not_made_again(place, capfd):
+def test_a_run_with_a_misnamed_record_is_not_run_again(place, capfd):
     write(place.results / "T" / "mine.json", record_of(place, a_row("one"), 1337))
     assert place.main("T", "--seeds=1") == 1
     assert place.names() == ["two-cpu-s1337"]
     assert "T/mine.json: left out; keep one, named …-s1337.json" in capfd.readouterr().err
 
 
-def test_a_data_set_that_must_be_made_is_told_and_the_rest_is_run(place, capfd, monkeypatch):
+def test_an_unprepared_data_set_is_reported_and_the_rest_is_run(place, capfd, monkeypatch):
     def find(dataset):
         if dataset == "enwik8_head":
             raise DataError("unknown")
 
     tables = {"T": table("T", row("head", "enwik8_head"), a_row("one"))}
     monkeypatch.setattr(sweep, "TABLES", tables)
-    monkeypatch.setattr(sweep, "find", find)
+    monkeypatch.setattr(planned_runs, "find_dataset", find)
     assert place.main("T", "--seeds=2") == 1
     assert place.names() == ["one-cpu-s1337", "one-cpu-s1338"]
     command = "python data/enwik8/prepare.py --source FILE --allow-partial --out data/enwik8_head"
@@ -313,23 +318,22 @@ def test_a_data_set_that_must_be_made_is_told_and_the_rest_is_run(place, capfd, 
     assert "head-cpu-s1337 and 1 more: data/enwik8_head is not prepared" in told and told.endswith(command)
 
 
-def test_where_nothing_may_be_downloaded_what_is_not_prepared_is_told_and_not_started(
-    place, monkeypatch, capfd, tmp_path
-):
+def test_with_prepare_false_an_unprepared_data_set_is_reported_and_not_started(place, monkeypatch, capfd, tmp_path):
     (tmp_path / "enwik8").mkdir()
     tables = {"T": table("T", row("large", "enwik8"), a_row("one"))}
     monkeypatch.setattr(sweep, "TABLES", tables)
-    monkeypatch.setattr(sweep, "find", lambda dataset: tmp_path / "enwik8" if dataset == "enwik8" else find(dataset))
+    found = lambda dataset: tmp_path / "enwik8" if dataset == "enwik8" else find_dataset(dataset)  # noqa: E731
+    monkeypatch.setattr(planned_runs, "find_dataset", found)
     assert place.main("T", "--seeds=1", "--prepare=False") == 1
     assert place.names() == ["one-cpu-s1337"]
-    assert "large-cpu-s1337: enwik8 is not prepared, and --prepare=False was said" in capfd.readouterr().err
+    assert "large-cpu-s1337: enwik8 is not prepared, and --prepare=False was given" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What goes wrong
+# Failures and mistakes
 
 
-def test_a_failure_does_not_stop_the_rest_and_is_not_tried_again(place, capfd):
+def test_a_failed_run_does_not_stop_the_rest_and_is_not_repeated(place, capfd):
     place.order(**{"one-cpu-s1337": {"exit": 3}, "two-cpu-s1337": {"exit": 2}, "one-cpu-s1338": {"kill": True}})
     assert place.main("T", "--seeds=2") == 1
     assert place.names() == ["one-cpu-s1337", "two-cpu-s1337", "one-cpu-s1338", "two-cpu-s1338"]
@@ -342,7 +346,7 @@ def test_a_failure_does_not_stop_the_rest_and_is_not_tried_again(place, capfd):
     assert len(failed) == 3
 
 
-def test_a_run_that_ends_well_without_its_record_has_failed(place, capfd):
+def test_a_run_without_a_record_has_failed_even_with_exit_code_0(place, capfd):
     place.order(**{"one-cpu-s1337": {"exit": 0}})
     assert place.main("T", "--seeds=1") == 1
     assert "exit code 0, no summary.json; " in capfd.readouterr().err
@@ -358,7 +362,7 @@ BAD_WORDS = {
     "a misspelt key": (["T", "--sedes=3"], "nearest key: seeds"),
     "another experiment": (["T", "--n_layer=3"], "--n_layer=3: would make another run than the table's"),
     "another experiment behind --": (["T", "--", "--max_iters=3"], "--max_iters=3: would make another run"),
-    "another seed": (["T", "--seed=3"], "handed on are "),
+    "another seed": (["T", "--seed=3"], "keys that are passed on: "),
     "another folder": (["T", "--out_dir=x"], "would make another run"),
     "a config file": (["T", "--", "config/cpu.py"], "would make another run"),
     "a bad value": (["T", "--device=gpu"], "expected auto, cpu"),
@@ -366,7 +370,7 @@ BAD_WORDS = {
 
 
 @pytest.mark.parametrize("case", BAD_WORDS)
-def test_a_mistake_is_told_before_anything_is_done(place, case):
+def test_a_mistake_is_reported_before_anything_is_done(place, case):
     words, message = BAD_WORDS[case]
     with pytest.raises(ConfigError) as caught:
         place.main(*words)
@@ -374,7 +378,7 @@ def test_a_mistake_is_told_before_anything_is_done(place, case):
     assert not place.out.exists() and not place.results.exists()
 
 
-def test_a_table_without_rows_at_the_scale_says_where_it_has_some(place, monkeypatch):
+def test_a_table_without_rows_at_this_scale_names_the_other_scale(place, monkeypatch):
     paper_only = Row("one", "one", "shakespeare_dense", scales=("paper",))
     monkeypatch.setattr(sweep, "TABLES", {"T": table("T", paper_only)})
     with pytest.raises(ConfigError, match="no rows at scale cpu; it has some with --scale=paper"):
@@ -389,8 +393,8 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_run(place, 
     assert place.calls() == []
 
 
-def test_nothing_is_run_where_there_are_no_locks(place, monkeypatch, capfd):
-    monkeypatch.setattr(sweep, "fcntl", None)
+def test_without_file_locks_nothing_is_run(place, monkeypatch, capfd):
+    monkeypatch.setattr(planned_runs, "fcntl", None)
     with pytest.raises(ConfigError, match="Windows"):
         place.main("T")
     assert place.main("T", "--list") == 0 and place.calls() == []
@@ -406,7 +410,7 @@ def test_the_help_page_names_the_tables_and_the_options(place):
 # Other machines
 
 
-def test_records_of_another_machine_finish_nothing_and_are_told(place, capfd):
+def test_records_of_another_machine_do_not_count_and_are_reported(place, capfd):
     """Nor does one with the same numbers under the name that ours would have."""
     theirs = write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337, device="Other CPU"))
     before = theirs.read_bytes()
@@ -426,31 +430,30 @@ def test_a_complete_run_of_another_machine_is_left_alone(place, capfd):
     assert "holds a run of another machine (Other CPU, " in capfd.readouterr().err
 
 
-def test_the_backend_that_is_handed_on_is_part_of_the_machine(place, words, monkeypatch):
+def test_a_passed_on_backend_is_part_of_the_machine(place, words, monkeypatch):
     moe = row("moe", words, n_expert=2)
     monkeypatch.setattr(sweep, "TABLES", {"T": table("T", a_row("one"), moe)})
     machine = record_of(place, moe, 1337)["machine"]
     changes = sweep.changes_of(["--moe_backend=masked"])
-    here = sweep.Here(place.out, place.results, ["--moe_backend=masked"], changes, machine)
-    dense_cell, moe_cell = sweep.cells_of(["T"], "cpu", 1, here)
-    assert moe_cell.machine == f"{dense_cell.machine}, masked backend"
-    assert moe_cell.config.hash() == moe.config_at("cpu").hash() and "--moe_backend=masked" in moe_cell.arguments
+    setup = planned_runs.Setup(place.out, place.results, ["--moe_backend=masked"], changes, machine)
+    dense_run, moe_run = planned_runs.plan(sweep.TABLES, ["T"], "cpu", 1, setup)
+    assert moe_run.machine == f"{dense_run.machine}, masked backend"
+    assert moe_run.config.hash() == moe.config_at("cpu").hash() and "--moe_backend=masked" in moe_run.arguments
 
 
-def test_the_machine_is_found_as_train_finds_it():
+def test_the_machine_is_the_one_that_train_would_choose():
     asked = MACHINE_HERE({"device": "cpu", "compile": True})
     assert asked["device_type"] == "cpu" and asked["compile"] is True and asked["cores"] == machines.core_count()
 
 
-def test_a_machine_that_is_not_there_is_told_in_one_line(tmp_path):
-    words = ["B", "--list", "--device=cuda:99", f"--out={tmp_path}", f"--results={tmp_path}"]
-    done = subprocess.run([sys.executable, ROOT / "sweep.py", *words], capture_output=True, text=True)
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith("sweep.py: ") and "device='cuda:99'" in done.stderr and done.stderr.count("\n") == 1
+def test_a_missing_device_is_reported_in_one_line():
+    with pytest.raises(ConfigError, match="device='cuda:99'") as caught:
+        MACHINE_HERE({"device": "cuda:99"})
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.cuda
-def test_a_sweep_makes_no_cuda_context(tmp_path):
+def test_a_sweep_creates_no_cuda_context(tmp_path):
     words = ["B", "--list", f"--out={tmp_path}", f"--results={tmp_path}"]
     code = f"import sweep, torch; sweep.main({words}); assert not torch.cuda.is_initialized()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -461,7 +464,7 @@ def test_a_sweep_makes_no_cuda_context(tmp_path):
 # Several at once
 
 
-def test_two_sweeps_run_each_cell_once(place):
+def test_two_sweeps_make_each_run_once(place):
     place.order(**{f"{name}-cpu-s{seed}": {"pause": 0.01} for name in ROWS for seed in range(1337, 1340)})
     sweeps = [place.begin("T", "--seeds=3") for _ in range(2)]
     for process in sweeps:
@@ -470,8 +473,8 @@ def test_two_sweeps_run_each_cell_once(place):
     assert len(place.calls()) == len(set(place.names())) == len(place.kept()) == 6
 
 
-def test_a_run_that_outlives_its_sweep_keeps_its_cell(place, capfd):
-    place.order(**{"one-cpu-s1337": {"pause": 0.25}})
+def test_a_run_that_outlives_its_sweep_stays_locked(place, capfd):
+    place.order(**{"one-cpu-s1337": {"pause": 0.1}})
     killed = place.begin("T", "--seeds=1")
     wait_for(place.calls)
     killed.kill()
@@ -482,12 +485,12 @@ def test_a_run_that_outlives_its_sweep_keeps_its_cell(place, capfd):
     assert place.main("T", "--seeds=1", "--list") == 0
     assert "one-cpu-s1337  running elsewhere" in capfd.readouterr().out
     wait_for((place.out / "one-cpu-s1337" / "summary.json").exists)
-    wait_for(lambda: not sweep.is_held(place.out / "one-cpu-s1337.lock"))
+    wait_for(lambda: not planned_runs.is_locked(place.out / "one-cpu-s1337.lock"))
     assert place.main("T", "--seeds=1") == 0
     assert len(place.calls()) == 2 and len(place.kept()) == 2
 
 
-def test_a_run_made_by_hand_is_not_disturbed(place, capfd):
+def test_a_run_started_by_hand_is_not_disturbed(place, capfd):
     """train.py locks its metrics.jsonl."""
     metrics = write(place.out / "one-cpu-s1337" / "metrics.jsonl", "")
     with open(metrics, "ab") as file:
@@ -498,13 +501,13 @@ def test_a_run_made_by_hand_is_not_disturbed(place, capfd):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stopping and going on
+# Stopping and resuming
 
 
-def test_the_budget_stops_a_run_which_the_next_sweep_goes_on_with(place, capfd, monkeypatch):
+def test_a_run_stopped_by_the_budget_is_resumed_by_the_next_sweep(place, capfd, monkeypatch):
     monkeypatch.setattr(sweep, "SECONDS_TO_START", 0)
-    place.order(**{"one-cpu-s1337": {"pause": 0.4}})
-    assert place.main("T", "--seeds=1", "--budget_minutes=0.05") == 0
+    place.order(**{"one-cpu-s1337": {"pause": 0.15}})
+    assert place.main("T", "--seeds=1", "--budget_minutes=0.02") == 0
     shown = capfd.readouterr().out
     assert "cut: step" in shown and "2 runs: 1 cut, 1 missing" in shown and "The time is over. To go on: " in shown
     place.order()
@@ -521,7 +524,7 @@ def test_no_run_is_started_in_the_last_minute(place):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_run_once_it_has_saved(place, number, capfd):
+def test_a_signal_stops_the_run_after_it_has_saved(place, number, capfd):
     place.order(**{"one-cpu-s1337": {"pause": 0.05}})
     process = place.begin("T", "--seeds=1")
     wait_for((place.out / "one-cpu-s1337" / "ckpt.pt").exists)
@@ -533,7 +536,7 @@ def test_a_signal_stops_the_run_once_it_has_saved(place, number, capfd):
     assert f"Stopped by {number.name}. To go on: " in capfd.readouterr().out
 
 
-def test_a_second_signal_ends_a_run_that_does_not_stop(place):
+def test_a_second_signal_kills_a_run_that_does_not_stop(place):
     place.order(**{"one-cpu-s1337": {"pause": 5, "deaf": True}})
     process = place.begin("T", "--seeds=1")
     wait_for((place.out / "one-cpu-s1337" / "ckpt.pt").exists)
@@ -547,31 +550,32 @@ def test_a_second_signal_ends_a_run_that_does_not_stop(place):
         os.kill(place.calls()[0][1], 0)
 
 
-def test_a_real_run_is_stopped_resumed_and_kept(place, words, monkeypatch, capfd):
-    """Everything with the real train.py, whose machine is foreseen."""
-    monkeypatch.setattr(sweep, "machine_here", MACHINE_HERE)
+def test_a_real_run_is_stopped_resumed_and_recorded(place, words, monkeypatch, capfd):
+    """With the real train.py, on the machine that the sweep foresees."""
+    machine = MACHINE_HERE({"device": "cpu"})
+    monkeypatch.setattr(sweep, "machine_here", lambda changes: machine)
     monkeypatch.setattr(sweep, "TRAIN", ROOT / "train.py")
-    monkeypatch.setattr(sweep, "TABLES", {"T": table("T", row("real", words, max_iters=300, eval_interval=150))})
-    handed_on = ["--device=cpu", "--inference_samples=0", "--log_interval=5"]
-    process = place.begin("T", "--seeds=1", *handed_on)
+    monkeypatch.setattr(sweep, "TABLES", {"T": table("T", row("real", words, max_iters=200, eval_interval=200))})
+    passed_on = ["--device=cpu", "--inference_samples=0", "--log_interval=5"]
+    process = place.begin("T", "--seeds=1", *passed_on)
     metrics = place.out / "real-cpu-s1337" / "metrics.jsonl"
-    wait_for(lambda: sweep.last_of(metrics)[0] >= 5, seconds=120)
+    wait_for(lambda: planned_runs.last_logged(metrics)[0] >= 5, seconds=120)
     os.kill(process.pid, signal.SIGINT)
     process.join()
     assert process.exitcode == 130 and not (place.out / "real-cpu-s1337" / "summary.json").exists()
-    assert place.main("T", "--seeds=1", "--list", *handed_on) == 0
+    assert place.main("T", "--seeds=1", "--list", *passed_on) == 0
     assert "real-cpu-s1337  cut: step " in capfd.readouterr().out
-    assert place.main("T", "--seeds=1", *handed_on) == 0
+    assert place.main("T", "--seeds=1", *passed_on) == 0
     pairs, left_out = records.read_all(place.results)
     assert [path.name for path, _ in pairs] == ["real-cpu-s1337.json"] and not left_out
-    assert pairs[0][1]["resumed"] == 1 and pairs[0][1]["iterations"] == 300
+    assert pairs[0][1]["resumed"] == 1 and pairs[0][1]["iterations"] == 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Telling
+# Reports
 
 
-def test_the_list_tells_how_cells_stand_and_how_long_they_take(place, capfd):
+def test_the_list_shows_states_and_time_left(place, capfd):
     write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337, dirty=False, seconds=100.0))
     write(place.results / "T" / "two-cpu-s1337.json", record_of(place, a_row("two"), 1337, dirty=True, seconds=900.0))
     folder = place.out / "one-cpu-s1338"
@@ -590,10 +594,10 @@ def test_the_list_tells_how_cells_stand_and_how_long_they_take(place, capfd):
     times = [console.duration((100 + writing) * part) for part in (0.5, 1, 1.5)]
     assert lines[2] == f"one-cpu-s1338  cut: step 10 of 20, {times[0]} as measured"
     assert lines[3] == f"two-cpu-s1338  missing, {times[1]} by its FLOPs"
-    assert lines[4] == f"4 runs: 2 finished, 1 cut, 1 missing; left: {times[2]}, on {place.cells('T')[0].machine}"
+    assert lines[4] == f"4 runs: 2 finished, 1 cut, 1 missing; left: {times[2]}, on {place.first_run().machine}"
 
 
-def test_the_list_does_not_guess_from_another_machine_or_an_unclean_record(place, capfd):
+def test_the_list_estimates_nothing_from_another_machine_or_an_unclean_record(place, capfd):
     """One row, one seed: of it there are a clean record of another machine and an unclean one of ours."""
     for device, dirty in (("Other CPU", False), (None, True)):
         record = record_of(place, a_row("one"), 1337, dirty=dirty, seconds=100.0, device=device)
@@ -627,17 +631,16 @@ def test_a_terminal_shows_a_bar_over_the_whole_table(place, monkeypatch):
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    place.order(**{"two-cpu-s1337": {"pause": 0.05}})
+    place.order(**{"two-cpu-s1337": {"pause": 0.02}})
     write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337))
     assert place.main("T", "--seeds=1") == 0
     shown = sys.stderr.getvalue()
     assert "20/40" in shown and "40/40" in shown and "two-cpu-s1337, loss 2.500 nats" in shown
 
 
-def test_every_cell_of_every_table_has_a_record_that_read_all_takes(dense_run):
-    """The names of real cells are unique, and end as records must."""
+def test_planned_runs_of_all_tables_have_unique_names_that_records_may_have(dense_run):
     machine = json.loads((dense_run / "summary.json").read_text())["machine"]
-    cells = sweep.cells_of(["all"], "cpu", 2, sweep.Here(Path("out"), Path("results"), [], {}, machine))
-    assert len({cell.name for cell in cells}) == len({cell.key for cell in cells}) == len(cells)
-    assert all(cell.name.endswith(f"-s{cell.config.seed}") for cell in cells)
-    assert all(isinstance(cell.config, Config) for cell in cells)
+    setup = planned_runs.Setup(Path("out"), Path("results"), [], {}, machine)
+    runs = planned_runs.plan(sweep.TABLES, ["all"], "cpu", 2, setup)
+    assert len({run.name for run in runs}) == len({run.key for run in runs}) == len(runs)
+    assert all(run.name.endswith(f"-s{run.config.seed}") for run in runs)

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from alike import HARD, STATEFUL, assert_same_run, essence, lines_of, record_of, steps_of, weights_of
-from conftest import TINY, as_script, contents, english, interrupt, prepare_text, tiny, train_tiny
+from conftest import TINY, as_script, contents, english, interrupt, prepare_text, soaked, tiny, train_tiny
 
 import routing
 import train
 from data.common import DataError, Dataset
 from model import GPT
-from run import accounting, checkpoint, evaluate, records, run_folder, update
+from run import accounting, checkpoint, evaluate, progress, records, run_folder, update
+from run import dataset as dataset_of_run
 from run.checkpoint import CheckpointError
 from run.settings import Config
 from support import machines
@@ -145,7 +146,7 @@ def test_the_best_is_the_minimum_of_the_evaluations_and_test_is_read_from_it(wor
     config, dataset = Config.from_dict(record["config"]), Dataset.open(words)
     model = GPT(config, dataset.vocabulary.size)
     model.load_state_dict(weights_of(tmp_path / "run", "best.pt"))
-    assert record["test"]["nats"] == evaluate.clean(model, dataset, "test", config, machines.choose("cpu")).nats
+    assert record["test"]["nats"] == evaluate.full_loss(model, dataset, "test", config, machines.choose("cpu")).nats
     assert record["test"]["nats"] < record["clean"]["final"]["nats"] - 0.1
 
 
@@ -155,7 +156,7 @@ def test_a_text_without_a_test_split_has_a_null_test(tmp_path):
     assert record_of(tmp_path / "run")["test"] is None
 
 
-def test_paper_with_aux_exceeds_plain_by_the_weighted_losses(dense_run, words, tmp_path):
+def test_sampled_validation_with_aux_exceeds_the_plain_one_by_the_weighted_losses(dense_run, words, tmp_path):
     assert train_tiny(words, tmp_path / "run", n_expert=4, aux_loss_coef=0.5, max_iters=1) == 0
     for line in lines_of(tmp_path / "run", "eval"):
         assert (
@@ -172,21 +173,20 @@ def test_paper_with_aux_exceeds_plain_by_the_weighted_losses(dense_run, words, t
     "changes",
     [
         dict(),
-        dict(n_expert=4),
-        dict(n_expert=4, expert_top_k=0, expert_kind="linear_concat", aux_loss="none"),
         dict(n_expert=4, expert_top_k=2, capacity_factor=0.5),
+        soaked(dict(n_expert=4)),
+        soaked(dict(n_expert=4, expert_top_k=0, expert_kind="linear_concat", aux_loss="none")),
     ],
-    ids=["dense", "top1", "soft-concat", "top2-cap0.5"],
 )
 def test_a_run_learns(words, tmp_path, changes):
-    options = dict(max_iters=120, batch_size=16, n_embd=32, eval_interval=60, log_interval=60)
+    options = dict(max_iters=120, batch_size=16, n_embd=32, eval_interval=120, log_interval=120)
     assert train_tiny(words, tmp_path / "run", **options, **changes) == 0
     first, *_, last = [line["clean"]["nats"] for line in lines_of(tmp_path / "run", "eval")]
     assert last < first - 1.0
     assert record_of(tmp_path / "run")["test"]["nats"] < first - 1.0
 
 
-def test_the_screen_says_what_a_person_needs(words, tmp_path, capsys):
+def test_the_screen_shows_machine_size_losses_and_the_next_command(words, tmp_path, capsys):
     train_tiny(words, tmp_path / "run", n_expert=4, expert_top_k=2, capacity_factor=0.5)
     out = capsys.readouterr().out
     for word in (
@@ -207,10 +207,13 @@ def test_the_screen_says_what_a_person_needs(words, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(eval_interval=3), dict(eval_interval=1000), dict(eval_iters=5), dict(log_interval=1), dict(save_every=3)],
-    ids=["often", "never", "more batches", "log", "snapshots"],
+    [
+        dict(eval_interval=3, eval_iters=5, log_interval=1, save_every=3),
+        dict(eval_interval=1000),
+        *map(soaked, [dict(eval_interval=3), dict(eval_iters=5), dict(log_interval=1), dict(save_every=3)]),
+    ],
 )
-def test_looking_at_a_run_does_not_change_it(words, tmp_path, uninterrupted, changes):
+def test_evaluating_logging_and_saving_do_not_change_training(words, tmp_path, uninterrupted, changes):
     train_tiny(words, tmp_path / "run", **HARD, **changes)
     assert essence(weights_of(tmp_path / "run")) == essence(weights_of(uninterrupted))
 
@@ -255,11 +258,10 @@ def test_accumulation_sees_the_same_rows_and_gives_the_same_weights(words, tmp_p
 
 
 @pytest.mark.parametrize(
-    "stops",
-    [(0,), (9,), (13,), (14,), (3, 16), (11, 12)],
-    ids=["first step", "at an evaluation", "between log points", "at a log point", "twice", "twice in a row"],
+    "stops",  # after the first step, at an evaluation, between log points, at a log point, twice, twice in a row
+    [(9,), (11, 12), *map(soaked, [(0,), (13,), (14,), (3, 16)])],
 )
-def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_run(words, tmp_path, uninterrupted, at_step, stops):
+def test_resume_after_a_stop_is_bit_identical(words, tmp_path, uninterrupted, at_step, stops):
     at_step(interrupt(), *stops)
     out_dir = tmp_path / "run"
     assert train_tiny(words, out_dir, **HARD) == 130
@@ -285,7 +287,7 @@ def test_a_stop_saves_the_finished_step_and_prints_how_to_go_on(words, tmp_path,
     assert record_of(out_dir)["iterations"] == 20
 
 
-def test_an_evaluation_sooner_than_planned_loses_no_step(words, tmp_path, at_step):
+def test_resume_with_fewer_steps_logs_the_steps_before_the_stop(words, tmp_path, at_step):
     """Stopped before the first log line and resumed with a shorter max_iters, so that the run ends at once."""
     at_step(interrupt(), 2)
     assert train_tiny(words, tmp_path / "run") == 130
@@ -296,8 +298,8 @@ def test_an_evaluation_sooner_than_planned_loses_no_step(words, tmp_path, at_ste
     assert record["seconds"]["train"] > 0 and record["train_mode"]["loss"] == line["loss"]
 
 
-@pytest.mark.parametrize("kind", STATEFUL)
-def test_what_routers_remember_is_resumed_too(words, tmp_path, at_step, kind):
+@pytest.mark.parametrize("kind", ["bias", "annealed", *(soaked(kind) for kind in STATEFUL)])  # all: test_kills.py
+def test_resume_of_a_router_with_state_is_bit_identical(words, tmp_path, at_step, kind):
     options = dict(n_expert=4, dropout=0.1, max_iters=12, eval_interval=6) | STATEFUL[kind]
     assert train_tiny(words, tmp_path / "whole", **options) == 0
     at_step(interrupt(), 7)
@@ -322,12 +324,12 @@ def test_a_signal_in_the_last_step_loses_neither_the_step_nor_its_evaluation(wor
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-@pytest.mark.parametrize("call", [0, 1, 3], ids=["first", "middle", "test split"])
-def test_a_signal_during_an_evaluation_stops_at_once_and_it_is_made_again(
+@pytest.mark.parametrize("call", [soaked(0), 1, 3])  # the first, in the middle, the test split
+def test_a_signal_during_an_evaluation_stops_at_once_and_resume_is_bit_identical(
     words, tmp_path, uninterrupted, monkeypatch, call
 ):
-    """A run of 20 steps calls evaluate.clean at 0, 10 and 20, and for the test split."""
-    original, calls = evaluate.clean, []
+    """A run of 20 steps calls evaluate.full_loss at 0, 10 and 20, and for the test split."""
+    original, calls = evaluate.full_loss, []
 
     def clean(*arguments):
         calls.append(1)
@@ -335,7 +337,7 @@ def test_a_signal_during_an_evaluation_stops_at_once_and_it_is_made_again(
             os.kill(os.getpid(), signal.SIGINT)
         return original(*arguments)
 
-    monkeypatch.setattr(evaluate, "clean", clean)
+    monkeypatch.setattr(evaluate, "full_loss", clean)
     assert train_tiny(words, tmp_path / "run", **HARD) == 130
     assert len(calls) == call + 1 and not (tmp_path / "run" / "summary.json").exists()
     assert train_tiny(words, tmp_path / "run", init_from="resume", **HARD) == 0
@@ -349,7 +351,7 @@ def test_signal_handlers_are_given_back(words, tmp_path, at_step):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_run_that_was_killed_is_resumed_from_its_last_checkpoint(words, tmp_path, uninterrupted, at_step):
+def test_resume_after_a_kill_begins_at_the_last_checkpoint(words, tmp_path, uninterrupted, at_step):
     """As after a power cut: metrics.jsonl has lines that the checkpoint does not know."""
 
     class Killed(BaseException):
@@ -367,7 +369,7 @@ def test_a_run_that_was_killed_is_resumed_from_its_last_checkpoint(words, tmp_pa
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-def test_metrics_that_lost_lines_are_not_gone_on_with(words, tmp_path, at_step):
+def test_resume_is_refused_where_metrics_lost_lines(words, tmp_path, at_step):
     at_step(interrupt(), 13)
     train_tiny(words, tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -387,7 +389,7 @@ def snapshot_steps(folder):
     return [step for step, _ in run_folder.snapshots_in(folder)]
 
 
-def test_snapshots_are_the_weights_of_their_steps_the_first_and_the_last_among_them(words, tmp_path):
+def test_snapshots_are_the_weights_of_their_steps(words, tmp_path):
     assert train_tiny(words, tmp_path / "run", save_every=8, **HARD) == 0
     assert snapshot_steps(tmp_path / "run") == [0, 8, 16, 20]
     assert train_tiny(words, tmp_path / "short", max_iters=8, lr_decay_iters=20, **HARD) == 0
@@ -398,7 +400,7 @@ def test_snapshots_are_the_weights_of_their_steps_the_first_and_the_last_among_t
     assert essence(last["model"]) == essence(weights_of(tmp_path / "run"))
 
 
-def test_a_run_gone_on_with_or_begun_again_leaves_no_snapshot_of_steps_it_has_not_made(words, tmp_path, at_step):
+def test_resume_and_overwrite_remove_snapshots_of_later_steps(words, tmp_path, at_step):
     at_step(interrupt(), 13)
     train_tiny(words, tmp_path / "run", save_every=5)
     later = tmp_path / "run" / "snapshots" / "step-000018.pt"
@@ -409,7 +411,7 @@ def test_a_run_gone_on_with_or_begun_again_leaves_no_snapshot_of_steps_it_has_no
     assert snapshot_steps(tmp_path / "run") == []
 
 
-def test_a_router_that_collapses_is_told_once_and_recorded(words, tmp_path, capsys, at_step, monkeypatch):
+def test_a_collapsed_router_is_warned_of_once_and_recorded(words, tmp_path, capsys, at_step, monkeypatch):
     logits_of, bias_E = routing.LearnedRouter.forward, torch.zeros(4)
 
     def biased(self, x_BTD, ids_BS):
@@ -442,7 +444,7 @@ def test_utilisation_by_hand(load, k, used):
     assert records.utilisation(load, k) == pytest.approx(used)
 
 
-def test_resume_with_more_iterations_goes_on(words, dense_run, tmp_path, capsys):
+def test_resume_with_more_iterations_extends_the_run(words, dense_run, tmp_path, capsys):
     shutil.copytree(dense_run, tmp_path / "run")
     assert train_tiny(words, tmp_path / "run", init_from="resume", max_iters=25) == 0
     assert "max_iters is now 25 (was 20)" in capsys.readouterr().out
@@ -462,7 +464,7 @@ def test_resume_with_fewer_iterations_than_were_made_is_refused(words, dense_run
     assert contents(tmp_path / "run") == before
 
 
-def test_a_complete_run_that_is_gone_on_with_is_unfinished_until_it_ends(words, dense_run, tmp_path, at_step):
+def test_a_complete_run_that_is_extended_has_no_record_until_it_ends(words, dense_run, tmp_path, at_step):
     """Else summary.json would be the record of another, shorter run than config.json and ckpt.pt."""
     shutil.copytree(dense_run, tmp_path / "run")
     at_step(interrupt(), 23)
@@ -485,8 +487,8 @@ def test_resume_as_another_experiment_is_refused_naming_each_key(words, dense_ru
 def test_resume_on_another_text_is_refused_and_shows_how_they_differ(words, dense_run, tmp_path, monkeypatch):
     """The same name and vocabulary, but other words: only the SHA-256 can tell the two apart."""
     dataset = prepare_text(tmp_path / "other", english(4500, seed=99))
-    original = train.find
-    monkeypatch.setattr(train, "find", lambda name: dataset if name == str(words) else original(name))
+    original = dataset_of_run.find_dataset
+    monkeypatch.setattr(dataset_of_run, "find_dataset", lambda name: dataset if name == str(words) else original(name))
     shutil.copytree(dense_run, tmp_path / "run")
     before = contents(tmp_path / "run")
     with pytest.raises(CheckpointError, match="another text") as caught:
@@ -496,7 +498,7 @@ def test_resume_on_another_text_is_refused_and_shows_how_they_differ(words, dens
         assert Dataset.open(folder).source_sha256[:8] in str(caught.value)
 
 
-def test_resume_where_nothing_is_says_so(words, tmp_path):
+def test_resume_without_a_checkpoint_is_refused(words, tmp_path):
     with pytest.raises(CheckpointError, match="no ckpt.pt to resume from") as caught:
         train_tiny(words, tmp_path / "run", init_from="resume")
     assert "--init_from=scratch" in str(caught.value) and not (tmp_path / "run").exists()
@@ -683,20 +685,27 @@ def assert_stopped_not_finite(out_dir, capsys):
     return message
 
 
+CAPACITY = dict(n_expert=4, expert_top_k=2, capacity_factor=0.5)
+
+
 @pytest.mark.parametrize(
-    "experts",
-    [dict(), dict(n_expert=4), dict(n_expert=4, expert_top_k=2, capacity_factor=0.5)],
-    ids=["dense", "top1", "top2-cap0.5"],
+    "experts, eval_interval",
+    [
+        (dict(), 1),
+        (CAPACITY, 10),
+        soaked(dict(), 10),
+        soaked(CAPACITY, 1),
+        *(soaked(dict(n_expert=4), n) for n in (1, 10)),
+    ],
 )
-@pytest.mark.parametrize("eval_interval", [1, 10])
 def test_a_run_that_diverges_stops_with_3_and_a_good_checkpoint(words, tmp_path, capsys, experts, eval_interval):
     assert train_tiny(words, tmp_path / "run", **DIVERGE, **experts, eval_interval=eval_interval) == 3
     assert_stopped_not_finite(tmp_path / "run", capsys)
 
 
-@pytest.mark.parametrize("rate", ["1e5", "1e10", "1e19"])
+@pytest.mark.parametrize("rate", [soaked("1e5"), "1e10", soaked("1e19")])
 @pytest.mark.parametrize("experts", [dict(), dict(n_expert=4)], ids=["dense", "moe"])
-def test_a_run_that_nearly_diverges_never_writes_what_is_no_number(words, tmp_path, capsys, experts, rate):
+def test_metrics_of_a_run_that_nearly_diverges_are_finite(words, tmp_path, capsys, experts, rate):
     """Huge but finite weights: every sum and mean of a log line can overflow on its own."""
     code = train_tiny(
         words,
@@ -764,7 +773,7 @@ def test_a_save_between_log_points_saves_no_bad_state(words, tmp_path, capsys, p
 @pytest.fixture
 def unprepared(tmp_path, monkeypatch):
     """A function that makes an unprepared data folder of the project, whose prepare.py is `script`."""
-    monkeypatch.setattr(train.machines, "ROOT", tmp_path)
+    monkeypatch.setattr(dataset_of_run, "ROOT", tmp_path)
 
     def make(script):
         folder = tmp_path / "data" / "unprepared"
@@ -793,7 +802,7 @@ def test_a_missing_data_set_is_prepared(unprepared, words, tmp_path, capsys):
     assert "not prepared yet: running python" in capsys.readouterr().out
 
 
-def test_a_data_folder_elsewhere_has_nothing_of_it_run(unprepared, tmp_path, monkeypatch):
+def test_a_prepare_script_outside_of_the_project_is_not_run(unprepared, tmp_path, monkeypatch):
     """A path may lead to somebody else's prepare.py, which may do anything."""
     folder = unprepared(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
     monkeypatch.undo()
@@ -802,7 +811,7 @@ def test_a_data_folder_elsewhere_has_nothing_of_it_run(unprepared, tmp_path, mon
     assert not (tmp_path / "it-ran").exists()
 
 
-def test_a_folder_in_use_is_refused(words, tmp_path, at_step):
+def test_a_folder_in_use_by_another_run_is_refused(words, tmp_path, at_step):
     refused = []
 
     def intrude():
@@ -817,9 +826,7 @@ def test_a_folder_in_use_is_refused(words, tmp_path, at_step):
     assert record_of(tmp_path / "run")["iterations"] == 20
 
 
-def test_best_weights_that_a_power_cut_prevented_are_written_on_resuming(
-    words, tmp_path, monkeypatch, at_step, uninterrupted
-):
+def test_resume_writes_best_weights_that_a_power_cut_prevented(words, tmp_path, monkeypatch, at_step, uninterrupted):
     """ckpt.pt is written first, and has them."""
     original = checkpoint.save
 
@@ -911,14 +918,26 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(words, tmp_path, at_
     assert train_tiny(words, tmp_path / "run", init_from="resume") == 0
 
 
-def test_a_run_of_hours_on_a_cpu_is_told_so_once_with_a_way_out(words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "SLOW_SECONDS", 0.0)
-    train_tiny(words, tmp_path / "run")
+@pytest.mark.parametrize("is_small", [False, True], ids=["without cpu.py", "with cpu.py"])
+def test_a_long_run_on_a_cpu_names_the_command_for_cpu_size_once(words, tmp_path, monkeypatch, capsys, is_small):
+    monkeypatch.setattr(progress, "SLOW_SECONDS", 0.0)
+    overlay = [str(ROOT / "config" / "cpu.py")] if is_small else []
+    train_tiny(words, tmp_path / "run", *overlay, max_iters=30)
     out = capsys.readouterr().out
-    assert out.count("config/cpu.py") == 1 and "this run needs about" in out
+    assert out.count("At this speed the run needs") == 1
+    assert out.count("config/cpu.py") == (0 if is_small else 1)
 
 
-def test_wandb_that_is_not_installed_is_said_and_not_needed(words, tmp_path, monkeypatch, capsys):
+def test_a_config_file_after_cpu_py_that_changes_its_sizes_is_warned_of(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cpu, large = "config/cpu.py", "config/shakespeare_moe4.py"
+    told = progress.overridden_cpu_size(ROOT / "train.py", [cpu, "--seed=2", large])
+    assert f"{large} comes after {cpu}" in told and "n_layer=6" in told and f"train.py {large} {cpu}" in told
+    for words in ([large, cpu], [large], [cpu], [cpu, "--n_layer=6"], []):
+        assert progress.overridden_cpu_size(ROOT / "train.py", words) == ""
+
+
+def test_a_run_without_wandb_installed_says_so_and_goes_on(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert train_tiny(words, tmp_path / "run", wandb_log=True, max_iters=1) == 0
     assert "wandb is not installed" in capsys.readouterr().out
@@ -940,7 +959,7 @@ def test_wandb_gets_every_line(words, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stops", [(), (13,)], ids=["whole", "resumed"])
-def test_the_step_that_compiles_leaves_no_trace(words, tmp_path, uninterrupted, monkeypatch, at_step, stops):
+def test_compilation_changes_no_weight_and_no_random_state(words, tmp_path, uninterrupted, monkeypatch, at_step, stops):
     """torch.compile without the compiler: its trial step must move no weight, no gradient and no random state."""
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     at_step(interrupt(), *stops)
@@ -969,24 +988,16 @@ def test_a_model_that_does_not_compile_is_trained_without(words, tmp_path, unint
 # As a script
 
 
-def script(*arguments):
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-
-
-def test_an_unknown_key_exits_2_with_one_message(tmp_path):
-    done = script("--n_emdb=32", f"--out_dir={tmp_path / 'run'}")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "train.py: --n_emdb=32: unknown key 'n_emdb'; nearest key: n_embd\n"
+def test_an_unknown_key_exits_2_with_one_message(tmp_path, monkeypatch, capsys):
+    assert as_script(monkeypatch, "--n_emdb=32", f"--out_dir={tmp_path / 'run'}") == 2
+    assert capsys.readouterr() == ("", "train.py: --n_emdb=32: unknown key 'n_emdb'; nearest key: n_embd\n")
     assert not (tmp_path / "run").exists()
 
 
-def test_help_exits_0_and_lists_every_key():
-    done = script("--help")
-    assert done.returncode == 0 and done.stderr == ""
-    assert all(f"--{key}=" in done.stdout for key in Config().to_dict())
+def test_help_exits_0_and_lists_every_key(monkeypatch, capsys):
+    assert as_script(monkeypatch, "--help") == 0
+    out, error = capsys.readouterr()
+    assert error == "" and all(f"--{key}=" in out for key in Config().to_dict())
 
 
 @pytest.mark.parametrize("below", ["", "deeper"])
@@ -1028,16 +1039,16 @@ def test_a_script_interrupted_for_real_exits_130_and_can_be_resumed(words, tmp_p
     assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] >= 10
 
 
-def test_whatever_becomes_of_best_pt_the_test_split_is_read_from_the_best_weights(words, tmp_path, at_step, dense_run):
+def test_the_test_loss_is_of_the_best_weights_even_if_best_pt_is_damaged(words, tmp_path, at_step, dense_run):
     best = tmp_path / "run" / "best.pt"
     at_step(lambda: best.write_bytes(b"gone"), 12)
     assert train_tiny(words, tmp_path / "run") == 0
     assert record_of(tmp_path / "run")["test"] == record_of(dense_run)["test"]
 
 
-def test_an_evaluation_is_told_with_both_measures_named():
+def test_the_line_of_an_evaluation_names_both_losses():
     line = {"step": 250, "clean": {"nats": 1.5, "bpc": 2.164}, "paper": {"train": 1.25, "val": 1.75}}
-    told = train.evaluation_text(line, tiny(max_iters=2000, eval_iters=7), is_best=True)
+    told = progress.evaluation_text(line, tiny(max_iters=2000, eval_iters=7), is_best=True)
     assert told == (
         "step 250 of 2,000: validation 1.5000 nats, 2.1640 bpc (best so far); 7 batches of train 1.2500 nats"
     )

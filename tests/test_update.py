@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import GPT
 from run import accounting, update
 from run.settings import Config
+from run.totals import RunningTotals
 from support import machines
 
 CPU = machines.choose("cpu", "float32", False)
@@ -45,11 +46,11 @@ def stepper(config, machine=CPU, symbols=VOCABULARY):
     """(an Updater of a new model, a function that makes update number i as train.py does)"""
     updater = update.Updater(GPT(config, symbols).to(machine.device), config, machine)
     x, y = rows(config, config.gradient_accumulation_steps, symbols, machine.device)
-    sums = update.Sums()
+    totals = RunningTotals()
 
     def step(i):
         updater.model.set_step(i)
-        return updater.update(i, x, y, sums)
+        return updater.update(i, x, y, totals)
 
     return updater, step
 
@@ -64,7 +65,7 @@ def test_an_update_is_that_of_adamw_by_hand():
     updater, model = update.Updater(GPT(config, VOCABULARY), config, CPU), GPT(config, VOCABULARY)
     model.load_state_dict(updater.model.state_dict())
     x, y = rows(config, 2)
-    made = updater.update(3, x, y, update.Sums())
+    made = updater.update(3, x, y, RunningTotals())
 
     groups = update.make_optimizer(model, config).param_groups
     plain = torch.optim.AdamW(groups, lr=update.learning_rate(3, config), betas=(config.beta1, config.beta2))
@@ -83,18 +84,20 @@ def test_an_update_is_that_of_adamw_by_hand():
 
 def test_what_is_seen_on_the_way_is_summed_and_the_same_tensors_are_kept():
     config = tiny(n_expert=4, gradient_accumulation_steps=2, learning_rate=0.0, min_lr=0.0)
-    updater, sums = update.Updater(GPT(config, VOCABULARY), config, CPU), update.Sums()
+    updater, totals = update.Updater(GPT(config, VOCABULARY), config, CPU), RunningTotals()
     x, y = rows(config, 2)
-    updater.update(0, x, y, sums)
-    kept = {id(value) for value in sums.terms.values()} | {id(value) for layer in sums.stats for value in layer}
-    updater.update(1, x, y, sums)
-    assert {id(value) for value in sums.terms.values()} | {id(value) for layer in sums.stats for value in layer} == kept
+    updater.update(0, x, y, totals)
+    kept = {id(value) for value in totals.terms.values()} | {id(value) for layer in totals.stats for value in layer}
+    updater.update(1, x, y, totals)
+    assert {id(value) for value in totals.terms.values()} | {
+        id(value) for layer in totals.stats for value in layer
+    } == kept
 
     out = updater.model(x, y)  # with a learning rate of 0, the model is still the same
-    assert sums.steps == 2 and set(sums.terms) == {"loss", "objective", "aux_switch", "aux_z"}
-    assert sums.terms["loss"].item() == pytest.approx(2 * out.loss.item(), rel=1e-5)
-    assert [layer.load.tolist() for layer in sums.stats] == [(2 * layer.load).tolist() for layer in out.stats]
-    assert not any(value.requires_grad for value in sums.terms.values())
+    assert totals.steps == 2 and set(totals.terms) == {"loss", "objective", "aux_switch", "aux_z"}
+    assert totals.terms["loss"].item() == pytest.approx(2 * out.loss.item(), rel=1e-5)
+    assert [layer.load.tolist() for layer in totals.stats] == [(2 * layer.load).tolist() for layer in out.stats]
+    assert not any(value.requires_grad for value in totals.terms.values())
 
 
 def test_an_update_trains_a_model_that_was_being_evaluated():
@@ -109,7 +112,7 @@ def test_what_is_undone_leaves_no_gradient_and_no_mark_on_the_random_stream():
     model = GPT(tiny(dropout=0.2), VOCABULARY)
     x, y = rows(model.config)
     expected = torch.get_rng_state()
-    with update.undone(model):
+    with update.without_side_effects(model):
         model(x, y).loss.backward()
         assert not torch.equal(torch.get_rng_state(), expected)
     assert torch.equal(torch.get_rng_state(), expected) and all(p.grad is None for p in model.parameters())

@@ -1,18 +1,18 @@
-"""Pictures of a run's analysis: the right numbers, the same bytes, whatever is missing; readable in light and dark."""
+"""Pictures of a run's analysis: the right numbers, whatever is missing; readable in light and dark."""
 
 import functools
-import hashlib
 import math
 import re
 
 import pytest
 from analysed import COUNTS, SYMBOLS, analysed
-from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of, marks, panel
+from pictures import assert_readable, assert_stands_alone, lines_of, marks, panel
 
-from analysis import analyses
+from analysis import analyses, annotation
 from analysis.analyses import net
-from report import figures, figures_of_run
-from report.figures_of_run import of_run
+from data.characters import character_class
+from report import figures_of_run, figures_of_specialisation, style
+from report.figures_of_run import FIGURES_OF_RUN, of_run
 from run import records
 
 MACHINE = "AMD EPYC, 1 core, 1 thread, torch 2.13.0+cpu, float32"
@@ -35,38 +35,13 @@ def drawings(case):
     return of_run(analysed(**CASES[case]))
 
 
-def digest(case):
-    return hashlib.sha256("".join(figures.svg(of.figure) for of in drawings(case).values()).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# All pictures
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_drawn_here_are_analyses(case):
+def test_missing_numbers_leave_the_rest_readable(case):
     assert analyses.problems(analysed(**CASES[case])) == []
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_whatever_is_missing_the_rest_is_drawn(case):
     expected = {"dense": ("gradients",), "one expert": tuple(name for name in RUN if name != "information")}
     assert tuple(drawings(case)) == expected.get(case, RUN)
-
-
-def test_without_their_numbers_there_are_no_pictures():
-    for part, name in {"stability": "stability", "ablation": "ablation", "evolution": "load"}.items():
-        assert getattr(figures_of_run, name)(analysed() | {part: None}) is None
-    assert figures_of_run.gradients(analysed() | {"router_gradients": [None, None], "conflicts": []}) is None
-    rare = analysed()
-    for layer in rare["layers"]:
-        layer["counts"] = [[min(49, sum(of))] + [0] * 3 for of in layer["counts"]]
-    assert figures_of_run.experts(rare) is None
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_captions_and_alts_stand_alone(case):
     for name, drawing in drawings(case).items():
+        assert_readable(name, drawing.figure, points=9.5)
         assert MACHINE in drawing.caption and "n = " in drawing.caption and "shakespeare_char" in drawing.caption, name
         assert drawing.caption.endswith(".") and drawing.alt.endswith("."), name
         assert not re.search(r"None|nan|\binf\b|  ", drawing.caption + drawing.alt), name
@@ -76,36 +51,28 @@ def test_captions_and_alts_stand_alone(case):
             assert "the first 1,000 characters of validation" in drawing.caption, name
 
 
-def test_a_fresh_process_draws_the_same_bytes_and_needs_no_torch():
-    code = "import sys, test_figures_of_experts as t; print(t.digest('two'), 'torch' in sys.modules)"
-    assert in_a_fresh_process(code) == [digest("two"), "False"]
+@pytest.mark.parametrize("name", RUN)
+def test_an_svg_stands_alone_in_light_and_dark(name):
+    assert_stands_alone(name, style.svg(drawings("two")[name].figure))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_an_svg_stands_alone_in_light_and_dark(case):
-    for name, drawing in drawings(case).items():
-        assert_stands_alone(name, figures.svg(drawing.figure))
+def test_without_its_numbers_there_is_no_picture():
+    for part, name in {"stability": "stability", "ablation": "ablation", "evolution": "load"}.items():
+        assert FIGURES_OF_RUN[name](analysed() | {part: None}) is None
+    assert figures_of_run.gradient_cosines(analysed() | {"router_gradients": [None, None], "conflicts": []}) is None
+    rare = analysed()
+    for layer in rare["layers"]:
+        layer["counts"] = [[min(49, sum(of))] + [0] * 3 for of in layer["counts"]]
+    assert figures_of_specialisation.expert_map(rare) is None
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_no_text_is_small_outside_or_on_another(case):
-    for name, drawing in drawings(case).items():
-        assert_readable(name, drawing.figure, points=9.5)
-
-
-def test_what_is_not_comparable_has_a_dagger_and_its_reason():
-    other = {"canonical": False}
-    for drawing, reason in (
-        *((drawing, "† routing that sees later characters") for drawing in drawings("eight blocks").values()),
-        (figures_of_run.load(analysed(**other)), "† a text that is not the published data set (shakespeare_char)"),
-    ):
+def test_incomparable_runs_have_a_dagger_and_its_reason():
+    leaky = [(drawing, "† routing that sees later characters") for drawing in drawings("eight blocks").values()]
+    other_text = figures_of_run.load_curves(analysed(canonical=False))
+    for drawing, reason in (*leaky, (other_text, "† a text that is not the published data set (shakespeare_char)")):
         title = drawing.figure.get_suptitle().replace("\n", " ")
         assert f"{reason}." in drawing.caption and ", seed 1 †" in title and title.endswith(reason)
     assert all("†" not in of.caption + of.figure.get_suptitle() for of in drawings("two").values())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Of one run
 
 
 def tiles_of(axes):
@@ -118,9 +85,9 @@ def tiles_of(axes):
     return found
 
 
-def test_a_tile_is_the_share_of_a_characters_occurrences():
+def test_a_tile_is_an_experts_share_of_a_characters_occurrences():
     analysis = analysed()
-    drawing = figures_of_run.experts(analysis)
+    drawing = figures_of_specialisation.expert_map(analysis)
     names = [label.get_text() for label in drawing.figure.axes[0].get_yticklabels()]
     places = drawing.figure.axes[0].get_yticks()
     for block, layer in enumerate(analysis["layers"]):
@@ -134,7 +101,7 @@ def test_a_tile_is_the_share_of_a_characters_occurrences():
     assert panel(drawing, "block 1").get_title() == "block 1\n45%"  # that the character tells
 
 
-def test_characters_are_in_groups_of_class_and_then_of_their_expert():
+def test_characters_are_ordered_by_class_and_then_by_expert():
     """In block 1, of which the character tells more here, so that all blocks have its order."""
     analysis = analysed()
     layers = analysis["layers"]
@@ -143,7 +110,7 @@ def test_characters_are_in_groups_of_class_and_then_of_their_expert():
     for name, of in {"a": (0, 0, 200, 100), "e": (0, 0, 700, 100), "i": (500, 0, 0, 0), "c": (0, 9, 0, 291)}.items():
         counts[SYMBOLS.index(name)] = list(of)
     counts[SYMBOLS.index("d")] = [0, 400, 0, 0]
-    drawing = figures_of_run.experts(analysis)
+    drawing = figures_of_specialisation.expert_map(analysis)
     names = [label.get_text() for label in drawing.figure.axes[0].get_yticklabels()]
     # i goes to expert 0; e and a go to 2, e more so; d to 1, c to 3. o, with 49 occurrences, is not there.
     assert names == ["i", "e", "a", "d", "c", "A", "B", "space", "newline", "!"]
@@ -156,30 +123,28 @@ def test_characters_are_in_groups_of_class_and_then_of_their_expert():
 
 
 def test_only_the_commonest_characters_are_drawn(monkeypatch):
-    monkeypatch.setattr(figures_of_run, "MOST_CHARACTERS", 3)
-    drawing = figures_of_run.experts(analysed())
+    monkeypatch.setattr(figures_of_specialisation, "MOST_CHARACTERS", 3)
+    drawing = figures_of_specialisation.expert_map(analysed())
     names = {label.get_text() for label in drawing.figure.axes[0].get_yticklabels()}
     assert names == {"space", "e", "a"} and "the most frequent" in drawing.caption
 
 
-def test_a_names_class_is_its_symbols():
-    from analysis import annotation  # which needs torch
-
+def test_a_symbols_name_gives_its_class():
     symbols = [*map(chr, range(0x20, 0x7F)), "\n", "\t", "é", "世", "\u0301", "\x07"]
     for kind, values in (("characters", symbols), ("bytes", range(256))):
         for symbol in values:
-            expected = annotation.character_class(symbol)
-            assert figures_of_run.class_of_name(annotation.name_of(symbol)) == expected, (kind, symbol)
+            expected = character_class(symbol)
+            assert figures_of_specialisation.class_of_name(annotation.name_of(symbol)) == expected, (kind, symbol)
 
 
-def test_load_is_every_experts_share_and_the_use_of_them_all():
+def test_load_is_every_experts_share_beside_the_utilisation():
     analysis = analysed(n_expert=2)
     analysis["collapsed"] = [{"block": 1, "step": 200, "until": None}]
     analysis["evolution"] = {
         "steps": [0, 100, 200],
         "loads": [[[0.5, 0.5]] * 2, [[0.75, 0.25]] * 2, [[0.99, 0.01]] * 2],
     }
-    drawing = figures_of_run.load(analysis)
+    drawing = figures_of_run.load_curves(analysis)
     assert "The router of block 1 had collapsed at step 200, and was at the end." in drawing.caption
     even, first, second = lines_of(panel(drawing, "block 0"))
     assert even[0][1] == 50 and first == [(0, 50), (100, 75), (200, 99)] and second[2] == (200, pytest.approx(1))
@@ -190,7 +155,7 @@ def test_load_is_every_experts_share_and_the_use_of_them_all():
     assert used[0][2][1] < 0.1 and "1% to 99% (uses 6%)" in drawing.alt
 
 
-def test_without_a_choice_there_is_no_use_to_draw():
+def test_without_a_choice_no_utilisation_is_drawn():
     drawing = drawings("two experts")["load"]
     assert "collapsed" not in drawing.caption and {axes.get_title() for axes in drawing.figure.axes} == {
         "block 0",
@@ -198,9 +163,9 @@ def test_without_a_choice_there_is_no_use_to_draw():
     }
 
 
-def test_stability_is_agreement_its_chance_and_churn():
+def test_stability_is_agreement_chance_and_churn():
     analysis = analysed()
-    drawing = figures_of_run.stability(analysis)
+    drawing = figures_of_run.stability_curves(analysis)
     agreement, churn, character, _ = drawing.figure.axes
     of = analysis["stability"]["layers"][1]
     _, _, ours, chance = lines_of(agreement)
@@ -213,9 +178,9 @@ def test_stability_is_agreement_its_chance_and_churn():
     assert "block 0 from 50% at step 0 over 83% at step 100" in drawing.alt
 
 
-def test_bars_are_net_of_chance_beside_both_controls():
+def test_information_is_beyond_chance_beside_both_controls():
     analysis = analysed()
-    drawing = figures_of_run.information(analysis)
+    drawing = figures_of_specialisation.information_bars(analysis)
     labels = [label.get_text() for label in panel(drawing, "block 0").get_yticklabels()]
     for block, layer in enumerate(analysis["layers"]):
         axes = panel(drawing, f"block {block}")
@@ -239,9 +204,9 @@ def test_bars_are_net_of_chance_beside_both_controls():
         assert [text.get_text() for text in axes.texts][:3] == [f"{50 - 5 * block}", "30", "10"]
 
 
-def test_removals_and_what_is_done_to_all_layers():
+def test_ablation_draws_single_experts_and_all_layers_at_once():
     analysis = analysed()
-    drawing = figures_of_run.ablation(analysis)
+    drawing = figures_of_run.ablation_costs(analysis)
     for block in (0, 1):
         axes = panel(drawing, f"block {block}")
         points = [line[0] for line in lines_of(axes) if len(line) == 1]
@@ -256,17 +221,17 @@ def test_removals_and_what_is_done_to_all_layers():
     assert costs["k = 2"] == -0.04 and list(costs)[-1] == "all experts for each character"
     assert "−0.040 ± 0.003" in [text.get_text() for text in together.texts]
     analysis["ablation"] |= {"top_k": None, "hashed_all": None}
-    fewer = figures_of_run.ablation(analysis).figure.axes[-1].get_yticklabels()
+    fewer = figures_of_run.ablation_costs(analysis).figure.axes[-1].get_yticklabels()
     assert len(fewer) == len(labels) - 3
 
 
-def test_of_one_expert_only_other_numbers_of_experts_are_drawn():
+def test_a_single_expert_is_not_removed():
     assert not any(axes.get_title() for axes in drawings("one expert")["ablation"].figure.axes)
 
 
-def test_cosines_stand_beside_their_nulls():
+def test_cosines_are_drawn_beside_their_nulls():
     analysis = analysed()
-    pulls, tokens = figures_of_run.gradients(analysis).figure.axes
+    pulls, tokens = figures_of_run.gradient_cosines(analysis).figure.axes
     assert marks(pulls, "o") == [(0.1, 0), (pytest.approx(0.05), 1)]
     nulls = {(round(bar.get_x(), 6), round(bar.get_x() + bar.get_width(), 6)) for bar in pulls.patches}
     assert nulls == {(-0.09, 0.11), (-0.04, 0.05)}
@@ -278,7 +243,7 @@ def test_cosines_stand_beside_their_nulls():
     ]
 
 
-def test_a_dense_models_gradients_are_called_so():
+def test_gradients_of_a_dense_model_are_labelled_dense():
     drawing = drawings("dense")["gradients"]
     (axes,) = drawing.figure.axes
     assert marks(axes, "^") == [(0.001, 0), (0.002, 1)] and not marks(axes, "s")
@@ -289,6 +254,6 @@ def test_a_dense_models_gradients_are_called_so():
     assert "router" not in drawing.caption
 
 
-def test_a_frozen_router_has_tokens_gradients_alone():
-    drawing = figures_of_run.gradients(analysed() | {"router_gradients": [None, None]})
+def test_a_frozen_router_has_only_gradients_of_tokens():
+    drawing = figures_of_run.gradient_cosines(analysed() | {"router_gradients": [None, None]})
     assert len(drawing.figure.axes) == 1 and "balancing" not in drawing.caption

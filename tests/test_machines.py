@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -189,64 +190,88 @@ def committed(tmp_path, monkeypatch):
     return commit
 
 
-def test_git_state_tells_the_commit_and_whether_tracked_code_differs(tmp_path, committed):
-    commit = committed({"code.py": "1\n", "config/one.py": "1\n", "results/report.html": "1\n"})
-    assert machines.git_state() == {"commit": commit, "dirty": False}
-    (tmp_path / "notes.py").write_text("1\n")  # not tracked
-    (tmp_path / "results" / "report.html").write_text("2\n")  # drawn again: not code
-    assert machines.git_state() == {"commit": commit, "dirty": False}
-    (tmp_path / "config" / "one.py").write_text("2\n")
-    assert machines.git_state() == {"commit": commit, "dirty": True}
+CODE = ["model.py", "run/update.py"]
 
 
-def test_commits_are_of_the_same_code_where_no_code_differs(committed):
-    first = committed({"code.py": "1\n", "config/one.py": "1\n"})
-    results = committed({"results/report.html": "1\n"})
-    other = committed({"config/one.py": "2\n"})
-    assert machines.same_code(first, results) and machines.same_code(first, first)
-    assert not machines.same_code(first, other) and not machines.same_code(results, other)
+def test_code_is_dirty_where_a_file_that_trains_differs_and_clean_where_another_one_does(tmp_path, committed):
+    commit = committed({"model.py": "1\n", "run/update.py": "1\n", "report/page.py": "1\n", "tests/test_a.py": "1\n"})
+    assert machines.git_state(CODE) == {"commit": commit, "dirty": False}
+    for name in ("report/page.py", "tests/test_a.py", "notes.py"):
+        (tmp_path / name).write_text("2\n")
+    assert machines.git_state(CODE) == {"commit": commit, "dirty": False}
+    assert machines.git_state([*CODE, "notes.py"]) == {"commit": commit, "dirty": True}  # not tracked
+    (tmp_path / "model.py").write_text("2\n")
+    assert machines.git_state(CODE) == {"commit": commit, "dirty": True}
 
 
-def test_code_that_nobody_knows_is_not_the_same(tmp_path, committed, monkeypatch):
-    commit = committed({"code.py": "1\n"})
+def test_two_commits_are_the_same_code_where_no_file_that_trains_differs(committed):
+    first = committed({"model.py": "1\n", "run/update.py": "1\n", "report/page.py": "1\n"})
+    drawn = committed({"report/page.py": "2\n"})
+    other = committed({"run/update.py": "2\n"})
+    assert machines.same_code(first, drawn, CODE) and machines.same_code(first, first, CODE)
+    assert not machines.same_code(first, other, CODE) and not machines.same_code(drawn, other, CODE)
+
+
+def test_unknown_commits_are_not_the_same_code(tmp_path, committed, monkeypatch):
+    commit = committed({"model.py": "1\n"})
     for unknown in (None, "", "0" * 40, f"--output={tmp_path / 'made'}"):  # the last one may be a stranger's
-        assert not machines.same_code(unknown, commit) and not machines.same_code(commit, unknown)
-    assert not machines.same_code(None, None) and not (tmp_path / "made").exists()
+        assert not machines.same_code(unknown, commit, CODE) and not machines.same_code(commit, unknown, CODE)
+    assert not machines.same_code(None, None, CODE) and not (tmp_path / "made").exists()
     monkeypatch.setenv("PATH", "")
-    assert not machines.same_code(commit, commit)
+    assert not machines.same_code(commit, commit, CODE)
+
+
+def test_the_code_of_a_run_is_what_train_imports():
+    """Neither tables, papers and figures, nor the tests, nor packages that are installed inside of the project."""
+    program = "import json, train; from support import machines; print(json.dumps(machines.loaded_code()))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=machines.ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = json.loads(done.stdout)
+    assert {"train.py", "model.py", "moe.py", "routing.py", "run/update.py", "data/common.py"} <= set(loaded)
+    assert not [path for path in loaded if path.startswith(("report", "papers", "analysis", "speed", "tests"))]
+
+
+def test_installed_packages_are_not_the_code_of_the_project(tmp_path, monkeypatch):
+    monkeypatch.setattr(machines, "ROOT", tmp_path)
+    for name in ("ours.py", ".venv/lib/site-packages/theirs.py"):
+        module = types.ModuleType(Path(name).stem)
+        module.__file__ = str(tmp_path / name)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert machines.loaded_code() == ["ours.py"]
 
 
 def test_without_a_repository_or_without_git_nothing_is_claimed(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setattr(machines, "ROOT", tmp_path)
-    assert machines.git_state() == {"commit": None, "dirty": None}
+    assert machines.git_state(CODE) == {"commit": None, "dirty": None}
     monkeypatch.setenv("PATH", "")
-    assert machines.git_state() == {"commit": None, "dirty": None}
+    assert machines.git_state(CODE) == {"commit": None, "dirty": None}
 
 
-def test_neighbours_are_those_who_work_on_the_same_cores(monkeypatch):
+def test_other_load_is_the_time_of_others_on_the_same_cores(monkeypatch):
     """0.5 core-seconds of somebody else's beside 2 of our own; an earlier session's are added."""
     clock = {"busy": 100.0, "own": 10.0}
     monkeypatch.setattr(machines, "_busy_seconds", lambda: clock["busy"])
     monkeypatch.setattr(machines, "_own_seconds", lambda: clock["own"])
-    neighbours = machines.Neighbours(CPU)
+    other_load = machines.OtherLoad(CPU)
     clock |= {"busy": 102.5, "own": 12.0}
-    assert neighbours.so_far() == {"core_seconds": 0.5, "device_bytes": None}
-    assert machines.Neighbours(CPU, neighbours.so_far()).so_far()["core_seconds"] == 0.5
+    assert other_load.so_far() == {"core_seconds": 0.5, "device_bytes": None}
+    assert machines.OtherLoad(CPU, other_load.so_far()).so_far()["core_seconds"] == 0.5
     clock["own"] = 12.6  # the two clocks tick apart
-    assert neighbours.so_far()["core_seconds"] == 0
+    assert other_load.so_far()["core_seconds"] == 0
     clock["own"] = 12.7  # the system's clock is not that of our cores
-    assert neighbours.so_far()["core_seconds"] is None
+    assert other_load.so_far()["core_seconds"] is None
     monkeypatch.setattr(machines, "_busy_seconds", lambda: None)
-    assert neighbours.so_far()["core_seconds"] is None
-    assert machines.Neighbours(CPU).so_far()["core_seconds"] is None
+    assert other_load.so_far()["core_seconds"] is None
+    assert machines.OtherLoad(CPU).so_far()["core_seconds"] is None
 
 
 def test_what_an_earlier_session_could_not_tell_stays_unknown(monkeypatch):
     monkeypatch.setattr(machines, "_busy_seconds", lambda: 100.0)
     monkeypatch.setattr(machines, "_own_seconds", lambda: 10.0)
-    assert machines.Neighbours(CPU).so_far()["core_seconds"] == 0
-    assert machines.Neighbours(CPU, machines.UNKNOWN).so_far() == machines.UNKNOWN
+    assert machines.OtherLoad(CPU).so_far()["core_seconds"] == 0
+    assert machines.OtherLoad(CPU, machines.UNKNOWN_LOAD).so_far() == machines.UNKNOWN_LOAD
 
 
 def test_busy_cores_are_known_only_where_the_system_tells_of_each(monkeypatch):
@@ -260,18 +285,18 @@ def test_busy_cores_are_known_only_where_the_system_tells_of_each(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux")
-def test_a_busy_process_on_our_core_is_a_neighbour():
+def test_a_busy_process_on_our_core_is_other_load():
     """Both on one core, so that what the rest of the machine does has no say."""
     cores = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(cores)})
-        neighbours, started = machines.Neighbours(CPU), time.perf_counter()
+        other_load, started = machines.OtherLoad(CPU), time.perf_counter()
         subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"])
-        # Waited for, it became a child whose time is ours, so it is no neighbour; one that still runs is.
+        # Waited for, it became a child whose time is ours, so it is no other load; one that still runs is.
         other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
         while time.perf_counter() - started < 2.5:
             pass
-        seen = neighbours.so_far()["core_seconds"]
+        seen = other_load.so_far()["core_seconds"]
         other.kill()
         other.wait()
     finally:
@@ -300,8 +325,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_that_is_kept_is_not_asked_for_again():
     """192 MB a step are 46,875 pages of 4 kB. Without keep_freed_memory some processes ask for all of them in each of
-    20 steps, and some, by the chance of what lies where, for none: hence several."""
-    for _ in range(4):
+    20 steps, and some, by the chance of what lies where, for none: hence two."""
+    for _ in range(2):
         program = FAULTS.format(root=str(machines.ROOT))
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert int(done.stdout) < 10_000

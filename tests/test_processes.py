@@ -1,7 +1,8 @@
-"""Several processes train what one would: the same sequences, the same curve within rounding, one that writes; they
-stop together, and go on exactly. Two processes with gloo, on the CPU."""
+"""Several processes train like one: the same sequences, and the same curve within rounding. The first one writes, all
+stop together, and resume is bit-identical. Mostly two processes with gloo, on the CPU."""
 
 import functools
+import itertools
 import os
 import signal
 import socket
@@ -12,10 +13,10 @@ import time
 import pytest
 import torch
 from alike import HARD, assert_same_run, lines_of, record_of, weights_of
-from conftest import ROOT, TINY, tiny, train_tiny
+from conftest import ROOT, TINY, soaked, tiny, train_tiny
 
 from run import checkpoint
-from run.processes import Ranks
+from run.processes import Processes
 from support.options import ConfigError
 
 # One process or two: what is random within a step (dropout, noise) would differ.
@@ -28,7 +29,7 @@ MODELS = {
     "capacity, z-loss": dict(n_expert=4, expert_top_k=2, capacity_factor=0.5, z_loss_coef=0.1),
     "random router": dict(n_expert=4, router="random", aux_loss="none"),
 }
-SHARES = {"whole micro-batches": 2, "parts of them": 1}  # gradient_accumulation_steps for two processes
+WHOLE, PARTS = 2, 1  # gradient_accumulation_steps by which two processes share whole micro-batches, or parts of each
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,10 +37,10 @@ SHARES = {"whole micro-batches": 2, "parts of them": 1}  # gradient_accumulation
 
 
 @pytest.mark.parametrize("count, batch_size, accumulated", [(1, 3, 5), (2, 4, 1), (2, 3, 2), (3, 6, 2), (4, 2, 8)])
-def test_each_sequence_is_one_process_s(count, batch_size, accumulated):
+def test_each_sequence_belongs_to_one_process(count, batch_size, accumulated):
     config = tiny(batch_size=batch_size, gradient_accumulation_steps=accumulated)
     rows = torch.arange(batch_size * accumulated)
-    shares = [Ranks(number, count).own(rows, config) for number in range(count)]
+    shares = [Processes(number, count).own_batches(rows, config) for number in range(count)]
     assert sorted(torch.cat([part for share in shares for part in share]).tolist()) == rows.tolist()
     assert len({tuple(map(len, share)) for share in shares}) == 1  # all do as much
     if accumulated % count == 0:  # and micro-batches stay whole
@@ -55,11 +56,11 @@ def test_each_sequence_is_one_process_s(count, batch_size, accumulated):
         (2, dict(n_expert=2, capacity_factor=1.0, capacity_group="batch"), ["capacity_group=batch"]),
     ],
 )
-def test_what_cannot_be_shared_out_is_refused(count, changes, words):
+def test_batches_that_cannot_be_divided_are_refused(count, changes, words):
     with pytest.raises(ConfigError) as caught:
-        Ranks(0, count).check(tiny(**changes))
+        Processes(0, count).check(tiny(**changes))
     assert len(caught.value.problems) == 1 and all(word in str(caught.value) for word in words)
-    Ranks().check(tiny(**changes))  # alone it is no problem
+    Processes().check(tiny(**changes))  # one process can
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_what_cannot_be_shared_out_is_refused(count, changes, words):
         (dict(WORLD_SIZE="2"), "cannot meet"),  # nobody says where
     ],
 )
-def test_an_environment_that_torchrun_did_not_make_is_one_message(tmp_path, monkeypatch, told, expected):
+def test_a_contradictory_environment_is_one_message(tmp_path, monkeypatch, told, expected):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in told.items():
@@ -109,21 +110,22 @@ def child(number, count, port, options, log, dies_at, number_to_raise):
     train.console.run(train.main, (ConfigError, train.DataError, checkpoint.CheckpointError))
 
 
-@pytest.fixture
-def together(processes, words, tmp_path):
-    """A function that runs train.py in `count` processes. -> [(exit code, what it printed) of each]"""
+@pytest.fixture(scope="module")
+def together(forkserver, words, tmp_path_factory):
+    """A function that runs train.py in `count` processes. -> [(exit code, output) of each]"""
+    folder = tmp_path_factory.mktemp("logs")
 
     def run(out_dir, count=2, dies=None, at=None, by=signal.SIGTERM, **changes):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         options = {**TINY, "dataset": words, "out_dir": out_dir, **changes}
-        logs = [tmp_path / f"log{number}" for number in range(count)]
+        logs = [folder / f"log{number}" for number in range(count)]
         family = []
         for number, log in enumerate(logs):
             log.write_text("")
             arguments = (number, count, port, options, log, at if number == dies else None, by)
-            family.append(processes.Process(target=child, args=arguments))
+            family.append(forkserver.Process(target=child, args=arguments))
             family[-1].start()
         for process in family:
             process.join(60)
@@ -150,9 +152,15 @@ def assert_alike(one, other, tolerance=2e-4):
         torch.testing.assert_close(weights_of(other)[name], value, rtol=1e-2, atol=2e-3, msg=name)
 
 
-@pytest.mark.parametrize("accumulated", SHARES.values(), ids=SHARES)
-@pytest.mark.parametrize("model", MODELS)
-def test_two_processes_train_what_one_does(words, tmp_path, together, model, accumulated):
+# Losses and capacities over a whole batch are what parts of it must reproduce; whole micro-batches are simpler.
+SHORT = [("switch loss", PARTS), ("cv2 loss", PARTS), ("capacity, z-loss", PARTS), ("balanced by a bias", WHOLE)]
+
+
+@pytest.mark.parametrize(
+    "model, accumulated",
+    [*SHORT, *(soaked(*case) for case in itertools.product(MODELS, (WHOLE, PARTS)) if case not in SHORT)],
+)
+def test_two_processes_train_like_one(words, tmp_path, together, model, accumulated):
     options = SHARED | MODELS[model] | dict(gradient_accumulation_steps=accumulated)
     assert train_tiny(words, tmp_path / "one", **options) == 0
     (code, said), (silent_code, silence) = together(tmp_path / "two", **options)
@@ -164,7 +172,7 @@ def test_two_processes_train_what_one_does(words, tmp_path, together, model, acc
     assert record["machine"]["processes"] == 2 and record["tokens"] == record_of(tmp_path / "one")["tokens"]
 
 
-def test_the_first_evaluation_is_that_of_one_process_to_the_bit(words, tmp_path, together):
+def test_the_first_evaluation_of_two_processes_is_bit_identical_to_that_of_one(words, tmp_path, together):
     """Same weights, same batches, added up in the same order."""
     options = dict(max_iters=1, eval_iters=3, n_expert=4)
     train_tiny(words, tmp_path / "one", **options)
@@ -173,22 +181,38 @@ def test_the_first_evaluation_is_that_of_one_process_to_the_bit(words, tmp_path,
     assert (one["clean"], one["paper"]) == (two["clean"], two["paper"])
 
 
-@pytest.mark.parametrize("accumulated", SHARES.values(), ids=SHARES)
-@pytest.mark.parametrize("stopped", [0, 1], ids=["the first", "the second"])
-def test_a_signal_to_one_stops_all_and_they_go_on_exactly(tmp_path, together, stopped, accumulated):
-    """With dropout and jitter, each of its own; stopped between two log lines."""
+@pytest.fixture(scope="module")
+def uninterrupted_by_two(together, tmp_path_factory):
+    """A function: options -> the out_dir of a complete HARD run of two processes. To be read only."""
+    known = {}
+
+    def of(**options):
+        key = tuple(options.items())
+        if key not in known:
+            known[key] = tmp_path_factory.mktemp("whole") / "run"
+            assert [code for code, _ in together(known[key], **HARD | options)] == [0, 0]
+        return known[key]
+
+    return of
+
+
+@pytest.mark.parametrize("stopped, accumulated", [(1, WHOLE), soaked(0, WHOLE), soaked(0, PARTS), soaked(1, PARTS)])
+def test_a_signal_to_one_stops_all_and_resume_is_bit_identical(
+    tmp_path, together, uninterrupted_by_two, stopped, accumulated
+):
+    """Each process has dropout and jitter of its own; the stop is between two log lines."""
     options = HARD | dict(gradient_accumulation_steps=accumulated)
-    assert [code for code, _ in together(tmp_path / "whole", **options)] == [0, 0]
     (code, said), (other_code, _) = together(tmp_path / "cut", dies=stopped, at=12, by=signal.SIGUSR1, **options)
     assert code == other_code == 128 + signal.SIGUSR1
     assert "stopped by SIGUSR1 after step" in said and "torchrun --nproc_per_node=2" in said
     assert [code for code, _ in together(tmp_path / "cut", init_from="resume", **options)] == [0, 0]
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_same_run(uninterrupted_by_two(gradient_accumulation_steps=accumulated), tmp_path / "cut")
 
 
-@pytest.mark.parametrize("dead", [0, 1], ids=["the first", "the second"])
-def test_a_process_that_dies_ends_the_others_and_costs_nothing(tmp_path, together, dead):
-    assert [code for code, _ in together(tmp_path / "whole", **HARD)] == [0, 0]
+@pytest.mark.parametrize("dead", [0, soaked(1)])
+def test_a_process_that_dies_ends_the_others_and_resume_is_bit_identical(
+    tmp_path, together, uninterrupted_by_two, dead
+):
     started = time.monotonic()
     ends = together(tmp_path / "cut", dies=dead, at=13, by=signal.SIGKILL, **HARD)
     assert time.monotonic() - started < 45
@@ -197,33 +221,44 @@ def test_a_process_that_dies_ends_the_others_and_costs_nothing(tmp_path, togethe
     assert said.count("has ended, or is lost") == 1 and "--init_from=resume" in said and "Traceback" not in said
     assert checkpoint.load(tmp_path / "cut" / "ckpt.pt")["progress"]["step"] == 10
     assert [code for code, _ in together(tmp_path / "cut", init_from="resume", **HARD)] == [0, 0]
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_same_run(uninterrupted_by_two(gradient_accumulation_steps=WHOLE), tmp_path / "cut")
 
 
-def test_of_three_processes_too_a_resumed_run_is_the_uninterrupted_one(tmp_path, together):
+def test_resume_by_three_processes_is_bit_identical(tmp_path, together):
     """Sums of three numbers depend on their order."""
-    options = HARD | dict(gradient_accumulation_steps=3, batch_size=2)
+    options = HARD | dict(gradient_accumulation_steps=3, batch_size=2, max_iters=15, eval_interval=15)
     assert [code for code, _ in together(tmp_path / "whole", count=3, **options)] == [0] * 3
     assert [code for code, _ in together(tmp_path / "cut", count=3, dies=1, at=12, **options)] == [143] * 3
     assert [code for code, _ in together(tmp_path / "cut", count=3, init_from="resume", **options)] == [0] * 3
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL], ids=["between log lines", "from an evaluation"])
-@pytest.mark.parametrize("counts", [(1, 2), (2, 1)], ids=["one, then two", "two, then one"])
-def test_a_run_can_go_on_with_other_processes(tmp_path, together, counts, by):
-    """The same sequences; only rounding (and noise, where there is any) is another."""
+@pytest.fixture(scope="module")
+def uninterrupted_by_one(words, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert train_tiny(words, out_dir, **SHARED, **MODELS["switch loss"]) == 0
+    return out_dir
+
+
+# SIGTERM: resumed between two log lines; SIGKILL: resumed from an evaluation.
+@pytest.mark.parametrize(
+    "first, second, by",
+    [
+        (2, 1, signal.SIGTERM),
+        *(soaked(*case) for case in ((1, 2, signal.SIGTERM), (1, 2, signal.SIGKILL), (2, 1, signal.SIGKILL))),
+    ],
+)
+def test_another_number_of_processes_resumes_a_run(tmp_path, together, uninterrupted_by_one, first, second, by):
+    """The sequences are the same; only rounding differs (and noise, where there is any)."""
     options = SHARED | MODELS["switch loss"]
-    together(tmp_path / "whole", count=1, **options)
-    first, second = counts
     ends = together(tmp_path / "cut", count=first, dies=0, at=12, by=by, **options)
     assert ends[0][0] == (143 if by == signal.SIGTERM else -by)
     (code, said), *_ = together(tmp_path / "cut", count=second, init_from="resume", **options)
     assert code == 0 and f"processes {first} there, processes {second} here" in said
-    assert_alike(tmp_path / "whole", tmp_path / "cut")
+    assert_alike(uninterrupted_by_one, tmp_path / "cut")
 
 
-def test_a_mistake_is_told_once(tmp_path, together):
+def test_a_mistake_is_reported_once(tmp_path, together):
     """As under torchrun, which ends the others when one has ended."""
     (code, said), (other_code, other) = together(tmp_path / "run", init_from="resume")
     assert code == other_code == 2
@@ -231,13 +266,14 @@ def test_a_mistake_is_told_once(tmp_path, together):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_guard_that_sees_a_bad_step_in_one_process_stops_all(tmp_path, together):
+def test_a_loss_that_is_not_finite_stops_all(tmp_path, together):
     ends = together(tmp_path / "run", learning_rate="1e30", grad_clip=0, warmup_iters=0)
     assert [code for code, _ in ends] == [3, 3]
     assert "not finite" in ends[0][1] and ends[1][1] == ""
 
 
-def test_as_torchrun_starts_it(words, tmp_path):
+@pytest.mark.soak
+def test_torchrun_starts_a_run(words, tmp_path):
     """The launcher itself, once."""
     options = {**TINY, "dataset": words, "out_dir": tmp_path / "run", "max_iters": 4, "n_expert": 4}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
@@ -253,7 +289,8 @@ def test_as_torchrun_starts_it(words, tmp_path):
     assert record_of(tmp_path / "run")["machine"]["processes"] == 2
 
 
-def test_what_is_shared_compiles_without_a_graph_break(tmp_path, together):
+@pytest.mark.soak
+def test_shared_batches_compile_without_a_graph_break(tmp_path, together):
     """The exchange within a forward pass, of batches that are shared."""
     (code, said), _ = together(tmp_path / "run", compile=True, max_iters=2, n_expert=4)
     assert code == 0 and "failed" not in said, said

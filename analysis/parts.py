@@ -1,0 +1,261 @@
+"""The parts of an analysis, each as plain JSON values: layers, stability, load over training, gradients, a sample.
+
+    seen = probe.see(run.model, run.windows, run.machine)
+    layers = measure_layers(run, seen)
+
+analyses.SCHEMA describes what they return; ablation.py has the largest part. Shapes: N characters of the text; E
+experts; B batches.
+"""
+
+import contextlib
+import json
+
+import numpy as np
+import torch
+
+import balance
+from analysis import analyses, gradients, information, probe
+from analysis.annotation import CONTEXT, SYNTAX, TOPIC, class_of
+from routing import hash_table, mix_seeds
+from run import records
+from run.checkpoint import CheckpointError
+from run.evaluate import drop_rate_by_class
+from run.trained import load
+from speed import decoding
+from support import files
+
+LOAD_BATCHES = 64  # in which each expert's tokens are counted
+DRAWS = 5  # of every control
+OF_THE_SYMBOL = ("character", "class", "frequency band")
+# How an annotation's share by chance is estimated, see information.measured; others: by shuffling. Routing by the whole
+# sequence keeps its expert for a window of block_size, which shuffled blocks preserve.
+NULLS = {
+    "speaker": information.SHIFTED,
+    "article": information.SHIFTED,
+    "play": information.BLOCKS,
+    "passage": information.BLOCKS,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def losses_by_class(run, seen):
+    """{class of a character: how many there are, and the mean loss of the character that follows}"""
+    labels_N, names = run.classes
+    return {
+        name: {"characters": int((labels_N == i).sum()), "nats": float(seen.nats_N[labels_N == i].mean())}
+        for i, name in enumerate(names)
+        if (labels_N == i).any()
+    }
+
+
+def measure_layers(run, seen):
+    """Load and specialisation of each MoE layer: analyses.LAYER."""
+    model, config, layers = run.model, run.config, []
+    frozen = probe.random_routers(model, run.windows, run.machine, DRAWS, run.seed)
+    per_batch = tokens_per_batch(run)
+    for number, (block, layer) in enumerate(zip(config.moe_layers, model.moe_layers())):
+        n_expert = layer.config.n_expert
+        chosen_N, character_N = seen.first[number], run.annotations["character"].labels
+        seeds = [mix_seeds(run.seed, block, draw) for draw in range(DRAWS)]
+        hashed = [hash_table(run.counts_V, n_expert, seed).numpy()[run.ids_N] for seed in seeds]
+        load = balance.summarize(seen.stats[number], in_detail=True)
+        load |= drop_rate_by_class(seen.stats[number], run.vocabulary)
+        load |= {"effective": float(information.effective_number(np.array(load["load"])))}
+        layers.append(
+            {
+                "block": block,
+                "n_expert": n_expert,
+                "k": 1 if config.router_top_p else layer.config.expert_top_k or n_expert,
+                "load": load,
+                "tokens_per_batch": per_batch[number],
+                "counts": first_choices(run.ids_N, chosen_N, run.vocabulary.size, n_expert),
+                "entropy": information.entropy(chosen_N),
+                "entropy_given_character": information.conditional_entropy(chosen_N, character_N),
+                "about": informations(run, chosen_N),
+                "about_given_character": informations(run, chosen_N, given_N=character_N),
+                "frozen": {
+                    "about": mean_shares(run, frozen[number]),
+                    "about_given_character": mean_shares(run, frozen[number], given_N=character_N),
+                },
+                "hash": mean_shares(run, hashed),
+                "by_class": load_by_class(run, chosen_N, n_expert),
+            }
+        )
+    return layers
+
+
+def first_choices(ids_N, labels_N, n_symbols, n_expert):
+    """[[count for each expert] for each symbol]: how often the expert is the symbol's first choice."""
+    return np.bincount(ids_N * n_expert + labels_N, minlength=n_symbols * n_expert).reshape(n_symbols, -1).tolist()
+
+
+def informations(run, labels_N, given_N=None, draws=DRAWS):
+    """{annotation: information.Measured as a dict}, about the expert labels_N of each character.
+
+    Given the character, annotations of the character itself are left out, for they add nothing.
+    """
+    names = (*(OF_THE_SYMBOL if given_N is None else ()), *SYNTAX[1:], *CONTEXT, *TOPIC)
+    found, seed, size = run.annotations, run.seed, run.config.block_size
+    return {
+        name: information.measured(
+            labels_N, found[name].labels, given_N, draws, seed, NULLS.get(name, information.SHUFFLED), size
+        )._asdict()
+        for name in names
+        if name in found
+    }
+
+
+def mean_shares(run, routers, given_N=None):
+    """{annotation: the share of H(expert) that it tells beyond chance, as mean and SD over random routers}
+
+    routers: the expert of each character, (N,), from each router.
+    """
+    shares = {}
+    for labels_N in routers:
+        layer = {"entropy": information.entropy(labels_N)}
+        for name, found in informations(run, labels_N, given_N, draws=2).items():
+            shares.setdefault(name, []).append(analyses.net(found, layer) or 0.0)
+    return {
+        name: {"mean": float(np.mean(of)), "sd": float(np.std(of, ddof=1)), "draws": len(of)}
+        for name, of in shares.items()
+    }
+
+
+def load_by_class(run, labels_N, n_expert):
+    """{class: how many characters it has, the entropy of their experts, their load}"""
+    classes_N, names = run.classes
+    found = {}
+    for i, name in enumerate(names):
+        of_class = labels_N[classes_N == i]
+        if len(of_class):
+            load = np.bincount(of_class, minlength=n_expert) / len(of_class)
+            entropy = information.entropy(of_class)
+            found[name] = {"characters": len(of_class), "entropy": entropy, "load": load.tolist()}
+    return found
+
+
+@torch.no_grad()
+def tokens_per_batch(run):
+    """How many tokens of a training batch each expert gets, before capacity: one entry for each MoE layer."""
+    config, loads = run.config, []
+    for x, y in run.training_batches(LOAD_BATCHES):
+        with run.machine.autocast():
+            loads.append([layer.load.cpu().numpy() for layer in run.model(x, y).stats])
+    found = []
+    for of_layer in zip(*loads):
+        loads_BE = np.stack(of_layer)
+        found.append(
+            {
+                "batches": len(loads_BE),
+                "characters": config.batch_size * config.block_size,
+                "mean": loads_BE.mean(axis=0).tolist(),
+                "sd": loads_BE.std(axis=0, ddof=1).tolist(),
+                "none": float((loads_BE == 0).mean()),
+            }
+        )
+    return found
+
+
+def measure_gradients(run, n_batches):
+    """(gradients.router_gradients, gradients.conflicts)"""
+    model = run.model
+    if not n_batches:
+        return [None] * len(model.moe_layers()), []
+    batches = run.training_batches(n_batches)
+    pulls = gradients.router_gradients(model, batches, run.machine, seed=run.seed)
+    classes_V, names = class_of(run.vocabulary)
+    return pulls, gradients.conflicts(model, batches, run.machine, classes_V, names, seed=run.seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Over training
+
+
+def measure_stability(run, seen, snapshots, progress):
+    """Agreement of each snapshot's routing with the analysed weights': analyses.STABILITY; None without snapshots.
+
+    seen: see(model, run.pass_windows, machine); snapshots: [(step, path)]; progress() is called after each one.
+    """
+    if not snapshots:
+        return None
+    told = {name: run.annotations[name].labels[: len(seen.nats_N)] for name in ("character", "frequency band")}
+    layers = [{name: [] for name in ("agreement", "chance", "churn", *told)} for _ in seen.first]
+    steps, before = [], None
+    for step, path in snapshots:
+        model, _, config = load(run.folder, path.relative_to(run.folder), run.machine.device)
+        if config.run_id != run.config.run_id:
+            raise CheckpointError(f"{path} belongs to another experiment than {run.checkpoint}")
+        model.set_step(step)
+        now = probe.see(model, run.pass_windows, run.machine).first
+        for i, layer in enumerate(layers):
+            total = information.entropy(now[i])
+            layer["agreement"].append(information.agreement(now[i], seen.first[i]))
+            layer["chance"].append(information.chance_agreement(now[i], seen.first[i]))
+            changed = None if before is None else 1 - information.agreement(now[i], before[i])
+            layer["churn"].append(None if before is None else changed / (step - steps[-1]))
+            for name, labels_N in told.items():
+                layer[name].append(information.information(now[i], labels_N) / total if total else 0.0)
+        steps.append(step)
+        before = now
+        progress()
+    return {"steps": steps, "layers": layers}
+
+
+def read_load_history(folder, config):
+    """Each evaluation's load, {"steps", "loads"}, from metrics.jsonl; None where there is none."""
+    found = {}
+    try:
+        text = files.read_whole(folder / "metrics.jsonl", files.LARGEST_JSON).decode()
+    except (OSError, ValueError):
+        return None
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            values = json.loads(line)
+            if values["kind"] == "eval" and len(values["load"]) == len(config.moe_layers):
+                found[values["step"]] = values["load"]
+    return {"steps": list(found), "loads": list(found.values())} if found and config.n_expert else None
+
+
+def find_collapses(history, config):
+    """[{"block", "step", "until"}]: the evaluations from which, and until which, a router had collapsed.
+
+    The evaluation before the first update is left out. until: None where the router is collapsed at the end.
+    """
+    found, since = [], {}
+    for step, loads in zip(history["steps"], history["loads"]) if history else ():
+        now = set(records.collapsed_blocks(config, loads)) if step else set()
+        found += [{"block": block, "step": since.pop(block), "until": step} for block in set(since) - now]
+        since |= {block: step for block in now - set(since)}
+    found += [{"block": block, "step": step, "until": None} for block, step in since.items()]
+    return sorted(found, key=lambda one: (one["block"], one["step"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_sample(run, n_characters):
+    """A text that the model writes, with each character's expert in every MoE layer; None where it cannot write."""
+    model = run.model
+    if not n_characters or not run.config.is_causal or not model.moe_layers():
+        return None
+    newline = next((i for i, symbol in enumerate(run.vocabulary.symbols) if symbol in ("\n", 10)), 0)
+    decoder = decoding.fastest(model, 1, run.machine, 0.8, 200)
+    generator = torch.Generator().manual_seed(run.seed)
+    layers = range(len(model.moe_layers()))
+    unread, tokens, experts = [newline], [], [[] for _ in layers]
+    for step in decoder.write(torch.tensor([unread], device=run.machine.device), n_characters + 1, [generator]):
+        for layer in layers:  # the last token read; where the window moved, half of it was read again before
+            experts[layer].append(int(step.experts(layer)[0, -1]))
+        tokens += unread
+        unread = step.tokens.tolist()
+    decode, text, of_text = run.vocabulary.decoder(), "", [[] for _ in layers]
+    for i, token in enumerate(tokens):
+        piece = decode([token])
+        text += piece
+        for layer in layers:
+            expert = experts[layer][i]
+            of_text[layer] += [None if expert < 0 else expert] * len(piece)
+    return {"text": text, "experts": of_text}

@@ -1,0 +1,271 @@
+"""The runs that tables ask for, and the state of each: finished, interrupted, missing, running in another process.
+
+    setup = Setup(ROOT / "out", ROOT / "results", [], {}, machine)
+    runs = plan(TABLES, ["B"], "cpu", 5, setup)
+    states = states_of(runs, read_results(setup.results))
+
+A planned run is one row of a table with one seed. It is finished when results/ holds its record, made on the same kind
+of machine, in whichever table's folder. Nothing here starts a run; sweep.py does. Only what draws must do without
+torch: this module imports data.common, which needs it.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from data.common import DataError, find_dataset, is_prepared
+from papers.experiments import FIRST_SEED
+from run import checkpoint, records
+from run.records import RecordError
+from run.settings import Config
+from support.files import ROOT, shown_path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nothing keeps two sweeps apart
+    fcntl = None
+
+# "to be copied": complete in out/, but its record is not in results/ yet. "cannot be run": its data set is not
+# prepared, or running it would destroy another run.
+KINDS = ("finished", "to be copied", "running elsewhere", "cut", "missing", "failed", "cannot be run")
+
+
+class Setup(NamedTuple):
+    """What all planned runs share."""
+
+    out: Path  # folder of the runs
+    results: Path  # folder of the records
+    words: list[str]  # further arguments of train.py
+    changes: dict  # what these words change in a Config
+    machine: dict  # from machines.describe
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedRun:
+    """One row of a table with one seed."""
+
+    name: str  # of its folder and of its record
+    folder: Path
+    home: Path  # the folder of its record
+    arguments: list[str]  # of train.py, without those in State.words
+    config: Config
+    machine: str  # the kind of machine that would run it now, see records.machine_of
+
+    @property
+    def key(self):
+        return self.config.run_id, self.machine
+
+    @property
+    def lock(self):
+        return self.folder.with_name(f"{self.name}.lock")
+
+
+class State(NamedTuple):
+    """The state of a planned run."""
+
+    kind: str  # one of KINDS
+    text: str = ""  # where its record is, how far it is, or why it cannot be run
+    step: int = 0  # updates made
+    words: tuple[str, ...] = ()  # arguments for train.py to continue or replace the run in its folder
+
+    def __str__(self):
+        return f"{self.kind}: {self.text}" if self.text else self.kind
+
+
+class KeptRecords(NamedTuple):
+    """The records in results/, by (run_id, kind of machine)."""
+
+    counted: dict[tuple, tuple[Path, dict]]
+    aside: dict[tuple, list[Path]]  # records that read_all leaves out: misnamed, or contradicting each other
+    left_out: list[str]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plan
+
+
+def distinct_rows(tables, scale):
+    """{hash of a config: (table's name, row)}. Where rows share a run, the first one stands."""
+    rows = {}
+    for table in tables:
+        for row in table.rows_at(scale):
+            rows.setdefault(row.config_at(scale).hash(), (table.name, row))
+    return rows
+
+
+def plan(tables, names, scale, seeds, setup) -> list[PlannedRun]:
+    """The runs of the named tables ("all" for all of `tables`), first seeds first.
+
+    A run that several rows share is planned once, under the name of the first such row in `tables`.
+    """
+    everywhere = distinct_rows(tables.values(), scale)
+    homes = everywhere if "all" in names else distinct_rows([tables[name] for name in names], scale)
+    runs = []
+    for seed, (hash, (home, _)) in itertools.product(range(FIRST_SEED, FIRST_SEED + seeds), homes.items()):
+        _, row = everywhere[hash]
+        config = dataclasses.replace(row.config_at(scale), seed=seed, **setup.changes)
+        name = row.cell(scale, seed)
+        arguments = [*row.arguments(scale, seed), f"--out_dir={from_root(setup.out / name)}", *setup.words]
+        machine = records.machine_of({"machine": setup.machine, "config": config.to_dict()})
+        runs.append(PlannedRun(name, setup.out / name, setup.results / home, arguments, config, machine))
+    return runs
+
+
+def from_root(path):
+    """A path as a command in the project's root takes it."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def record_path(run):
+    """An unused path for the run's record: a damaged file, or a record of another machine, keeps its name."""
+    stem, _, seed = run.name.rpartition("-s")
+    path, number = run.home / f"{run.name}.json", 2
+    while path.exists():
+        path, number = run.home / f"{stem}-{number}-s{seed}.json", number + 1
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States
+
+
+def read_results(folder) -> KeptRecords:
+    pairs, left_out = records.read_all(folder)
+    pairs.sort(key=lambda pair: records.is_clean(pair[1]))  # of two records of one run, a clean one comes last and wins
+    aside = {}
+    for path in sorted({*folder.glob("*/*.json")} - {path for path, _ in pairs}):
+        with contextlib.suppress(RecordError):
+            aside.setdefault(record_key(records.read(path)), []).append(path)
+    return KeptRecords({record_key(record): (path, record) for path, record in pairs}, aside, left_out)
+
+
+def record_key(record):
+    return record["run_id"], records.machine_of(record)
+
+
+def states_of(runs, kept) -> dict[PlannedRun, State]:
+    """The state of each run, including those that another process is running."""
+    states = {}
+    for run in runs:
+        states[run] = state_of(run, kept)
+        if states[run].kind != "finished" and is_locked(run.lock):
+            states[run] = running_elsewhere(run)
+    return states
+
+
+def state_of(run, kept) -> State:
+    """The state of a run, from results/ and its folder."""
+    if run.key in kept.counted:
+        path, record = kept.counted[run.key]
+        unclean = "" if records.is_clean(record) else " (uncommitted changes)"
+        return State("finished", f"{shown_path(path)}{unclean}", run.config.max_iters)
+    if run.key in kept.aside:  # one more record would not tell which of them counts
+        names = ", ".join(map(shown_path, kept.aside[run.key]))
+        return State("cannot be run", f"{names}: left out; keep one, named …-s{run.config.seed}.json")
+    state = state_of_folder(run)
+    problem = data_problem(run.config) if state.kind in ("missing", "cut") else ""
+    return State("cannot be run", problem, state.step) if problem else state
+
+
+def state_of_folder(run) -> State:
+    """The state of a run, from its folder alone. "cannot be run" where running it would destroy another run."""
+
+    def holds(what):
+        text = f"its folder in {shown_path(run.folder.parent)} holds {what}; move it away, or give another --out=…"
+        return State("cannot be run", text)
+
+    held = {name for name in checkpoint.RUN_FILES if (run.folder / name).exists()}
+    if is_locked(run.folder / "metrics.jsonl"):
+        return running_elsewhere(run)
+    if "summary.json" in held:
+        try:
+            run_id, machine = record_key(records.read(run.folder / "summary.json"))
+        except RecordError as error:
+            return holds(f"a complete run whose record cannot be used ({error})")
+        if (run_id, machine) == run.key:
+            return State("to be copied", step=run.config.max_iters)
+        is_ours = run_id == run.config.run_id
+        return holds(f"a run of another machine ({machine})" if is_ours else f"another experiment ({run_id})")
+    if not held & {"ckpt.pt", "ckpt.previous.pt", "best.pt"}:  # stopped before its first checkpoint: nothing is lost
+        return State("missing", words=("--overwrite=True",) if held else ())
+    run_id = run_id_in(run.folder / "config.json")
+    if run_id != run.config.run_id:
+        return holds(f"another experiment ({run_id or 'its config.json cannot be read'})")
+    if not held & {"ckpt.pt", "ckpt.previous.pt"}:
+        return holds("a best.pt, but no ckpt.pt to resume from")
+    step, _ = last_logged(run.folder / "metrics.jsonl")
+    return State("cut", f"step {step:,} of {run.config.max_iters:,}", step, ("--init_from=resume",))
+
+
+def running_elsewhere(run) -> State:
+    step, _ = last_logged(run.folder / "metrics.jsonl")
+    return State("running elsewhere", f"step {step:,}", step)
+
+
+def run_id_in(path):
+    """The run_id of a config.json; None where it cannot be read."""
+    try:
+        return Config.from_dict(json.loads(path.read_text())).run_id
+    except (OSError, ValueError):
+        return None
+
+
+def last_logged(metrics):
+    """(step, loss in nats) of the last complete line of a metrics.jsonl that may be growing; (0, None) without one."""
+    try:
+        lines = metrics.read_bytes().splitlines()
+    except OSError:
+        lines = []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            values = json.loads(line)
+            return values["step"], values["loss"] if values["kind"] == "train" else values["clean"]["nats"]
+    return 0, None
+
+
+def data_problem(config):
+    """Why train.py could not open its data set, or "". It prepares those with a prepare.py, if config.prepare."""
+    dataset = config.dataset
+    try:
+        folder = find_dataset(dataset)
+    except DataError as error:
+        base = dataset.removesuffix("_head")
+        if base == dataset:
+            return str(error)
+        command = f"python data/{base}/prepare.py --source FILE --allow-partial --out data/{dataset}"
+        return f"data/{dataset} is not prepared; prepare it with: {command}"
+    return "" if config.prepare or is_prepared(folder) else f"{dataset} is not prepared, and --prepare=False was given"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks
+
+
+def is_locked(path):
+    """Whether a sweep, or a run, holds a lock on the file."""
+    if fcntl is None or not path.exists():
+        return False
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that two processes that look do not collide
+        except BlockingIOError:
+            return True
+    return False
+
+
+def take_lock(path):
+    """The open lock file of a run, or None where another process holds it.
+
+    train.py inherits the file, and the lock lasts until both have closed it: a run that outlives its sweep stays
+    locked. Lock files are never removed, for then two sweeps could each hold a lock of the same name.
+    """
+    file = open(path, "ab")
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    file.close()
+    return None

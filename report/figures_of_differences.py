@@ -1,0 +1,258 @@
+"""Pictures of a table's rows against their baselines: differences of losses, ratios of costs.
+
+    drawing = differences(comparison)                   # None where there is nothing to draw
+
+Published differences and ratios stand beside the measured ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
+from matplotlib.patches import Patch, Rectangle
+
+from papers.experiments import MEASURES, Comparison
+from report.axes import (
+    legend_mark,
+    new_figure,
+    row_axes,
+    row_axis,
+    rows_height,
+    text_above,
+    text_beside,
+    whiskers,
+    x_axis,
+)
+from report.captions import baseline_label, caption_of_table, cells_of, interval_text, note_of_times, number, unit_of
+from report.style import BOUND, ERROR_BARS, INK, ZERO, Drawing, styled
+from report.verdicts import effect_of
+from support.intervals import Effect
+from support.palette import BLUE, ORANGE, VERMILION
+
+PUBLISHED = {"color": INK, "marker": "D", "linestyle": "", "fillstyle": "none", "markersize": 5.5}
+MEASURED = PUBLISHED | {"fillstyle": "full"}
+
+
+def difference(comparison, row, measure) -> Effect | None:
+    """The row minus its baseline; None for a baseline, and where one of them has no run."""
+    return effect_of(comparison, measure, row.name, row.baseline, "difference") if row.baseline else None
+
+
+def published_pair(comparison, row, measure) -> tuple[float, float] | None:
+    """The paper's numbers for the row and for its baseline, where it has both."""
+    pair = tuple(of.published.get(measure) for of in (row, comparison.table.row(row.baseline)))
+    return None if None in pair else pair
+
+
+RATIOS = {  # measure -> label of its axis, name in the caption
+    "train_seconds": ("training time / baseline's\n(right of 1: slower)", "training time"),
+    "inference_speed": (
+        "inference speed / baseline's\n(left of 1: slower)",
+        "speed of inference (the papers' way: one sequence at a time, no cache)",
+    ),
+}
+
+
+@styled
+def relative_cost(comparison: Comparison) -> Drawing | None:
+    """Training time and inference speed over those of the row's baseline, beside the published ratios."""
+    ours, theirs = {}, {}  # (row, measure) -> ratio
+    for row in comparison.table.rows_at(comparison.scale):
+        for measure in RATIOS if row.baseline else ():
+            if effect := effect_of(comparison, measure, row.name, row.baseline, "ratio"):
+                ours[row.name, measure] = effect
+            if pair := published_pair(comparison, row, measure):
+                theirs[row.name, measure] = pair[0] / pair[1]
+    cells = [cell for cell in cells_of(comparison) if any((cell.row.name, measure) in ours for measure in RATIOS)]
+    if not cells:
+        return None
+    shown = [m for m in RATIOS if any((cell.row.name, m) in {**ours, **theirs} for cell in cells)]
+    labels = [cell.label_with_n for cell in cells]
+    figure = new_figure(1.2 + rows_height(labels))
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for panel, measure in zip(panels, shown):
+        panel.axvline(1, **ZERO)
+        for y, cell in enumerate(cells):
+            key = cell.row.name, measure
+            if key in theirs:
+                panel.plot(theirs[key], y, **PUBLISHED)
+            if effect := ours.get(key):
+                bars = {"xerr": whiskers(*effect[:3]), **ERROR_BARS}
+                panel.errorbar(effect.mean, y, **bars, **cell.style.mark, markersize=6)
+                text_beside(panel, number(effect.mean), y)
+        x_axis(panel, RATIOS[measure][0], ticks=4, margin=0.1, reach=(0.9, 1.1))  # a small difference looks small
+    row_axes(panels, labels)
+    has_published = any((cell.row.name, measure) in theirs for cell in cells for measure in shown)
+    if has_published:
+        handles = [legend_mark(**PUBLISHED), legend_mark(**MEASURED)]
+        figure.legend(handles, ["published", "measured (each row its own shape)"], loc="outside upper right", ncols=2)
+    caption = caption_of_table(
+        comparison,
+        cells,
+        f"{' and '.join(RATIOS[measure][1] for measure in shown)} over that of {baseline_label(comparison, cells)}. "
+        "Filled: ratio of the geometric means with its 95% interval, where both have several runs.",
+        "Open: as published, for the paper's size and machine." if has_published else "",
+        note_of_times(cells_of(comparison)),
+    )
+    spoken = []
+    for cell in cells:
+        found = {MEASURES[m].heading: ours[cell.row.name, m] for m in RATIOS if (cell.row.name, m) in ours}
+        spoken.append(f"{cell.label} {', '.join(f'{name} {number(effect.mean)}' for name, effect in found.items())}")
+    return Drawing(figure, caption, f"Dots of cost over the baseline's: {'; '.join(spoken)}.")
+
+
+@styled
+def aux_decomposition(comparison: Comparison) -> Drawing | None:
+    """The difference to the baseline with auxiliary losses counted in, split into the model's and theirs."""
+    parts = []
+    for cell in cells_of(comparison):
+        model, whole = (difference(comparison, cell.row, measure) for measure in ("paper", "paper_with_aux"))
+        if model:
+            parts.append((cell, model, whole.mean - model.mean))
+    if not parts:
+        return None
+    cells = [cell for cell, _, _ in parts]
+    baseline = baseline_label(comparison, cells)
+    labels = [cell.label for cell in cells]
+    figure = new_figure(1.5 + rows_height(labels, least=0.55))
+    axes = figure.subplots()
+    axes.axvline(0, **ZERO)
+    axes.use_sticky_edges = False  # which would put the longest bar on the edge
+    counted = {"facecolor": ORANGE, "edgecolor": INK, "hatch": "////", "linewidth": 0.5}
+    for y, (_, model, aux) in enumerate(parts):
+        axes.barh(y - 0.18, model.mean, height=0.32, color=BLUE)
+        axes.errorbar(model.mean, y - 0.18, xerr=whiskers(*model[:3]), color=INK, **ERROR_BARS)
+        axes.barh(y + 0.18, aux, left=model.mean, height=0.32, **counted)
+        axes.plot(model.mean + aux, y + 0.18, **MEASURED | {"linestyle": "-"})
+        text_beside(axes, f"{number(model.mean)} + {number(aux)}", y)  # no sum: rounding would often make it wrong
+    pairs = [pair for cell in cells if (pair := published_pair(comparison, cell.row, "paper"))]
+    gaps = sorted({round(ours - theirs, 6) for ours, theirs in pairs})
+    minus = [f"{gap:g}".replace("-", "−") for gap in gaps]
+    at_their_size = "" if comparison.scale == "paper" else ", at the paper's size"
+    for place, (gap, text) in enumerate(zip(gaps, minus)):
+        axes.axvline(gap, **BOUND)
+        text_above(axes, f"published: {text}{at_their_size}".replace("-", "−"), gap, offset=3 + 13 * place)
+    row_axis(axes, labels)
+    x_axis(axes, f"validation loss minus that of {baseline},\nnats per {unit_of(cells)}", ticks=6)
+    handles = [Patch(color=BLUE), Patch(**counted), legend_mark(**MEASURED)]
+    names = ["the model's own", "auxiliary loss counted in", "sum"]
+    figure.legend(handles, names, loc="outside lower center", ncols=3)
+    caption = caption_of_table(
+        comparison,
+        cells,
+        f"how far the validation loss with auxiliary losses counted in is from that of {baseline}, and what that "
+        "consists of. The papers' way: minimum over estimates from random batches. Whisker: 95% interval, paired over "
+        "the seeds that both have.",
+        *(f"Dashed: the published gap of {gap} nats{at_their_size}." for gap in minus),
+    )
+    spoken = "; ".join(
+        f"{cell.label}: model {number(model.mean, sign='+')}, auxiliary loss {number(aux, sign='+')}"
+        for cell, model, aux in parts
+    )
+    return Drawing(figure, caption, f"Bars of the difference to {baseline} in nats, in two parts. {spoken}.")
+
+
+@styled
+def boundary_map(comparison: Comparison) -> Drawing | None:
+    """Best validation loss of MoE minus dense over width × unique characters; None for a table without these two."""
+    rows = {
+        (row.options["n_embd"], row.options["train_characters"] or math.inf): row
+        for row in comparison.table.rows_at(comparison.scale)
+        if row.baseline and {"n_embd", "train_characters"} <= set(row.options)
+    }
+    effects = {place: difference(comparison, row, "clean") for place, row in rows.items()}
+    if not any(effects.values()):
+        return None
+    widths, sizes = (sorted({place[axis] for place in rows}) for axis in (0, 1))
+    limit = max(0.005, *(abs(effect.mean) for effect in effects.values() if effect))
+    colour_map = LinearSegmentedColormap.from_list("signs", (BLUE, "#f4f4f4", VERMILION), N=15)
+    colours = ScalarMappable(Normalize(-limit, limit), colour_map)
+    figure = new_figure(1.2 + 0.8 * len(widths))
+    axes = figure.subplots()
+    for (width, size), effect in effects.items():
+        place = sizes.index(size), widths.index(width)
+        if not effect:
+            draw_square(axes, place, "not run", facecolor="none", edgecolor=INK, hatch="///", alpha=0.5)
+            continue
+        epochs = comparison.cells[rows[width, size].name][0]["epochs"]
+        interval = interval_text(effect.low, effect.high).lstrip()
+        lines = [number(effect.mean, sign="+"), interval, f"n = {effect.n}, {epochs:.2g} epochs"]
+        text = "\n".join(filter(None, lines))
+        draw_square(axes, place, text, facecolor=colours.to_rgba(effect.mean), edgecolor="none")
+    names = {size: "all" if size == math.inf else f"{size:,}" for size in sizes}
+    axes.set_xticks(range(len(sizes)), names.values())
+    axes.set_yticks(range(len(widths)), widths)
+    axes.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.5, len(widths) - 0.5))
+    axes.set(xlabel="unique characters of training text", ylabel="width of the model")
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(colours, ax=axes, aspect=25, pad=0.02, label="MoE − dense, nats\n(blue: MoE is better)")
+    bar.outline.set_visible(False)
+    bar.solids.set_edgecolor("face")  # no seams
+    caption = caption_of_table(
+        comparison,
+        [cell for cell in cells_of(comparison) if difference(comparison, cell.row, "clean")],
+        "best validation loss of 4 experts minus that of the dense model of equal active FLOPs, over the whole "
+        "validation split, with its 95% interval. Every run reads equally many characters, so fewer unique ones are "
+        "more epochs.",
+    )
+    spoken = "; ".join(
+        f"{width} wide, {names[size]} characters {number(effect.mean, sign='+')}"
+        for (width, size), effect in effects.items()
+        if effect
+    )
+    return Drawing(figure, caption, f"Map of the loss difference in nats. {spoken}.")
+
+
+def draw_square(axes, place, text, **look) -> None:
+    x, y = place
+    axes.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, linewidth=0, **look))
+    axes.annotate(text, place, ha="center", va="center", color=text_colour_on(look["facecolor"]))
+
+
+def text_colour_on(colour) -> str:
+    """Black or white, whichever has more contrast (WCAG); ink on the page itself."""
+    if colour == "none":
+        return INK
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+    luminance = sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts))
+    return "#000000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#ffffff"
+
+
+@styled
+def differences(comparison: Comparison) -> Drawing | None:
+    """Each row's best loss on the full validation split minus its baseline's, with the published difference."""
+    effects = {row.name: difference(comparison, row, "clean") for row in comparison.table.rows_at(comparison.scale)}
+    cells = [cell for cell in cells_of(comparison) if effects[cell.row.name]]
+    if not cells:
+        return None
+    measure, labels = MEASURES["clean"], [cell.label for cell in cells]
+    figure = new_figure(1.15 + rows_height(labels))
+    axes = figure.subplots()
+    axes.axvline(0, **ZERO)
+    spoken, handles = [], []
+    for y, cell in enumerate(cells):
+        if pair := published_pair(comparison, cell.row, "paper"):
+            handles = axes.plot(pair[0] - pair[1], y, **PUBLISHED)
+        mean, low, high, n, _ = effects[cell.row.name]
+        look = {"color": cell.style.colour, "marker": cell.style.marker}
+        axes.errorbar(mean, y, xerr=whiskers(mean, low, high), **look, **ERROR_BARS, markersize=6)
+        text = f"{number(mean, sign='+')}{interval_text(low, high)}, n = {n}"
+        text_beside(axes, text, y)
+        spoken.append(f"{cell.label} {text}")
+    row_axis(axes, labels)
+    x_axis(axes, f"{measure.heading}, minus baseline's, {measure.unit}\n(left of 0: better)", ticks=5, margin=0.08)
+    if handles:
+        figure.legend(handles, ["published"], loc="outside upper right")
+    caption = caption_of_table(
+        comparison,
+        cells,
+        f"each row's {measure.heading} minus that of its baseline, with the 95% interval over seeds, where there are "
+        "several.",
+        "Open: as published, at the papers' size and by their measure." if handles else "",
+    )
+    how = f"Dots of the difference to the baseline, {measure.unit}, with intervals."
+    return Drawing(figure, caption, f"{how} {'; '.join(spoken)}.")

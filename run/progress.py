@@ -1,0 +1,199 @@
+"""What a person sees of a run: a progress bar or lines, evaluations, warnings, and Weights & Biases.
+
+    with Screen(config, start=0, is_shown=True, say=print) as screen:
+        screen.log(step, line)                        # after each log line
+        screen.say(evaluation_text(line, config))
+
+Nothing here prints by itself: `say` is the script's print.
+"""
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from run.evaluate import bits
+from support import console, files
+from support.config_files import run_file
+from support.files import ROOT
+
+SECONDS_BETWEEN_LINES = 30  # of progress, where the output is no terminal
+STEPS_TO_TIME, SLOW_SECONDS = 20, 900  # after so many steps, a CPU run with so much time left is told about cpu.py
+CPU_OVERLAY = ROOT / "config" / "cpu.py"
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "batch_size")
+
+
+class Screen:
+    """A progress bar on a terminal; elsewhere a line now and then.
+
+    start: the first step; is_shown: whether this process shows the bar; slow_hint: what to add where the run will take
+    long, None to say nothing about that.
+    """
+
+    def __init__(self, config, start, is_shown, say, slow_hint=None):
+        self.bar = tqdm(
+            total=config.max_iters,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_shown or not sys.stderr.isatty(),
+            file=console.IgnoreClosedPipe(sys.stderr),
+        )
+        self.start, self.print, self.slow_hint = start, say, slow_hint
+        self.last_line = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def say(self, text):
+        self.last_line = time.monotonic()
+        self.bar.clear()
+        self.print(text, flush=True)
+
+    def doing(self, text):
+        """Show beside the bar what goes on between two steps."""
+        self.bar.set_postfix_str(text)
+
+    def log(self, step, line):
+        """Show the numbers of a log line."""
+        loss, speed = line["loss"], line["tokens_per_second"]
+        numbers = f"loss {loss:.3f} nats, {bits(loss):.3f} bpc, {speed:,.0f} tokens/s"
+        remaining = (self.bar.total - step) * line["step_ms"] / 1000
+        self.bar.set_postfix_str(numbers, refresh=False)
+        if self.slow_hint is not None and step - self.start >= STEPS_TO_TIME:
+            if remaining > SLOW_SECONDS:
+                self.say(f"At this speed the run needs {console.duration(remaining)} more. {self.slow_hint}".strip())
+            self.slow_hint = None
+        if self.bar.disable and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.say(f"step {step:,} of {self.bar.total:,}: {numbers}, {console.duration(remaining)} left")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines of text
+
+
+def evaluation_text(line, config, is_best=False):
+    """One line about an evaluation. line: as evaluate.evaluation makes it."""
+    nats, bpc, train = line["clean"]["nats"], line["clean"]["bpc"], line["paper"]["train"]
+    best = " (best so far)" if is_best else ""
+    found = f"validation {nats:.4f} nats, {bpc:.4f} bpc{best}; {config.eval_iters} batches of train {train:.4f} nats"
+    return f"step {line['step']:,} of {config.max_iters:,}: {found}"
+
+
+def collapse_warnings(evaluations, config):
+    """A warning for each router that the last evaluation found collapsed, and the one before did not. The untrained
+    model at step 0 does not count."""
+    line, before = evaluations[-1], [past for past in evaluations[:-1] if past["step"]]
+    known = before[-1].get("collapsed", ()) if before else ()
+    for block in line["collapsed"] if line["step"] else ():
+        if block not in known:
+            load = line["load"][config.moe_layers.index(block)]
+            yield (
+                f"warning: the router of block {block} has collapsed: of its {len(load)} experts, one gets "
+                f"{max(load):.0%} of the choices, the least {min(load):.1%}"
+            )
+
+
+def resume_command(script, argv, processes):
+    """The shell command that resumes the run of these arguments."""
+    kept = [word for word in argv if not word.startswith(("--overwrite", "--init_from"))]
+    ours = shlex.join([os.path.relpath(script), *kept, "--init_from=resume"])
+    local, total = processes.local_world_size, processes.world_size
+    if total == 1:
+        return f"python {ours}"
+    return f"torchrun --nproc_per_node={local} {'' if total == local else '… '}{ours}"
+
+
+def not_finite_text(error, config):
+    """What a person can do about a run that diverged. error: an update.NotFinite."""
+    kept = Path(config.out_dir) / "ckpt.pt"
+    last = f"The last good checkpoint is {kept}." if kept.exists() else "There is no checkpoint yet."
+    advice = "A lower learning_rate, a longer warmup_iters or a z_loss_coef of 1e-3 may help."
+    return f"{error} is not finite: stopped before that update. {last} {advice}"
+
+
+def lost_process_text(error, config, processes, command):
+    """What happened where another process of the run is gone. command: which resumes the run."""
+    reason = files.first_line(error)[:120]
+    return (
+        f"another of the {processes.world_size} processes of this run has ended, or is lost ({reason}): torchrun says "
+        f"more below. What was saved is in {config.out_dir}; to go on: {command}"
+    )
+
+
+def cpu_size_hint(script, argv):
+    """How to make the run of these arguments at CPU size; empty where they have config/cpu.py."""
+    if any(is_cpu_overlay(word) for word in argv):
+        return ""
+    words = [word for word in argv if not word.startswith("--out_dir")]
+    command = shlex.join(["python", os.path.relpath(script), *words, os.path.relpath(CPU_OVERLAY)])
+    return f"The size made for a CPU: {command}"
+
+
+def overridden_cpu_size(script, argv):
+    """A warning where a config file after config/cpu.py changes the sizes that it sets; empty otherwise."""
+    names = [word for word in argv if word.endswith(".py") and not word.startswith("-")]
+    at = next((i for i, name in enumerate(names) if is_cpu_overlay(name)), len(names))
+    for name in names[at + 1 :]:
+        small, values = (run_file(path).values for path in (CPU_OVERLAY, Path(os.path.abspath(name))))
+        changed = [f"{key}={values[key]}" for key in SIZES if key in values and values[key] != small[key]]
+        if changed:
+            overlay = names.pop(at)
+            command = shlex.join(["python", os.path.relpath(script), *names, overlay])
+            return f"warning: {name} comes after {overlay} and sets {', '.join(changed)}; for the CPU size: {command}"
+    return ""
+
+
+def is_cpu_overlay(name):
+    return os.path.abspath(name) == str(CPU_OVERLAY)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights & Biases
+
+
+def start_wandb(config, say):
+    """A function that logs one line of metrics to Weights & Biases, or None. A tracker must not stop what it tracks:
+    every failure is only said."""
+    if not config.wandb_log:
+        return None
+    try:
+        import wandb
+
+        wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.title, config=config.to_dict())
+    except ImportError:
+        say("wandb_log=True, but wandb is not installed (pip install wandb): metrics go to metrics.jsonl only")
+        return None
+    except Exception as error:  # not logged in, no network, …
+        say(f"wandb_log=True, but wandb says: {files.first_line(error)}; metrics go to metrics.jsonl only")
+        return None
+    is_well = True
+
+    def log(line):
+        nonlocal is_well
+        numbers = {f"{line['kind']}/{key}": value for key, value in flattened(line).items() if key != "kind"}
+        try:
+            if is_well:
+                wandb.log(numbers, step=line["step"])
+        except Exception as error:
+            is_well = False
+            say(f"wandb says: {files.first_line(error)}; from here on metrics go to metrics.jsonl only")
+
+    return log
+
+
+def flattened(line):
+    """{"clean": {"nats": 1.5}} -> {"clean/nats": 1.5}; lists are left out."""
+    numbers = {}
+    for key, value in line.items():
+        if isinstance(value, dict):
+            numbers |= {f"{key}/{name}": inner for name, inner in value.items()}
+        elif not isinstance(value, list):
+            numbers[key] = value
+    return numbers
