@@ -21,7 +21,7 @@ from conftest import TINY
 import sweep
 from data.common import DataError, find_dataset
 from papers import planned_runs
-from papers.experiments import Row, Table
+from papers.table import Row, Table
 from run import records
 from support import configurator, console, machines
 from support.files import ROOT
