@@ -38,9 +38,9 @@ from typing import Literal
 from tqdm import tqdm
 
 import model
-from papers import planned_runs
-from papers.experiments import FIRST_SEED, SCALES, SEEDS_FOR_A_VERDICT, TABLES
+from papers import TABLES, planned_runs
 from papers.planned_runs import KINDS, Setup, State, from_root, last_logged, record_path
+from papers.table import FIRST_SEED, SCALES, SEEDS_FOR_A_VERDICT
 from run import records
 from run.records import RecordError
 from run.settings import Config

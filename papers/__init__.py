@@ -1,4 +1,12 @@
-"""The papers as data: tables, rows, published numbers, claims, and how records fill them.
+"""The papers' tables and claims as data: rows, published numbers, when a claim holds, and how records fill the cells.
 
-Knows configs and records. Knows no torch, no statistics of verdicts and no pictures.
+Knows configs, records and analyses. Knows no torch, no verdicts and no pictures. To add a table, write a `Table` into
+a source's TABLES, for example papers/ours.py, and its claims into CLAIMS beside it; nothing else names it.
 """
+
+from papers import a, b, c, d, ours
+
+SOURCES = tuple(source.SOURCE for source in (a, b, c, d, ours))
+# The order of both is that of the report.
+TABLES = {table.name: table for source in (b, a, c, d, ours) for table in source.TABLES}
+CLAIMS = tuple(claim for source in (a, b, c, d, ours) for claim in source.CLAIMS)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.common import DataError, find_dataset, is_prepared
-from papers.experiments import FIRST_SEED
+from papers.table import FIRST_SEED
 from run import checkpoint, records
 from run.records import RecordError
 from run.settings import Config

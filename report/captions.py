@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from papers.experiments import SCALES, Comparison, Row
+from papers.table import SCALES, Comparison, Row
 from report.style import Style, row_style
 from run import records
 
@@ -64,8 +64,8 @@ def exclusive(runs) -> list[dict]:
 def note_of_times(cells) -> str:
     alone, runs = (sum(len(of(cell.runs)) for cell in cells) for of in (exclusive, list))
     if not alone:
-        return "No run is known to have had its cores to itself, so there are no times."
-    return f"Training times are those of {alone} of {runs} runs, which had their cores to themselves."
+        return "No times are shown: no run is known to have had its cores to itself."
+    return f"Training times come from the {alone} of {runs} runs that had their cores to themselves."
 
 
 def unit_of(cells, plural="") -> str:
@@ -89,7 +89,7 @@ def range_of(counts: Sequence[int]) -> str:
 def caption_of_table(comparison, cells, *sentences, missing="Not run") -> str:
     """The table's title before the first sentence; after the last: seeds, missing rows, daggers, size and machine."""
     counts = [len(cell.runs) for cell in cells]
-    parts = [f"n = {range_of(counts)} {'seed' if max(counts) == 1 else 'seeds'} a row."]
+    parts = [f"n = {range_of(counts)} {'seed' if max(counts) == 1 else 'seeds'} per row."]
     absent = [row.label for row in comparison.table.rows_at(comparison.scale) if not comparison.cells[row.name]]
     if absent:
         parts.append(f"{missing}: {'; '.join(absent)}.")

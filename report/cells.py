@@ -1,50 +1,49 @@
-"""Comparisons -> tables: for people as Markdown, LaTeX and HTML (`report.py`), for programs as CSV.
+"""Fills the tables of results: for people as Markdown, LaTeX and HTML (`page.py`), for programs as CSV.
 
     grid = grid_of(comparison, table.views[0])
     markdown(grid); latex(grid)
-    csv_of(comparisons)                     # every measure of every view, a line each
-    speed_grids(bench); speed_csv(benches)  # the same of benches: records that bench_records.py reads
+    csv_of(comparisons)                     # a line for every row and measure
 
-A cell is mean ± sample SD (n) of the records that count: made on a committed tree, at one scale, on one kind of
-machine, and for times on hardware that others left alone. In the tables of a bench it is the median of its timings,
-with their 10th and 90th percentile.
+A cell is mean ± sample SD (n) of the records that count. They were made on a committed tree, at one scale, on one kind
+of machine; times count only from runs that had their hardware to themselves.
 """
 
 import csv
 import io
 import statistics
 
-from papers.experiments import MEASURES, Comparison, View
-from report.page import Grid
-from report.verdicts import effect_of
+from papers.measures import MEASURES
+from papers.table import Comparison, View
+from report.blocks import Grid
+from report.verdicts import NOT_RUN, effect_of
 from run import records
-from speed import bench_records
 
 DAGGER = "†"
-NOT_RUN, NOT_ALONE, NOTHING = "not run", "not timed alone", "–"
+NOT_ALONE, NOTHING = "not timed alone", "–"
 
 
 def grid_of(comparison: Comparison, view: View) -> Grid:
+    """The cells of one view of a table."""
     table, scale = comparison.table, comparison.scale
     rows = table.rows_at(scale)
-    columns, cells = ["row"], [[labelled(comparison, row)] for row in rows]
+    columns, cells = ["row"], [[marked_label(comparison, row)] for row in rows]
     for measure in view.measures:
-        for heading, cell_of in columns_of(comparison, measure, view.relative):
+        for heading, cell_of in measure_columns(comparison, measure, view.relative):
             columns.append(heading)
             for cell, row in zip(cells, rows):
                 cell.append(cell_of(row))
     return Grid(f"{table.name}. {view.title}", columns, cells, notes_of(comparison, view))
 
 
-def columns_of(comparison, measure, relative):
-    """(heading, row -> cell): ours, and beside it what was published, where anything was."""
+def measure_columns(comparison, measure, relative):
+    """(heading, row -> cell) of our numbers and, where the paper prints any, of the published ones."""
     entry = MEASURES[measure]
     heading = f"{entry.heading}, {entry.unit}" if entry.unit else entry.heading
     published = [row for row in comparison.table.rows_at(comparison.scale) if measure in row.published]
     if relative:
         yield f"{entry.heading} ÷ baseline", lambda row: relative_cell(comparison, row, measure)
         if len(published) > 1:
-            yield "the same, published", lambda row: published_ratio(comparison.table, row, measure)
+            yield "published ÷ baseline", lambda row: published_ratio_cell(comparison.table, row, measure)
         return
     yield heading, lambda row: value_cell(comparison, row, measure)
     if not published:
@@ -55,7 +54,8 @@ def columns_of(comparison, measure, relative):
         yield "ours − published", lambda row: distance_cell(comparison, row, measure)
 
 
-def labelled(comparison, row):
+def marked_label(comparison, row):
+    """A row's label, with a dagger where its records cannot be compared."""
     found = comparison.cells[row.name] + [record for record, _ in comparison.apart[row.name]]
     return row.label + (f" {DAGGER}" if any(not records.is_comparable(record) for record in found) else "")
 
@@ -63,7 +63,7 @@ def labelled(comparison, row):
 def value_cell(comparison, row, measure):
     values, entry = list(comparison.values(row.name, measure).values()), MEASURES[measure]
     if not values:
-        return nothing_because(comparison, row, entry)
+        return empty_cell(comparison, row, entry)
     mean = f"{statistics.fmean(values):,.{entry.digits}f}"
     if len(values) == 1:
         return f"{mean} (n = 1)"
@@ -73,7 +73,8 @@ def value_cell(comparison, row, measure):
     return f"{mean} ± {spread:,.{entry.digits}f} ({len(values)})"
 
 
-def nothing_because(comparison, row, entry):
+def empty_cell(comparison, row, entry):
+    """Why a row has no number of a measure."""
     if not comparison.cells[row.name]:
         return NOT_RUN
     has_any = any(entry.read(record) is not None for record in comparison.cells[row.name])
@@ -86,11 +87,11 @@ def relative_cell(comparison, row, measure):
         return "1"
     effect = effect_of(comparison, measure, row.name, row.baseline, "ratio")
     if effect is None:
-        return nothing_because(comparison, row, MEASURES[measure])
+        return empty_cell(comparison, row, MEASURES[measure])
     return f"{effect.mean:.3f}" + ("" if effect.low is None else f" [{effect.low:.3f}, {effect.high:.3f}]")
 
 
-def published_ratio(table, row, measure):
+def published_ratio_cell(table, row, measure):
     if not row.baseline:
         return "1"
     if measure not in row.published:
@@ -106,22 +107,20 @@ def distance_cell(comparison, row, measure):
 
 
 def notes_of(comparison, view):
-    """What a reader of the table must know."""
+    """Notes under a table: daggers, left-out times and runs, rows that were not run."""
     table, scale, notes = comparison.table, comparison.scale, []
     rows = table.rows_at(scale)
-    if any(DAGGER in labelled(comparison, row) for row in rows):
+    if any(DAGGER in marked_label(comparison, row) for row in rows):
         notes.append(f"{DAGGER} a text that is not the published data set, or routing that sees later characters")
     if view.relative:
         notes.append("ratio of geometric means, with its 95% interval")
     for measure in view.measures:
-        note = note_of_times(comparison, MEASURES[measure])
+        note = note_on_times(comparison, MEASURES[measure])
         notes += [note] if note else []
     for row in rows:
         for record, why in comparison.apart[row.name]:
-            seed, loss = (
-                record["config"]["seed"],
-                record["clean"]["best"]["nats"] if "clean" in record else record["nats"],
-            )
+            seed = record["config"]["seed"]
+            loss = record["clean"]["best"]["nats"] if "clean" in record else record["nats"]  # of a run or an analysis
             notes.append(f"not counted: {row.label}, seed {seed}, {loss:.4f} nats; {why}")
     missing = [row.label for row in rows if not comparison.cells[row.name]]
     if missing:
@@ -130,8 +129,8 @@ def notes_of(comparison, view):
     return notes
 
 
-def note_of_times(comparison, entry):
-    """How many runs' times are left out of a column, if any are."""
+def note_on_times(comparison, entry):
+    """How many runs a column of times leaves out, if any."""
     if not entry.timed:
         return ""
     runs = [record for of_row in comparison.cells.values() for record in of_row if entry.read(record) is not None]
@@ -142,173 +141,12 @@ def note_of_times(comparison, entry):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Speed
-
-TASKS = {  # task -> (title, heading of its time)
-    "train": ("Training: one update", "ms an update"),
-    "prefill": ("Reading a prompt of half the context", "ms a batch"),
-    "decode": ("Decoding: a step gives each sequence a character", "ms a step"),
-}
-
-
-def speed_grids(bench: dict) -> list[Grid]:
-    """Of a bench: a table a task that it measured, and one of what ran."""
-    grids = [task_grid(bench, task) for task in TASKS if bench_records.batch_sizes(bench, task)]
-    grids += [papers_grid(bench)] if bench_records.batch_sizes(bench, "papers") else []
-    return [*grids, what_ran_grid(bench)]
-
-
-def task_grid(bench, task):
-    """A row a batch size and model: time, ratio to dense, speed, how near the floor."""
-    title, time = TASKS[task]
-    found, batches = bench_records.measurements_of(bench), bench_records.batch_sizes(bench, task)
-    columns = ["time ÷ dense's", time]
-    columns += ["characters/s"] if batches == [1] or task == "train" else ["characters/s a sequence", "in total"]
-    columns.append("of the floor")
-    has_memory = any(one["peak_memory_bytes"] is not None for one in found.values())
-    columns += ["peak memory, MiB"] if has_memory else []
-    rows = []
-    for batch in batches:
-        for name, model in bench["models"].items():
-            if (name, task, batch) in found:
-                label = model["title"] + (f", batch {batch}" if len(batches) > 1 else "")
-                cells = speed_cells(found[name, task, batch])
-                rows.append([label, *(cells[column] for column in columns)])
-    counts = [one["seconds"]["n"] for one in found.values() if one["task"] == task]
-    notes = [f"n = {bench_records.from_to(counts)} timings each"]
-    notes += bench_records.note_of_references(bench) if task == "decode" else []
-    return Grid(f"Speed. {title}", ["model", *columns], rows, notes)
-
-
-def speed_cells(one):
-    """Heading -> cell, of one measurement."""
-    total, seconds, peak = one["tokens_per_second"], one["seconds"], one["peak_memory_bytes"]
-    return {
-        **{heading: bench_records.spread_text(seconds, 1000) for _, heading in TASKS.values()},
-        "time ÷ dense's": ratio_cell(one),
-        **dict.fromkeys(("characters/s", "in total"), f"{total:,.0f}"),
-        "characters/s a sequence": f"{total / one['batch_size']:,.0f}",
-        "of the floor": f"{one['floor']['seconds'] / seconds['median']:.1%}",
-        "peak memory, MiB": NOTHING if peak is None else f"{peak / 2**20:,.0f}",
-    }
-
-
-def papers_grid(bench):
-    """What the papers print, measured their way, beside theirs; last, their rows that the bench has no model for."""
-    found, table, size = (
-        bench_records.measurements_of(bench),
-        bench_records.PUBLISHED,
-        "" if bench["size"] == "paper" else " (paper size)",
-    )
-    columns = ["characters/s", "speed ÷ dense's", "training time ÷ dense's"]
-    theirs = ("characters/s", "speed ÷ baseline's", "training time ÷ baseline's")
-    columns += [f"published: {column}{size}" for column in theirs]
-    row_of = {name: bench_records.published_row(model) for name, model in bench["models"].items()}
-    rows = [
-        [model["title"], *papers_cells(found, name), *published_cells(row_of[name])]
-        for name, model in bench["models"].items()
-    ]
-    there = [row.name for row in row_of.values() if row]
-    alone = [row for row in table.rows if row.name not in there]
-    rows += [[f"{row.label}, published", *[NOTHING] * 3, *published_cells(row)] for row in alone]
-    counts = [one["seconds"]["n"] for one in found.values() if one["task"] == "papers"]
-    lengths = [one["tokens"] for one in found.values() if one["task"] == "papers"]
-    notes = [
-        f"n = {bench_records.from_to(counts)} texts of {bench_records.from_to(lengths)} characters; "
-        "training time: of the updates"
-    ]
-    notes += [f"published: {table.source}, one machine, n not told"]
-    notes += [f"{bench['models'][name]['title']}: published as {row.label}" for name, row in row_of.items() if row]
-    title = "Speed. The papers' way to write: eagerly, without a cache, one text at a time"
-    return Grid(title, ["model", *columns], rows, notes)
-
-
-def papers_cells(found, name):
-    """Of one model: speed of inference their way, the same over dense's, training time over dense's."""
-    wrote = found.get((name, "papers", 1))
-    trained = next((one for key, one in found.items() if key[:2] == (name, "train")), None)
-    total = f"{wrote['tokens_per_second']:,.1f}" if wrote else NOTHING
-    return [total, ratio_cell(wrote, bench_records.inverse_ratio), ratio_cell(trained)]
-
-
-def ratio_cell(one, turned=dict):
-    """The ratio of a measurement to dense's, which is 1 of itself."""
-    if one is None:
-        return NOTHING
-    return bench_records.spread_text(turned(one["ratio"])) if one["ratio"] else "1"
-
-
-def published_cells(row):
-    """Speed of inference, the same over the baseline's, and training time over the baseline's."""
-    if row is None:
-        return [NOTHING] * 3
-    ratios = [
-        published_ratio(bench_records.PUBLISHED, row, measure) for measure in ("inference_speed", "train_seconds")
-    ]
-    return [f"{row.published['inference_speed']:,.1f}", *ratios]
-
-
-def what_ran_grid(bench):
-    rows, checks = [], {}
-    for model in bench["models"].values():
-        counts, backend = model["parameters"], model["backend"]
-        seconds = [model["compile_seconds"][task] for task in ("train", "decode")]
-        compiling = " / ".join(NOTHING if value is None else f"{value:.1f}" for value in seconds)
-        cells = [f"{counts['total']:,}", f"{counts['active']:,}", backend["train"], backend["decode"], compiling]
-        rows.append([model["title"], *cells, str(len(model["checks"]))])
-        for check in model["checks"]:
-            checks.setdefault(check["what"], []).append(check)
-    notes = []
-    for what, of in checks.items():
-        worst = max(of, key=lambda check: check["error"] / check["limit"] if check["limit"] else 0)
-        notes.append(
-            f"checked, {what}: largest error {worst['error']:.1e}, allowed {worst['limit']:.0e} (n = {len(of)})"
-        )
-    columns = ["model", "parameters", "active per character", "training ran on", "decoding ran on"]
-    return Grid("Speed. What ran", [*columns, "compiling: training / decoding, s", "checks passed"], rows, notes)
-
-
-SPEED_COLUMNS = (
-    "size", "machine", "commit", "uncommitted_changes", "alone", "model", "title", "task", "batch_size", "characters",
-    "seconds", "seconds_p10", "seconds_p90", "n", "ratio", "ratio_p10", "ratio_p90", "ratio_n",
-    "characters_per_second", "floor_seconds", "peak_memory_bytes",
-)  # fmt: skip
-
-
-def speed_csv(benches: list[dict]) -> str:
-    """Every measurement, unrounded; what is not known is empty."""
-    lines = []
-    for bench in benches:
-        git, machine = bench["git"], records.machine_of(bench)
-        for one in bench["measurements"]:
-            ratio = one["ratio"] or dict.fromkeys(("median", "p10", "p90", "n"))
-            lines.append(
-                [
-                    bench["size"],
-                    machine,
-                    git["commit"],
-                    git["dirty"],
-                    bench_records.is_exclusive(bench),
-                    one["model"],
-                    bench["models"][one["model"]]["title"],
-                    one["task"],
-                    one["batch_size"],
-                    one["tokens"],
-                    *(one["seconds"][key] for key in ("median", "p10", "p90", "n")),
-                    *(ratio[key] for key in ("median", "p10", "p90", "n")),
-                    one["tokens_per_second"],
-                    one["floor"]["seconds"],
-                    one["peak_memory_bytes"],
-                ]
-            )
-    return written(SPEED_COLUMNS, lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # As text
 
 
 def markdown(grid: Grid) -> str:
+    """A table as Markdown, with the notes as a list below."""
+
     def line(cells):
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -352,7 +190,7 @@ CSV_COLUMNS = (
 
 
 def csv_of(comparisons: list[Comparison]) -> str:
-    """Every measure of every row, unrounded; what is not known is empty."""
+    """Every measure of every row, unrounded; unknown values are empty."""
     lines = []
     for comparison in comparisons:
         table = comparison.table
@@ -378,10 +216,10 @@ def csv_of(comparisons: list[Comparison]) -> str:
                         comparable,
                     ]
                 )
-    return written(CSV_COLUMNS, lines)
+    return csv_text(CSV_COLUMNS, lines)
 
 
-def written(columns, lines):
+def csv_text(columns, lines):
     """The text of a CSV file."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([columns, *lines])

@@ -13,7 +13,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.patches import Patch, Rectangle
 
-from papers.experiments import MEASURES, Comparison
+from papers.measures import MEASURES
+from papers.table import Comparison
 from report.axes import (
     legend_mark,
     new_figure,
@@ -50,7 +51,7 @@ RATIOS = {  # measure -> label of its axis, name in the caption
     "train_seconds": ("training time / baseline's\n(right of 1: slower)", "training time"),
     "inference_speed": (
         "inference speed / baseline's\n(left of 1: slower)",
-        "speed of inference (the papers' way: one sequence at a time, no cache)",
+        "inference speed (one sequence at a time, without a cache)",
     ),
 }
 
@@ -91,9 +92,10 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
     caption = caption_of_table(
         comparison,
         cells,
-        f"{' and '.join(RATIOS[measure][1] for measure in shown)} over that of {baseline_label(comparison, cells)}. "
-        "Filled: ratio of the geometric means with its 95% interval, where both have several runs.",
-        "Open: as published, for the paper's size and machine." if has_published else "",
+        f"{' and '.join(RATIOS[measure][1] for measure in shown)} divided by that of "
+        f"{baseline_label(comparison, cells)}. Filled: ratio of the geometric means, with its 95% "
+        "interval where both have several runs.",
+        "Open: published, for the paper's size and machine." if has_published else "",
         note_of_times(cells_of(comparison)),
     )
     spoken = []
@@ -125,7 +127,7 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
         axes.barh(y - 0.18, model.mean, height=0.32, color=BLUE)
         axes.errorbar(model.mean, y - 0.18, xerr=whiskers(*model[:3]), color=INK, **ERROR_BARS)
         axes.barh(y + 0.18, aux, left=model.mean, height=0.32, **counted)
-        axes.plot(model.mean + aux, y + 0.18, **MEASURED | {"linestyle": "-"})
+        axes.plot(model.mean + aux, y + 0.18, **MEASURED)
         text_beside(axes, f"{number(model.mean)} + {number(aux)}", y)  # no sum: rounding would often make it wrong
     pairs = [pair for cell in cells if (pair := published_pair(comparison, cell.row, "paper"))]
     gaps = sorted({round(ours - theirs, 6) for ours, theirs in pairs})
@@ -142,9 +144,9 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
     caption = caption_of_table(
         comparison,
         cells,
-        f"how far the validation loss with auxiliary losses counted in is from that of {baseline}, and what that "
-        "consists of. The papers' way: minimum over estimates from random batches. Whisker: 95% interval, paired over "
-        "the seeds that both have.",
+        f"validation loss with auxiliary losses counted in, minus the loss of {baseline}, split into the model's own "
+        "difference and the auxiliary losses. Sampled validation: minimum over estimates from random batches. Whisker: "
+        "95% interval, paired over the seeds that both have.",
         *(f"Dashed: the published gap of {gap} nats{at_their_size}." for gap in minus),
     )
     spoken = "; ".join(
@@ -195,9 +197,9 @@ def boundary_map(comparison: Comparison) -> Drawing | None:
     caption = caption_of_table(
         comparison,
         [cell for cell in cells_of(comparison) if difference(comparison, cell.row, "clean")],
-        "best validation loss of 4 experts minus that of the dense model of equal active FLOPs, over the whole "
-        "validation split, with its 95% interval. Every run reads equally many characters, so fewer unique ones are "
-        "more epochs.",
+        "best validation loss of 4 experts minus that of the dense model with equal active FLOPs, on the full "
+        "validation split, with its 95% interval. Every run reads equally many characters, so fewer unique characters "
+        "mean more epochs.",
     )
     spoken = "; ".join(
         f"{width} wide, {names[size]} characters {number(effect.mean, sign='+')}"
@@ -250,9 +252,9 @@ def differences(comparison: Comparison) -> Drawing | None:
     caption = caption_of_table(
         comparison,
         cells,
-        f"each row's {measure.heading} minus that of its baseline, with the 95% interval over seeds, where there are "
+        f"each row's {measure.heading} minus that of its baseline, with the 95% interval over seeds where there are "
         "several.",
-        "Open: as published, at the papers' size and by their measure." if handles else "",
+        "Open: published difference, at the paper's size and by the paper's own measure." if handles else "",
     )
     how = f"Dots of the difference to the baseline, {measure.unit}, with intervals."
     return Drawing(figure, caption, f"{how} {'; '.join(spoken)}.")

@@ -78,7 +78,7 @@ def spoken_rows(cells, texts) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Information
 
-ASKED = {  # title of a panel -> annotations: of several, the one that tells most
+ASKED = {  # title of a panel -> annotations: of several, the one that explains most
     "the character": ("character",),
     "+ place in\nthe word": ("place in the word",),
     "+ previous\ntwo": ("previous two",),
@@ -140,12 +140,15 @@ def information_by_row(comparison) -> Drawing | None:
     caption = caption_of_rows(
         comparison,
         cells,
-        "what tells a character's expert, as a share of H(expert), beyond chance, mean over layers. First panel: the "
-        f"character; others (+): what is added to it{topics and f', topic by the best of {topics}'}.",
-        "Large: mean of the seeds; small: one seed; hollow: frozen random routers on the same inputs, beyond "
-        "chance too. Each panel has its own axis.",
+        "how much annotations explain of a character's expert, as a share of H(expert), the entropy of the choice, "
+        "beyond chance, mean over layers. First panel: the character alone; others (+): what each annotation adds to "
+        f"the character{topics and f', topic by the best of {topics}'}.",
+        "Large: mean over seeds; small: one seed; hollow: frozen random routers on the same inputs, also beyond "
+        "chance. Each panel has its own axis.",
     )
-    return Drawing(figure, caption, f"Dots of what tells the expert. {spoken_rows(cells, spoken)}.")
+    return Drawing(
+        figure, caption, f"Dots of how much annotations explain of the choice of expert. {spoken_rows(cells, spoken)}."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +157,7 @@ def information_by_row(comparison) -> Drawing | None:
 
 @styled
 def stability_by_row(comparison) -> Drawing | None:
-    """Agreement with the final weights over training, and what the character tells: thin one seed, thick the mean."""
+    """Agreement with the final weights over training, and how much the character explains, row by row."""
     cells = with_numbers(comparison, lambda run: run["stability"] and run["stability"]["steps"] or None)
     if not cells:
         return None
@@ -183,16 +186,16 @@ def stability_by_row(comparison) -> Drawing | None:
         axes.set_xlabel("updates")
     agreement.set_ylim(0, 104)
     agreement.set_title("characters that have their final expert, %")
-    character.set_title("H(expert) that the character tells, %")
+    character.set_title("H(expert) that the character explains, %")
     if not handles:
         return None
     legend_below(figure, list(handles.values()), list(handles), grow=True)
     caption = caption_of_rows(
         comparison,
         cells,
-        "left, the share of characters whose expert in a snapshot is the one that they have in the analysed weights, "
-        "mean over layers; thin dashed: the agreement of two routers of these loads by chance. Right, the share of "
-        "H(expert) that the character tells. Thick: mean of the seeds; thin: one seed.",
+        "left, the share of characters that a snapshot sends to the same expert as the analysed weights, mean over "
+        "layers; thin dashed: the agreement that two routers with these loads have by chance. Right, the share of "
+        "H(expert), the entropy of the choice, that the character explains. Thick: mean over seeds; thin: one seed.",
         passes=True,
     )
     return Drawing(figure, caption, f"Curves of agreement with the analysed weights: {'; '.join(spoken)}.")
@@ -223,12 +226,13 @@ def ablation_by_row(comparison) -> Drawing | None:
     caption = caption_of_rows(
         comparison,
         cells,
-        "what a trained model's loss becomes, less what it was, when something is done to all its MoE layers at once, "
-        f"without training. {what[0].upper()}{what[1:]}. Large: mean of the seeds; small: one seed. Each panel has its "
-        "own axis.",
+        "how much a trained model's loss rises when all its MoE layers are changed at once, without further training. "
+        f"{what[0].upper()}{what[1:]}. Large: mean over seeds; small: one seed. Each panel has its own axis.",
         passes=True,
     )
-    return Drawing(figure, caption, f"Dots of the nats that an intervention costs. {spoken_rows(cells, spoken)}.")
+    return Drawing(
+        figure, caption, f"Dots of the rise in loss, in nats, after each intervention. {spoken_rows(cells, spoken)}."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,11 +259,11 @@ def load_by_row(comparison) -> Drawing | None:
         text_beside(axes, text, y, x=1.03)
         spoken.append(f"{cell.label} {text}")
     axes.set_xlim(0, 1)
-    axes.set_xlabel("experts in use (0: all characters to the same, 1: all experts have as much)")
+    axes.set_xlabel("experts in use (0: all characters go to the same, 1: equal shares)")
     caption = caption_of_rows(
         comparison,
         cells,
-        "how much of its experts each MoE layer of each seed uses at the end, (exp H(load) − k) / (E − k). Dashed: "
-        "below it a router counts as collapsed.",
+        "how much each MoE layer of each seed uses its experts at the end, (exp H(load) − k) / (E − k). Left of the "
+        "dashed line a router counts as collapsed.",
     )
     return Drawing(figure, caption, f"Dots of the experts in use, lowest to highest layer: {'; '.join(spoken)}.")

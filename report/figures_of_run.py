@@ -80,7 +80,7 @@ def load_curves(analysis) -> Drawing | None:
     panels[0].set_ylim(bottom=0)
     updates_axis(panels[0], steps[-1])
     panels[0].yaxis.set_major_locator(MaxNLocator(3))
-    parts[0].supylabel("share of the choices, %", fontsize=10.5)
+    parts[0].supylabel("share of choices, %", fontsize=10.5)
     legend_below(parts[0], [legend_mark(color=style.colour, linestyle=style.line) for style in styles], names)
     if has_choice:
         draw_utilisation(parts[1], layers, steps, used)
@@ -88,11 +88,11 @@ def load_curves(analysis) -> Drawing | None:
     counts = " or ".join(map(str, sorted({layer["n_expert"] for layer in layers})))
     caption = caption_of_run(
         analysis,
-        f"{'Above: the' if has_choice else 'The'} share of the choices that goes to each expert, in every evaluation "
-        f"during training; horizontal: an even share, 1/E, E = {counts}.",
-        "Below: how much of its experts a block uses, (exp H(load) − k) / (E − k), from 0, where all characters go to "
-        f"the same, to 1, where all experts have as much; below {records.COLLAPSED_BELOW:g} the router counts as "
-        "collapsed." if has_choice else "",
+        f"{'Above: the' if has_choice else 'The'} share of choices that goes to each expert, at every evaluation "
+        f"during training. Horizontal line: equal shares, 1/E, E = {counts}.",
+        "Below: how much each block uses its experts, (exp H(load) − k) / (E − k): 0 when all characters go to the "
+        f"same, 1 when all experts get equally many. Below {records.COLLAPSED_BELOW:g} the router counts as collapsed."
+        if has_choice else "",
         *map(analyses.collapse_text, analysis["collapsed"]),
         f"{len(steps)} evaluation{'' if len(steps) == 1 else 's'} on the validation split.",
         characters=0,
@@ -102,7 +102,7 @@ def load_curves(analysis) -> Drawing | None:
         + ("" if values is None else f" (uses {percent(values[-1])})")
         for layer, of_layer, values in zip(layers, loads, used)
     )
-    return Drawing(figure, caption, f"Curves of each expert's share of the choices. In the end: {last}.")
+    return Drawing(figure, caption, f"Curves of each expert's share of the choices. At the end: {last}.")
 
 
 def utilisations(layer, loads) -> list[float] | None:
@@ -127,7 +127,7 @@ def draw_utilisation(figure, layers, steps, used) -> None:
             handles += axes.plot(steps, values, **row_style(index).curve, markersize=3.5, label=block_name(layer))
     axes.set_ylim(0, 1.04)
     updates_axis(axes, steps[-1])
-    axes.set(xlabel="updates", ylabel="experts in use\n(1: all, equally)")
+    axes.set(xlabel="updates", ylabel="experts in use\n(1: equal shares)")
     if len(handles) <= MOST_NAMED:
         place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "labelspacing": 0.25}
         axes.legend(handles=handles, ncols=math.ceil(len(handles) / 8), **place)
@@ -135,7 +135,7 @@ def draw_utilisation(figure, layers, steps, used) -> None:
 
 @styled
 def stability_curves(analysis) -> Drawing | None:
-    """When routing settles: agreement with the final weights, changes per update, and what the character tells."""
+    """When routing settles: agreement with the final weights, changes per update, and what the character explains."""
     found, layers = analysis["stability"], analysis["layers"]
     if not found or not found["steps"] or not layers:
         return None
@@ -158,7 +158,7 @@ def stability_curves(analysis) -> Drawing | None:
     agreement.set_ylim(0, 104)
     agreement.set_ylabel("characters that have\ntheir final expert, %")
     churn.set_ylabel("characters that change\nexpert, % per update")
-    character.set_ylabel("share of H(expert) that\nthe character tells, %")
+    character.set_ylabel("share of H(expert) that\nthe character explains, %")
     churn.set_xlabel("updates")
     character.set_xlabel("updates")
     corner.axis("off")
@@ -170,10 +170,11 @@ def stability_curves(analysis) -> Drawing | None:
     apart = sorted({later - step for step, later in zip(steps, steps[1:])})
     caption = caption_of_run(
         analysis,
-        "When does the routing settle? Above left: the share of characters whose expert in a snapshot is the one that "
-        "they have in the analysed weights; thin dashed: what two routers of these loads would agree in by chance. "
-        "Right: the share whose expert differs from the one in the snapshot before, per update in between, so that a "
-        "character that changes twice counts at most once. Below: the share of H(expert) that the character tells.",
+        "When does the routing settle? Above left: the share of characters that a snapshot sends to the same expert as "
+        "the analysed weights; thin dashed: the agreement that two routers with these loads have by chance. Right: the "
+        "share of characters that changed expert since the previous snapshot, divided by the updates in between; a "
+        "character that changes twice counts at most once. Below: the share of H(expert), the entropy of the choice, "
+        "that the character explains.",
         f"{len(steps)} snapshots" + (f", {apart[0]} updates apart." if len(apart) == 1 else "."),
         characters=analysis["passes"],
     )
@@ -213,14 +214,14 @@ def ablation_costs(analysis) -> Drawing | None:
     trained_with = " or ".join(map(str, sorted({layer["k"] for layer in analysis["layers"]})))
     caption = caption_of_run(
         analysis,
-        "What it costs, in nats per character, to take a trained model's experts away. Above: each expert alone, "
-        "against the share of characters whose main expert it was; they go to their next best one; horizontal: no cost."
+        "How much a trained model's loss rises, in nats per character, when its routing is changed. Above: one expert "
+        "is removed, against the share of characters whose main expert it was; they go to their next best one."
         if removed
         else "",
-        "Below: all layers at once. Shuffled: choices and gates are dealt out anew among a batch's characters, without "
-        "relation to the text; hash: a balanced table of the character that was never trained; commonest: a table of "
-        "the trained router's own favourites; k: so many experts for each character, by a model trained with "
-        f"{trained_with}." if everywhere else "",
+        "Below: all layers at once. Shuffled: choices and gates are permuted among a batch's characters. Hash: a "
+        "balanced table from characters to experts that was never trained. Commonest: a table of the trained router's "
+        f"most frequent choices. k: this many experts for each character; the model was trained with {trained_with}."
+        if everywhere else "",
         "Whisker: standard error over windows.",
         characters=analysis["passes"],
     )  # fmt: skip
@@ -229,7 +230,7 @@ def ablation_costs(analysis) -> Drawing | None:
         costs = [one["nats"] for one in of]
         low, high = (number(value, 3, "+") for value in (min(costs), max(costs)))
         spoken.append(f"one expert of {block_name(layer)} {low} to {high}")
-    return Drawing(figure, caption, f"Dots of the nats that an intervention costs: {', '.join(spoken)}.")
+    return Drawing(figure, caption, f"Dots of the rise in loss, in nats, after each intervention: {', '.join(spoken)}.")
 
 
 def in_all_layers(ablations) -> dict[str, dict]:
@@ -304,7 +305,7 @@ def gradient_cosines(analysis) -> Drawing | None:
         "features (narrow bar)." if pulls else "",
         f"{right} mean cosine of the gradients that two characters of different "
         "sequences send to the weights of the MLP or expert that serves both, ± standard error; hollow: chance, with "
-        "errors dealt out anew among all characters there. The lower, the more they conflict." if blocks else "",
+        "errors permuted among all characters there. A lower cosine is more conflict." if blocks else "",
         "Batches of the training text.",
         characters=0,
     )  # fmt: skip

@@ -68,7 +68,7 @@ class Order(NamedTuple):
 def order_of(analysis) -> Order | None:
     """The order of the characters: by class, then by expert, then by the expert's share.
 
-    The experts are those of the layer about which the character tells most. None where no character is common enough.
+    The experts are those of the layer whose choice the character explains best. None where all characters are rare.
     """
     by = max(analysis["layers"], key=lambda layer: net(layer["about"]["character"], layer) or 0)
     counts_VE = np.array(by["counts"])
@@ -123,18 +123,18 @@ def expert_map(analysis) -> Drawing | None:
     add_heading(figure, analysis)
     caption = caption_of_run(
         analysis,
-        "Which expert is a character's? Opacity: the share of a character's occurrences whose first choice the expert "
-        "is, in steps of 5%; a row adds up to 100%. Under a block's name: the share of H(expert) that the character "
-        "tells, beyond chance; a fixed table of characters would have 100%. All blocks have the same order of rows: "
-        f"classes, in a class the commonest expert in {block_name(order.by)}, then its share. Shown are "
-        f"{rows} characters that occur at least {AT_LEAST} times"
+        "Which expert does each character go to? Opacity: the share of a character's occurrences whose first choice is "
+        "the expert, in steps of 5%; a row adds up to 100%. Under each block's name: the share of H(expert), the "
+        "entropy of the choice, that the character explains beyond chance; for a fixed table of characters it is 100%. "
+        f"All blocks show the same order of rows: by class, then by the commonest expert in {block_name(order.by)}, "
+        f"then by its share. Shown are {rows} characters that occur at least {AT_LEAST} times"
         + (", the most frequent." if rows == MOST_CHARACTERS else "."),
     )
     spoken = ", ".join(f"{block_name(layer)} {share}" for layer, share in zip(layers, told))
     counts_RE = np.array([order.by["counts"][i] for i in order.symbols])
     alone = int((counts_RE.max(axis=1) >= 0.9 * counts_RE.sum(axis=1)).sum())
     alt = (
-        f"Heat map of {rows} characters by expert. The character tells of the expert: {spoken}. In "
+        f"Heat map of {rows} characters by expert. The character explains of the choice of expert: {spoken}. In "
         f"{block_name(order.by)} {alone} of the characters go to one expert at least nine times out of ten."
     )
     return Drawing(figure, caption, alt)
@@ -200,7 +200,7 @@ def information_bars(analysis) -> Drawing | None:
     labels = list(dict.fromkeys(one.label for _, entries in explained for one in entries))
     alone = sum(label in ALONE.values() for label in labels)
     handles = [Patch(color=SKY), legend_mark(**CONTROL), legend_mark(**TABLE), legend_mark(**DOTTED)]
-    names = ["learned router", "random router", "table of characters", "all that is left"]
+    names = ["learned router", "random router", "table of characters", "left open"]
     figure = new_figure(0.5 + (0.55 + 0.24 * len(labels)) * rows_of_panels(len(explained)) + legend_height(names))
     panels = block_panels(figure, len(explained), "% of H(expert)", sharex=True, sharey=True)
     for panel, (layer, entries) in zip(panels, explained):
@@ -227,15 +227,20 @@ def information_bars(analysis) -> Drawing | None:
     draws = [control["draws"] for layer, _ in explained for control in layer["frozen"]["about"].values()]
     caption = caption_of_run(
         analysis,
-        "What tells a character's expert? Bar and number: mutual information with the learned router's first choice as "
-        "a share of its entropy H(expert), corrected for bias, less what relabelled text gives. Above the line: the "
-        "character alone; below (+): what is added to it, at most what it leaves open of the learned router (dotted). "
-        "Hollow circle: a frozen random router on the same inputs; diamond: a balanced table of the characters (mean "
-        f"of {draws[0] if draws else 0} draws each, beyond chance too).",
+        "What explains a character's expert? Bar and number: mutual information between an annotation and the learned "
+        "router's first choice, as a share of the choice's entropy H(expert), corrected for bias, minus the same for "
+        "relabelled text. Above the line: the character alone. Below (+): what an annotation adds to the character, at "
+        "most the part that the character leaves open (dotted). Hollow circle: a frozen random router on the same "
+        "inputs; diamond: a balanced table of the characters (both also beyond chance, mean of "
+        f"{draws[0] if draws else 0} draws).",
     )
     spoken = "; ".join(
         f"{block_name(layer)}: "
         + ", ".join(f"{one.label} {percent(one.learned)} (random {percent(one.random)})" for one in entries)
         for layer, entries in explained
     )
-    return Drawing(figure, caption, f"Bars of what tells the expert, as a share of its entropy. {spoken}.")
+    return Drawing(
+        figure,
+        caption,
+        f"Bars of how much annotations explain of the choice of expert, as a share of its entropy. {spoken}.",
+    )

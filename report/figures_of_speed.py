@@ -1,4 +1,4 @@
-"""The picture of a bench: how long each model takes over the dense one, beside what was published.
+"""The picture of a bench: each model's time divided by the dense model's, beside the published ratios.
 
     drawing = relative_time(bench)                      # of a record that bench_records.py reads; None without a ratio
     path.write_text(style.svg(drawing.figure))
@@ -12,6 +12,7 @@ import math
 
 from report.axes import panels_of, row_axis, rows_height, text_above, text_beside, whiskers
 from report.captions import number
+from report.speed_cells import PUBLISHED, bench_headline, published_ratios
 from report.style import ERROR_BARS, INK, ZERO, Drawing, row_style, styled
 from run import records
 from speed import bench_records
@@ -30,8 +31,7 @@ MOST_TICKS = 6
 
 @styled
 def relative_time(bench: dict) -> Drawing | None:
-    """Time over that of the dense model in the same bench: of an update, and of a step of decoding by batch size.
-    bench: a record that bench_records.py reads."""
+    """Time divided by the dense model's in the same bench: for an update, and for a step of decoding by batch size."""
     places = [(task, batch) for task in ("train", "decode") for batch in bench_records.batch_sizes(bench, task)]
     found = {
         key: one["ratio"]
@@ -56,21 +56,21 @@ def relative_time(bench: dict) -> Drawing | None:
         row_axis(panel, labels)
     n = bench_records.from_to(ratio["n"] for ratio in found.values())
     sentences = [
-        f"Time over that of {bench['models'][bench_records.DENSE]['title']} (the line at 1) in the same bench: "
-        "of one update, and of one step of decoding, which gives each sequence a character. Logarithmic axes.",
-        f"Mark: median of n = {n} pairs that were timed in turn; whisker: their 10th to 90th "
+        f"Time divided by that of {bench['models'][bench_records.DENSE]['title']} (the line at 1) in the same bench: "
+        "for one update, and for one step of decoding, which adds a character to each sequence. Logarithmic axes.",
+        f"Mark: median of n = {n} pairs timed in turn; whisker: their 10th to 90th "
         "percentile." + (" Arrow: beyond the axis." if beyond else ""),
-        f"Grey: the MoE variants of {bench_records.PUBLISHED.source}, for the papers' size and machine; their "
+        f"Grey: the MoE variants of {PUBLISHED.source}, at the papers' size, on their machine; their "
         "inference is eager, one text at a time, without a cache.",
         *bench_records.note_of_references(bench),
         *bench_records.doubts(bench),
-        f"{bench_records.about(bench)}; {records.machine_of(bench)}.",
+        f"{bench_headline(bench)}; {records.machine_of(bench)}.",
     ]
     spoken = []
     for label, name in zip(labels, names):
         here = [(found[name, *place]["median"], place_of(*place)) for place in places if (name, *place) in found]
         spoken.append(f"{label} " + ", ".join(f"{bench_records.significant(ratio)} ({place})" for ratio, place in here))
-    return Drawing(figure, " ".join(sentences), f"Marks of time over the dense model's. {'; '.join(spoken)}.")
+    return Drawing(figure, " ".join(sentences), f"Marks of time divided by the dense model's. {'; '.join(spoken)}.")
 
 
 def place_of(task, batch) -> str:
@@ -78,7 +78,7 @@ def place_of(task, batch) -> str:
 
 
 def edges_of(found, task) -> list[float]:
-    """What the panels of one task must have room for. References, which may be far slower, get an arrow instead."""
+    """Ratios that the panels of one task have room for. References may be far slower and get an arrow instead."""
     ratios = [
         ratio for key, ratio in found.items() if key[1] == task and not key[0].startswith(bench_records.REFERENCE)
     ]
@@ -86,10 +86,10 @@ def edges_of(found, task) -> list[float]:
 
 
 def published_times(task) -> list[float]:
-    """MoE over baseline, of the paper that prints times."""
+    """MoE divided by baseline, from the paper that prints times."""
     if task == "train":
-        return list(bench_records.published_ratios("train_seconds").values())
-    return [1 / ratio for ratio in bench_records.published_ratios("inference_speed").values()]
+        return list(published_ratios("train_seconds").values())
+    return [1 / ratio for ratio in published_ratios("inference_speed").values()]
 
 
 def draw_published(axes, ratios) -> None:
@@ -99,7 +99,7 @@ def draw_published(axes, ratios) -> None:
 
 
 def draw_ratio(axes, y, ratio, style) -> bool:
-    """A bench's ratio with its percentiles; whether it is beyond the axis."""
+    """Draws a ratio with its percentiles. -> whether it is beyond the axis"""
     low, high = axes.get_xlim()
     beyond = not low < ratio["median"] < high
     if beyond:
@@ -113,7 +113,7 @@ def draw_ratio(axes, y, ratio, style) -> bool:
 
 
 def ratio_axis(axes, ratios) -> None:
-    """A logarithmic x axis that has 1 and these in it, and a few ticks."""
+    """A logarithmic x axis with a few ticks that includes 1 and these ratios."""
     low, high = min(*ratios, 0.9), max(*ratios, 1.1)  # so that a small difference looks small
     margin = (high / low) ** 0.06
     low, high = low / margin, high * margin

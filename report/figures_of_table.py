@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from papers.experiments import MEASURES, Comparison
+from papers.measures import MEASURES
+from papers.table import Comparison
 from report.axes import bits_axis, legend_in, legend_mark, new_figure, panels_of, thousands, x_axis
 from report.captions import caption_of_table, cells_of, exclusive, note_of_times, number, unit_of
 from report.style import ERROR_BARS, INK, ONE_SEED, Drawing, row_style, styled
@@ -97,8 +98,8 @@ def loss_curves(comparison: Comparison) -> Drawing | None:
     caption = caption_of_table(
         comparison,
         cells,
-        "cross-entropy over the whole validation split, during training. Line: mean of the seeds; band: lowest to "
-        "highest seed. The axis leaves out the first steps, which begin near "
+        "cross-entropy on the full validation split during training. Line: mean over seeds; band: lowest to highest "
+        "seed. The axis leaves out the first steps, where the loss starts near "
         f"{max(curve.mean[0] for curve in curves):.1f} nats.",
         note_of_times(cells),
     )
@@ -130,7 +131,7 @@ def curves_of_runs(labelled: Mapping[str, Sequence[dict]]) -> Drawing | None:
     axes.set_xlim(left=0)
     bits_axis(axes, "character")
     legend_in(figure, None, handles, [f"{label} (n = {len(runs)})" for label, runs in labelled.items()])
-    caption = "Cross-entropy over the whole validation split. Thin: one seed; thick: mean; dotted: on training batches."
+    caption = "Cross-entropy on the full validation split. Thin: one seed; thick: mean; dotted: on training batches."
     axes.set_title(caption, fontsize=8.5, loc="left")
     return Drawing(figure, caption, "Curves of validation loss against updates.")
 
@@ -168,8 +169,8 @@ def loss_against_cost(comparison: Comparison) -> Drawing | None:
     caption = caption_of_table(
         comparison,
         cells,
-        "lowest cross-entropy over the whole validation split against what a model costs. Small: one seed; large: mean "
-        "± sample SD. Lower left is better. Rows of nearly equal parameters stand side by side.",
+        "best cross-entropy on the full validation split against parameters and training time. Small: one seed; large: "
+        "mean ± sample SD. Lower left is better. Rows with nearly equal parameters are drawn side by side.",
         note_of_times(cells),
     )
     spoken = []
@@ -260,16 +261,16 @@ def load_over_training(comparison: Comparison) -> Drawing | None:
     panels[0, 0].xaxis.set_major_formatter(thousands)
     panels[0, 0].yaxis.set_major_locator(MaxNLocator(3))
     figure.supxlabel("updates", fontsize=10.5)
-    figure.supylabel("share of the choices, %", fontsize=10.5)
+    figure.supylabel("share of choices, %", fontsize=10.5)
     counts = " or ".join(map(str, sorted({len(layer) for end in ends for layer in end})))
     seeds = ", ".join(map(str, sorted({cell.runs[0]["config"]["seed"] for cell in cells})))
     caption = caption_of_table(
         comparison,
         cells,
-        "share of the validation split's choices that goes to each expert (one line each), by MoE layer, during "
-        f"training. Horizontal: an even share, 1/E, E = {counts}. Seed {seeds} alone, for an expert's number means "
-        "nothing in another seed.",
+        "share of the router's choices that goes to each expert (one line each) on the validation split, by MoE layer, "
+        f"during training. Horizontal line: equal shares, 1/E, E = {counts}. Only seed {seeds} is shown, because "
+        "expert numbers do not correspond between seeds.",
     )
     shares = [[100 * share for layer in end for share in layer] for end in ends]
     spoken = ", ".join(f"{cell.label} {min(of):.0f}% to {max(of):.0f}%" for cell, of in zip(cells, shares))
-    return Drawing(figure, caption, f"Curves of each expert's share of the choices. In the end: {spoken}.")
+    return Drawing(figure, caption, f"Curves of each expert's share of the choices. At the end: {spoken}.")

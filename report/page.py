@@ -1,11 +1,11 @@
-"""Blocks -> one HTML page that needs nothing beside it: no network, no script, no file.
+"""Writes blocks as one HTML page that needs no network, no script and no other file.
 
-    page("What held", [Text("**12** of 31 claims held.")], [Section("B", [Grid(...), Picture(...), Ruling(...)])])
+    page("What held", [Paragraph("**12** of 31 claims held.")], [Section("B", [Grid(...), Picture(...), Ruling(...)])])
 
-It reads on a phone, a desktop and paper, in light and dark; the same blocks give the same bytes. Every text may hold
-`code` in backticks and **bold** (not the page's title, ids and alt); all else is escaped. The sections' rulings are
-also counted and listed at the top. Pictures keep their size unless the page is narrower: 5 inches wide with letters of
-11 points stay readable on a phone; one without colours of its own for dark (prefers-color-scheme) stands on white.
+The page suits phones, desktops and paper, in light and dark. The same blocks give the same bytes. Texts may hold `code`
+in backticks and **bold** (not the page's title, ids and alt); everything else is escaped. Rulings are also counted and
+listed at the top. Pictures keep their size unless the page is narrower: 5 inches wide with letters of 11 points stay
+readable on a phone. A picture without colours for dark mode (prefers-color-scheme) stands on white.
 """
 
 import base64
@@ -13,72 +13,15 @@ import itertools
 import re
 from collections import Counter
 from html import escape
-from typing import NamedTuple
 
+from report.blocks import Grid, Paragraph, Passage, Picture, Ruling, Section
+from report.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
 from support.palette import EXPERT_COLOURS, PAPER, PAPER_ON_DARK
-
-
-class Text(NamedTuple):
-    """A paragraph."""
-
-    text: str
-
-
-class Grid(NamedTuple):
-    """A table. The first column are labels, the others numbers; a line break within a cell is kept."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    notes: list[str] = []
-
-
-class Picture(NamedTuple):
-    """An SVG file's text. The caption stands alone; alt says what is seen, for those who do not see it."""
-
-    svg: str
-    caption: str
-    alt: str
-
-
-class Passage(NamedTuple):
-    """A text, each character on the colour of its expert, and a legend."""
-
-    title: str
-    text: str
-    experts: list[int | None]  # of each character; None: no expert
-    n_expert: int
-
-
-class Ruling(NamedTuple):
-    """A claim and its verdict. `effect` is the line that decides, short enough for the list at the top."""
-
-    id: str
-    status: str  # a key of STATUSES
-    sentence: str
-    effect: str = ""
-    source: str = ""
-    details: list[str] = []
-    notes: list[str] = []
-    provisional: bool = False  # told wherever the verdict is
-
-
-class Folded(NamedTuple):
-    """What few readers need, behind a line to unfold; open on paper where the browser can do that."""
-
-    title: str
-    blocks: list
-
-
-class Section(NamedTuple):
-    title: str
-    blocks: list
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Colours and shapes
 
-# Text in any of these colours on `paper` or on `panel` has a contrast of 4.5 or more (WCAG AA; tests/test_report.py).
+# Text in any of these colours on `paper` or on `panel` has a contrast of 4.5 or more (WCAG AA; tests/test_page.py).
 # The verdicts' hues are of those that colour-blind readers tell apart; their words and shapes do not need them.
 LIGHT = {
     "paper": PAPER,
@@ -89,7 +32,7 @@ LIGHT = {
     "link": "#0b57a4",
     "held": "#00664b",
     "failed": "#a33a00",
-    "noise": "#5f3f97",
+    "undecided": "#5f3f97",
     "unrun": "#535b63",
 }
 DARK = {
@@ -101,28 +44,28 @@ DARK = {
     "link": "#8fbcf2",
     "held": "#5fcba5",
     "failed": "#ff9d66",
-    "noise": "#c5b0f2",
+    "undecided": "#c5b0f2",
     "unrun": "#aab2b9",
 }
 
 
 # status -> (its colour, its shape in a box of 16 × 16)
-STATUSES = {
-    "held": (
+LOOKS = {
+    HELD: (
         "held",
         '<circle cx="8" cy="8" r="7.5" fill="currentColor"/>'
         '<path d="M4.3 8.4l2.6 2.6 4.8-5.6" fill="none" stroke="var(--paper)" stroke-width="2"/>',
     ),
-    "did not hold": (
+    NOT_HELD: (
         "failed",
         '<path d="M1 1h14v14H1z" fill="currentColor"/>'
         '<path d="M4.7 4.7l6.6 6.6m0-6.6l-6.6 6.6" stroke="var(--paper)" stroke-width="2"/>',
     ),
-    "within noise": (
-        "noise",
+    UNDECIDED: (
+        "undecided",
         '<path d="M1 6.2q3.5-4.4 7 0t7 0M1 11.4q3.5-4.4 7 0t7 0" fill="none" stroke="currentColor" stroke-width="2"/>',
     ),
-    "not run": (
+    NOT_RUN: (
         "unrun",
         '<circle cx="8" cy="8" r="6.5" fill="none" stroke="currentColor" stroke-width="2" stroke-dasharray="3 2.1"/>',
     ),
@@ -136,7 +79,7 @@ def _variables(palette):
 COLOURS = f"""
 :root {{ color-scheme: light; {_variables(LIGHT)}}}
 @media screen and (prefers-color-scheme: dark) {{ :root {{ color-scheme: dark; {_variables(DARK)}}} }}
-{"".join(f".{colour} {{ --status: var(--{colour}); }} " for colour, _ in STATUSES.values())}
+{"".join(f".{colour} {{ --status: var(--{colour}); }} " for colour, _ in LOOKS.values())}
 {"".join(f".e{number} {{ background: {colour}; }} " for number, colour in enumerate(EXPERT_COLOURS))}
 """
 
@@ -230,9 +173,6 @@ figcaption { max-width: 44rem; margin-top: .6rem; }
 .details { font-size: .9375rem; }
 .details li { padding-left: 1rem; text-indent: -1rem; }
 
-details { margin: 1rem 0 2rem; }
-summary { cursor: pointer; color: var(--link); padding: .3rem 0; }
-details p { margin: .5rem 0; }
 :target { background: var(--panel); }
 
 @media (max-width: 40rem) {
@@ -268,7 +208,7 @@ details p { margin: .5rem 0; }
   body { padding: 0; max-width: none; }
   a { color: inherit; text-decoration: none; }
   nav ul { columns: 2; }
-  h2, h3, caption, .group, summary { break-after: avoid; page-break-after: avoid; }
+  h2, h3, caption, .group { break-after: avoid; page-break-after: avoid; }
   figure, tr, .ruling, .counts { break-inside: avoid; page-break-inside: avoid; }
   .notes { break-before: avoid; page-break-before: avoid; }
   p, li { orphans: 3; widows: 3; }
@@ -280,7 +220,6 @@ details p { margin: .5rem 0; }
   th, td { padding: .25rem .35rem; }
   img { max-height: 200mm; margin: 0; }
   :target { background: none; }
-  details::details-content { content-visibility: visible; height: auto; }
 }
 """
 
@@ -290,7 +229,7 @@ details p { margin: .5rem 0; }
 
 
 class _Sheet:
-    """What is counted while a page is written."""
+    """Anchors, figure numbers and rulings of the page that is being written."""
 
     def __init__(self):
         self.anchors = set()
@@ -298,7 +237,7 @@ class _Sheet:
         self.rulings = []  # (ruling, its anchor)
 
     def anchor(self, text):
-        """A place's name, of letters, digits and hyphens; each is given out once."""
+        """A new id for a place on the page, of letters, digits and hyphens."""
         name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "part"
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         name = next(free for free in names if free not in self.anchors)
@@ -307,7 +246,7 @@ class _Sheet:
 
 
 def _code(escaped):
-    """Browsers break lines after any hyphen: the two of an option stay with its first letter."""
+    """Keeps the hyphens of an option with its first letter, for browsers break lines after any hyphen."""
     return "<code>" + re.sub(r"(?<![\w-])--?\w", r"<span>\g<0></span>", escaped) + "</code>"
 
 
@@ -333,7 +272,7 @@ def _lines(kind, lines):
     return f'<ul class="{kind}">' + "".join(f"<li>{_inline(line)}</li>" for line in lines) + "</ul>\n"
 
 
-def _text(block, sheet):
+def _paragraph(block, sheet):
     return f"<p>{_inline(block.text)}</p>\n"
 
 
@@ -367,7 +306,7 @@ def _picture(block, sheet):
 
 
 def _shape_and_word(status):
-    return f'<svg viewBox="0 0 16 16" aria-hidden="true">{STATUSES[status][1]}</svg>{status}'
+    return f'<svg viewBox="0 0 16 16" aria-hidden="true">{LOOKS[status][1]}</svg>{status}'
 
 
 def _verdict(ruling):
@@ -378,7 +317,7 @@ def _ruling(block, sheet):
     anchor = sheet.anchor(f"claim {block.id}")
     sheet.rulings.append((block, anchor))
     return (
-        f'<article class="ruling {STATUSES[block.status][0]}" id="{anchor}">\n'
+        f'<article class="ruling {LOOKS[block.status][0]}" id="{anchor}">\n'
         f'<h3><a href="#{anchor}">{escape(block.id)}</a> {_inline(block.sentence)}</h3>\n'
         f'<p><span class="verdict">{_verdict(block)}</span> '
         f'<span class="effect">{_inline(block.effect)}</span></p>\n'
@@ -402,14 +341,10 @@ def _passage(block, sheet):
     )
 
 
-def _folded(block, sheet):
-    return f"<details><summary>{_inline(block.title)}</summary>\n{_blocks(block.blocks, sheet)}</details>\n"
+WRITERS = {Paragraph: _paragraph, Grid: _grid, Picture: _picture, Passage: _passage, Ruling: _ruling}
 
 
-WRITERS = {Text: _text, Grid: _grid, Picture: _picture, Passage: _passage, Ruling: _ruling, Folded: _folded}
-
-
-def _blocks(blocks, sheet):
+def _html_of(blocks, sheet):
     return "".join(WRITERS[type(block)](block, sheet) for block in blocks)
 
 
@@ -428,21 +363,21 @@ HEAD = """<!doctype html>
 
 
 def _counts(rulings):
-    """How many claims got which verdict, and how many of those from too few seeds."""
+    """How many claims got each verdict, and how many of those are provisional."""
     counts = Counter(ruling.status for ruling, _ in rulings)
     provisional = Counter(ruling.status for ruling, _ in rulings if ruling.provisional)
     items = "".join(
         f'<li class="{colour}"><b>{counts[status]}</b> <span class="verdict">{_shape_and_word(status)}</span>'
         + (f" <small>{provisional[status]} provisional</small>" if provisional[status] else "")
         + "</li>\n"
-        for status, (colour, _) in STATUSES.items()
+        for status, (colour, _) in LOOKS.items()
     )
     return f'<ul class="counts" aria-label="Verdicts">\n{items}</ul>\n' if rulings else ""
 
 
 def _overview_rows(rulings):
     return "".join(
-        f'<tr class="{STATUSES[ruling.status][0]}"><th scope="row"><a href="#{anchor}">{escape(ruling.id)}</a></th>'
+        f'<tr class="{LOOKS[ruling.status][0]}"><th scope="row"><a href="#{anchor}">{escape(ruling.id)}</a></th>'
         f'<td class="claim">{_inline(ruling.sentence)}</td>'
         f'<td class="verdict">{_verdict(ruling)}</td>'
         f'<td class="effect">{_inline(ruling.effect)}</td></tr>\n'
@@ -465,15 +400,15 @@ def _overview(groups, anchor):
 
 
 def page(title: str, lead: list, sections: list[Section]) -> str:
-    """The whole page. `lead` are the blocks under the title: what a reader with one minute should know."""
+    """The whole page. lead: the blocks under the title, for a reader with one minute."""
     sheet = _Sheet()
     overview = sheet.anchor(OVERVIEW)
     anchors = [sheet.anchor(section.title) for section in sections]
-    opening = _blocks(lead, sheet)
+    opening = _html_of(lead, sheet)
     contents, groups, body = [], [], []
     for section, anchor in zip(sections, anchors):
         before = len(sheet.rulings)
-        blocks = _blocks(section.blocks, sheet)
+        blocks = _html_of(section.blocks, sheet)
         body.append(f'<section><h2 id="{anchor}">{_inline(section.title)}</h2>\n{blocks}</section>\n')
         contents.append((section.title, anchor))
         if sheet.rulings[before:]:

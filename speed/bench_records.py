@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from papers.experiments import SCALES, TABLES, Row
 from run import records
 from run.records import machine_of
 from run.settings import Config
@@ -28,7 +27,6 @@ WAY_OUT = "make it again with bench.py"
 DENSE = "dense"  # the model that ratios are to
 REFERENCE = "reference"  # begins the names of models that run as in a plain eager script
 TASKS = {"train": "training", "prefill": "reading the prompt", "decode": "decoding", "papers": "the papers' protocol"}
-PUBLISHED = TABLES["B"]  # the paper that prints times
 WORSE_RATIO, WORSE_TIME = 1.10, 1.25  # a median that grew by such a factor may count as slower: see slower
 FEWEST = 10  # timings of a measurement that can be compared
 SIZE_OF_A_BATCH = ("batch_size", "block_size", "gradient_accumulation_steps")
@@ -88,19 +86,6 @@ def batch_sizes(record, task) -> list[int]:
 def inverse_ratio(ratio) -> dict:
     """The ratio of speeds, from a ratio of times."""
     return {"median": 1 / ratio["median"], "p10": 1 / ratio["p90"], "p90": 1 / ratio["p10"], "n": ratio["n"]}
-
-
-def about(record) -> str:
-    """Size, shape and commit, in a line: "CPU size: 4 layers, 128 wide, context 64, commit 0123456"."""
-    size, config, commit = size_title(record), config_of(record["models"][DENSE]), record["git"]["commit"]
-    shape = f"{config.n_layer} layers, {config.n_embd} wide, context {config.block_size}"
-    return f"{size[0].upper()}{size[1:]}: {shape}, " + (f"commit {commit[:7]}" if commit else "commit not known")
-
-
-def size_title(record) -> str:
-    """'CPU size'"""
-    size = record["size"]
-    return SCALES[size].title.partition(":")[0] if size in SCALES else f"size {size}"
 
 
 def doubts(record) -> list[str]:
@@ -167,25 +152,6 @@ def cpu_share(record):
 
 def config_of(model) -> Config:
     return Config.from_dict(model["config"])
-
-
-def published_row(model) -> Row | None:
-    """The row of the paper's table whose model is of this one's kind, if there is one."""
-    ours = kind_of(config_of(model))
-    return next((row for row in PUBLISHED.rows if kind_of(row.config_at("paper")) == ours), None)
-
-
-def kind_of(config):
-    """What tells the rows of the paper's table from each other."""
-    if not config.n_expert:
-        return None
-    return config.n_expert, config.expert_kind, config.router, config.expert_top_k, config.capacity_factor
-
-
-def published_ratios(measure) -> dict[str, float]:
-    """Row of the paper's table -> its published value over its baseline's."""
-    rows = [row for row in PUBLISHED.rows if row.baseline]
-    return {row.name: row.published[measure] / PUBLISHED.row(row.baseline).published[measure] for row in rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

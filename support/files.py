@@ -146,7 +146,7 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
                 file.flush()
                 os.fsync(file.fileno())
             if not _holds(partial, content):
-                raise OSError(errno.EIO, "the disk does not return the bytes that were written")
+                raise OSError(errno.EIO, "the disk gives back something else than what was written")
             if previous and path.exists():
                 _keep(path, Path(previous))
             os.replace(partial, path)

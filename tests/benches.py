@@ -7,7 +7,7 @@ bench("paper", {"device": "NVIDIA H200"})      on a GPU
 import copy
 import dataclasses
 
-from papers.experiments import TABLES
+from papers import TABLES
 from run import records
 from speed import bench_records
 

@@ -34,8 +34,9 @@ import plot_results
 import sample
 from data.build import TRAIN_VAL, TextSpec, prepare
 from data.common import DataError, Dataset, Vocabulary, find_dataset
-from papers import experiments
-from report import cells
+from papers import TABLES
+from papers.table import gather
+from report import cells, latest, speed_cells
 from run import checkpoint, records, screen_report
 from run.checkpoint import CheckpointError
 from run.records import RecordError
@@ -84,8 +85,8 @@ def as_file(tmp_path, dense_run, words):
         "bench": (tmp_path / "bench.json", lambda: bench_records.read(tmp_path / "bench.json")),
         "checkpoint": (tmp_path / "run" / "best.pt", lambda: sample.main([run, "--device=cpu"])),
         "prompt": (prompt, lambda: sample.main([run, "--device=cpu", "--max_new_tokens=1", f"--start=FILE:{prompt}"])),
-        "metrics": (tmp_path / "run" / "metrics.jsonl", lambda: plot_results.read_run(tmp_path / "run")),
-        "recorded config": (tmp_path / "run" / "config.json", lambda: plot_results.read_run(tmp_path / "run")),
+        "metrics": (tmp_path / "run" / "metrics.jsonl", lambda: latest.read_run(tmp_path / "run", [])),
+        "recorded config": (tmp_path / "run" / "config.json", lambda: latest.read_run(tmp_path / "run", [])),
         "text": (tmp_path / "raw.txt", lambda: prepared(tmp_path, tmp_path / "raw.txt")),
     }
 
@@ -376,8 +377,8 @@ def test_a_checkpoint_with_changed_content_is_refused_or_can_be_sampled(n, dense
 def shown_everywhere(record):
     """Draw everything that shows a single record, except figures."""
     assert screen_report.final_report(record).encode() and records.machine_of(record)
-    for table in experiments.TABLES.values():
-        for comparison in experiments.gather(table, experiments.in_cells(table, [record], []), "cpu"):
+    for table in TABLES.values():
+        for comparison in gather(table, [record] if table.of == "records" else [], "cpu"):
             for view in table.views:
                 grid = cells.grid_of(comparison, view)
                 assert cells.markdown(grid).encode() and cells.latex(grid).encode()
@@ -389,12 +390,12 @@ def benches_shown_everywhere(record):
         *bench_records.slower(BENCH, record),
         *bench_records.not_compared(BENCH, record),
         *bench_records.doubts(record),
-        bench_records.about(record),
+        speed_cells.bench_headline(record),
     ]
     assert not any("\n" in line for line in told)
-    for grid in cells.speed_grids(record):
+    for grid in speed_cells.speed_grids(record):
         assert cells.markdown(grid).encode() and cells.latex(grid).encode()
-    assert cells.speed_csv([record]).encode()
+    assert speed_cells.speed_csv([record]).encode()
 
 
 RECORD = json.loads((ROOT / "results" / "B" / "shakespeare_top2_cap05-cpu-s1337.json").read_text())

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_records import VALUES, case, changed, doubled, leaves, mutated, without, written
 
-from report import cells
+from report import speed_cells
 from run import records
 from run.records import RecordError
 from speed import bench_records
@@ -180,12 +180,12 @@ def test_any_change_is_refused_in_one_line_or_can_be_shown(tmp_path_factory, dat
     except RecordError as error:
         assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
     else:
-        assert cells.speed_grids(read) and cells.speed_csv([read])
+        assert speed_cells.speed_grids(read) and speed_cells.speed_csv([read])
         told = [
             *bench_records.slower(record, read),
             *bench_records.not_compared(record, read),
             *bench_records.doubts(read),
-            bench_records.about(read),
+            speed_cells.bench_headline(read),
         ]
         assert not any("\n" in line for line in told)
 
@@ -240,18 +240,6 @@ def test_the_inverse_of_a_ratio_swaps_its_percentiles():
     assert bench_records.inverse_ratio({"median": 2.0, "p10": 1.0, "p90": 4.0, "n": 7}) == {
         "median": 0.5, "p10": 0.25, "p90": 1.0, "n": 7,
     }  # fmt: skip
-
-
-def test_a_model_finds_the_published_row_of_its_kind():
-    rows = {name: bench_records.published_row(model) for name, model in CPU_BENCH["models"].items()}
-    assert {name: row.label for name, row in rows.items() if row} == {
-        "reference": "Baseline", "dense": "Baseline", "moe4_linear": "MoE Top-2",
-    }  # fmt: skip
-    ratios = {
-        measure: bench_records.published_ratios(measure).values() for measure in ("train_seconds", "inference_speed")
-    }
-    assert [round(value, 2) for value in ratios["train_seconds"]] == [1.51, 1.60, 1.61, 1.61]
-    assert [round(value, 2) for value in ratios["inference_speed"]] == [0.57, 0.51, 0.45, 0.44]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import sweep
-from papers.experiments import TABLES
+from papers import TABLES
 from run.settings import Config
 from support.configurator import Message
 from support.files import ROOT

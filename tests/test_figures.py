@@ -8,13 +8,14 @@ import re
 import matplotlib
 import pytest
 import test_figures_of_rows
-import test_figures_of_run
 import test_figures_of_speed
+from analysed import analysed
 from matplotlib.collections import PolyCollection
 from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, lines_of, panel_over
 
-from papers.experiments import TABLES, Comparison
-from report import captions, figures_of_differences, figures_of_table, style
+from papers import TABLES
+from papers.table import Comparison
+from report import captions, figures_of_differences, figures_of_rows, figures_of_run, figures_of_table, style
 from report.figures import FIGURES
 from support.intervals import interval_of_difference
 
@@ -99,12 +100,11 @@ def sparse_drawings(case):
 
 
 def digest():
-    """Of pictures of every kind: a table's, its rows', a run's and a bench's."""
-    a_run, rows = test_figures_of_run.drawings("two"), test_figures_of_rows.drawings("C")
+    """Of one picture of each kind: a table's, its rows', a run's and a bench's."""
     chosen = [
-        *(drawings()[name] for name in ("loss_against_cost", "relative_cost", "boundary_map")),
-        *(a_run[name] for name in ("experts", "load", "gradients")),
-        *(rows[name] for name in ("information_by_row", "stability_by_row")),
+        figures_of_table.loss_against_cost(filled("C", 2)),
+        figures_of_rows.information_by_row(test_figures_of_rows.comparison("C", seeds=(1,))),
+        figures_of_run.gradient_cosines(analysed()),
         test_figures_of_speed.drawing_of("some models"),
     ]
     return hashlib.sha256("".join(style.svg(drawing.figure) for drawing in chosen).encode()).hexdigest()
@@ -195,13 +195,13 @@ def test_without_exclusive_runs_no_time_is_drawn():
     of = comparison("A", {DENSE: [record(1, exclusive=False)], MOE4: [record(1, 1.8, 4, exclusive=False)]})
     for drawing in (figures_of_table.loss_curves(of), figures_of_table.loss_against_cost(of)):
         assert not [axes for axes in drawing.figure.axes if "time" in axes.get_xlabel()]
-        assert "No run is known to have had its cores to itself" in drawing.caption
+        assert "no run is known to have had its cores to itself" in drawing.caption
     assert figures_of_differences.relative_cost(of) is None
 
 
 def test_two_runs_of_one_seed_count_once():
     drawing = figures_of_table.loss_curves(comparison("A", {DENSE: [record(1, 1.8), record(1, 1.8)]}))
-    assert "n = 1 seed a row" in drawing.caption
+    assert "n = 1 seed per row" in drawing.caption
 
 
 def test_cost_shows_every_seed_and_their_mean():
@@ -227,7 +227,7 @@ def test_relative_cost_is_a_ratio_with_its_spread_beside_the_published_one():
     assert pytest.approx(mean) in drawn and pytest.approx(460.5 / 287.9) in drawn
     speeds = [line[0][0] for line in lines_of(panel_over(drawing, "inference speed"))]
     assert pytest.approx(1 / mean) in speeds and pytest.approx(224.7 / 441.3) in speeds
-    assert "Open: as published" in drawing.caption
+    assert "Open: published" in drawing.caption
 
 
 def test_load_is_the_first_seeds_beside_an_even_share():
@@ -237,7 +237,7 @@ def test_load_is_the_first_seeds_beside_an_even_share():
     first = drawing.figure.axes[0]
     even, *experts = lines_of(first)
     assert even[0][1] == 25 and [line[-1][1] for line in experts] == pytest.approx([6.25, 18.75, 31.25, 43.75])
-    assert len(drawing.figure.axes) == 2 and "Seed 1337 alone" in drawing.caption and "dense" not in drawing.alt
+    assert len(drawing.figure.axes) == 2 and "Only seed 1337 is shown" in drawing.caption and "dense" not in drawing.alt
 
 
 def test_auxiliary_loss_is_drawn_apart_from_the_models_own():
@@ -284,7 +284,7 @@ def test_differences_have_intervals_beside_the_published_ones():
     assert [text.get_text() for text in axes.texts] == ["+0.020, n = 1", f"−0.015 {interval}, n = 2"]
     whiskers = [[point[0] for point in path.vertices] for bar in axes.collections for path in bar.get_paths()]
     assert whiskers == [pytest.approx([effect.low, effect.high])]
-    assert (pytest.approx(0.07), 1) in [line[0] for line in lines_of(axes)] and "Open: as published" in drawing.caption
+    assert (pytest.approx(0.07), 1) in [line[0] for line in lines_of(axes)] and "Open: published" in drawing.caption
     styles = [line.get_color() for line in axes.get_lines() if line.get_marker() in ("s", "^")]
     assert styles == [style.row_style(1).colour, style.row_style(2).colour]
 

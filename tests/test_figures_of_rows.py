@@ -9,7 +9,8 @@ from analysed import analysed
 from pictures import assert_readable, assert_stands_alone, lines_of, marks, panel
 
 from analysis import analyses
-from papers.experiments import TABLES, Comparison
+from papers import TABLES
+from papers.table import Comparison
 from report import figures_of_rows, style
 from run import records
 
@@ -63,7 +64,7 @@ def test_missing_and_leaky_rows_are_named_and_dense_ones_left_out():
     for name in BY_ROW:
         drawing = getattr(figures_of_rows, name)(of)
         assert f"Not analysed: {ROWS[2].label}." in drawing.caption and "Not run" not in drawing.caption, name
-        assert "dense" not in drawing.alt and "n = 2 seeds a row" in drawing.caption, name
+        assert "dense" not in drawing.alt and "n = 2 seeds per row" in drawing.caption, name
         assert f"{ROWS[1].label} †" in drawing.alt and f"{ROWS[0].label} †" not in drawing.alt, name
         assert ROWS[0].label in drawing.alt and "† routing that sees later characters." in drawing.caption, name
         read = "1,000" if name in ("stability_by_row", "ablation_by_row") else "3,450"

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # when this file is run as a script
 
-from papers.experiments import TABLES  # noqa: E402
+from papers import TABLES  # noqa: E402
 from run.settings import Config  # noqa: E402
 from support import configurator  # noqa: E402
 

@@ -21,7 +21,7 @@ from conftest import TINY
 import sweep
 from data.common import DataError, find_dataset
 from papers import planned_runs
-from papers.experiments import Row, Table
+from papers.table import Row, Table
 from run import records
 from support import configurator, console, machines
 from support.files import ROOT
@@ -289,7 +289,11 @@ def test_no_third_record_joins_two_that_contradict_each_other(place, capfd):
     assert place.main("T", "--seeds=1") == 1
     assert place.names() == ["two-cpu-s1337"]
     told = capfd.readouterr().err
-    assert "different records of one run" in told and "cannot be run: one-cpu-s1337: " in told and "keep one" in told
+    assert (
+        "different records of one run" in told
+        and "cannot be run: one-cpu-s1337: " in told
+        and "left out; keep one" in told
+    )
 
 
 def test_a_run_with_a_misnamed_record_is_not_run_again(place, capfd):

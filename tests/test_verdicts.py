@@ -7,18 +7,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from papers import experiments
-from papers.experiments import OURS, Claim, Comparison, Row, Table
-from report import verdicts
-from report.verdicts import HELD, NOISE, NOT_HELD, NOT_RUN
+import papers
+from papers.ours import SOURCE
+from papers.table import ABOVE_0, ABOVE_1, BELOW_0, BELOW_1, Claim, Comparison, Row, Table
+from report import verdicts, wording
+from report.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
 from support import intervals
 from support.intervals import Effect
 
-TABLE = Table("T", "a table", OURS, "", (Row("base", "base", ""), Row("new", "new", ""), Row("other", "other", "")), ())
+TABLE = Table(
+    "T", "a table", SOURCE, "", (Row("base", "base", ""), Row("new", "new", ""), Row("other", "other", "")), ()
+)
 
 
 def comparison(**losses):
-    """losses: row -> clean losses, a seed each; the papers' way is 0.1 below them."""
+    """losses: row -> full validation losses, one per seed; sampled validation is 0.1 below them."""
 
     def record(seed, nats):
         return {
@@ -33,7 +36,16 @@ def comparison(**losses):
 
 
 def claim(holds, effect="difference", pairs=(("new", "base"),), measures=("clean",)):
-    return Claim("X1", "A sentence.", OURS, "T", pairs, measures, effect, holds)
+    return Claim(
+        id="X1",
+        sentence="A sentence.",
+        source=SOURCE,
+        table="T",
+        pairs=pairs,
+        measures=measures,
+        effect=effect,
+        holds=holds,
+    )
 
 
 @pytest.mark.parametrize("n, n_against", [(2, 2), (3, 3), (5, 3)])
@@ -64,28 +76,28 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 def test_one_seed_gives_no_interval_and_no_verdict():
     for effect in (intervals.interval_of_mean([1.0]), intervals.interval_of_difference([1.0], [2.0, 3.0])):
         assert effect.low is None and effect.high is None
-        assert verdicts.status_of(effect, experiments.BELOW) == NOISE
+        assert verdicts.status_of(effect, BELOW_0) == UNDECIDED
 
 
 def test_a_count_that_never_varies_is_its_own_interval():
     effect = intervals.interval_of_difference([3.0, 3.0], [3.0, 3.0])
     assert (effect.mean, effect.low, effect.high) == (0, 0, 0)
-    assert verdicts.status_of(effect, experiments.ABOVE) == NOT_HELD  # equal is not more
+    assert verdicts.status_of(effect, ABOVE_0) == NOT_HELD  # equal is not more
 
 
 @pytest.mark.parametrize(
     "low, high, holds, status",
     [
-        (0.1, 0.2, experiments.ABOVE, HELD),
-        (-0.1, 0.2, experiments.ABOVE, NOISE),
-        (-0.2, -0.1, experiments.ABOVE, NOT_HELD),
-        (-0.2, -0.1, experiments.BELOW, HELD),
+        (0.1, 0.2, ABOVE_0, HELD),
+        (-0.1, 0.2, ABOVE_0, UNDECIDED),
+        (-0.2, -0.1, ABOVE_0, NOT_HELD),
+        (-0.2, -0.1, BELOW_0, HELD),
         (-0.01, 0.01, (-0.02, 0.02), HELD),
-        (-0.01, 0.03, (-0.02, 0.02), NOISE),
-        (-0.3, 0.3, (-0.02, 0.02), NOISE),
+        (-0.01, 0.03, (-0.02, 0.02), UNDECIDED),
+        (-0.3, 0.3, (-0.02, 0.02), UNDECIDED),
         (0.021, 0.03, (-0.02, 0.02), NOT_HELD),
-        (0.6, 0.7, experiments.LESS, HELD),
-        (0.6, 1.7, experiments.MORE, NOISE),
+        (0.6, 0.7, BELOW_1, HELD),
+        (0.6, 1.7, ABOVE_1, UNDECIDED),
     ],
 )
 def test_a_claim_holds_where_the_whole_interval_lies_within_its_bounds(low, high, holds, status):
@@ -93,11 +105,11 @@ def test_a_claim_holds_where_the_whole_interval_lies_within_its_bounds(low, high
 
 
 def test_a_claim_about_several_rows_needs_all_and_fails_by_one():
-    several = claim(experiments.ABOVE, pairs=(("new", "base"), ("other", "base")))
+    several = claim(ABOVE_0, pairs=(("new", "base"), ("other", "base")))
     base, more, less, vague = [1.0, 1.01, 1.02], [2.0, 2.01, 2.02], [0.5, 0.51, 0.52], [0.0, 1.0, 2.3]
     for new, other, status in (
         (more, more, HELD),
-        (more, vague, NOISE),
+        (more, vague, UNDECIDED),
         (more, [], NOT_RUN),
         (less, [], NOT_HELD),
         (less, vague, NOT_HELD),
@@ -107,7 +119,7 @@ def test_a_claim_about_several_rows_needs_all_and_fails_by_one():
 
 
 def test_measures_from_batches_that_a_seed_shares_are_paired_over_common_seeds():
-    """A noise that all rows of a seed have in common leaves no mark; a seed that one row lacks has no say."""
+    """Noise that all rows of a seed share cancels; a seed that one row lacks does not count."""
     noise = [0.0, 0.3, -0.2, 5.0]
     cells = comparison(base=[1.0 + z for z in noise], new=[1.1 + z for z in noise[:3]])
     for record in cells.cells["new"]:
@@ -130,24 +142,24 @@ def test_a_measure_that_says_something_else_is_told():
     cells = comparison(base=[1.0, 1.01, 1.02], new=[1.05, 1.06, 1.07])
     for record in cells.cells["new"]:
         record["paper"]["best_val"] -= 1
-    verdict = verdicts.decide(claim(experiments.ABOVE, measures=("clean", "paper")), cells)
+    verdict = verdicts.decide(claim(ABOVE_0, measures=("clean", "paper")), cells)
     assert verdict.status == HELD and verdict.dissent == {"paper": NOT_HELD}
     assert verdict.is_provisional and verdict.seeds == 3
 
 
 def test_a_verdict_that_lacks_rows_has_no_seeds_and_is_not_provisional():
-    verdict = verdicts.decide(claim(experiments.ABOVE), comparison(base=[1.0, 2.0]))
+    verdict = verdicts.decide(claim(ABOVE_0), comparison(base=[1.0, 2.0]))
     assert verdict.status == NOT_RUN and verdict.seeds == 0 and not verdict.is_provisional
 
 
 def test_effects_and_rules_are_told_in_words():
-    assert verdicts.shown(Effect(0.01234, 0.001, 0.02, 3, 3), "clean", "difference") == (
+    assert wording.effect_text(Effect(0.01234, 0.001, 0.02, 3, 3), "clean", "difference") == (
         "+0.0123 [+0.0010, +0.0200] nats, n = 3"
     )
-    assert verdicts.shown(Effect(1.5, None, None, 1, 2), "train_seconds", "ratio") == (
+    assert wording.effect_text(Effect(1.5, None, None, 1, 2), "train_seconds", "ratio") == (
         "1.500, n = 1 and 2 (no interval from one seed)"
     )
-    assert verdicts.shown(None, "clean", "difference") == NOT_RUN
-    for one in experiments.CLAIMS:
-        sentence = verdicts.rule(one)
+    assert wording.effect_text(None, "clean", "difference") == NOT_RUN
+    for one in papers.CLAIMS:
+        sentence = wording.rule_text(one)
         assert sentence.startswith("Holds where ") and sentence.endswith(".") and "inf" not in sentence

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from report import page
-from report.page import Folded, Grid, Picture, Ruling, Section, Text
+from report.blocks import Grid, Paragraph, Picture, Ruling, Section
 
 EVIL = "<script>alert(1)</script>&\"'><b onload=x>"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><path id="a" d="M0 0h9"/></svg>'
@@ -64,7 +64,7 @@ def whole(text="text"):
     """A page with every kind of block, each of whose texts is `text`."""
     return page.page(
         text,
-        [Text(text)],
+        [Paragraph(text)],
         [
             Section(
                 text,
@@ -72,36 +72,37 @@ def whole(text="text"):
                     Grid(text, ["", text], [[text, text], [text, text]], [text]),
                     Picture(SVG, text, text),
                     Ruling(text, "held", text, text, text, [text, text], [text], provisional=True),
-                    Folded(text, [Text(f"`{text}`"), Picture(SVG, text, text)]),
+                    Paragraph(f"`{text}`"),
+                    Picture(SVG, text, text),
                 ],
             ),
-            Section(text, [Ruling(text, status, text) for status in page.STATUSES]),
+            Section(text, [Ruling(text, status, text) for status in page.LOOKS]),
         ],
     )
 
 
 @pytest.mark.parametrize("text", ["text", EVIL, "`**`", "**a `b** c`", "`a** b` **c", "--x `--y -z`", "[1, 2]", "…"])
-def test_no_text_breaks_out(text):
+def test_no_text_becomes_markup(text):
     tree, plain = Tree(whole(text)), Tree(whole())
     inline = {"code", "b", "span"}
     assert [tag for tag, _ in tree.found if tag not in inline] == [tag for tag, _ in plain.found if tag not in inline]
     assert tree.names == plain.names
 
 
-def test_what_is_escaped_is_still_read():
+def test_escaped_text_is_still_readable():
     tree = Tree(whole(EVIL))
     assert tree.text.count(EVIL) >= 20 and tree.all("alt") == [EVIL, EVIL]
 
 
 def test_code_and_bold():
-    html = page.page("", [Text("a `b<c` **d `e`** `**f**` 2 ** 3 * 4")], [])
+    html = page.page("", [Paragraph("a `b<c` **d `e`** `**f**` 2 ** 3 * 4")], [])
     assert "<p>a <code>b&lt;c</code> <b>d <code>e</code></b> <code>**f**</code> 2 ** 3 * 4</p>" in html
 
 
 def test_a_command_reads_as_it_was_written():
     """Copied from the html, it runs: nothing invisible is put between its letters."""
     command = "python train.py config/a.py --seed=1 '--title=a b' --out_dir=out/a-s1 [0, 1]"
-    html = page.page("", [Text(f"`{command}`")], [])
+    html = page.page("", [Paragraph(f"`{command}`")], [])
     assert command in Tree(html).text and "<span>--s</span>eed" in html
 
 
@@ -127,12 +128,12 @@ def test_the_same_blocks_give_the_same_bytes():
     assert whole() == whole()
 
 
-@pytest.mark.parametrize("status", page.STATUSES)
+@pytest.mark.parametrize("status", page.LOOKS)
 def test_a_verdict_is_a_word_and_a_shape_in_list_and_detail(status):
     html = page.page("", [], [Section("S", [ruling(status=status)])])
     body = html.partition("<main>")[2]
     assert len(re.findall(rf"<svg.+?</svg>{status}", body)) == 2
-    shapes = [shape for _, shape in page.STATUSES.values()]
+    shapes = [shape for _, shape in page.LOOKS.values()]
     assert len({re.sub("var.*?[)]", "", shape) for shape in shapes}) == len(shapes) and "<text" not in "".join(shapes)
 
 
@@ -145,7 +146,7 @@ def test_a_provisional_verdict_says_so_wherever_it_is():
 def test_verdicts_are_counted_over_all_sections_and_listed_under_theirs():
     sections = [
         Section("One", [ruling("A1"), ruling("A2", "not run")]),
-        Section("None", [Text("no claims")]),
+        Section("None", [Paragraph("no claims")]),
         Section("Two", [ruling("A1")]),
     ]
     html = page.page("", [], sections)
@@ -154,12 +155,12 @@ def test_verdicts_are_counted_over_all_sections_and_listed_under_theirs():
     assert re.findall(r'href="#([^"]+)"', overview) == ["one", "claim-a1", "claim-a2", "two", "claim-a1-2"]
 
 
-def test_a_status_that_no_reader_knows_is_refused():
+def test_an_unknown_status_is_refused():
     with pytest.raises(KeyError):
         page.page("", [], [Section("S", [ruling(status="perhaps")])])
 
 
-def test_a_row_that_does_not_fit_its_columns_is_refused():
+def test_a_row_with_the_wrong_number_of_cells_is_refused():
     with pytest.raises(AssertionError, match="T: a row"):
         page.page("", [Grid("T", ["a", "b"], [["1"]])], [])
 
@@ -191,7 +192,7 @@ def test_headings_are_in_order():
     assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(levels))
 
 
-def test_the_head_says_what_browsers_need():
+def test_the_head_declares_charset_language_and_viewport():
     page = whole()
     assert page.startswith('<!doctype html>\n<html lang="en">') and "<title>text</title>" in page
     assert '<meta charset="utf-8">' in page and 'content="width=device-width, initial-scale=1"' in page
@@ -200,7 +201,7 @@ def test_the_head_says_what_browsers_need():
 def test_empty_lists_are_a_page():
     tree = Tree(page.page("T", [], []))
     assert not tree.tags("nav", "table", "ul") and "T" in tree.text
-    Tree(page.page("T", [], [Section("S", []), Section("S", [Grid("", [], []), Grid("", ["a"], []), Folded("", [])])]))
+    Tree(page.page("T", [], [Section("S", []), Section("S", [Grid("", [], []), Grid("", ["a"], [])])]))
 
 
 def luminance(colour):
@@ -215,7 +216,7 @@ def test_every_text_colour_can_be_read_on_every_background(palette):
     grounds, lines = {"paper", "panel"}, {"line"}
     texts = set(palette) - grounds - lines
     used = set(re.findall(r"[^-]color: var\(--(\w+)\)", page.LAYOUT)) - {"status"}
-    assert used | {colour for colour, _ in page.STATUSES.values()} == texts
+    assert used | {colour for colour, _ in page.LOOKS.values()} == texts
     assert set(re.findall(r"background: var\(--(\w+)\)", page.LAYOUT)) == grounds
     for text, ground in itertools.product(texts, grounds):
         bright, dim = sorted((luminance(palette[text]), luminance(palette[ground])), reverse=True)

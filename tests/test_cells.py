@@ -1,4 +1,4 @@
-"""Tables as they are read, and as programs read them."""
+"""Tables of results and of benches, as people read them and as CSV."""
 
 import csv
 import io
@@ -6,14 +6,14 @@ import math
 
 import pytest
 from benches import GPU, bench
-from test_experiments import record as skeleton
+from test_papers import record as skeleton
 
-from papers import experiments
-from papers.experiments import View, gather
-from report import cells
-from report.page import Grid
+from papers import TABLES
+from papers.table import View, gather
+from report import cells, speed_cells
+from report.blocks import Grid
 
-TABLE = experiments.TABLES["C"]
+TABLE = TABLES["C"]
 LOSS = View("Loss", ("clean",))
 
 
@@ -43,7 +43,7 @@ def test_a_cell_is_mean_sample_sd_and_n():
     assert cells_by_row(gathered(*found))["learned"] == ["1.6333 ± 0.1528 (3)"]
 
 
-def test_one_seed_and_none_are_told_and_how_to_run_what_is_missing():
+def test_cells_with_one_seed_or_none_say_so_and_name_the_command():
     comparison = gathered(record(nats=1.5))
     assert cells_by_row(comparison) == {"learned": ["1.5000 (n = 1)"], "frozen": ["not run"], "random": ["not run"]}
     assert cells.grid_of(comparison, LOSS).notes == [
@@ -51,7 +51,7 @@ def test_one_seed_and_none_are_told_and_how_to_run_what_is_missing():
     ]
 
 
-def test_times_of_busy_machines_are_left_out_and_told():
+def test_times_of_busy_machines_are_left_out_with_a_note():
     comparison = gathered(
         record(seed=1), record(seed=2, exclusive=False), record("shakespeare_moe4_frozen", exclusive=False)
     )
@@ -63,7 +63,7 @@ def test_times_of_busy_machines_are_left_out_and_told():
     assert not any("left out" in note for note in cells.grid_of(comparison, LOSS).notes)
 
 
-def test_a_dagger_marks_what_cannot_be_compared():
+def test_a_dagger_marks_rows_that_cannot_be_compared():
     comparison = gathered(record(leaky=True), record("shakespeare_moe4_frozen"))
     assert list(cells_by_row(comparison)) == ["learned †", "frozen", "random"]
     assert cells.grid_of(comparison, LOSS).notes[0].startswith("† ")
@@ -76,25 +76,25 @@ def test_runs_with_uncommitted_changes_are_listed_and_not_averaged():
 
 
 def paper_a(**changes):
-    config = experiments.TABLES["A"].row("shakespeare_moe4").config_at("paper", 1)
+    config = TABLES["A"].row("shakespeare_moe4").config_at("paper", 1)
     return record(**changes) | {"run_id": config.run_id, "config": config.to_dict(), "paper": {"best_val": 1.5}}
 
 
 def test_the_published_number_stands_beside_ours_with_the_difference():
-    grid = cells.grid_of(gathered(paper_a(), table=experiments.TABLES["A"], scale="paper"), View("Loss", ("paper",)))
-    assert grid.columns == ["row", "best validation, the papers' way, nats", "published", "ours − published"]
+    grid = cells.grid_of(gathered(paper_a(), table=TABLES["A"], scale="paper"), View("Loss", ("paper",)))
+    assert grid.columns == ["row", "best sampled validation, nats", "published", "ours − published"]
     rows = {row[0]: row[1:] for row in grid.rows}
     assert rows["4 experts, aux 0.01"] == ["1.5000 (n = 1)", "1.53", "-0.0300"]
     assert rows["dense"] == ["not run", "1.46", "–"] and rows["8 experts, aux 0.01"] == ["not run", "–", "–"]
 
 
 def test_another_size_is_not_subtracted_from_a_published_number():
-    grid = cells.grid_of(gathered(table=experiments.TABLES["A"]), View("Loss", ("paper",)))
-    assert grid.columns[1:] == ["best validation, the papers' way, nats", "published (paper size)"]
+    grid = cells.grid_of(gathered(table=TABLES["A"]), View("Loss", ("paper",)))
+    assert grid.columns[1:] == ["best sampled validation, nats", "published (paper size)"]
 
 
 def test_relative_cells_are_ratios_with_intervals_beside_the_published_ratio():
-    table = experiments.TABLES["B"]
+    table = TABLES["B"]
     found = []
     for name, seconds in {"shakespeare_dense": (100.0, 102.0), "shakespeare_top2": (150.0, 151.0)}.items():
         for seed, value in enumerate(seconds):
@@ -104,7 +104,7 @@ def test_relative_cells_are_ratios_with_intervals_beside_the_published_ratio():
     view = View("Relative", ("train_seconds",), relative=True)
     grid = cells.grid_of(gathered(*found, table=table), view)
     rows = {row[0]: row[1:] for row in grid.rows}
-    assert grid.columns[1:] == ["training ÷ baseline", "the same, published"]
+    assert grid.columns[1:] == ["training ÷ baseline", "published ÷ baseline"]
     assert rows["Baseline"] == ["1", "1"]
     ratio, published = rows["MoE Top-2"]
     assert ratio.startswith("1.490 [") and published == "1.600"
@@ -112,7 +112,7 @@ def test_relative_cells_are_ratios_with_intervals_beside_the_published_ratio():
 
 
 @pytest.mark.parametrize("write", [cells.markdown, cells.latex])
-def test_text_keeps_every_cell_in_its_column(write):
+def test_markdown_and_latex_keep_every_cell_in_its_column(write):
     grid = Grid("T. 5% & more", ["row", "a|b"], [["x_1 & 2", "1 ± 2"], ["†", "3"]], ["a note"])
     text = write(grid)
     assert text.count("a note") == 1 and "5% & more" in text
@@ -124,12 +124,12 @@ def test_text_keeps_every_cell_in_its_column(write):
     assert set(separators) == {2} and len(lines) == (4 if write is cells.markdown else 3)
 
 
-def test_latex_escapes_what_latex_would_read():
+def test_latex_escapes_special_characters():
     text = cells.latex(Grid("T", ["row"], [["50% of $x_1 ± {2}"]], []))
     assert r"50\% of \$x\_1 $\pm$ \{2\} \\" in text
 
 
-def test_csv_has_a_line_a_row_and_measure_with_what_is_not_known_left_empty():
+def test_csv_has_a_line_per_row_and_measure_with_unknown_values_empty():
     text = cells.csv_of([gathered(record(seed=1, nats=1.5), record(seed=2, nats=1.7))])
     lines = list(csv.DictReader(io.StringIO(text)))
     measures = {measure for view in TABLE.views for measure in view.measures}
@@ -147,7 +147,7 @@ def test_csv_has_a_line_a_row_and_measure_with_what_is_not_known_left_empty():
 
 def speed_grid(record, title):
     """(columns, {label: cells}, notes) of the grid whose title goes on so."""
-    grid = next(grid for grid in cells.speed_grids(record) if grid.title.startswith(f"Speed. {title}"))
+    grid = next(grid for grid in speed_cells.speed_grids(record) if grid.title.startswith(f"Speed. {title}"))
     rows = {row[0]: row[1:] for row in grid.rows}
     assert len(rows) == len(grid.rows) and {len(row) for row in grid.rows} == {len(grid.columns)}
     return grid.columns, rows, grid.notes
@@ -155,7 +155,7 @@ def speed_grid(record, title):
 
 def test_training_is_a_ratio_a_time_a_speed_and_how_near_the_floor():
     columns, rows, notes = speed_grid(bench(), "Training")
-    assert columns == ["model", "time ÷ dense's", "ms an update", "characters/s", "of the floor"]
+    assert columns == ["model", "time ÷ dense's", "ms an update", "characters/s", "floor ÷ time"]
     assert rows["Dense"] == ["1", "45.0 [43.6, 46.4]", "17,067", "37.9%"]
     assert rows["4 experts, top-1"] == ["1.22 [1.18, 1.26]", "54.9 [53.3, 56.5]", "13,989", "31.1%"]
     assert notes == ["n = 40 timings each"]
@@ -164,42 +164,42 @@ def test_training_is_a_ratio_a_time_a_speed_and_how_near_the_floor():
 def test_decoding_has_the_speed_of_a_sequence_and_of_all_and_memory_where_it_is_known():
     columns, rows, notes = speed_grid(bench("paper", GPU), "Decoding")
     assert notes[1].endswith("the whole window again for each character: Dense, eager script; 4 experts, eager script.")
-    assert columns[3:] == ["characters/s a sequence", "in total", "of the floor", "peak memory, MiB"]
+    assert columns[3:] == ["characters/s a sequence", "in total", "floor ÷ time", "peak memory, MiB"]
     assert rows["Dense, batch 8"] == ["1", "1.10 [1.07, 1.13]", "909", "7,273", "23.3%", "768"]
     assert len(rows) == 6 * 3 and len(speed_grid(bench(), "Reading a prompt")[1]) == 6 * 3
 
 
-def test_the_papers_protocol_stands_beside_what_they_printed():
-    columns, rows, notes = speed_grid(bench(), "The papers' way")
+def test_the_papers_protocol_stands_beside_the_published_numbers():
+    columns, rows, notes = speed_grid(bench(), "Inference by the papers' protocol")
     assert columns[1:4] == ["characters/s", "speed ÷ dense's", "training time ÷ dense's"]
     assert columns[4] == "published: characters/s (paper size)"
     assert rows["Dense"] == ["238.1", "1", "1", "441.3", "1", "1"]
     assert rows["4 linear experts, top-2"][3:] == ["224.7", "0.509", "1.600"]
     assert rows["4 experts, top-1"] == ["164.2", "0.690 [0.670, 0.711]", "1.22 [1.18, 1.26]", "–", "–", "–"]
     assert rows["MoE Capacity 0.5 (top-2), published"] == ["–", "–", "–", "196.9", "0.446", "1.609"]
-    assert "n = 40 texts of 500 characters; training time: of the updates" in notes
-    assert speed_grid(bench("paper", GPU), "The papers' way")[0][4] == "published: characters/s"
+    assert "n = 40 texts of 500 characters; training time is that of the updates" in notes
+    assert speed_grid(bench("paper", GPU), "Inference by the papers' protocol")[0][4] == "published: characters/s"
 
 
-def test_what_ran_is_told_with_the_check_that_was_worst():
+def test_models_and_backends_are_listed_with_the_worst_check():
     record = bench()
     record["models"]["moe4"]["checks"][0]["error"] = 5e-6
-    _, rows, notes = speed_grid(record, "What ran")
+    _, rows, notes = speed_grid(record, "Models, backends")
     assert rows["4 experts, top-1"] == ["1,000,000", "1,000,000", "sliced", "packed weights, eager", "– / 12.5", "1"]
     what = "training: loss and gradients against the reference backend"
     assert notes == [f"checked, {what}: largest error 5.0e-06, allowed 1e-05 (n = 6)"]
 
 
-def test_tables_of_tasks_that_were_not_measured_are_not_there():
+def test_only_measured_tasks_have_tables():
     record = bench()
     record["measurements"] = [one for one in record["measurements"] if one["task"] == "decode"]
-    titles = [grid.title for grid in cells.speed_grids(record)]
-    assert titles == ["Speed. Decoding: a step gives each sequence a character", "Speed. What ran"]
+    titles = [grid.title for grid in speed_cells.speed_grids(record)]
+    assert titles == ["Speed. Decoding: a step gives each sequence a character", "Speed. Models, backends and checks"]
 
 
-def test_csv_of_benches_has_a_line_a_measurement():
+def test_csv_of_benches_has_a_line_per_measurement():
     record = bench()
-    lines = list(csv.DictReader(io.StringIO(cells.speed_csv([record, bench("paper", GPU)]))))
+    lines = list(csv.DictReader(io.StringIO(speed_cells.speed_csv([record, bench("paper", GPU)]))))
     assert len(lines) == 2 * len(record["measurements"])
     line = next(line for line in lines if (line["model"], line["task"]) == ("moe4", "train"))
     assert float(line["seconds"]) == pytest.approx(0.0549) and float(line["ratio"]) == pytest.approx(1.22)
@@ -207,3 +207,15 @@ def test_csv_of_benches_has_a_line_a_measurement():
         "AMD EPYC, 2 cores, 2 threads, torch 2.13.0+cpu, float32", "True", "False",
     )  # fmt: skip
     assert lines[1]["model"] == "dense" and lines[1]["ratio"] == "" and line["peak_memory_bytes"] == ""
+
+
+def test_a_model_finds_the_published_row_of_its_kind():
+    rows = {name: speed_cells.published_row(model) for name, model in bench()["models"].items()}
+    assert {name: row.label for name, row in rows.items() if row} == {
+        "reference": "Baseline", "dense": "Baseline", "moe4_linear": "MoE Top-2",
+    }  # fmt: skip
+    ratios = {
+        measure: speed_cells.published_ratios(measure).values() for measure in ("train_seconds", "inference_speed")
+    }
+    assert [round(value, 2) for value in ratios["train_seconds"]] == [1.51, 1.60, 1.61, 1.61]
+    assert [round(value, 2) for value in ratios["inference_speed"]] == [0.57, 0.51, 0.45, 0.44]

@@ -1,17 +1,20 @@
-"""The tables and claims as declared: everything in them can be run, and records find their cells."""
+"""Tables and claims: every row can be run, claims name rows that exist, and records find their cells."""
 
 import math
 
 import pytest
 
 from model import dense_equal_active, dense_equal_total
-from papers.experiments import CLAIMS, MEASURES, SCALES, TABLES, gather
+from papers import CLAIMS, TABLES
+from papers.measures import MEASURES
+from papers.table import SCALES, gather
+from report.figures import FIGURES
 
 TABLE = TABLES["C"]
 
 
 def record(row="shakespeare_moe4", seed=1337, scale="cpu", device="a CPU", dirty=False, exclusive=True, nats=1.5):
-    """What `gather` and `values` look at."""
+    """A record with the fields that `gather` and `values` read."""
     config = TABLE.row(row).config_at(scale, seed)
     return {
         "run_id": config.run_id,
@@ -31,7 +34,7 @@ def record(row="shakespeare_moe4", seed=1337, scale="cpu", device="a CPU", dirty
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", TABLES)
-def test_every_row_can_be_run_and_is_another_experiment(name, scale):
+def test_every_row_is_a_valid_and_distinct_experiment(name, scale):
     rows = TABLES[name].rows_at(scale)
     assert len({row.config_at(scale).hash() for row in rows}) == len(rows)
     assert len({row.name for row in rows}) == len(rows) and len({row.label for row in rows}) == len(rows)
@@ -40,10 +43,11 @@ def test_every_row_can_be_run_and_is_another_experiment(name, scale):
         assert set(row.published) <= set(MEASURES)
         assert row.config_at(scale, seed=7).seed == 7
     assert all(measure in MEASURES for view in TABLES[name].views for measure in view.measures)
+    assert set(TABLES[name].figure_names) <= set(FIGURES)
 
 
-def test_a_record_has_one_name_whichever_table_it_is_made_for():
-    """Rows of one config are of one name, so that two tables do not keep two records of one run."""
+def test_one_config_has_one_row_name_in_all_tables():
+    """Otherwise two tables would keep two records of one run."""
     names = {}
     for table in TABLES.values():
         for scale in SCALES:
@@ -55,7 +59,7 @@ def test_a_record_has_one_name_whichever_table_it_is_made_for():
     }  # fmt: skip
 
 
-def test_claims_are_about_rows_that_are_there():
+def test_claims_name_existing_rows_and_measures():
     assert len({claim.id for claim in CLAIMS}) == len(CLAIMS)
     for claim in CLAIMS:
         assert claim.effect in ("difference", "ratio", "value") and claim.holds[0] < claim.holds[1]
@@ -67,7 +71,7 @@ def test_claims_are_about_rows_that_are_there():
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_twins_are_of_the_size_that_their_rows_claim(scale):
+def test_dense_twins_have_equal_flops_or_parameters(scale):
     notes, equal = TABLES["D"], TABLES["equal"]
     for text in {row.name.partition("_notes_")[0] for row in notes.rows_at(scale)}:
         moe = notes.row(f"{text}_notes_moe8").config_at(scale)
@@ -78,7 +82,7 @@ def test_twins_are_of_the_size_that_their_rows_claim(scale):
     assert dense_equal_active(moe) - 4 * moe.n_embd == 2  # the router's share, of which the table's text speaks
 
 
-def test_a_cell_says_what_train_py_is_called_with_and_what_it_is_called():
+def test_a_row_gives_the_arguments_and_the_name_of_a_run():
     row = TABLES["equal"].row("shakespeare_dense_long")
     assert row.cell("cpu", 7) == "shakespeare_dense_long-cpu-s7" and row.cell("paper", 7) == "shakespeare_dense_long-s7"
     assert row.arguments("cpu", 7) == [
@@ -88,7 +92,7 @@ def test_a_cell_says_what_train_py_is_called_with_and_what_it_is_called():
     assert row.config_at("cpu").max_iters == 2600 and row.config_at("paper").max_iters == 6500
 
 
-def test_records_find_their_row_by_what_they_are_and_not_by_their_title():
+def test_records_find_their_row_by_config_hash_and_not_by_title():
     renamed = record("shakespeare_moe4_frozen", seed=2)
     renamed["title"] = renamed["config"]["title"] = "something else"
     other_scale = record(scale="paper")
@@ -103,7 +107,7 @@ def test_machines_are_never_mixed_and_the_one_with_most_runs_comes_first():
     assert [len(comparison.cells["shakespeare_moe4"]) for comparison in found] == [2, 1]
 
 
-def test_uncommitted_changes_are_shown_apart():
+def test_runs_of_uncommitted_code_are_listed_and_not_averaged():
     (found,) = gather(TABLE, [record(seed=1), record(seed=2, dirty=True), record(seed=3, dirty=None)], "cpu")
     assert len(found.cells["shakespeare_moe4"]) == 1
     assert [(r["config"]["seed"], why) for r, why in found.apart["shakespeare_moe4"]] == [
@@ -111,7 +115,7 @@ def test_uncommitted_changes_are_shown_apart():
     ]  # fmt: skip
 
 
-def test_another_text_is_shown_apart_even_if_it_has_the_same_name():
+def test_runs_on_another_text_of_the_same_name_are_not_averaged():
     def on(sha256, canonical, **changes):
         return record(**changes) | {"dataset": {"name": "shakespeare_char", "sha256": sha256, "canonical": canonical}}
 
@@ -127,7 +131,7 @@ def test_without_records_there_is_one_empty_comparison():
     assert found.machine == "" and not any(found.cells.values())
 
 
-def test_times_count_from_runs_alone_on_their_machine_and_losses_from_all():
+def test_times_count_only_from_exclusive_runs_and_losses_from_all():
     (found,) = gather(TABLE, [record(seed=1), record(seed=2, exclusive=False, nats=1.7)], "cpu")
     assert found.values("shakespeare_moe4", "clean") == {1: 1.5, 2: 1.7}
     assert found.values("shakespeare_moe4", "train_seconds") == {1: 100.0}
@@ -158,5 +162,5 @@ def test_published_numbers_give_the_effects_that_the_claims_quote():
     assert math.isclose(6 * bounds["E4"], gap / 2) and math.isclose(6 * bounds["E5"], 5 * gap)
 
 
-def test_scales_are_told_apart_by_their_hash():
+def test_scales_have_different_hashes():
     assert TABLE.rows[0].config_at("cpu").hash() != TABLE.rows[0].config_at("paper").hash()

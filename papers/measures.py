@@ -1,0 +1,159 @@
+"""Every number that a table or a claim can ask for: where it stands in a record, its unit, how it is printed.
+
+    MEASURES["clean"].read(record)      # the number, or None where the record has none
+
+A new measure is one entry here; a `View` or a `Claim` then names it. Most read the record of a run; the last ones read
+an analysis, which analyze.py makes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from analysis import analyses
+
+
+def _field(*path):
+    """A reader of one field of a record: None where it, or what holds it, is null."""
+
+    def read(record):
+        for key in path:
+            if record is None:
+                return None
+            record = record[key]
+        return record
+
+    return read
+
+
+def _mean_over_layers(key):
+    """A reader of a routing statistic, averaged over the MoE layers; None for a dense model."""
+
+    def read(record):
+        layers = record["routing"]
+        return sum(layer[key] for layer in layers) / len(layers) if layers else None
+
+    return read
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a record, and how it is printed and compared."""
+
+    heading: str  # of its column
+    unit: str
+    digits: int  # after the point
+    read: Callable[[dict], float | None]  # record -> the number; None where it has none
+    lower_is_better: bool = True
+    timed: bool = False  # counts only where the run had its hardware to itself
+    # Estimated from random batches, which depend on seed and step alone. Rows of one seed share them, and with them
+    # most of the noise, so differences are paired over seeds.
+    shares_batches: bool = False
+    is_exclusive: Callable[[dict], bool] = _field("exclusive")  # of a timed one: whether the run was alone
+
+
+def _aux_per_layer(record):
+    """The auxiliary losses' share of the loss with them, nats per MoE layer; None for a dense model."""
+    paper, layers = record["paper"], len(record["routing"])
+    return (paper["best_val_with_aux"] - paper["best_val"]) / layers if layers else None
+
+
+_SHARE = "of H(expert)"
+MEASURES = {
+    "clean": Measure("best full validation", "nats", 4, _field("clean", "best", "nats")),
+    "clean_bpc": Measure("best full validation", "bits per character", 4, _field("clean", "best", "bpc")),
+    "paper": Measure("best sampled validation", "nats", 4, _field("paper", "best_val"), shares_batches=True),
+    "paper_with_aux": Measure(
+        "best sampled validation + auxiliary losses",
+        "nats",
+        4,
+        _field("paper", "best_val_with_aux"),
+        shares_batches=True,
+    ),
+    "aux_per_layer": Measure("loss added by auxiliary losses, per MoE layer", "nats", 4, _aux_per_layer),
+    "test_bpc": Measure("test, whole split", "bits per character", 4, _field("test", "bpc")),
+    "final_train": Measure("final train, eval mode", "nats", 4, _field("paper", "final_train"), shares_batches=True),
+    "final_val": Measure("final sampled validation", "nats", 4, _field("paper", "final_val"), shares_batches=True),
+    "gap": Measure(
+        "final validation − final train",
+        "nats",
+        4,
+        lambda record: record["paper"]["final_val"] - record["paper"]["final_train"],
+        shares_batches=True,
+    ),
+    "train_mode": Measure("final train, train mode", "nats", 4, _field("train_mode", "loss"), shares_batches=True),
+    "train_mode_with_aux": Measure(
+        "final train, train mode + auxiliary losses", "nats", 4, _field("train_mode", "objective"), shares_batches=True
+    ),
+    "train_seconds": Measure("training", "s", 1, _field("seconds", "train"), timed=True),
+    "tokens_per_second": Measure(
+        "training speed", "characters/s", 0, _field("tokens_per_second"), lower_is_better=False, timed=True
+    ),
+    "inference_speed": Measure(
+        "inference, the papers' protocol",
+        "characters/s",
+        1,
+        _field("inference", "tokens_per_second"),
+        lower_is_better=False,
+        timed=True,
+        # Records made before inference had a watch of its own do not say.
+        is_exclusive=lambda record: record["inference"].get("exclusive", False),
+    ),
+    "total_parameters": Measure("parameters", "", 0, _field("parameters", "total")),
+    "active_parameters": Measure("active per character", "", 0, _field("parameters", "active")),
+    "training_flops": Measure("training FLOPs per character", "", 0, _field("training_flops_per_token")),
+    "epochs": Measure("epochs", "", 2, _field("epochs")),
+    "load_cv2": Measure("squared CV of the router's choices", "", 3, _mean_over_layers("load_cv2")),
+    "drop_rate": Measure("choices dropped", "", 4, _mean_over_layers("drop_rate")),
+    "entropy": Measure("router entropy", "nats", 3, _mean_over_layers("entropy"), lower_is_better=False),
+    # Read from an analysis.
+    "analysed_nats": Measure("full validation of the last weights", "nats", 4, _field("nats")),
+    "utilisation": Measure("experts used (0 to 1)", "", 3, analyses.utilisation, lower_is_better=False),
+    "lowest_utilisation": Measure(
+        "experts used, worst layer", "", 3, analyses.lowest_utilisation, lower_is_better=False
+    ),
+    "largest_load": Measure("E × largest load", "", 2, analyses.largest_load),
+    "about_character": Measure("information from the character", _SHARE, 3, analyses.about("character")),
+    "above_frozen": Measure(
+        "information from the character − a random router's", _SHARE, 3, analyses.character_above_frozen
+    ),
+    "beyond_character": Measure(
+        "information added by the two characters before", _SHARE, 3, analyses.context_given_character
+    ),
+    "syntax": Measure("information added by place in word or line", _SHARE, 3, analyses.syntax_given_character),
+    "syntax_above_frozen": Measure(
+        "information added by place − a random router's", _SHARE, 3, analyses.syntax_above_frozen
+    ),
+    "topic": Measure("information added by speaker, play or passage", _SHARE, 3, analyses.topic_given_character),
+    "topic_of_rest": Measure(
+        "information added by speaker, play or passage", "of what the character leaves open", 3, analyses.topic_of_rest
+    ),
+    "topic_above_frozen": Measure(
+        "information added by topic − a random router's", _SHARE, 3, analyses.topic_above_frozen
+    ),
+    "syntax_over_topic": Measure("information added by place − by topic", _SHARE, 3, analyses.syntax_over_topic),
+    "unexplained": Measure("uncertainty left by three characters", _SHARE, 3, analyses.unexplained),
+    "frequency_above_frozen": Measure(
+        "information from the frequency band ÷ from the character, − a random router's",
+        "",
+        3,
+        analyses.frequency_above_frozen,
+        lower_is_better=False,
+    ),
+    "gain": Measure(
+        "information from the character, end − start of training", _SHARE, 3, analyses.gain_of_specialisation
+    ),
+    "early_agreement": Measure("final expert reached by 15% of the run", "of characters", 3, analyses.early_agreement),
+    "router_cosine": Measure(
+        "cosine of the gradients of cross-entropy and balancing loss", "", 3, analyses.router_cosine
+    ),
+    "token_cosine": Measure("cosine of two characters' gradients", "", 5, analyses.token_cosine),
+    "shuffled": Measure("routing shuffled", "nats", 4, analyses.ablated("shuffled_all")),
+    "tabulated": Measure("routing by a table of characters", "nats", 4, analyses.ablated("tabulated_all")),
+    "hashed": Measure("routing by a hash table", "nats", 4, analyses.ablated("hashed_all")),
+    "removed": Measure("cheapest experts removed", "nats", 4, analyses.ablated("removed_all")),
+    "merged": Measure("cheapest experts merged", "nats", 4, analyses.ablated("merged_all")),
+}
+
+# Measures that several tables show together.
+LOSSES = ("clean", "clean_bpc", "paper", "paper_with_aux")
+COSTS = ("total_parameters", "active_parameters", "train_seconds", "tokens_per_second", "inference_speed")

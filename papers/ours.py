@@ -1,0 +1,242 @@
+"""This project's own tables: equal costs, the value of a router, the scale boundary, what the experts do.
+
+Table "experts" is here too, though claims of every source are decided on it.
+"""
+
+import math
+
+from papers.measures import COSTS, LOSSES
+from papers.table import ABOVE_0, BELOW_0, Claim, Row, Table, View
+
+SOURCE = "this project"
+
+
+ROUTER = Table(
+    name="router",
+    title="Is a router worth learning? 4 experts filled by one, or by a table",
+    source=SOURCE,
+    text="A fixed table gives each character one expert, balanced by frequency, and learns nothing. Its gate is 1 "
+    "and it has no balancing loss. A learned router's gate is its probability, and it has a balancing loss; so two "
+    "more rows have a gate of 1, and two no balancing loss.",
+    rows=(
+        Row("shakespeare_moe4", "learned", "shakespeare_moe4"),
+        Row(
+            "shakespeare_moe4_aux0",
+            "learned, no balance",
+            "shakespeare_moe4",
+            {"aux_loss_coef": 0.0},
+            baseline="shakespeare_moe4",
+        ),
+        Row(
+            "shakespeare_moe4_straight_through",
+            "learned, gate 1",
+            "shakespeare_moe4_straight_through",
+            baseline="shakespeare_moe4",
+        ),
+        Row(
+            "shakespeare_moe4_straight_through_aux0",
+            "learned, gate 1, no balance",
+            "shakespeare_moe4_straight_through",
+            {"aux_loss_coef": 0.0},
+            baseline="shakespeare_moe4",
+        ),
+        Row("shakespeare_hash4", "table of characters", "shakespeare_hash4", baseline="shakespeare_moe4"),
+        Row("shakespeare_dense", "dense", "shakespeare_dense", baseline="shakespeare_moe4"),
+    ),
+    views=(View("Loss", LOSSES), View("Cost", COSTS), View("Routing", ("load_cv2", "entropy"))),
+    figures=("loss_curves",),
+)
+
+EQUAL = Table(
+    name="equal",
+    title="Equal what? 4 experts against dense models that cost the same in one respect",
+    source=SOURCE,
+    text="The dense model has the active FLOPs of 4 experts, except for the router's share of under 0.3%. The wide "
+    "one has their total parameters. The long one makes 1.3 times as many steps, which takes about as long on a CPU: "
+    "compare the training times.",
+    rows=(
+        Row("shakespeare_dense", "dense, equal active FLOPs", "shakespeare_dense", baseline="shakespeare_moe4"),
+        Row(
+            "shakespeare_dense_wide",
+            "dense, equal total parameters",
+            "shakespeare_dense",
+            options_at={"paper": {"mlp_hidden": 6146}, "cpu": {"mlp_hidden": 2050}},
+            baseline="shakespeare_moe4",
+        ),
+        Row(
+            "shakespeare_dense_long",
+            "dense, 1.3 times the steps",
+            "shakespeare_dense",
+            options_at={"paper": {"max_iters": 6500}, "cpu": {"max_iters": 2600}},
+            baseline="shakespeare_moe4",
+        ),
+        Row("shakespeare_moe4", "4 experts, top-1", "shakespeare_moe4"),
+    ),
+    views=(View("Loss", LOSSES), View("Cost", (*COSTS, "training_flops"))),
+    figures=("loss_curves", "loss_against_cost"),
+)
+
+
+def _rows_of_boundary():
+    """Dense and 4 experts over width × unique characters. Every run reads equally many, so epochs follow."""
+    grid = {
+        "cpu": ((64, 128, 256), (30_000, 100_000, 300_000, 0)),
+        "paper": ((96, 192, 384), (30_000, 100_000, 300_000, 0)),
+    }
+    rows = []
+    for scale, (widths, sizes) in grid.items():
+        for width in widths:
+            for size in sizes:
+                tag = f"w{width}_{f'{size // 1000}k' if size else 'all'}"
+                for name, label in {"dense": "dense", "moe4": "4 experts"}.items():
+                    rows.append(
+                        Row(
+                            name=f"{tag}_{name}",
+                            label=f"{width} wide, {f'{size:,}' if size else 'all'} characters, {label}",
+                            config=f"shakespeare_{name}",
+                            options={"n_embd": width, "train_characters": size},
+                            baseline="" if name == "dense" else f"{tag}_dense",
+                            scales=(scale,),
+                        )
+                    )
+    return tuple(rows)
+
+
+BOUNDARY = Table(
+    name="boundary",
+    title="The scale boundary: width × unique characters",
+    source=SOURCE,
+    text="Every run reads as many characters as any other of its scale, so fewer unique ones mean more epochs. "
+    "Paper A says that there is a scale below which sparsity harms.",
+    rows=_rows_of_boundary(),
+    views=(View("Loss", ("clean", "paper", "epochs", "total_parameters")),),
+    figures=("boundary_map",),
+)
+
+EXPERTS = Table(
+    name="experts",
+    title="What the experts do",
+    source=SOURCE,
+    of="analyses",
+    text="Measured by `analyze.py` on the last weights of a run: how the load is spread, what predicts the expert of a "
+    "character, when routing settles, which gradients pull at the router, and what experts are worth. Numbers are "
+    "means over the layers of a model; information is beyond chance.",
+    rows=(  # those of the other tables that differ in how they route, and segments and whole sequences
+        Row("shakespeare_dense", "dense", "shakespeare_dense"),
+        Row("shakespeare_moe4", "4 experts", "shakespeare_moe4"),
+        Row("shakespeare_moe4_aux0", "4 experts, no balance", "shakespeare_moe4", {"aux_loss_coef": 0.0}),
+        Row("shakespeare_moe4_aux01", "4 experts, balance 0.1", "shakespeare_moe4_aux01"),
+        Row("shakespeare_moe8", "8 experts", "shakespeare_moe8"),
+        Row("shakespeare_moe4_frozen", "4 experts, frozen router", "shakespeare_moe4_frozen"),
+        Row("shakespeare_hash4", "4 experts, table of characters", "shakespeare_hash4"),
+        Row("shakespeare_moe4_segment", "4 experts, by segment", "shakespeare_moe4_segment"),
+        Row("shakespeare_moe4_sequence", "4 experts, by sequence", "shakespeare_moe4_sequence"),
+        Row("shakespeare_top2", "4 linear experts, top-2", "shakespeare_top2"),
+        Row("shakespeare_top2_cap05", "the same, capacity 0.5", "shakespeare_top2_cap05"),
+    ),
+    views=(
+        View("Load", ("analysed_nats", "utilisation", "lowest_utilisation", "largest_load")),
+        View("What predicts the expert", ("about_character", "above_frozen", "beyond_character", "unexplained")),
+        View(
+            "Syntax, topic, frequency",
+            (
+                "syntax",
+                "syntax_above_frozen",
+                "topic",
+                "topic_of_rest",
+                "topic_above_frozen",
+                "frequency_above_frozen",
+            ),
+        ),
+        View("Over training", ("early_agreement", "gain")),
+        View("Gradients", ("router_cosine", "token_cosine")),
+        View("Cost of changing the routing or the experts", ("shuffled", "hashed", "tabulated", "removed", "merged")),
+    ),
+    figures=("load_by_row", "information_by_row", "stability_by_row", "ablation_by_row"),
+)
+
+TABLES = (ROUTER, EQUAL, BOUNDARY, EXPERTS)
+
+CLAIMS = (
+    Claim(
+        id="E1",
+        sentence="At equal active FLOPs, 4 experts beat the dense model.",
+        source=SOURCE,
+        table="equal",
+        pairs=(("shakespeare_moe4", "shakespeare_dense"),),
+        holds=BELOW_0,
+    ),
+    Claim(
+        id="E2",
+        sentence="At equal total parameters, the dense model beats 4 experts.",
+        source=SOURCE,
+        table="equal",
+        pairs=(("shakespeare_dense_wide", "shakespeare_moe4"),),
+        holds=BELOW_0,
+    ),
+    Claim(
+        id="E3",
+        sentence="4 experts beat a dense model that makes 1.3 times as many steps.",
+        source=SOURCE,
+        table="equal",
+        pairs=(("shakespeare_moe4", "shakespeare_dense_long"),),
+        holds=BELOW_0,
+    ),
+    Claim(
+        id="E4",
+        sentence="At weight 0.01, the auxiliary loss, if it is counted in, raises the validation loss of a 6-layer "
+        "model by half of A's gap or more.",
+        source=SOURCE,
+        table="A",
+        pairs=(("shakespeare_moe4", ""),),
+        measures=("aux_per_layer",),
+        effect="value",
+        holds=(0.035 / 6, math.inf),
+        why="half of 1.53 − 1.46, over 6 layers; from fewer layers that is an extrapolation",
+    ),
+    Claim(
+        id="E5",
+        sentence="At weight 0.1, the auxiliary loss, if it is counted in, raises the validation loss of a 6-layer "
+        "model by five times A's gap or more.",
+        source=SOURCE,
+        table="A",
+        pairs=(("shakespeare_moe4_aux01", ""),),
+        measures=("aux_per_layer",),
+        effect="value",
+        holds=(0.35 / 6, math.inf),
+        why="five times 1.53 − 1.46, over 6 layers",
+    ),
+    Claim(
+        id="E6",
+        sentence="The gradients of two characters agree more within one expert than within a dense MLP.",
+        source=SOURCE,
+        table="experts",
+        pairs=(("shakespeare_moe4", "shakespeare_dense"),),
+        measures=("token_cosine",),
+        holds=ABOVE_0,
+        why="the mean cosine of two characters' gradients, of different sequences",
+    ),
+    Claim(
+        id="E7",
+        sentence="4 experts filled by a fixed table of characters end at a lower loss than with a learned router.",
+        source=SOURCE,
+        table="router",
+        pairs=(("shakespeare_hash4", "shakespeare_moe4"),),
+        holds=BELOW_0,
+        why="noticed at CPU size with seeds 1337 to 1339 before it was written down; these seeds also decide it there",
+    ),
+    Claim(
+        id="E8",
+        sentence="The fixed table also ends lower than learned routers with a gate of 1, without a balancing loss, or "
+        "with both changes.",
+        source=SOURCE,
+        table="router",
+        pairs=(
+            ("shakespeare_hash4", "shakespeare_moe4_aux0"),
+            ("shakespeare_hash4", "shakespeare_moe4_straight_through"),
+            ("shakespeare_hash4", "shakespeare_moe4_straight_through_aux0"),
+        ),
+        holds=BELOW_0,
+        why="the pairs with a gate of 1 were written down before their runs, the other after its first three seeds",
+    ),
+)

@@ -1,0 +1,231 @@
+"""What tables and claims are made of, and how records find their place in a table.
+
+    table = papers.TABLES["B"]
+    table.rows_at("cpu")[1].config_at("cpu", seed=1337)     # the Config of one run
+    gather(table, records, "cpu")                           # the table's cells, filled with the records that are there
+
+A row is a config file and the options set on top. Its runs are found by their config's hash, so that one run serves
+every table that has its row. A claim says in which interval an effect must lie. sweep.py runs what is missing,
+report/verdicts.py decides, plot_results.py shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from papers.measures import MEASURES
+from run import records
+from run.settings import Config
+from support import configurator
+from support.files import ROOT
+
+FIRST_SEED = 1337
+SEEDS_FOR_A_VERDICT = 5  # a verdict from fewer is called provisional
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size at which every table can be run. Numbers of two scales never share a table."""
+
+    name: str
+    overlay: str  # a file in config/ that is applied after the row's own; "" for none
+    title: str
+
+
+SCALES = {
+    "paper": Scale("paper", "", "paper size: 6 layers, 384 wide, context 256, where no row says otherwise"),
+    "cpu": Scale(
+        "cpu",
+        "cpu",
+        "CPU size: 4 layers, 128 wide, context 64, 2,000 steps of 768 characters, where no row says otherwise",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting, run with several seeds."""
+
+    name: str  # its records are <name>[-cpu]-s<seed>.json
+    label: str
+    config: str  # a file in config/
+    options: Mapping[str, Any] = field(default_factory=dict)  # set on top of the config and the scale's overlay
+    options_at: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # scale -> further options
+    baseline: str = ""  # the row that it is compared with; "" for a baseline itself
+    published: Mapping[str, float] = field(default_factory=dict)  # measure -> the number that the paper prints
+    scales: tuple[str, ...] = ("paper", "cpu")
+
+    def stem(self, scale: str) -> str:
+        overlay = SCALES[scale].overlay
+        return f"{self.name}-{overlay}" if overlay else self.name
+
+    def cell(self, scale: str, seed: int) -> str:
+        """The name of one run's folder under out/ and of its record."""
+        return f"{self.stem(scale)}-s{seed}"
+
+    def arguments(self, scale: str, seed: int) -> list[str]:
+        """The words after `python train.py`, called from the root of the project."""
+        files = [f"config/{name}.py" for name in (self.config, SCALES[scale].overlay) if name]
+        options = {**self.options, **self.options_at.get(scale, {})}
+        if options:
+            options["title"] = self.label
+        return [*files, *(f"--{key}={value}" for key, value in options.items()), f"--seed={seed}"]
+
+    def config_at(self, scale: str, seed: int = FIRST_SEED) -> Config:
+        return _config(tuple(self.arguments(scale, seed)))
+
+
+@functools.cache
+def _config(arguments):
+    here = [str(ROOT / word) if word.startswith("config/") else word for word in arguments]
+    return configurator.parse(Config, here)
+
+
+class View(NamedTuple):
+    """Some measures of a table's rows, printed as the columns of one grid."""
+
+    title: str
+    measures: tuple[str, ...]
+    relative: bool = False  # divided by the row's baseline
+
+
+# What a table is drawn as if it does not say: names of functions in report/.
+USUAL_FIGURES = {
+    "records": ("loss_curves", "loss_against_cost"),
+    "analyses": ("load_by_row", "information_by_row"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that are compared, how they are printed, and which figures show them."""
+
+    name: str
+    title: str
+    source: str
+    text: str  # what it is for, and where its published numbers come from
+    rows: tuple[Row, ...]
+    views: tuple[View, ...]
+    of: str = "records"  # what its cells hold: records of train.py, or analyses of analyze.py
+    figures: tuple[str, ...] | None = None  # in this order; None for the usual ones
+
+    @property
+    def figure_names(self) -> tuple[str, ...]:
+        """The names of the functions that draw it."""
+        return USUAL_FIGURES[self.of] if self.figures is None else self.figures
+
+    def rows_at(self, scale: str) -> list[Row]:
+        return [row for row in self.rows if scale in row.scales]
+
+    def command(self, scale: str) -> str:
+        """The shell command that fills its cells."""
+        command = f"python sweep.py {self.name} --scale={scale} --seeds={SEEDS_FOR_A_VERDICT}"
+        if self.of == "analyses":  # an analysis needs the weights, so the runs are made anew with snapshots
+            command += " --save_every=100 --results=out/records; python analyze.py out/*-s*/ --results=results"
+        return command
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims
+
+# Bounds of a claim: of a difference or a value, then of a ratio.
+ABOVE_0, BELOW_0 = (0.0, math.inf), (-math.inf, 0.0)
+ABOVE_1, BELOW_1 = (1.0, math.inf), (0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A sentence that records can contradict.
+
+    Every pair of rows has an effect. The claim holds where each effect's 95% interval lies within `holds`, did not hold
+    where one lies wholly outside, and stays undecided otherwise.
+    """
+
+    id: str
+    sentence: str
+    source: str
+    table: str  # the name of the table with its rows
+    pairs: tuple[tuple[str, str], ...]  # (row, the row that it is compared with); the second is "" for a value
+    holds: tuple[float, float]
+    measures: tuple[str, ...] = ("clean", "paper")  # the first decides; the others are told where they disagree
+    effect: str = "difference"  # row - other; "ratio": row / other; "value": of the row alone
+    why: str = ""  # where the bounds come from
+    scales: tuple[str, ...] = ("paper", "cpu")
+
+
+def each_against(rows: Iterable[str], other: str) -> tuple[tuple[str, str], ...]:
+    """The pairs of a claim that compares several rows with one."""
+    return tuple((row, other) for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From records to cells
+
+
+class Comparison(NamedTuple):
+    """The records of one table at one scale on one kind of machine, which may be compared."""
+
+    table: Table
+    scale: str
+    machine: str  # as records.machine_of names it; "" where nothing was run
+    cells: dict[str, list[dict]]  # row name -> its records, sorted by seed
+    apart: dict[str, list[tuple[dict, str]]]  # row name -> (record, why it is listed but never averaged)
+
+    def values(self, row: str, measure: str) -> dict[int, float]:
+        """seed -> the measure's value. Records without one, and times that do not count, are left out."""
+        entry, values = MEASURES[measure], {}
+        for record in self.cells[row]:
+            value = entry.read(record)
+            if value is not None and (not entry.timed or entry.is_exclusive(record)):
+                values[record["config"]["seed"]] = value
+        return values
+
+
+def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:
+    """One Comparison a kind of machine, most records first; a single empty one where there are no records.
+
+    found: records or analyses, as the table's `of` says.
+    """
+    row_of = {row.config_at(scale).hash(): row.name for row in table.rows_at(scale)}
+    machines: dict[str, list[dict]] = {}
+    for record in found:
+        if config_hash(record) in row_of:
+            machines.setdefault(records.machine_of(record), []).append(record)
+    comparisons = []
+    for machine, here in sorted(machines.items(), key=lambda item: (-len(item[1]), item[0])) or [("", [])]:
+        cells: dict[str, list[dict]] = {row.name: [] for row in table.rows_at(scale)}
+        apart: dict[str, list[tuple[dict, str]]] = {row.name: [] for row in table.rows_at(scale)}
+        text_of = {name: most_common_text(here, hash) for hash, name in row_of.items()}
+        for record in sorted(here, key=lambda record: record["config"]["seed"]):
+            name = row_of[config_hash(record)]
+            if not records.is_clean(record):
+                apart[name].append((record, "the code had uncommitted changes"))
+            elif record["dataset"]["sha256"] != text_of[name]:
+                apart[name].append((record, f"another text ({record['dataset']['name']})"))
+            else:
+                cells[name].append(record)
+        comparisons.append(Comparison(table, scale, machine, cells, apart))
+    return comparisons
+
+
+def config_hash(record: dict) -> str:
+    """The hash of a record's config, less its seed."""
+    return record["run_id"].rpartition("-s")[0]
+
+
+def most_common_text(found, hash):
+    """The SHA-256 of the text that most of a row's records were trained on; on a tie, the published one's."""
+    counts: dict[str, tuple[int, bool, str]] = {}
+    for record in found:
+        if config_hash(record) == hash and records.is_clean(record):
+            data = record["dataset"]
+            number = counts.get(data["sha256"], (0, False, ""))[0] + 1
+            counts[data["sha256"]] = (number, data["canonical"], data["sha256"])
+    return max(counts.values(), default=(0, False, ""))[2]

@@ -1,0 +1,200 @@
+"""The sections of the report: one for each table, scale and machine, and one for each bench, with grids and pictures.
+
+    results = results_of(records, analyses, benches, left_out)
+    results.sections[0].title, results.verdicts[0].status
+
+`summary.py` writes them as pages; plot_results.py writes the files.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import papers
+from papers.table import SCALES, Comparison, gather
+from report import cells, figures_of_run, figures_of_speed, speed_cells, style
+from report.blocks import Grid, Picture
+from report.figures import FIGURES
+from report.style import Drawing
+from report.verdicts import Verdict, decide
+from run import records
+from speed import bench_records
+from support import console
+
+
+class Results(NamedTuple):
+    """Everything that the pages tell."""
+
+    sections: list[TableSection]
+    benches: list[BenchSection]
+    verdicts: list[Verdict]  # on every claim at every scale it is made for, in the order of CLAIMS
+    n_runs: int
+    left_out: list[str]  # a line for each file that does not count
+
+    @property
+    def machines(self) -> list[str]:
+        """The machines on which tables were run."""
+        return sorted({section.comparison.machine for section in self.sections})
+
+
+def results_of(found: list[dict], analysed: list[dict], benches: list[dict], left_out: list[str]) -> Results:
+    """The sections and verdicts that these records of runs, analyses and benches give."""
+    sections = table_sections({"records": found, "analyses": analysed})
+    return Results(sections, bench_sections(benches), verdicts_of(sections), len(found), left_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+class TableSection(NamedTuple):
+    """One table at one scale on one kind of machine."""
+
+    comparison: Comparison
+    verdicts: list[Verdict]
+    grids: list[Grid]
+    pictures: dict[str, Picture]  # by file name
+    shown: list[dict]  # at most one analysis, whose own figures and text are shown
+
+    @property
+    def title(self) -> str:
+        table, scale = self.comparison.table, SCALES[self.comparison.scale]
+        return f"{table.title} ({table.name}, {scale.title.partition(':')[0]})"
+
+    @property
+    def description(self) -> str:
+        """The table's purpose, its source, and the regime in which it was measured."""
+        table, found = self.comparison.table, [r for of_row in self.comparison.cells.values() for r in of_row]
+        of_records = [record for record in found if table.of == "records"]
+        ranges = {
+            "epochs": [round(record["epochs"], 2) for record in of_records],
+            "unique characters": [record["dataset"]["splits"]["train"] for record in found],
+            "parameters": [record["parameters"]["total"] for record in of_records],
+        }
+        regime = ", ".join(
+            f"{min(values):,}{f' to {max(values):,}' if max(values) > min(values) else ''} {name}"
+            for name, values in ranges.items()
+            if values
+        )
+        regime = regime or "no run that counts"
+        return f"{table.text} Source: {table.source}. Regime: {regime}. Machine: {self.comparison.machine}."
+
+
+def table_sections(found: dict[str, list[dict]]) -> list[TableSection]:
+    """A section for every table, scale and machine with a run. found: "records" and "analyses" -> what there is."""
+    return [
+        table_section(comparison, number)
+        for scale in SCALES
+        for table in papers.TABLES.values()
+        for number, comparison in enumerate(gather(table, found[table.of], scale), 1)
+        if comparison.machine
+    ]
+
+
+def table_section(comparison: Comparison, number: int) -> TableSection:
+    """number: counts the machines on which this table was run at this scale."""
+    table, scale = comparison.table, comparison.scale
+    verdicts = [
+        decide(claim, comparison) for claim in papers.CLAIMS if claim.table == table.name and scale in claim.scales
+    ]
+    shown = analyses_to_show(comparison)
+    pictures = {
+        f"{table.name}_{scale}_{name}{numbered(number)}.svg": picture_of(drawing)
+        for name, drawing in drawings_of(comparison, shown).items()
+        if drawing
+    }
+    grids = [cells.grid_of(comparison, view) for view in table.views]
+    return TableSection(comparison, verdicts, grids, pictures, shown)
+
+
+def drawings_of(comparison: Comparison, shown: list[dict]) -> dict[str, Drawing | None]:
+    """Name -> figure of a table; None where it has nothing to show."""
+    drawings = {name: FIGURES[name](comparison) for name in (*comparison.table.figure_names, "differences")}
+    for analysis in shown:
+        drawings |= figures_of_run.of_run(analysis)
+    return drawings
+
+
+def picture_of(drawing: Drawing) -> Picture:
+    """A figure as a block of a page."""
+    return Picture(style.svg(drawing.figure), drawing.caption, drawing.alt)
+
+
+def numbered(number: int) -> str:
+    """The end of a file's name: none for the first of a kind, then _2, _3."""
+    return f"_{number}" if number > 1 else ""
+
+
+def analyses_to_show(comparison: Comparison) -> list[dict]:
+    """The first analysis of a learned router with a text, of the first row that has one; none in a table of runs."""
+    if comparison.table.of != "analyses":
+        return []
+    found = [analysis for of_row in comparison.cells.values() for analysis in of_row]
+    return [one for one in found if one["sample"] and one["config"]["router"] == "learned"][:1]
+
+
+def verdicts_of(sections: list[TableSection]) -> list[Verdict]:
+    """Every claim at every scale that it is made for, in the order of CLAIMS, with those of which nothing was run."""
+    decided = {}
+    for section in sections:
+        for verdict in section.verdicts:
+            decided.setdefault((verdict.claim.id, section.comparison.scale), []).append(verdict)
+    verdicts = []
+    for claim in papers.CLAIMS:
+        for scale in claim.scales:
+            empty = gather(papers.TABLES[claim.table], [], scale)[0]
+            verdicts += decided.get((claim.id, scale)) or [decide(claim, empty)]
+    return verdicts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benches
+
+
+class BenchSection(NamedTuple):
+    """One bench."""
+
+    record: dict
+    grids: list[Grid]
+    pictures: dict[str, Picture]  # by file name
+
+    @property
+    def title(self) -> str:
+        return f"Speed ({speed_cells.size_title(self.record)}, {self.record['machine']['device']})"
+
+    @property
+    def description(self) -> str:
+        """How it was measured and what weakens it."""
+        record, ceilings = self.record, self.record["ceilings"]
+        doubts = [f"**{sentence}**" for sentence in bench_records.doubts(record)]
+        limits = f"{rate(ceilings['flops_per_second'], 'FLOP/s')} and {rate(ceilings['bytes_per_second'], 'B/s')}"
+        return " ".join(
+            [
+                *doubts,
+                f"{speed_cells.bench_headline(record)}. Every model is timed in turn with the others, in one process. "
+                "A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is the median of the "
+                "ratios of paired timings, above 1 where a model is slower. Floor ÷ time: the least time in which the "
+                "necessary numbers can be computed and moved, at the ceilings measured in the same bench "
+                f"({limits}), over the measured time.",
+                f"Machine: {records.machine_of(record)}. The bench took {console.duration(record['seconds'])}.",
+            ]
+        )
+
+
+def rate(value, unit):
+    """'180 GFLOP/s'"""
+    prefix, scale = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
+    return f"{bench_records.significant(value / scale)} {prefix}{unit}"
+
+
+def bench_sections(found: list[dict]) -> list[BenchSection]:
+    """Known sizes first; several benches of one size are numbered. found: records that bench_records.py reads."""
+    order = [*SCALES, *sorted({record["size"] for record in found} - {*SCALES})]
+    benches, counts = [], {}
+    for record in sorted(found, key=lambda record: (order.index(record["size"]), records.machine_of(record))):
+        size = record["size"]
+        counts[size] = counts.get(size, 0) + 1
+        drawing = figures_of_speed.relative_time(record)
+        pictures = {f"speed_{size}{numbered(counts[size])}.svg": picture_of(drawing)} if drawing else {}
+        benches.append(BenchSection(record, speed_cells.speed_grids(record), pictures))
+    return benches
