@@ -161,7 +161,6 @@ CLAIMS = (
     Claim(
         id="E1",
         sentence="At equal active FLOPs, 4 experts beat the dense model.",
-        source=SOURCE,
         table="equal",
         pairs=(("shakespeare_moe4", "shakespeare_dense"),),
         holds=BELOW_0,
@@ -169,7 +168,6 @@ CLAIMS = (
     Claim(
         id="E2",
         sentence="At equal total parameters, the dense model beats 4 experts.",
-        source=SOURCE,
         table="equal",
         pairs=(("shakespeare_dense_wide", "shakespeare_moe4"),),
         holds=BELOW_0,
@@ -177,7 +175,6 @@ CLAIMS = (
     Claim(
         id="E3",
         sentence="4 experts beat a dense model that makes 1.3 times as many steps.",
-        source=SOURCE,
         table="equal",
         pairs=(("shakespeare_moe4", "shakespeare_dense_long"),),
         holds=BELOW_0,
@@ -186,11 +183,9 @@ CLAIMS = (
         id="E4",
         sentence="At weight 0.01, the auxiliary loss, if it is counted in, raises the validation loss of a 6-layer "
         "model by half of A's gap or more.",
-        source=SOURCE,
         table="A",
         pairs=(("shakespeare_moe4", ""),),
         measures=("aux_per_layer",),
-        effect="value",
         holds=(0.035 / 6, math.inf),
         why="half of 1.53 − 1.46, over 6 layers; from fewer layers that is an extrapolation",
     ),
@@ -198,18 +193,15 @@ CLAIMS = (
         id="E5",
         sentence="At weight 0.1, the auxiliary loss, if it is counted in, raises the validation loss of a 6-layer "
         "model by five times A's gap or more.",
-        source=SOURCE,
         table="A",
         pairs=(("shakespeare_moe4_aux01", ""),),
         measures=("aux_per_layer",),
-        effect="value",
         holds=(0.35 / 6, math.inf),
         why="five times 1.53 − 1.46, over 6 layers",
     ),
     Claim(
         id="E6",
         sentence="The gradients of two characters agree more within one expert than within a dense MLP.",
-        source=SOURCE,
         table="experts",
         pairs=(("shakespeare_moe4", "shakespeare_dense"),),
         measures=("token_cosine",),
@@ -219,7 +211,6 @@ CLAIMS = (
     Claim(
         id="E7",
         sentence="4 experts filled by a fixed table of characters end at a lower loss than with a learned router.",
-        source=SOURCE,
         table="router",
         pairs=(("shakespeare_hash4", "shakespeare_moe4"),),
         holds=BELOW_0,
@@ -229,7 +220,6 @@ CLAIMS = (
         id="E8",
         sentence="The fixed table also ends lower than learned routers with a gate of 1, without a balancing loss, or "
         "with both changes.",
-        source=SOURCE,
         table="router",
         pairs=(
             ("shakespeare_hash4", "shakespeare_moe4_aux0"),

@@ -148,16 +148,20 @@ class Claim:
     where one lies wholly outside, and stays undecided otherwise.
     """
 
-    id: str
+    id: str  # its letter names its source, see papers.SOURCES
     sentence: str
-    source: str
     table: str  # the name of the table with its rows
     pairs: tuple[tuple[str, str], ...]  # (row, the row that it is compared with); the second is "" for a value
     holds: tuple[float, float]
     measures: tuple[str, ...] = ("clean", "paper")  # the first decides; the others are told where they disagree
-    effect: str = "difference"  # row - other; "ratio": row / other; "value": of the row alone
+    is_ratio: bool = False  # the effect is row / other, not row - other
     why: str = ""  # where the bounds come from
     scales: tuple[str, ...] = ("paper", "cpu")
+
+    @property
+    def effect(self) -> str:
+        """difference, ratio, or value (of the row alone)."""
+        return "value" if not self.pairs[0][1] else "ratio" if self.is_ratio else "difference"
 
 
 def each_against(rows: Iterable[str], other: str) -> tuple[tuple[str, str], ...]:

@@ -1,5 +1,6 @@
 """The two pages of results/: summary.md for GitHub and report.html for a browser."""
 
+import papers
 from report import cells, wording
 from report.blocks import Paragraph, Passage, Ruling, Section
 from report.page import page
@@ -79,13 +80,14 @@ def passages_of(analysis):
 def ruling_of(verdict):
     """A verdict as a block of the page."""
     claim, table = verdict.claim, verdict.comparison.table
+    source, was_run = papers.SOURCES.get(claim.id[0], table.source), verdict.comparison.machine
     return Ruling(
         claim.id,
         verdict.status,
         claim.sentence,
         wording.deciding_text(verdict),
-        source="" if claim.source == table.source and verdict.comparison.machine else claim.source,
-        details=wording.detail_lines(verdict) if verdict.comparison.machine else [],
+        source="" if source == table.source and was_run else source,
+        details=wording.detail_lines(verdict) if was_run else [],
         notes=[wording.rule_text(claim)],
         provisional=verdict.is_provisional,
     )

@@ -20,7 +20,8 @@ HOW_TO_READ = (
     "Intervals are not corrected for the number of claims. Times count only from runs that had their GPU, or 95% of "
     "their cores' time, to themselves."
 )
-CLAIMS_BY_SOURCE = f"The letter of a claim names its source. {'. '.join(papers.SOURCES[:-1])}. E: {papers.SOURCES[-1]}."
+*_PAPERS, _OURS = papers.SOURCES.values()
+CLAIMS_BY_SOURCE = f"The letter of a claim names its source. {'. '.join(_PAPERS)}. E: {_OURS}."
 
 HOW_EXPERTS_ARE_READ = (
     "A Mixture-of-Experts layer has several MLPs, its experts, and a router that sends each character to one or a few "
