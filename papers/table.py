@@ -27,22 +27,11 @@ FIRST_SEED = 1337
 SEEDS_FOR_A_VERDICT = 5  # a verdict from fewer is called provisional
 
 
-@dataclass(frozen=True)
-class Scale:
-    """A size at which every table can be run. Numbers of two scales never share a table."""
-
-    name: str
-    overlay: str  # a file in config/ that is applied after the row's own; "" for none
-    title: str
-
-
+# The sizes at which every table can be run. Each but the paper's applies the file config/SCALE.py after the row's own.
+# Numbers of two scales never share a table.
 SCALES = {
-    "paper": Scale("paper", "", "paper size: 6 layers, 384 wide, context 256, where no row says otherwise"),
-    "cpu": Scale(
-        "cpu",
-        "cpu",
-        "CPU size: 4 layers, 128 wide, context 64, 2,000 steps of 768 characters, where no row says otherwise",
-    ),
+    "paper": "paper size: 6 layers, 384 wide, context 256, where no row says otherwise",
+    "cpu": "CPU size: 4 layers, 128 wide, context 64, 2,000 steps of 768 characters, where no row says otherwise",
 }
 
 
@@ -59,17 +48,13 @@ class Row:
     published: Mapping[str, float] = field(default_factory=dict)  # measure -> the number that the paper prints
     scales: tuple[str, ...] = ("paper", "cpu")
 
-    def stem(self, scale: str) -> str:
-        overlay = SCALES[scale].overlay
-        return f"{self.name}-{overlay}" if overlay else self.name
-
     def cell(self, scale: str, seed: int) -> str:
         """The name of one run's folder under out/ and of its record."""
-        return f"{self.stem(scale)}-s{seed}"
+        return f"{self.name}{'' if scale == 'paper' else f'-{scale}'}-s{seed}"
 
     def arguments(self, scale: str, seed: int) -> list[str]:
         """The words after `python train.py`, called from the root of the project."""
-        files = [f"config/{name}.py" for name in (self.config, SCALES[scale].overlay) if name]
+        files = [f"config/{name}.py" for name in (self.config, scale) if name != "paper"]
         options = {**self.options, **self.options_at.get(scale, {})}
         if options:
             options["title"] = self.label
@@ -226,10 +211,6 @@ def config_hash(record: dict) -> str:
 
 def most_common_text(found, hash):
     """The SHA-256 of the text that most of a row's records were trained on; on a tie, the published one's."""
-    counts: dict[str, tuple[int, bool, str]] = {}
-    for record in found:
-        if config_hash(record) == hash and records.is_clean(record):
-            data = record["dataset"]
-            number = counts.get(data["sha256"], (0, False, ""))[0] + 1
-            counts[data["sha256"]] = (number, data["canonical"], data["sha256"])
-    return max(counts.values(), default=(0, False, ""))[2]
+    counted = [record["dataset"] for record in found if config_hash(record) == hash and records.is_clean(record)]
+    texts = [(data["canonical"], data["sha256"]) for data in counted]
+    return max(texts, key=lambda text: (texts.count(text), text), default=(False, ""))[1]

@@ -96,7 +96,7 @@ def caption_of_table(comparison, cells, *sentences, missing="Not run") -> str:
     reasons = dagger_reasons([run for cell in cells for run in cell.runs])
     if reasons:
         parts.append(f"† {'; '.join(reasons)}.")
-    size = SCALES[comparison.scale].title
+    size = SCALES[comparison.scale]
     parts.append(f"{size[0].upper()}{size[1:]}; {comparison.machine}.")
     return f"{comparison.table.title}: {' '.join([*filter(None, sentences), *parts])}"
 

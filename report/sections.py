@@ -58,8 +58,8 @@ class TableSection(NamedTuple):
 
     @property
     def title(self) -> str:
-        table, scale = self.comparison.table, SCALES[self.comparison.scale]
-        return f"{table.title} ({table.name}, {scale.title.partition(':')[0]})"
+        table, size = self.comparison.table, SCALES[self.comparison.scale].partition(":")[0]
+        return f"{table.title} ({table.name}, {size})"
 
     @property
     def description(self) -> str:

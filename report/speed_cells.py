@@ -207,4 +207,4 @@ def bench_headline(record) -> str:
 def size_title(record) -> str:
     """'CPU size'"""
     size = record["size"]
-    return SCALES[size].title.partition(":")[0] if size in SCALES else f"size {size}"
+    return SCALES[size].partition(":")[0] if size in SCALES else f"size {size}"
