@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from report.axes import panels_of, row_axis, rows_height, text_above, text_beside, whiskers
+from report import layout
 from report.captions import number
 from report.speed_cells import PUBLISHED, bench_headline, published_ratios
 from report.style import ERROR_BARS, INK, ZERO, Drawing, row_style, styled
@@ -42,7 +42,7 @@ def relative_time(bench: dict) -> Drawing | None:
     if not names:
         return None
     labels = [bench["models"][name]["title"] for name in names]
-    figure, panels, _ = panels_of(len(places), height=1.1 + rows_height(labels, least=0.32))
+    figure, panels, _ = layout.panels_of(len(places), height=1.1 + layout.rows_height(labels, least=0.32))
     beyond = False
     for panel, (task, batch) in zip(panels, places):
         ratio_axis(panel, [*edges_of(found, task), *published_times(task)])
@@ -53,7 +53,7 @@ def relative_time(bench: dict) -> Drawing | None:
                 style = row_style(list(bench["models"]).index(name))
                 beyond |= draw_ratio(panel, y, found[name, task, batch], style)
         panel.set_xlabel(f"{place_of(task, batch)}: time / dense's\n(right of 1: slower)")
-        row_axis(panel, labels)
+        layout.row_axis(panel, labels)
     n = bench_records.from_to(ratio["n"] for ratio in found.values())
     sentences = [
         f"Time divided by that of {bench['models'][bench_records.DENSE]['title']} (the line at 1) in the same bench: "
@@ -95,7 +95,7 @@ def published_times(task) -> list[float]:
 def draw_published(axes, ratios) -> None:
     low, high = min(ratios), max(ratios)
     axes.axvspan(low, high, **BAND)
-    text_above(axes, f"published: {number(low, 2)}–{number(high, 2)}", math.sqrt(low * high))
+    layout.text_above(axes, f"published: {number(low, 2)}–{number(high, 2)}", math.sqrt(low * high))
 
 
 def draw_ratio(axes, y, ratio, style) -> bool:
@@ -106,9 +106,9 @@ def draw_ratio(axes, y, ratio, style) -> bool:
         edge, marker = (0.03, "<") if ratio["median"] < low else (0.97, ">")
         axes.plot(edge, y, color=style.colour, marker=marker, markersize=7, transform=axes.get_yaxis_transform())
     else:
-        bars = {"xerr": whiskers(ratio["median"], ratio["p10"], ratio["p90"]), **ERROR_BARS}
+        bars = {"xerr": layout.whiskers(ratio["median"], ratio["p10"], ratio["p90"]), **ERROR_BARS}
         axes.errorbar(ratio["median"], y, color=style.colour, marker=style.marker, markersize=6, **bars)
-    text_beside(axes, bench_records.significant(ratio["median"]), y)
+    layout.text_beside(axes, bench_records.significant(ratio["median"]), y)
     return beyond
 
 

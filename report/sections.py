@@ -71,11 +71,7 @@ class TableSection(NamedTuple):
             "unique characters": [record["dataset"]["splits"]["train"] for record in found],
             "parameters": [record["parameters"]["total"] for record in of_records],
         }
-        regime = ", ".join(
-            f"{min(values):,}{f' to {max(values):,}' if max(values) > min(values) else ''} {name}"
-            for name, values in ranges.items()
-            if values
-        )
+        regime = ", ".join(f"{bench_records.from_to(values)} {name}" for name, values in ranges.items() if values)
         regime = regime or "no run that counts"
         return f"{table.text} Source: {table.source}. Regime: {regime}. Machine: {self.comparison.machine}."
 

@@ -149,23 +149,18 @@ def speed_csv(benches: list[dict]) -> str:
     """Every measurement, unrounded; unknown values are empty."""
     lines = []
     for bench in benches:
-        git, machine = bench["git"], records.machine_of(bench)
+        git, alone = bench["git"], bench_records.is_exclusive(bench)
+        place = bench["size"], records.machine_of(bench), git["commit"], git["dirty"], alone
         for one in bench["measurements"]:
             ratio = one["ratio"] or dict.fromkeys(("median", "p10", "p90", "n"))
+            title = bench["models"][one["model"]]["title"]
+            spreads = [spread[key] for spread in (one["seconds"], ratio) for key in ("median", "p10", "p90", "n")]
+            subject = one["model"], title, one["task"], one["batch_size"], one["tokens"]
             lines.append(
                 [
-                    bench["size"],
-                    machine,
-                    git["commit"],
-                    git["dirty"],
-                    bench_records.is_exclusive(bench),
-                    one["model"],
-                    bench["models"][one["model"]]["title"],
-                    one["task"],
-                    one["batch_size"],
-                    one["tokens"],
-                    *(one["seconds"][key] for key in ("median", "p10", "p90", "n")),
-                    *(ratio[key] for key in ("median", "p10", "p90", "n")),
+                    *place,
+                    *subject,
+                    *spreads,
                     one["tokens_per_second"],
                     one["floor"]["seconds"],
                     one["peak_memory_bytes"],
