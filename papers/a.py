@@ -31,7 +31,6 @@ def _table(name, dataset, title, published, figures):
         Row(
             name=f"{dataset}_{row}",
             label=label,
-            config=f"{dataset}_{row}",
             baseline="" if row == "dense" else f"{dataset}_dense",
             published=published.get(row, {}),
         )
@@ -56,24 +55,19 @@ def _table(name, dataset, title, published, figures):
 
 def _rows_of_summary():
     """Dense and 4 experts on every data set, and on the first megabytes of the two large ones."""
-    rows = []
     for dataset in ("shakespeare", "enwik8", "text8", "enwik8_head", "text8_head"):
         base = dataset.removesuffix("_head")
         title = "Shakespeare" if dataset == "shakespeare" else dataset.replace("_", " ")
-        published = PUBLISHED if dataset == "shakespeare" else {}
         for name, label in {"dense": "dense", "moe4": "4 experts"}.items():
-            rows.append(
-                Row(
-                    name=f"{dataset}_{name}",
-                    label=f"{title}, {label}",
-                    config=f"{base}_{name}",
-                    options={} if dataset == base else {"dataset": dataset},
-                    baseline="" if name == "dense" else f"{dataset}_dense",
-                    published=published.get(name, {}),
-                    scales=("paper",) if dataset in ("enwik8", "text8") else ("paper", "cpu"),
-                )
+            yield Row(
+                name=f"{dataset}_{name}",
+                label=f"{title}, {label}",
+                config=f"{base}_{name}",
+                options={} if dataset == base else {"dataset": dataset},
+                baseline="" if name == "dense" else f"{dataset}_dense",
+                published=PUBLISHED[name] if dataset == "shakespeare" else {},
+                scales=("paper",) if dataset in ("enwik8", "text8") else ("paper", "cpu"),
             )
-    return tuple(rows)
 
 
 TABLES = (
@@ -91,7 +85,7 @@ TABLES = (
         title="Dense against 4 experts, by data set",
         source=SOURCE,
         text="The heads are the first megabytes of enwik8 and text8: real text, but not those data sets.",
-        rows=_rows_of_summary(),
+        rows=tuple(_rows_of_summary()),
         views=(
             View("Loss", ("clean", "clean_bpc", "paper", "paper_with_aux", "test_bpc")),
             View("Cost", ("train_seconds", "inference_speed", "epochs")),

@@ -19,7 +19,6 @@ def _row(name, label, *, best, seconds, speed, train, val):
     return Row(
         name=name,
         label=label,
-        config=name,
         baseline="" if name == "shakespeare_dense" else "shakespeare_dense",
         published={
             "paper": best,

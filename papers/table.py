@@ -41,7 +41,7 @@ class Row:
 
     name: str  # its records are <name>[-cpu]-s<seed>.json
     label: str
-    config: str  # a file in config/
+    config: str = ""  # a file in config/; "" for the one of the same name
     options: Mapping[str, Any] = field(default_factory=dict)  # set on top of the config and the scale's overlay
     options_at: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # scale -> further options
     baseline: str = ""  # the row that it is compared with; "" for a baseline itself
@@ -54,7 +54,7 @@ class Row:
 
     def arguments(self, scale: str, seed: int) -> list[str]:
         """The words after `python train.py`, called from the root of the project."""
-        files = [f"config/{name}.py" for name in (self.config, scale) if name != "paper"]
+        files = [f"config/{name}.py" for name in (self.config or self.name, scale) if name != "paper"]
         options = {**self.options, **self.options_at.get(scale, {})}
         if options:
             options["title"] = self.label

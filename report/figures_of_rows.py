@@ -73,26 +73,22 @@ ASKED = {  # title of a panel -> annotations: of several, the one that explains 
 }
 
 
-def explained_percent(names) -> Callable:
-    """analysis -> percent of H(expert) that the annotations explain, mean over layers."""
-    return as_percent(
-        analyses.about("character") if names == ("character",) else analyses.about_given_character(*names)
-    )
+def explained_percent(names) -> tuple[Callable, Callable]:
+    """Two functions: analysis -> percent of H(expert) that the annotations explain, mean over layers.
 
-
-def frozen_percent(names) -> Callable:
-    """analysis -> the same with a frozen random router instead of the learned one."""
+    The second one is of a frozen random router instead of the learned one.
+    """
     if names == ("character",):
-        return as_percent(analyses.over_layers(lambda layer: layer["frozen"]["about"]["character"]["mean"]))
-    return as_percent(analyses.over_layers(lambda layer: analyses.most_of_frozen(layer, names)))
+        learned = analyses.about("character")
+        frozen = analyses.over_layers(lambda layer: layer["frozen"]["about"]["character"]["mean"])
+    else:
+        learned = analyses.about_given_character(*names)
+        frozen = analyses.over_layers(lambda layer: analyses.most_of_frozen(layer, names))
+    return as_percent(learned), as_percent(frozen)
 
 
 def as_percent(read) -> Callable:
-    def percent(analysis):
-        value = read(analysis)
-        return None if value is None else 100 * value
-
-    return percent
+    return lambda analysis: None if (share := read(analysis)) is None else 100 * share
 
 
 @styled
@@ -102,20 +98,17 @@ def information_by_row(comparison) -> Drawing | None:
     if not cells:
         return None
     analysed = [run for cell in cells for run in cell.runs]
-    asked = {
-        title: names
-        for title, names in ASKED.items()
-        if any(explained_percent(names)(run) is not None for run in analysed)
-    }
+    asked = {title: explained_percent(names) for title, names in ASKED.items()}
+    asked = {title: of for title, of in asked.items() if any(of[0](run) is not None for run in analysed)}
     figure, panels = panels_of_rows(cells, len(asked))
     spoken = [[] for _ in cells]
-    for panel, (title, names) in zip(panels, asked.items()):
+    for panel, (title, (learned, frozen)) in zip(panels, asked.items()):
         panel.axvline(0, **ZERO)
-        for texts, mean in zip(spoken, draw_seeds(panel, cells, explained_percent(names), -0.12)):
+        for texts, mean in zip(spoken, draw_seeds(panel, cells, learned, -0.12)):
             if mean is not None:
                 texts.append(f"{title.replace(chr(10), ' ')} {number(mean, 1)}%")
         for y, cell in enumerate(cells):
-            if values := seed_values(cell, frozen_percent(names)):
+            if values := seed_values(cell, frozen):
                 panel.plot(statistics.fmean(values), y + 0.2, **CONTROL)
         panel.set_title(title)
         layout.x_axis(panel, "% of H(expert)", ticks=3, margin=0.1, reach=(0, 0))

@@ -108,15 +108,11 @@ def loss_curves(comparison: Comparison) -> Drawing | None:
 
 
 @styled
-def curves_of_runs(labelled: Mapping[str, Sequence[dict]]) -> Drawing | None:
+def curves_of_runs(labelled: Mapping[str, Sequence[dict]]) -> Drawing:
     """Loss curves of local runs, which may still train. {label: runs}, of which only evaluations are read.
 
     Thin: one seed; thick: mean; dotted: training batches. The caption stands in the picture: nothing else shows it.
     """
-    labelled = {label: [run for run in runs if run["evaluations"]] for label, runs in labelled.items()}
-    labelled = {label: runs for label, runs in labelled.items() if runs}
-    if not labelled:
-        return None
     figure, (axes,), _ = layout.panels_of(1, height=4.3)
     handles, drawn = [], []
     for index, runs in enumerate(labelled.values()):

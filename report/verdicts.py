@@ -104,7 +104,4 @@ def status_of(effect: Effect | None, holds: tuple[float, float]) -> str:
 
 def joint_status(statuses: list[str]) -> str:
     """The status of a claim about several pairs: all must hold, and one that contradicts it is enough."""
-    for status in (NOT_HELD, NOT_RUN, UNDECIDED):
-        if status in statuses:
-            return status
-    return HELD
+    return next((status for status in (NOT_HELD, NOT_RUN, UNDECIDED) if status in statuses), HELD)
