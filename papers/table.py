@@ -116,6 +116,11 @@ class Table:
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
 
+    def published_pair(self, row: Row, measure: str) -> tuple[float, float] | None:
+        """The paper's numbers for a row and for its baseline, where it has both."""
+        pair = tuple(of.published.get(measure) for of in (row, self.row(row.baseline)))
+        return None if None in pair else pair
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Claims

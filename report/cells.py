@@ -94,9 +94,8 @@ def relative_cell(comparison, row, measure):
 def published_ratio_cell(table, row, measure):
     if not row.baseline:
         return "1"
-    if measure not in row.published:
-        return NOTHING
-    return f"{row.published[measure] / table.row(row.baseline).published[measure]:.3f}"
+    pair = table.published_pair(row, measure)
+    return f"{pair[0] / pair[1]:.3f}" if pair else NOTHING
 
 
 def distance_cell(comparison, row, measure):

@@ -32,12 +32,6 @@ def difference(comparison, row, measure) -> Effect | None:
     return effect_of(comparison, measure, row.name, row.baseline, "difference") if row.baseline else None
 
 
-def published_pair(comparison, row, measure) -> tuple[float, float] | None:
-    """The paper's numbers for the row and for its baseline, where it has both."""
-    pair = tuple(of.published.get(measure) for of in (row, comparison.table.row(row.baseline)))
-    return None if None in pair else pair
-
-
 NEAR_1 = (0.9, 1.1)  # which axes of ratios include, so that a small difference looks small
 RATIOS = {  # measure -> label of its axis, name in the caption
     "train_seconds": ("training time / baseline's\n(right of 1: slower)", "training time"),
@@ -56,7 +50,7 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
         for measure in RATIOS if row.baseline else ():
             if effect := effect_of(comparison, measure, row.name, row.baseline, "ratio"):
                 ours[row.name, measure] = effect
-            if pair := published_pair(comparison, row, measure):
+            if pair := comparison.table.published_pair(row, measure):
                 theirs[row.name, measure] = pair[0] / pair[1]
     cells = [cell for cell in cells_of(comparison) if any((cell.row.name, measure) in ours for measure in RATIOS)]
     if not cells:
@@ -122,7 +116,7 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
         axes.plot(model.mean + aux, y + 0.18, **MEASURED)
         # No sum: rounding would often make it wrong.
         layout.text_beside(axes, f"{number(model.mean)} + {number(aux)}", y)
-    pairs = [pair for cell in cells if (pair := published_pair(comparison, cell.row, "paper"))]
+    pairs = [pair for cell in cells if (pair := comparison.table.published_pair(cell.row, "paper"))]
     gaps = sorted({round(ours - theirs, 6) for ours, theirs in pairs})
     minus = [f"{gap:g}".replace("-", "−") for gap in gaps]
     at_their_size = "" if comparison.scale == "paper" else ", at the paper's size"
@@ -230,7 +224,7 @@ def differences(comparison: Comparison) -> Drawing | None:
     axes.axvline(0, **ZERO)
     spoken, handles = [], []
     for y, cell in enumerate(cells):
-        if pair := published_pair(comparison, cell.row, "paper"):
+        if pair := comparison.table.published_pair(cell.row, "paper"):
             handles = axes.plot(pair[0] - pair[1], y, **PUBLISHED)
         mean, low, high, n, _ = effects[cell.row.name]
         look = {"color": cell.style.colour, "marker": cell.style.marker}

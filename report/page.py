@@ -24,31 +24,19 @@ from support.palette import EXPERT_COLOURS, PAPER, PAPER_ON_DARK
 
 # Text in any of these colours on `paper` or on `panel` has a contrast of 4.5 or more (WCAG AA; tests/test_page.py).
 # The verdicts' hues are of those that colour-blind readers tell apart; their words and shapes do not need them.
-LIGHT = {
-    "paper": PAPER,
-    "panel": "#f3f5f6",
-    "line": "#ccd3d8",
-    "ink": "#1a1d20",
-    "quiet": "#535b63",
-    "link": "#0b57a4",
-    "held": "#00664b",
-    "failed": "#a33a00",
-    "undecided": "#5f3f97",
-    "unrun": "#535b63",
+PALETTE = {  # in light and in dark mode
+    "paper": (PAPER, PAPER_ON_DARK),
+    "panel": ("#f3f5f6", "#1e2327"),
+    "line": ("#ccd3d8", "#3d464d"),
+    "ink": ("#1a1d20", "#e6e8ea"),
+    "quiet": ("#535b63", "#aab2b9"),
+    "link": ("#0b57a4", "#8fbcf2"),
+    "held": ("#00664b", "#5fcba5"),
+    "failed": ("#a33a00", "#ff9d66"),
+    "undecided": ("#5f3f97", "#c5b0f2"),
+    "unrun": ("#535b63", "#aab2b9"),
 }
-DARK = {
-    "paper": PAPER_ON_DARK,
-    "panel": "#1e2327",
-    "line": "#3d464d",
-    "ink": "#e6e8ea",
-    "quiet": "#aab2b9",
-    "link": "#8fbcf2",
-    "held": "#5fcba5",
-    "failed": "#ff9d66",
-    "undecided": "#c5b0f2",
-    "unrun": "#aab2b9",
-}
-
+LIGHT, DARK = ({name: colours[mode] for name, colours in PALETTE.items()} for mode in (0, 1))
 
 # status -> (its colour, its shape in a box of 16 × 16)
 LOOKS = {
@@ -144,12 +132,10 @@ def _grid(block, sheet):
     assert all(len(row) == len(block.columns) for row in block.rows), f"{block.title}: a row has other columns"
     caption = sheet.anchor(f"table {block.title}")
     heads = "".join(f'<th scope="col"><span>{_inline(column)}</span></th>' for column in block.columns)
-    rows = "".join(
-        f'<tr><th scope="row">{_inline(label)}</th>'
-        + "".join(f"<td>{_inline(cell)}</td>" for cell in cells)
-        + "</tr>\n"
-        for label, *cells in block.rows
-    )
+    rows = ""
+    for label, *cells in block.rows:
+        numbers = "".join(f"<td>{_inline(cell)}</td>" for cell in cells)
+        rows += f'<tr><th scope="row">{_inline(label)}</th>{numbers}</tr>\n'
     return (
         f'<div class="grid"><div class="scroll" tabindex="0" role="region" aria-labelledby="{caption}">\n'
         f'<table><caption id="{caption}"><span>{_inline(block.title)}</span></caption>\n'

@@ -58,8 +58,8 @@ class TableSection(NamedTuple):
 
     @property
     def title(self) -> str:
-        table, size = self.comparison.table, SCALES[self.comparison.scale].partition(":")[0]
-        return f"{table.title} ({table.name}, {size})"
+        table = self.comparison.table
+        return f"{table.title} ({table.name}, {speed_cells.size_title(self.comparison.scale)})"
 
     @property
     def description(self) -> str:
@@ -156,24 +156,21 @@ class BenchSection(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"Speed ({speed_cells.size_title(self.record)}, {self.record['machine']['device']})"
+        return f"Speed ({speed_cells.size_title(self.record['size'])}, {self.record['machine']['device']})"
 
     @property
     def description(self) -> str:
         """How it was measured and what weakens it."""
         record, ceilings = self.record, self.record["ceilings"]
-        doubts = [f"**{sentence}**" for sentence in bench_records.doubts(record)]
+        doubts = "".join(f"**{sentence}** " for sentence in bench_records.doubts(record))
         limits = f"{rate(ceilings['flops_per_second'], 'FLOP/s')} and {rate(ceilings['bytes_per_second'], 'B/s')}"
-        return " ".join(
-            [
-                *doubts,
-                f"{speed_cells.bench_headline(record)}. Every model is timed in turn with the others, in one process. "
-                "A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is the median of the "
-                "ratios of paired timings, above 1 where a model is slower. Floor ÷ time: the least time in which the "
-                "necessary numbers can be computed and moved, at the ceilings measured in the same bench "
-                f"({limits}), over the measured time.",
-                f"Machine: {records.machine_of(record)}. The bench took {console.duration(record['seconds'])}.",
-            ]
+        return (
+            f"{doubts}{speed_cells.bench_headline(record)}. Every model is timed in turn with the others, in one "
+            "process. A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is the median of the "
+            "ratios of paired timings, above 1 where a model is slower. Floor ÷ time: the least time in which the "
+            "necessary numbers can be computed and moved, at the ceilings measured in the same bench "
+            f"({limits}), over the measured time. Machine: {records.machine_of(record)}. The bench took "
+            f"{console.duration(record['seconds'])}."
         )
 
 

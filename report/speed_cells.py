@@ -186,20 +186,14 @@ def kind_of(config):
     return config.n_expert, config.expert_kind, config.router, config.expert_top_k, config.capacity_factor
 
 
-def published_ratios(measure) -> dict[str, float]:
-    """Row name -> its published value divided by its baseline's."""
-    rows = [row for row in PUBLISHED.rows if row.baseline]
-    return {row.name: row.published[measure] / PUBLISHED.row(row.baseline).published[measure] for row in rows}
-
-
 def bench_headline(record) -> str:
     """A bench in one line: "CPU size: 4 layers, 128 wide, context 64, commit 0123456"."""
-    size, config, commit = size_title(record), config_of(record["models"][DENSE]), record["git"]["commit"]
+    size, commit = size_title(record["size"]), record["git"]["commit"]
+    config = config_of(record["models"][DENSE])
     shape = f"{config.n_layer} layers, {config.n_embd} wide, context {config.block_size}"
     return f"{size[0].upper()}{size[1:]}: {shape}, " + (f"commit {commit[:7]}" if commit else "commit not known")
 
 
-def size_title(record) -> str:
+def size_title(size) -> str:
     """'CPU size'"""
-    size = record["size"]
     return SCALES[size].partition(":")[0] if size in SCALES else f"size {size}"

@@ -45,10 +45,8 @@ def report_html(results: Results) -> str:
     """report.html: the same with every effect behind a verdict, and text on the colours of its experts."""
     sections = []
     for section in results.sections:
-        blocks = [Paragraph(section.description)]
-        if section.comparison.table.of == "analyses":
-            blocks += [Paragraph(text) for text in HOW_EXPERTS_ARE_READ]
-        blocks += [*section.grids, *section.pictures.values()]
+        texts = section.description, *(HOW_EXPERTS_ARE_READ if section.comparison.table.of == "analyses" else ())
+        blocks = [*map(Paragraph, texts), *section.grids, *section.pictures.values()]
         blocks += [passage for analysis in section.shown for passage in passages_of(analysis)]
         blocks += [ruling_of(verdict) for verdict in section.verdicts]
         sections.append(Section(section.title, blocks))
@@ -59,12 +57,8 @@ def report_html(results: Results) -> str:
         sections.append(Section("Not run yet", [ruling_of(verdict) for verdict in not_run]))
     if results.left_out:
         sections.append(Section("Records left out", [Paragraph(why) for why in results.left_out]))
-    lead = [
-        Paragraph(wording.headline(results.n_runs, results.machines)),
-        Paragraph(HOW_TO_READ),
-        Paragraph(CLAIMS_BY_SOURCE),
-    ]
-    return page("charmoe: what was measured", lead, sections)
+    lead = wording.headline(results.n_runs, results.machines), HOW_TO_READ, CLAIMS_BY_SOURCE
+    return page("charmoe: what was measured", list(map(Paragraph, lead)), sections)
 
 
 def passages_of(analysis):
