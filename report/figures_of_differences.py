@@ -27,7 +27,7 @@ PUBLISHED = {"color": INK, "marker": "D", "linestyle": "", "fillstyle": "none", 
 MEASURED = PUBLISHED | {"fillstyle": "full"}
 
 
-def difference(comparison, row, measure) -> Effect | None:
+def difference_to_baseline(comparison, row, measure) -> Effect | None:
     """The row minus its baseline; None for a baseline, and where one of them has no run."""
     return effect_of(comparison, measure, row.name, row.baseline, "difference") if row.baseline else None
 
@@ -96,7 +96,9 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
     """The difference to the baseline with auxiliary losses counted in, split into the model's and theirs."""
     parts = []
     for cell in cells_of(comparison):
-        model, whole = (difference(comparison, cell.row, measure) for measure in ("paper", "paper_with_aux"))
+        model, whole = (
+            difference_to_baseline(comparison, cell.row, measure) for measure in ("paper", "paper_with_aux")
+        )
         if model:
             parts.append((cell, model, whole.mean - model.mean))
     if not parts:
@@ -151,7 +153,7 @@ def boundary_map(comparison: Comparison) -> Drawing | None:
         for row in comparison.table.rows_at(comparison.scale)
         if row.baseline and {"n_embd", "train_characters"} <= set(row.options)
     }
-    effects = {place: difference(comparison, row, "clean") for place, row in rows.items()}
+    effects = {place: difference_to_baseline(comparison, row, "clean") for place, row in rows.items()}
     if not any(effects.values()):
         return None
     widths, sizes = (sorted({place[axis] for place in rows}) for axis in (0, 1))
@@ -183,7 +185,7 @@ def boundary_map(comparison: Comparison) -> Drawing | None:
     bar.solids.set_edgecolor("face")  # no seams
     caption = caption_of_table(
         comparison,
-        [cell for cell in cells_of(comparison) if difference(comparison, cell.row, "clean")],
+        [cell for cell in cells_of(comparison) if difference_to_baseline(comparison, cell.row, "clean")],
         "best validation loss of 4 experts minus that of the dense model with equal active FLOPs, on the full "
         "validation split, with its 95% interval. Every run reads equally many characters, so fewer unique characters "
         "mean more epochs.",
@@ -214,7 +216,9 @@ def text_colour_on(colour) -> str:
 @styled
 def differences(comparison: Comparison) -> Drawing | None:
     """Each row's best loss on the full validation split minus its baseline's, with the published difference."""
-    effects = {row.name: difference(comparison, row, "clean") for row in comparison.table.rows_at(comparison.scale)}
+    effects = {
+        row.name: difference_to_baseline(comparison, row, "clean") for row in comparison.table.rows_at(comparison.scale)
+    }
     cells = [cell for cell in cells_of(comparison) if effects[cell.row.name]]
     if not cells:
         return None

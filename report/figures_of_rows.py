@@ -126,9 +126,8 @@ def information_by_row(comparison) -> Drawing | None:
         "Large: mean over seeds; small: one seed; hollow: frozen random routers on the same inputs, also beyond "
         "chance. Each panel has its own axis.",
     )
-    return Drawing(
-        figure, caption, f"Dots of how much annotations explain of the choice of expert. {spoken_rows(cells, spoken)}."
-    )
+    told = spoken_rows(cells, spoken)
+    return Drawing(figure, caption, f"Dots of how much annotations explain of the choice of expert. {told}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,9 +209,8 @@ def ablation_by_row(comparison) -> Drawing | None:
         f"{what[0].upper()}{what[1:]}. Large: mean over seeds; small: one seed. Each panel has its own axis.",
         passes=True,
     )
-    return Drawing(
-        figure, caption, f"Dots of the rise in loss, in nats, after each intervention. {spoken_rows(cells, spoken)}."
-    )
+    told = spoken_rows(cells, spoken)
+    return Drawing(figure, caption, f"Dots of the rise in loss, in nats, after each intervention. {told}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

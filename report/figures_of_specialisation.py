@@ -232,8 +232,5 @@ def information_bars(analysis) -> Drawing | None:
         + ", ".join(f"{one.label} {percent(one.learned)} (random {percent(one.random)})" for one in entries)
         for layer, entries in explained
     )
-    return Drawing(
-        figure,
-        caption,
-        f"Bars of how much annotations explain of the choice of expert, as a share of its entropy. {spoken}.",
-    )
+    what = "Bars of how much annotations explain of the choice of expert, as a share of its entropy"
+    return Drawing(figure, caption, f"{what}. {spoken}.")

@@ -33,11 +33,8 @@ MOST_TICKS = 6
 def relative_time(bench: dict) -> Drawing | None:
     """Time divided by the dense model's in the same bench: for an update, and for a step of decoding by batch size."""
     places = [(task, batch) for task in ("train", "decode") for batch in bench_records.batch_sizes(bench, task)]
-    found = {
-        key: one["ratio"]
-        for key, one in bench_records.measurements_of(bench).items()
-        if one["ratio"] and key[1:] in places
-    }
+    timed = bench_records.measurements_of(bench)
+    found = {key: one["ratio"] for key, one in timed.items() if one["ratio"] and key[1:] in places}
     names = [name for name in bench["models"] if name in {key[0] for key in found}]
     if not names:
         return None
@@ -79,10 +76,8 @@ def place_of(task, batch) -> str:
 
 def edges_of(found, task) -> list[float]:
     """Ratios that the panels of one task have room for. References may be far slower and get an arrow instead."""
-    ratios = [
-        ratio for key, ratio in found.items() if key[1] == task and not key[0].startswith(bench_records.REFERENCE)
-    ]
-    return [ratio[end] for ratio in ratios for end in ("p10", "p90")]
+    keys = [key for key in found if key[1] == task and not key[0].startswith(bench_records.REFERENCE)]
+    return [found[key][end] for key in keys for end in ("p10", "p90")]
 
 
 def published_times(task) -> list[float]:

@@ -178,13 +178,14 @@ def _ruling(block, sheet):
 
 
 def _passage(block, sheet):
+    def coloured(expert, text):
+        return f'<span class="e{expert % len(EXPERT_COLOURS)}">{text}</span>'
+
     pieces = []
     for expert, group in itertools.groupby(zip(block.text, block.experts), key=lambda pair: pair[1]):
         text = escape("".join("⏎\n" if character == "\n" else character for character, _ in group))
-        pieces.append(text if expert is None else f'<span class="e{expert % len(EXPERT_COLOURS)}">{text}</span>')
-    legend = "".join(
-        f'<span class="e{expert % len(EXPERT_COLOURS)}">expert {expert}</span>' for expert in range(block.n_expert)
-    )
+        pieces.append(text if expert is None else coloured(expert, text))
+    legend = "".join(coloured(expert, f"expert {expert}") for expert in range(block.n_expert))
     return (
         f'<div class="passage"><h3>{_inline(block.title)}</h3>\n<pre>{"".join(pieces)}</pre>\n'
         f'<p class="legend">{legend}</p></div>\n'

@@ -70,21 +70,15 @@ def papers_grid(bench):
     theirs = ("characters/s", "speed ÷ baseline's", "training time ÷ baseline's")
     columns += [f"published: {column}{size}" for column in theirs]
     row_of = {name: published_row(model) for name, model in bench["models"].items()}
-    rows = [
-        [model["title"], *papers_cells(found, name), *published_cells(row_of[name])]
-        for name, model in bench["models"].items()
-    ]
-    there = [row.name for row in row_of.values() if row]
-    alone = [row for row in PUBLISHED.rows if row.name not in there]
+    titles = {name: model["title"] for name, model in bench["models"].items()}
+    rows = [[title, *papers_cells(found, name), *published_cells(row_of[name])] for name, title in titles.items()]
+    alone = [row for row in PUBLISHED.rows if row not in row_of.values()]
     rows += [[f"{row.label}, published", *[NOTHING] * 3, *published_cells(row)] for row in alone]
-    counts = [one["seconds"]["n"] for one in found.values() if one["task"] == "papers"]
-    lengths = [one["tokens"] for one in found.values() if one["task"] == "papers"]
-    notes = [
-        f"n = {bench_records.from_to(counts)} texts of {bench_records.from_to(lengths)} characters; "
-        "training time is that of the updates"
-    ]
+    timings = [(one["seconds"]["n"], one["tokens"]) for one in found.values() if one["task"] == "papers"]
+    counts, lengths = map(bench_records.from_to, zip(*timings))
+    notes = [f"n = {counts} texts of {lengths} characters; training time is that of the updates"]
     notes += [f"published: {PUBLISHED.source}, one machine, number of runs not given"]
-    notes += [f"{bench['models'][name]['title']}: published as {row.label}" for name, row in row_of.items() if row]
+    notes += [f"{titles[name]}: published as {row.label}" for name, row in row_of.items() if row]
     title = "Speed. Inference by the papers' protocol: eagerly, without a cache, one text at a time"
     return Grid(title, ["model", *columns], rows, notes)
 
@@ -126,16 +120,11 @@ def what_ran_grid(bench):
     notes = []
     for what, of in checks.items():
         worst = max(of, key=lambda check: check["error"] / check["limit"] if check["limit"] else 0)
-        notes.append(
-            f"checked, {what}: largest error {worst['error']:.1e}, allowed {worst['limit']:.0e} (n = {len(of)})"
-        )
+        errors = f"largest error {worst['error']:.1e}, allowed {worst['limit']:.0e} (n = {len(of)})"
+        notes.append(f"checked, {what}: {errors}")
     columns = ["model", "parameters", "active per character", "training ran on", "decoding ran on"]
-    return Grid(
-        "Speed. Models, backends and checks",
-        [*columns, "compiling: training / decoding, s", "checks passed"],
-        rows,
-        notes,
-    )
+    columns += ["compiling: training / decoding, s", "checks passed"]
+    return Grid("Speed. Models, backends and checks", columns, rows, notes)
 
 
 SPEED_COLUMNS = (
