@@ -1,4 +1,4 @@
-"""A run's weights as a model: what sample.py and analyze.py begin with.
+"""Load a run's weights as a model, for sample.py and analyze.py.
 
 model, vocabulary, config = load("out/run", "best.pt", "cpu")
 """
@@ -16,7 +16,7 @@ from run.settings import Config
 from support import files
 from support.options import ConfigError
 
-CHECKPOINTS = {"best": "best.pt", "last": "ckpt.pt"}  # of a run: the weights that validated best, and the last
+CHECKPOINTS = {"best": "best.pt", "last": "ckpt.pt"}  # the weights with the best validation loss, and the last
 
 
 class Trained(NamedTuple):
@@ -26,12 +26,12 @@ class Trained(NamedTuple):
 
 
 def load(out_dir, name, device) -> Trained:
-    """The weights in out_dir/name. ConfigError or CheckpointError where that is no run's, or does not fit itself."""
+    """The model in out_dir/name. ConfigError or CheckpointError where there is none, or it does not fit its config."""
     return model_in(read(out_dir, name), Path(out_dir) / name, device)
 
 
 def read(out_dir, name) -> dict:
-    """What the checkpoint out_dir/name holds, weights among it."""
+    """The contents of the checkpoint out_dir/name."""
     folder = Path(out_dir)
     if not str(out_dir):
         raise ConfigError(["--out_dir=…: which run? It is the folder that train.py named at its end"])
@@ -46,8 +46,10 @@ def read(out_dir, name) -> dict:
 
 
 def model_in(saved, path, device) -> Trained:
-    """saved: what the checkpoint at `path` holds."""
+    """saved: the contents of the checkpoint at `path`."""
     config = Config.from_dict(saved["config"], origin=str(path))
+    if problems := [f"{path}: {message}" for _, message in config.problems()]:
+        raise ConfigError(problems)
     try:
         vocabulary = Vocabulary.from_dict(saved["vocabulary"])
         model = model_of(config, vocabulary, saved["model"])
@@ -57,11 +59,11 @@ def model_in(saved, path, device) -> Trained:
 
 
 def model_of(config, vocabulary, weights):
-    """The model with these weights. RuntimeError where they do not fit it: sizes are compared before memory is taken
-    for a model of the config's size."""
+    """The model with these weights. RuntimeError where they do not fit it; sizes are compared before the model takes
+    memory."""
 
-    def misfit(what):
-        return RuntimeError(f"its weights do not fit its own config: {what}")
+    def misfit(reason):
+        return RuntimeError(f"its weights do not fit its own config: {reason}")
 
     if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
         raise misfit("they are no tensors")
@@ -70,20 +72,22 @@ def model_of(config, vocabulary, weights):
         raise misfit(f"they are {held:,} numbers, fewer than n_embd = {config.n_embd} times {max(rows)}")
     try:
         with torch.device("meta"):
-            expected = GPT(config, vocabulary.size).state_dict()
+            empty = GPT(config, vocabulary.size)
     except (RuntimeError, TypeError) as error:  # beyond what 64 bits can count
         raise misfit(files.first_line(error)) from None
+    expected, parameters = empty.state_dict(), dict(empty.named_parameters())
     for name in [*expected, *weights]:
         if name not in weights or name not in expected:
             raise misfit(f"{files.shown(name)} is {'missing' if name in expected else 'unknown'}")
         wanted, found = ((w.dtype, w.layout, tuple(w.shape)) for w in (expected[name], weights[name]))
         if found != wanted:
             raise misfit(f"{name} is {found}, expected {wanted}")
-        floats = weights[name].is_floating_point()
-        # What is no float is the table of a hash router.
-        good = weights[name].isfinite() if floats else (weights[name] >= 0) & (weights[name] < max(rows[1:]))
-        if not good.all():
-            raise misfit(f"{name} has {'numbers that are not finite' if floats else 'experts that are not there'}")
+        is_of_router = ".router." in name and name not in parameters  # its own business: see state_problem
+        if not is_of_router and not weights[name].isfinite().all():
+            raise misfit(f"{name} has numbers that are not finite")
     model = GPT(config, vocabulary.size)
     model.load_state_dict(weights)
+    for layer in model.moe_layers():
+        if problem := layer.router.state_problem():
+            raise misfit(f"the router of block {layer.router.layer}: {problem}")
     return model
