@@ -211,7 +211,10 @@ def running_elsewhere(run) -> State:
 
 def last_logged(metrics):
     """(step, loss in nats) of the last complete line of a metrics.jsonl that may be growing; (0, None) without one."""
-    lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
+    try:
+        lines = metrics.read_bytes().splitlines()
+    except OSError:  # also where it goes between two looks
+        lines = []
     for line in reversed(lines):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             values = json.loads(line)
