@@ -167,7 +167,7 @@ def measure_gradients(run, n_batches):
     batches = run.training_batches(n_batches)
     pulls = gradients.router_gradients(model, batches, run.machine, seed=run.seed)
     classes_V, names = class_of(run.vocabulary)
-    return pulls, gradients.conflicts(model, batches, run.machine, classes_V, names, seed=run.seed)
+    return pulls, gradients.conflicts(model, batches, run.machine, classes_V, len(names), seed=run.seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
