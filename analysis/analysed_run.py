@@ -1,7 +1,7 @@
 """A trained run that is analysed: its weights, and the text on which they are measured.
 
     run = AnalysedRun("out/shakespeare_moe4-cpu-s1337", options, machine)
-    run.model, run.windows, run.annotations["speaker"].labels
+    run.model, run.windows, run.annotations["speaker"]
 
 Shapes: N characters of the text; V vocabulary size.
 """
@@ -9,6 +9,7 @@ Shapes: N characters of the text; V vocabulary size.
 import numpy as np
 
 from analysis.annotation import annotate
+from data.characters import CLASSES
 from data.common import Dataset, find_dataset
 from model import IGNORED
 from routing import mix_seeds
@@ -52,7 +53,7 @@ class AnalysedRun:
     @property
     def classes(self):
         """(each character's class (N,), the names of the classes)"""
-        return self.annotations["class"].labels, self.annotations["class"].names
+        return self.annotations["class"], CLASSES
 
     def training_batches(self, count):
         """Batches drawn as for training, but none that training has drawn."""

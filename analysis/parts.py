@@ -16,6 +16,7 @@ import torch
 import balance
 from analysis import analyses, gradients, information, probe
 from analysis.annotation import CONTEXT, SYNTAX, TOPIC, class_of
+from data.characters import CLASSES
 from routing import hash_table, mix_seeds
 from run import records
 from run.checkpoint import CheckpointError
@@ -58,7 +59,7 @@ def measure_layers(run, seen):
     per_batch = tokens_per_batch(run)
     for number, (block, layer) in enumerate(zip(config.moe_layers, model.moe_layers())):
         n_expert = layer.config.n_expert
-        chosen_N, character_N = seen.first[number], run.annotations["character"].labels
+        chosen_N, character_N = seen.first[number], run.annotations["character"]
         seeds = [mix_seeds(run.seed, block, draw) for draw in range(DRAWS)]
         hashed = [hash_table(run.counts_V, n_expert, seed).numpy()[run.ids_N] for seed in seeds]
         load = balance.summarize(seen.stats[number], in_detail=True)
@@ -101,7 +102,7 @@ def informations(run, labels_N, given_N=None, draws=DRAWS):
     found, seed, size = run.annotations, run.seed, run.config.block_size
     return {
         name: information.measured(
-            labels_N, found[name].labels, given_N, draws, seed, NULLS.get(name, information.SHUFFLED), size
+            labels_N, found[name], given_N, draws, seed, NULLS.get(name, information.SHUFFLED), size
         )._asdict()
         for name in names
         if name in found
@@ -166,8 +167,9 @@ def measure_gradients(run, n_batches):
         return [None] * len(model.moe_layers()), []
     batches = run.training_batches(n_batches)
     pulls = gradients.router_gradients(model, batches, run.machine, seed=run.seed)
-    classes_V, names = class_of(run.vocabulary)
-    return pulls, gradients.conflicts(model, batches, run.machine, classes_V, len(names), seed=run.seed)
+    return pulls, gradients.conflicts(
+        model, batches, run.machine, class_of(run.vocabulary), len(CLASSES), seed=run.seed
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def measure_stability(run, seen, snapshots, progress):
     """
     if not snapshots:
         return None
-    told = {name: run.annotations[name].labels[: len(seen.nats_N)] for name in ("character", "frequency band")}
+    told = {name: run.annotations[name][: len(seen.nats_N)] for name in ("character", "frequency band")}
     layers = [{name: [] for name in ("agreement", "chance", "churn", *told)} for _ in seen.first]
     steps, before = [], None
     for step, path in snapshots:
