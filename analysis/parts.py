@@ -72,7 +72,7 @@ def measure_layers(run, seen):
                 "k": 1 if config.router_top_p else layer.config.expert_top_k or n_expert,
                 "load": load,
                 "tokens_per_batch": per_batch[number],
-                "counts": first_choices(run.ids_N, chosen_N, run.vocabulary.size, n_expert),
+                "counts": probe.choices_by_symbol(run.ids_N, chosen_N, run.vocabulary.size, n_expert).tolist(),
                 "entropy": information.entropy(chosen_N),
                 "entropy_given_character": information.conditional_entropy(chosen_N, character_N),
                 "about": informations(run, chosen_N),
@@ -86,11 +86,6 @@ def measure_layers(run, seen):
             }
         )
     return layers
-
-
-def first_choices(ids_N, labels_N, n_symbols, n_expert):
-    """[[count for each expert] for each symbol]: how often the expert is the symbol's first choice."""
-    return np.bincount(ids_N * n_expert + labels_N, minlength=n_symbols * n_expert).reshape(n_symbols, -1).tolist()
 
 
 def informations(run, labels_N, given_N=None, draws=DRAWS):
