@@ -140,19 +140,17 @@ def tokens_per_batch(run):
     for x, y in run.training_batches(LOAD_BATCHES):
         with run.machine.autocast():
             loads.append([layer.load.cpu().numpy() for layer in run.model(x, y).stats])
-    found = []
-    for of_layer in zip(*loads):
-        loads_BE = np.stack(of_layer)
-        found.append(
-            {
-                "batches": len(loads_BE),
-                "characters": config.batch_size * config.block_size,
-                "mean": loads_BE.mean(axis=0).tolist(),
-                "sd": loads_BE.std(axis=0, ddof=1).tolist(),
-                "none": float((loads_BE == 0).mean()),
-            }
-        )
-    return found
+    size = config.batch_size * config.block_size
+    return [
+        {
+            "batches": len(loads_BE),
+            "characters": size,
+            "mean": loads_BE.mean(axis=0).tolist(),
+            "sd": loads_BE.std(axis=0, ddof=1).tolist(),
+            "none": float((loads_BE == 0).mean()),
+        }
+        for loads_BE in map(np.stack, zip(*loads))
+    ]
 
 
 def measure_gradients(run, n_batches):
@@ -241,18 +239,16 @@ def write_sample(run, n_characters):
     newline = next((i for i, symbol in enumerate(run.vocabulary.symbols) if symbol in ("\n", 10)), 0)
     decoder = decoding.fastest(model, 1, run.machine, 0.8, 200)
     generator = torch.Generator().manual_seed(run.seed)
-    layers = range(len(model.moe_layers()))
-    unread, tokens, experts = [newline], [], [[] for _ in layers]
+    unread, tokens, experts = [newline], [], []
     for step in decoder.write(torch.tensor([unread], device=run.machine.device), n_characters + 1, [generator]):
-        for layer in layers:  # the last token read; where the window moved, half of it was read again before
-            experts[layer].append(int(step.experts(layer)[0, -1]))
+        # the last token read; where the window moved, half of it was read again before
+        experts.append([int(step.experts(layer)[0, -1]) for layer in range(len(model.moe_layers()))])
         tokens += unread
         unread = step.tokens.tolist()
-    decode, text, of_text = run.vocabulary.decoder(), "", [[] for _ in layers]
-    for i, token in enumerate(tokens):
+    decode, text, of_text = run.vocabulary.decoder(), "", [[] for _ in model.moe_layers()]
+    for token, chosen in zip(tokens, experts):
         piece = decode([token])
         text += piece
-        for layer in layers:
-            expert = experts[layer][i]
-            of_text[layer] += [None if expert < 0 else expert] * len(piece)
+        for of_layer, expert in zip(of_text, chosen):
+            of_layer += [None if expert < 0 else expert] * len(piece)
     return {"text": text, "experts": of_text}

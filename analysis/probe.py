@@ -87,8 +87,7 @@ def random_routers(model, windows, machine, draws, seed) -> list[list[np.ndarray
     for number, layer in enumerate(model.moe_layers()):
         E, D = layer.config.n_expert, layer.config.n_embd
         generators = [torch.Generator().manual_seed(mix_seeds(seed, number, draw)) for draw in range(draws)]
-        drawn = [torch.randn(E, D, generator=generator, device="cpu") * 0.02 for generator in generators]
-        weights.append([weight.to(machine.device) for weight in drawn])
+        weights.append([(torch.randn(E, D, generator=generator) * 0.02).to(machine.device) for generator in generators])
     labels = [[[] for _ in layer] for layer in weights]
     for inputs in router_inputs(model, windows, machine):
         for x_ND, layer_weights, layer_labels in zip(inputs, weights, labels):
