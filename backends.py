@@ -1,16 +1,16 @@
-"""Ways to multiply tokens with the weights of their experts: one result, several speeds.
+"""Ways to multiply tokens with the weights of their experts: same result, different speed.
 
     y = backend(x, routing, w_in, bias_in, w_out, activate, gate_after)
 
     y = Σ_k g_k · activate(x W_in[e_k]ᵀ + b_in[e_k]) W_out[e_k]      with gate_after
     y = Σ_k activate(g_k · (x W_in[e_k]ᵀ + b_in[e_k])) W_out[e_k]    without
 
-The sum is over a token's kept choices. x (N, D), w_in (E, H, D), bias_in (E, H) or None, w_out (E, H, D) or None: then
-the sum of hidden units (N, H) comes back. activate: elementwise, 0 at 0. The result has the precision of the products.
+The sum is over a token's kept choices. x (N, D), w_in (E, H, D), bias_in (E, H) or None, w_out (E, H, D), or None for
+the sum of hidden units (N, H). activate: elementwise, 0 at 0. The result has the precision of the products.
 
 A new backend is a function, a line in BACKENDS, and its name among the choices of `moe_backend` in `run/settings.py`;
-`tests/test_moe.py` then compares it with the reference: outputs and all gradients, also with empty experts and dropped
-choices. Backends for decoding alone stand in `speed/decoding.py`. Letters as in `moe.py`; M = N·K choices, R rows.
+`tests/test_moe.py` then compares its outputs and gradients with the reference. Backends for decoding only are in
+`speed/decoding.py`. Letters as in `moe.py`; M = N·K choices, R rows.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from selection import gates_per_expert
 
 
 def reference(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
-    """A loop over the experts, each on the tokens that it kept. The other backends are tested against it."""
+    """A loop over the experts, each on its kept tokens. The other backends are tested against it."""
     width = w_in.size(1) if w_out is None else x_ND.size(1)
     total = 0
     for e in range(w_in.size(0)):
@@ -38,7 +38,7 @@ def reference(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
 
 
 def masked(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
-    """All experts as one wide MLP, with a gate of 0 for those not chosen: no dispatch, but the FLOPs of all experts."""
+    """All experts as one wide MLP, with a gate of 0 for experts not chosen: no dispatch, but the FLOPs of all."""
     E, H, D = w_in.shape
     gates_NE = gates_per_expert(routing)
     up = F.linear(x_ND, w_in.view(E * H, D), None if bias_in is None else bias_in.view(E * H))
@@ -49,8 +49,8 @@ def masked(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
 
 
 def sliced(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
-    """Choices sorted by expert, then one GEMM for each expert that has any: for a CPU, since the host must know the
-    sizes. Dropped choices cost nothing."""
+    """Choices sorted by expert, then one GEMM per expert: for a CPU, since the host must know the sizes. Dropped
+    choices cost nothing."""
     rows, sizes = rows_and_sizes(routing, w_in.size(0))
     first, second = products(SlicedMM.apply, sizes, w_in, w_out, compute_dtype(x_ND))
     return dispatch(x_ND, routing, rows, first, bias_in, activate, gate_after, second)
@@ -67,8 +67,8 @@ def sorted_by_expert(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
 
 
 def padded(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
-    """A table of `routing.room` rows per expert, rows without a choice 0, then one batched GEMM per weight: for a
-    capacity, which bounds the rows, where shapes must not depend on the data."""
+    """A table of `routing.room` rows per expert, unused rows 0, then one batched GEMM per weight: for a capacity, which
+    bounds the rows, where shapes must not depend on the data."""
     E, room = w_in.size(0), routing.room
     expert_M, kept_M = routing.experts.reshape(-1), routing.kept.reshape(-1)
     kept_EM = (F.one_hot(expert_M, E) * kept_M[:, None]).t().contiguous()
@@ -90,7 +90,7 @@ BACKENDS: dict[str, Callable] = {
 
 
 def choose_backend(shape, k, device, dtype, has_capacity=False, is_compiled=False):
-    """The name of the fastest backend here, for `moe_backend=auto`. Measured on a CPU, not on CUDA.
+    """The name of the fastest backend, for `moe_backend=auto`. Measured on a CPU, not on CUDA.
 
     shape: (E, H, D); k: experts per token; device, dtype: of the matrix products. `masked` computes all E·H hidden
     units, so on a GPU it wins while they are not much more than a dense MLP's 4·D. Otherwise `sliced` on a CPU without
@@ -124,8 +124,7 @@ class Rows(NamedTuple):
 
 
 def rows_and_sizes(routing, n_expert):
-    """(Rows of the kept choices sorted by expert, the dropped ones at the end; the choices that each expert kept).
-    Waits for the device."""
+    """(Rows of the choices sorted by expert, dropped ones last; kept choices per expert). Waits for the device."""
     expert_M = torch.where(routing.kept, routing.experts, n_expert).reshape(-1)
     sizes = torch.bincount(expert_M, minlength=n_expert + 1)[:n_expert].tolist()
     return by_expert(expert_M, routing), sizes
@@ -145,14 +144,14 @@ def inverse_of(place, n_rows):
 
 
 def dispatch(x_ND, routing, rows, first, bias_in, activate, gate_after, second):
-    """The experts' sum over the choices in these Rows. first, second: (rows (R, in)) -> (R, out), the products with
-    w_in and w_out in x's precision; second is None without a w_out."""
+    """The backend's result by way of these Rows. first, second: rows (R, in) -> (R, out), the products with w_in and
+    w_out in x's precision; second is None without a w_out."""
     N, K = routing.experts.shape
     dtype = compute_dtype(x_ND)
     up = first(Gather.apply(x_ND.to(dtype), rows.order, rows.place, K, rows.is_permutation))
     if bias_in is not None:
         up = up + bias_in.to(dtype)[rows.experts]
-    if gate_after:  # then the gate may wait for the output, which is narrower
+    if gate_after:  # the gate is applied to the output, which is narrower
         y = activate(up)
     else:
         gates_R1 = Gather.apply(routing.gates.reshape(-1, 1), rows.order, rows.place, 1, rows.is_permutation)
@@ -166,13 +165,13 @@ def dispatch(x_ND, routing, rows, first, bias_in, activate, gate_after, second):
 
 
 def hidden_units(up, gates, activate, gate_after):
-    """The experts' gated hidden units, in the precision of `up`, the output of the first layer."""
+    """Gated hidden units, in the precision of `up`, the first layer's output."""
     return (activate(up) * gates if gate_after else activate(up * gates)).to(up.dtype)
 
 
 def products(matmul, layout, w_in, w_out, dtype):
-    """(first, second) as `dispatch` takes them. matmul(rows, weights (E, in, out), layout) multiplies each row with
-    the weights of its expert."""
+    """(first, second) for `dispatch`. matmul(rows, weights (E, in, out), layout) multiplies each row with the weights
+    of its expert."""
 
     def first(rows):
         return matmul(rows, w_in.to(dtype).transpose(1, 2), layout)
@@ -184,8 +183,8 @@ def products(matmul, layout, w_in, w_out, dtype):
 
 
 class Gather(torch.autograd.Function):
-    """Row order[i] // K of x for each i, 0 where order[i] is K · len(x). Plain indexing adds up its gradient row by
-    row; here `place` knows where each row went."""
+    """Row order[i] // K of x for each i, 0 where order[i] = K · len(x). `place` makes the gradient a gather too, where
+    plain indexing would add up row by row."""
 
     @staticmethod
     def forward(ctx, x, order, place, K, is_permutation):

@@ -4,8 +4,7 @@
     stats_of_layers(routings, idx, config, V)      a RoutingStats per layer, left on the device
     summarize(stats)                               its numbers
 
-Everything comes from the layers' Routing alone. Balancing without a loss is a bias of the layer: `MoE.update_bias` in
-`moe.py`. Letters as in `moe.py`; L layers.
+For balancing without a loss see `MoE.update_bias` in `moe.py`. Letters as in `moe.py`; L layers.
 """
 
 from collections.abc import Callable
@@ -18,20 +17,20 @@ from selection import Routing, choices_per_expert, gates_per_expert
 
 
 class AuxLoss(NamedTuple):
-    """An auxiliary loss over all layers, before (`raw`) and after (`weighted`) its coefficient; 0-d float32."""
+    """An auxiliary loss over all layers, without (`raw`) and with (`weighted`) its coefficient; 0-d float32."""
 
     raw: torch.Tensor
     weighted: torch.Tensor
 
 
 class RoutingStats(NamedTuple):
-    """Sums over the tokens of one layer, left on the device: add them up over calls, read them once with `summarize`.
-    Without a capacity the counts by position and by symbol are empty."""
+    """Sums over the tokens of one layer, left on the device: `add_stats` over calls, `summarize` once. Without a
+    capacity the counts by position and by symbol are empty."""
 
     load: torch.Tensor  # (E,) choices per expert, before capacity
     importance: torch.Tensor  # (E,) sum of the gates of kept choices
-    dropped: torch.Tensor  # () choices that found their expert full
-    unserved: torch.Tensor  # () tokens that no expert served
+    dropped: torch.Tensor  # () choices dropped for lack of room
+    unserved: torch.Tensor  # () tokens without an expert
     tokens: torch.Tensor  # ()
     entropy: torch.Tensor  # () entropy of the router's distribution, nats
     dropped_by_position: torch.Tensor  # (2, T) of block_size positions: choices dropped, choices made
@@ -40,11 +39,11 @@ class RoutingStats(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Auxiliary losses: routing -> float32 before the coefficient, 0-d for one layer, (L,) for L stacked layers.
-# batch_mean(value) turns the mean over this process's tokens into the mean over a batch that processes share.
+# batch_mean(value) turns this process's mean into the global one.
 
 
 def own_mean(value):
-    """The batch_mean of a process that has the whole batch."""
+    """The batch_mean of a single process."""
     return value
 
 
@@ -59,7 +58,7 @@ def switch_loss(routing, batch_mean=own_mean):
 
 def cv2_loss(routing, batch_mean=own_mean):
     """Var / mean² over experts of their importance, the sum of their gates (Shazeer et al. 2017, eq. 7). The paper's
-    second term, of the load, needs noisy gates for a gradient: here it is a statistic (load_cv2)."""
+    second term, for load, needs noisy gates: here it is a statistic (load_cv2)."""
     importance_E = batch_mean(gates_per_expert(routing).sum(dim=-2))
     return importance_E.var(dim=-1, correction=0) / importance_E.mean(dim=-1).square().clamp_min(1e-10)
 
@@ -69,23 +68,19 @@ def z_loss(routing, batch_mean=own_mean):
     return torch.logsumexp(routing.logits.movedim(-1, 0), dim=0).square().mean(dim=-1)
 
 
-AUX_LOSSES: dict[str, Callable | None] = {
-    "switch": switch_loss,
-    "cv2": cv2_loss,
-    "none": None,
-}
+AUX_LOSSES: dict[str, Callable | None] = {"switch": switch_loss, "cv2": cv2_loss, "none": None}
 
 
 def aux_losses(routings, config, coefficient, batch_mean=own_mean):
     """{name: AuxLoss} over the layers of one forward pass. A loss with coefficient 0 is still measured.
 
-    coefficient: the balancing loss's at this point of its schedule, a 0-d tensor.
+    coefficient: current weight of the balancing loss, a 0-d tensor.
     """
     if not routings:
         return {}
     losses = {"z": (z_loss, config.z_loss_coef)}
-    if AUX_LOSSES[config.aux_loss] is not None:
-        losses[config.aux_loss] = (AUX_LOSSES[config.aux_loss], coefficient if config.balances else 0)
+    if balancing := AUX_LOSSES[config.aux_loss]:
+        losses[config.aux_loss] = (balancing, coefficient if config.balances else 0)
     combined, groups = {}, stacked_by_shape(routings)
     for name, (function, weight) in losses.items():
         per_layer = torch.cat([function(layers, batch_mean) for _, layers in groups])
@@ -100,8 +95,8 @@ def aux_losses(routings, config, coefficient, batch_mean=own_mean):
 
 
 def stacked_by_shape(routings):
-    """[(numbers of L layers, their Routing with a first dimension L)]: layers of one shape are handled together, since
-    many small operations cost more than they compute."""
+    """[(numbers of L layers, their Routing with a first dimension L)]: layers of one shape are computed together, which
+    saves many small operations."""
     by_shape = {}
     for number, routing in enumerate(routings):
         by_shape.setdefault((routing.logits.shape, routing.experts.shape, routing.room), []).append(number)
@@ -124,8 +119,8 @@ def stats_of_layers(routings, *arguments):
 
 @torch.no_grad()
 def routing_stats(routing, ids_BT, config, n_symbols, weight_N=None):
-    """RoutingStats of one layer, or of all in a stacked Routing, without a synchronisation. weight_N: 1 for a token to
-    count, else 0 (default: count all)."""
+    """RoutingStats of one layer, or of L stacked ones, without a synchronisation. weight_N: 1 for tokens that count,
+    else 0; None = all count."""
     weight_N = torch.ones_like(routing.logits[..., 0]) if weight_N is None else weight_N
     layers = routing.logits.shape[:-2]
     dropped = unserved = weight_N.new_zeros(layers)

@@ -40,15 +40,15 @@ class Output(NamedTuple):
 
 class Generated(NamedTuple):
     tokens: torch.Tensor  # (B,) the next token of each sequence
-    routing: list[Routing]  # one per MoE layer, of the B·T tokens read since the last step
+    routing: list[Routing]  # one per MoE layer, of the B·T tokens read for this step
 
     def experts(self, layer):
-        """(B, T): the expert with the largest gate of each token read, in this MoE layer; -1 where all dropped it."""
+        """(B, T): the expert with the largest gate for each token read, in this MoE layer; -1 for a dropped token."""
         return main_expert(self.routing[layer]).view(self.tokens.size(0), -1)
 
 
 class LayerCache:
-    """One block's keys and values of the tokens read so far, and its router's memory of them."""
+    """One block's keys, values and RoutingCache of the tokens read so far."""
 
     def __init__(self, block, config, batch_size, device, dtype):
         shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
@@ -60,8 +60,9 @@ class LayerCache:
             self.routing = RoutingCache(block.mlp.config, batch_size, device, router_dtype)
 
     def extend(self, k, v, past):
-        """-> keys and values (B, n_head, S, D // n_head) with k and v added from position `past` on. S = past + T, or
-        all positions where `past` is a tensor (1,) and T is 1."""
+        """Adds k and v from position `past` on. -> keys, values (B, n_head, S, D // n_head)
+
+        S = past + T; with `past` as a tensor (1,), for T = 1, S is block_size."""
         if isinstance(past, torch.Tensor):
             return self.keys.index_copy_(2, past, k), self.values.index_copy_(2, past, v)
         end = past + k.size(2)
@@ -72,8 +73,7 @@ class LayerCache:
 class KVCache:
     """A LayerCache per block, for batch_size sequences of the same length.
 
-    position: a tensor (1,) int64 to be used in place of `length`, for steps of one token whose shapes must not change.
-    Its owner advances it.
+    position: a tensor (1,) int64 that replaces `length` in steps of one token with fixed shapes. Its owner advances it.
     """
 
     def __init__(self, model, batch_size):
@@ -99,8 +99,8 @@ class Attention(nn.Module):
         self.proj_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD, past=0, cache=None, visible=None):
-        """cache: a LayerCache that takes the keys and values of x, the positions from `past` on. visible (T, S) bool:
-        the positions that each one sees; None: itself and all before it."""
+        """cache: a LayerCache, to which the keys and values of x are added from position `past` on. visible (T, S)
+        bool: the positions that each position attends to; None = causal."""
         B, T, D = x_BTD.shape
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.qkv(x_BTD).chunk(3, dim=-1))
         if cache:
@@ -126,7 +126,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """mlp: an MLP or a MoE."""
+    """Attention, then an MLP or an MoE layer (`mlp`), each added to the residual stream."""
 
     def __init__(self, config, mlp):
         super().__init__()
@@ -138,26 +138,24 @@ class Block(nn.Module):
     def forward(self, x_BTD, ids_BT, past=0, cache=None, visible=None):
         """-> (x, routing), routing None in a dense block"""
         x_BTD = x_BTD + self.attention(self.norm_attention(x_BTD), past, cache, visible)
-        y_BTD, routing = self.norm_mlp(x_BTD), None
-        if isinstance(self.mlp, MoE):
-            y_BTD, routing = self.mlp(y_BTD, ids_BT, cache.routing if cache else None)
-        else:
-            y_BTD = self.mlp(y_BTD)
+        y_BTD = self.norm_mlp(x_BTD)
+        if not isinstance(self.mlp, MoE):
+            return x_BTD + self.mlp(y_BTD), None
+        y_BTD, routing = self.mlp(y_BTD, ids_BT, cache.routing if cache else None)
         return x_BTD + y_BTD, routing
 
 
 class GPT(nn.Module):
     """The whole model: ids -> Output.
 
-    config: a `settings.Config`; vocab_size: V; symbol_counts (V,): how often each symbol occurs in training, for
-    routers by symbol (their tables are in the checkpoint).
+    config: a `settings.Config`; vocab_size: V; symbol_counts (V,): occurrences in the training text, for hash routers.
     """
 
     def __init__(self, config, vocab_size, symbol_counts=None):
         super().__init__()
         counts = torch.ones(vocab_size, device="cpu") if symbol_counts is None else torch.as_tensor(symbol_counts)
         self.config = config
-        self.batch_mean = own_mean  # in training; Updater sets another for processes that share a batch
+        self.batch_mean = own_mean  # in training; Updater replaces it for processes that share a batch
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -173,22 +171,21 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal with SD 0.02; 0.02/√(2·layers) for the two projections a layer that write into the residual stream;
-        biases 0, norms 1. Routers keep their own values but for `initialised_by_layer`."""
+        """Normal with SD 0.02, or 0.02/√(2·layers) for projections into the residual stream; biases 0, norms 1. Routers
+        keep their own values except `initialised_by_layer`."""
         std = 0.02
         residual_std = std / math.sqrt(2 * self.config.n_layer)
-        of_routers = {module for layer in self.moe_layers() for module in layer.router.modules()}
-        for name, module in self.named_modules():
+        for name, module in self.modules_without_routers():
             if isinstance(module, MoE):
                 module.init_weights(std, residual_std)
-            elif isinstance(module, (nn.Linear, nn.Embedding)) and module not in of_routers:
+            elif isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=residual_std if name.endswith(".proj") else std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None, cache=None, last_only=False) -> Output:
-        """idx, targets: (B, T) int64; a target of IGNORED is not predicted, and its token counts in no statistics.
-        cache: a KVCache, which idx continues. last_only: logits of the last position alone."""
+        """idx, targets: (B, T) int64; tokens whose target is IGNORED count in neither loss nor statistics. cache: a
+        KVCache that idx continues. last_only: logits of the last position only."""
         T, past, visible = idx.size(1), cache.length if cache else 0, None
         if cache and cache.position is not None:
             past = cache.position
@@ -213,9 +210,8 @@ class GPT(nn.Module):
         if targets is None:
             return Output(logits, None, {}, [], routings)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORED)
-        n_symbols = self.token_embedding.num_embeddings
-        weight_N = (targets.reshape(-1) != IGNORED).to(loss.dtype)
-        stats = stats_of_layers(routings, idx, self.config, n_symbols, weight_N)
+        counted_N = (targets.reshape(-1) != IGNORED).to(loss.dtype)
+        stats = stats_of_layers(routings, idx, self.config, self.token_embedding.num_embeddings, counted_N)
         batch_mean = self.batch_mean if self.training else own_mean
         return Output(logits, loss, aux_losses(routings, self.config, self.aux_loss_coef, batch_mean), stats, routings)
 
@@ -226,14 +222,18 @@ class GPT(nn.Module):
         apply_schedule(self.aux_loss_coef, self.config, "aux_loss_coef", step)
 
     def update_biases(self, loads):
-        """After an update: moves each MoE layer's balancing bias by its load (E,) in that update, where
-        router_bias_rate is set."""
+        """After an update: `MoE.update_bias` of each layer. loads: (E,) choices per expert of each layer."""
         if self.config.router_bias_rate:
             for layer, load_E in zip(self.moe_layers(), loads, strict=True):
                 layer.update_bias(load_E)
 
     def moe_layers(self):
         return [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+
+    def modules_without_routers(self):
+        """[(name, module)] of all modules that belong to no router."""
+        of_routers = {module for layer in self.moe_layers() for module in layer.router.modules()}
+        return [(name, module) for name, module in self.named_modules() if module not in of_routers]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generators=None) -> Iterator[Generated]:
         """Continues idx (B, T) by max_new_tokens, one Generated a step. `speed/decoding.py` has faster Decoders."""
@@ -243,10 +243,10 @@ class GPT(nn.Module):
 class Decoder:
     """Writes text: reads new tokens of batch_size sequences into a cache, and draws the next token of each.
 
-    temperature: logits are divided by it; 0 takes the most likely token. top_k: sample among the k most likely.
+    temperature: logits are divided by it; 0 = the most likely token. top_k: sample among the k most likely.
     """
 
-    how = "eager, cached"  # in words, for a table
+    how = "eager, cached"  # for tables of speed
 
     def __init__(self, model, batch_size, temperature=1.0, top_k=None):
         if not model.config.is_causal:
@@ -267,19 +267,19 @@ class Decoder:
 
     @torch.no_grad()
     def read(self, ids_BT):
-        """-> (logits (B, V) float32 after the last of these tokens, routing)"""
+        """-> (logits (B, V) float32 of the next token, routing)"""
         out = self.model(ids_BT, cache=self.cache, last_only=True)
         return out.logits[:, -1].float(), out.routing
 
     def next(self, ids_BT, uniform_B) -> Generated:
-        """Reads, and draws the next token of each sequence by a number in [0, 1)."""
+        """Reads, and draws the next token of each sequence with its uniform number in [0, 1)."""
         logits_BV, routing = self.read(ids_BT)
         return Generated(sample(logits_BV, self.temperature, self.top_k, uniform_B), routing)
 
     def write(self, idx, max_new_tokens, generators=None) -> Iterator[Generated]:
         """Continues idx (B, T) by max_new_tokens, one Generated a step, from an empty cache.
 
-        generators: a CPU torch.Generator per sequence, so that a sample depends on its own seed alone, on every device.
+        generators: a CPU torch.Generator per sequence; a sample depends on its own seed alone, on every device.
         Positions are learned, so the cache cannot slide: at block_size tokens it is rebuilt from the last half.
         """
         if idx.size(1) == 0:

@@ -1,13 +1,10 @@
-"""The Mixture-of-Experts layer: experts, the layer itself, schedules, initialisation.
-
-    x -> Routing -> experts, weighted by their gates (+ shared experts)
+"""The Mixture-of-Experts layer: route each token, run its experts, add up their outputs weighted by the gates.
 
 `routing.py` scores the experts, `selection.py` chooses among them, `backends.py` multiplies with their weights and
 `balance.py` measures how evenly they are used.
 
-Each step is an entry of a table (EXPERTS, SCHEDULES, INITS), named by a key of the config. A new entry is a function or
-a small class, a line in its table, and its name among the key's choices in `run/settings.py`; the tests of
-`tests/test_moe.py` (causality, independence of batch neighbours, equal backends, ...) then run on it by themselves.
+EXPERTS, SCHEDULES and INITS are tables named by keys of the config. A new entry is a function or a small class, a line
+in its table, and its name among the key's choices in `run/settings.py`; `tests/test_moe.py` then tests it.
 
 Letters in shapes and at the ends of names:
     B sequences, T positions, N = B·T tokens, D model width, H hidden width of one expert, E experts,
@@ -26,17 +23,162 @@ from routing import LEVELS, ROUTERS
 from selection import GATES, Routing, capacity, dropped_experts, gates_per_expert, within_capacity
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The layer
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer in place of an MLP: (B, T, D) -> (B, T, D) and its Routing.
+
+    config: `Config.of_block(layer)`; layer: the block's index; symbol_counts (V,): occurrences in the training text;
+    experts: those of an earlier layer, to share them.
+    """
+
+    def __init__(self, config, layer, symbol_counts, experts=None):
+        super().__init__()
+        self.config = config
+        self.router = ROUTERS[config.router](config, layer, symbol_counts)
+        self.experts = experts or EXPERTS[config.expert_kind](config)
+        self.shared = SharedExperts(config) if config.n_shared_expert else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.own_backend: Callable | None = None  # replaces the config's, for decoding
+        # Scheduled values are buffers, so that a checkpoint evaluates as the model did when it was saved.
+        self.register_buffer("temperature", torch.tensor(float(config.router_temperature)))
+        self.register_buffer("expert_dropout", torch.tensor(float(config.expert_dropout)))
+        self.register_buffer("balance_bias", torch.zeros(config.n_expert))
+        self.set_step(0)
+
+    def set_step(self, step):
+        """Called before update number `step`, and before the evaluation at that point."""
+        self.router.set_step(step)
+        apply_schedule(self.temperature, self.config, "router_temperature", step)
+        apply_schedule(self.expert_dropout, self.config, "expert_dropout", step)
+
+    def forward(self, x_BTD, ids_BT, cache=None):
+        """ids_BT: the symbols of x. cache: the layer's RoutingCache, if x continues a cached sequence."""
+        routing = self.route(x_BTD, ids_BT, cache)
+        x_ND = x_BTD.reshape(-1, x_BTD.size(-1))
+        backend = self.own_backend
+        if backend is None:
+            backend = BACKENDS[self.backend_name(x_BTD.device, compute_dtype(x_BTD), torch.compiler.is_compiling())]
+        y_BTD = self.experts(x_ND, routing, backend).to(x_BTD.dtype).view_as(x_BTD)
+        if self.shared is not None:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        return self.dropout(y_BTD), routing
+
+    def backend_name(self, device, dtype, is_compiled):
+        """The backend for matrix products of this dtype on this device."""
+        config = self.config
+        if config.moe_backend != "auto":
+            return config.moe_backend
+        k = (config.expert_top_k if self.router.tokens_choose else 0) or config.n_expert
+        return choose_backend(self.experts.w_in.shape, k, device, dtype, config.capacity_factor > 0, is_compiled)
+
+    def route(self, x_BTD, ids_BT, cache=None):
+        """-> Routing of the N = B·T tokens, in float32 also under autocast."""
+        config, (B, T, _) = self.config, x_BTD.shape
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            # Scores: level, router, temperature, gate.
+            x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+            if self.training and config.router_jitter > 0:
+                x_BTD = x_BTD * torch.empty_like(x_BTD).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
+            x_BSD, ids_BS = cache.extend(x_BTD, ids_BT) if cache else (x_BTD, ids_BT)
+            level_BTD = LEVELS[config.router_level].pool(x_BSD, config)
+            if cache:
+                level_BTD = level_BTD[:, -T:]
+            logits_NE = self.router(level_BTD, ids_BS).reshape(B * T, -1)
+            cooled_NE, scores_NE, probs_NE, preference_NE = self.score(logits_NE)
+
+            # Choices: expert dropout, selection, capacity.
+            if self.training and config.expert_dropout_is_used:
+                masked_NE = dropped_experts(logits_NE.shape, self.expert_dropout, logits_NE.device)
+                preference_NE = preference_NE.masked_fill(masked_NE, -math.inf)
+            experts_NK, chosen_NK = self.router.select(probs_NE, preference_NE, B)
+            kept_NK, room = self.limit_to_capacity(experts_NK, chosen_NK, B, cache)
+
+            # Gates of the chosen experts.
+            if config.gate_renormalize:
+                _, gates_NK = GATES[config.gate](cooled_NE.gather(1, experts_NK).masked_fill(~chosen_NK, -math.inf))
+            else:
+                gates_NK = scores_NE.gather(1, experts_NK)
+            if config.gate_straight_through:
+                gates_NK = 1 + (gates_NK - gates_NK.detach())
+            gates_NK = torch.where(kept_NK, gates_NK, 0.0)
+            return Routing(logits_NE, probs_NE, experts_NK, gates_NK, chosen_NK, kept_NK, room)
+
+    def score(self, logits_NE):
+        """-> (logits / temperature, scores, probs, preference: experts are chosen by the largest), (N, E) each."""
+        config = self.config
+        cooled_NE = logits_NE / self.temperature if config.router_temperature_is_used else logits_NE
+        scores_NE, probs_NE = GATES[config.gate](cooled_NE)
+        biased = config.router_bias_rate > 0
+        preference_NE = scores_NE + self.balance_bias if biased else self.router.preference(cooled_NE)
+        return cooled_NE, scores_NE, probs_NE, preference_NE
+
+    def limit_to_capacity(self, experts_NK, chosen_NK, n_sequences, cache):
+        """-> (kept (N, K) bool, room: the most choices that one expert can have kept)"""
+        config, N = self.config, experts_NK.size(0)
+        if config.capacity_factor == 0 or not self.router.tokens_choose:
+            return chosen_NK, N
+        is_shared = config.capacity_group == "batch"
+        if is_shared and cache:
+            raise ValueError("capacity_group=batch makes sequences share room: it cannot be decoded with a cache")
+        n_groups = 1 if is_shared else n_sequences
+        limit = capacity(config, n_sequences // n_groups)
+        groups = (choices.reshape(n_groups, -1) for choices in (experts_NK, chosen_NK))
+        kept = within_capacity(*groups, config.n_expert, limit, cache and cache.use_BE)
+        return kept.view(experts_NK.shape), min(N, n_groups * limit)
+
+    @torch.no_grad()
+    def update_bias(self, load_E):
+        """Balancing without a loss (Wang et al. 2024): raises the bias of an expert with less than an even share of
+        load_E, the choices of one update, by router_bias_rate, and lowers that of the others. No gradient."""
+        self.balance_bias += self.config.router_bias_rate * torch.sign(load_E.mean() - load_E)
+
+    def init_weights(self, std, residual_std):
+        """Fills the experts' parameters and the router's `initialised_by_layer`."""
+        INITS[self.config.expert_init](self, std, residual_std)
+        for name, parameter in self.experts.named_parameters():
+            if name.startswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def n_active(self):
+        """Experts per token, rounded up."""
+        return math.ceil(self.router.experts_per_token())
+
+    def flops_per_token(self):
+        """Forward FLOPs (a multiply-add is 2) of one token in a full sequence: router, chosen experts within capacity,
+        shared experts. Padding by a backend is not counted; top-p counts all k."""
+        experts = self.experts.flops_per_token(self.router.experts_per_token())
+        return round(self.router.flops_per_token() + experts + (self.shared.flops_per_token() if self.shared else 0))
+
+
+def apply_schedule(buffer, config, key, step):
+    """Sets `buffer` to a scheduled key's value before update `step`: from `key` to `key`_end over the run."""
+    schedule = SCHEDULES[getattr(config, f"{key}_schedule")]
+    if schedule:
+        start, end = getattr(config, key), getattr(config, f"{key}_end")
+        buffer.fill_(start + (end - start) * schedule(min(1.0, step / config.max_iters)))
+
+
+SCHEDULES: dict[str, Callable | None] = {
+    "constant": None,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: 0.5 - 0.5 * math.cos(math.pi * progress),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Experts
 
 
 class Experts(nn.Module):
     """E first layers, W_in (H, D) and b_in (H,) each. A subclass adds the layers that follow.
 
-    `per_expert` names the parameters with one slice per expert; the others serve every token. config.expert_hidden: H;
-    0 = 4·D units per expert (mlp) or in total (linear kinds), as the dense MLP has.
+    H is config.expert_hidden; 0 = 4·D units per expert (mlp) or in total (linear kinds), as in the dense MLP.
     """
 
-    per_expert: tuple[str, ...]
+    per_expert: tuple[str, ...]  # the parameters with one slice per expert; the others serve every token
     gate_after = True  # whether the gate multiplies the activated hidden units; else it multiplies their input
 
     @staticmethod
@@ -60,6 +202,9 @@ class Experts(nn.Module):
         """Σ_k g_k · (hidden units of expert e_k) W_out, see `backends.py`."""
         return backend(x_ND, routing, self.w_in, self.bias_in, self.w_out, self.activate, self.gate_after)
 
+    def flops_per_token(self, k):
+        return k * 2 * sum(weight[0].numel() for weight in (self.w_in, self.w_out) if weight is not None)
+
 
 class MLPExperts(Experts):
     """E separate MLPs with weighted outputs (Shazeer et al. 2017, eq. 1):
@@ -80,17 +225,13 @@ class MLPExperts(Experts):
         y_ND = self.run_backend(backend, x_ND, routing)
         return y_ND if self.bias_out is None else y_ND + gates_per_expert(routing) @ self.bias_out
 
-    def flops_per_token(self, k):
-        return k * 2 * (self.w_in[0].numel() + self.w_out[0].numel())
-
 
 class LinearConcatExperts(Experts):
     """E linear experts in place of the MLP's first layer, gated outputs side by side:
     y = GELU([g_1 x W_1ᵀ … g_E x W_Eᵀ]) W_out + b_out.
 
     Paper B's layer read literally: with H = 4·D/E it has the dense MLP's parameters, and with all gates at 1 it is
-    the dense MLP. Since GELU(0) = 0, only the chosen experts' rows of W_out count: MLPExperts with the gate before the
-    GELU.
+    the dense MLP. Since GELU(0) = 0, this is MLPExperts with the gate before the GELU.
     """
 
     per_expert = ("w_in", "bias_in", "w_out")
@@ -103,9 +244,6 @@ class LinearConcatExperts(Experts):
 
     def forward(self, x_ND, routing, backend):
         return add_bias_if_kept(self.run_backend(backend, x_ND, routing), self.bias_out, routing)
-
-    def flops_per_token(self, k):
-        return k * 2 * (self.w_in[0].numel() + self.w_out[0].numel())
 
 
 class LinearSumExperts(Experts):
@@ -127,25 +265,14 @@ class LinearSumExperts(Experts):
         return add_bias_if_kept(y_ND, self.bias_out, routing)
 
     def flops_per_token(self, k):
-        return k * 2 * self.w_in[0].numel() + 2 * self.w_mix.numel()
+        return super().flops_per_token(k) + 2 * self.w_mix.numel()
 
 
 def add_bias_if_kept(y_ND, bias_D, routing):
-    """Adds the bias that all experts share, but not to a token that every expert dropped: it gets exactly 0."""
+    """Adds the bias that all experts share. A token that every expert dropped gets exactly 0."""
     if bias_D is None:
         return y_ND
     return torch.where(routing.kept.any(dim=-1, keepdim=True), y_ND + bias_D, 0.0)
-
-
-EXPERTS: dict[str, type[Experts]] = {
-    "mlp": MLPExperts,
-    "linear_concat": LinearConcatExperts,
-    "linear_sum": LinearSumExperts,
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The layer
 
 
 class SharedExperts(nn.Module):
@@ -164,148 +291,15 @@ class SharedExperts(nn.Module):
         return 2 * (self.fc.weight.numel() + self.proj.weight.numel())
 
 
-class MoE(nn.Module):
-    """A Mixture-of-Experts layer in the place of an MLP: (B, T, D) -> (B, T, D) and its Routing.
-
-    config: `Config.of_block(layer)`; layer: the block's index; symbol_counts (V,): occurrences in training; experts: an
-    earlier layer's, where layers share them.
-    """
-
-    def __init__(self, config, layer, symbol_counts, experts=None):
-        super().__init__()
-        self.config = config
-        self.router = ROUTERS[config.router](config, layer, symbol_counts)
-        self.experts = experts or EXPERTS[config.expert_kind](config)
-        self.shared = SharedExperts(config) if config.n_shared_expert else None
-        self.dropout = nn.Dropout(config.dropout)
-        self.own_backend: Callable | None = None  # in place of the config's, for decoding
-        # Scheduled values are state, so that a checkpoint evaluates as the model did when it was saved.
-        self.register_buffer("temperature", torch.tensor(float(config.router_temperature)))
-        self.register_buffer("expert_dropout", torch.tensor(float(config.expert_dropout)))
-        self.register_buffer("balance_bias", torch.zeros(config.n_expert))
-        self.set_step(0)
-
-    def set_step(self, step):
-        """Called before update number `step`, and before the evaluation at that point."""
-        self.router.set_step(step)
-        apply_schedule(self.temperature, self.config, "router_temperature", step)
-        apply_schedule(self.expert_dropout, self.config, "expert_dropout", step)
-
-    def forward(self, x_BTD, ids_BT, cache=None):
-        """ids_BT: the symbols behind x. cache: the layer's RoutingCache, where x continues a cached sequence."""
-        routing = self.route(x_BTD, ids_BT, cache)
-        x_ND = x_BTD.reshape(-1, x_BTD.size(-1))
-        backend = self.own_backend
-        if backend is None:
-            backend = BACKENDS[self.backend_name(x_BTD.device, compute_dtype(x_BTD), torch.compiler.is_compiling())]
-        y_BTD = self.experts(x_ND, routing, backend).to(x_BTD.dtype).view_as(x_BTD)
-        if self.shared is not None:
-            y_BTD = y_BTD + self.shared(x_BTD)
-        return self.dropout(y_BTD), routing
-
-    def backend_name(self, device, dtype, is_compiled):
-        """The backend for matrix products of this dtype on this device."""
-        config = self.config
-        if config.moe_backend != "auto":
-            return config.moe_backend
-        k = (config.expert_top_k if self.router.tokens_choose else 0) or config.n_expert
-        return choose_backend(self.experts.w_in.shape, k, device, dtype, config.capacity_factor > 0, is_compiled)
-
-    def route(self, x_BTD, ids_BT, cache=None):
-        """-> Routing of the N = B·T tokens, in float32 also under autocast."""
-        config, (B, T, _) = self.config, x_BTD.shape
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
-            if self.training and config.router_jitter > 0:
-                x_BTD = x_BTD * torch.empty_like(x_BTD).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
-            x_BSD, ids_BS = cache.extend(x_BTD, ids_BT) if cache else (x_BTD, ids_BT)
-            level_BTD = LEVELS[config.router_level].pool(x_BSD, config)
-            if cache:
-                level_BTD = level_BTD[:, -T:]
-            logits_NE = self.router(level_BTD, ids_BS).reshape(B * T, -1)
-            cooled_NE, scores_NE, probs_NE, preference_NE = self.score(logits_NE)
-            if self.training and config.expert_dropout_is_used:
-                masked_NE = dropped_experts(logits_NE.shape, self.expert_dropout, logits_NE.device)
-                preference_NE = preference_NE.masked_fill(masked_NE, -math.inf)
-            experts_NK, chosen_NK = self.router.select(probs_NE, preference_NE, B)
-            kept_NK, room = self.limit_to_capacity(experts_NK, chosen_NK, B, cache)
-            if config.gate_renormalize:  # over the chosen experts alone
-                _, gates_NK = GATES[config.gate](cooled_NE.gather(1, experts_NK).masked_fill(~chosen_NK, -math.inf))
-            else:
-                gates_NK = scores_NE.gather(1, experts_NK)
-            if config.gate_straight_through:
-                gates_NK = 1 + (gates_NK - gates_NK.detach())
-            gates_NK = torch.where(kept_NK, gates_NK, 0.0)
-            return Routing(logits_NE, probs_NE, experts_NK, gates_NK, chosen_NK, kept_NK, room)
-
-    def score(self, logits_NE):
-        """-> (logits over the temperature, scores, probs, preference by which experts are chosen), (N, E) each."""
-        config = self.config
-        cooled_NE = logits_NE / self.temperature if config.router_temperature_is_used else logits_NE
-        scores_NE, probs_NE = GATES[config.gate](cooled_NE)
-        if config.router_bias_rate:
-            return cooled_NE, scores_NE, probs_NE, scores_NE + self.balance_bias
-        return cooled_NE, scores_NE, probs_NE, self.router.preference(cooled_NE)
-
-    def limit_to_capacity(self, experts_NK, chosen_NK, n_sequences, cache):
-        """-> (kept (N, K) bool, room: the most choices that one expert can have kept)"""
-        config, N = self.config, experts_NK.size(0)
-        if config.capacity_factor == 0 or not self.router.tokens_choose:
-            return chosen_NK, N
-        n_groups = n_sequences
-        if config.capacity_group == "batch":
-            if cache:
-                raise ValueError("capacity_group=batch makes sequences share room: it cannot be decoded with a cache")
-            n_groups = 1
-        limit = capacity(config, n_sequences // n_groups)
-        groups = (choices.reshape(n_groups, -1) for choices in (experts_NK, chosen_NK))
-        kept = within_capacity(*groups, config.n_expert, limit, cache and cache.use_BE)
-        return kept.view(experts_NK.shape), min(N, n_groups * limit)
-
-    @torch.no_grad()
-    def update_bias(self, load_E):
-        """Balancing without a loss (Wang et al. 2024): an expert with less than an even share of load_E, the choices of
-        one update, has its bias raised by router_bias_rate; the others have it lowered. No gradient."""
-        self.balance_bias += self.config.router_bias_rate * torch.sign(load_E.mean() - load_E)
-
-    def init_weights(self, std, residual_std):
-        """Fills the experts' parameters, and those that the router left to the layer (`initialised_by_layer`)."""
-        INITS[self.config.expert_init](self, std, residual_std)
-        for name, parameter in self.experts.named_parameters():
-            if name.startswith("bias"):
-                nn.init.zeros_(parameter)
-
-    @property
-    def n_active(self):
-        """Experts that a token goes through, rounded up."""
-        return math.ceil(self.router.experts_per_token())
-
-    def flops_per_token(self):
-        """Forward FLOPs (a multiply-add is 2) of one token in a full sequence: the router, k experts (or as many as
-        capacity has room for) and shared experts. Padding by a backend is not counted; top-p counts with all its k."""
-        k = self.router.experts_per_token()
-        shared = self.shared.flops_per_token() if self.shared is not None else 0
-        return round(self.router.flops_per_token() + self.experts.flops_per_token(k) + shared)
-
-
-def apply_schedule(buffer, config, key, step):
-    """Fills `buffer` with the value of a scheduled key before update number `step`: from `key` to `key`_end over the
-    run, by `key`_schedule."""
-    schedule = SCHEDULES[getattr(config, f"{key}_schedule")]
-    if schedule:
-        start, end = getattr(config, key), getattr(config, f"{key}_end")
-        buffer.fill_(start + (end - start) * schedule(min(1.0, step / config.max_iters)))
-
-
-SCHEDULES: dict[str, Callable | None] = {
-    "constant": None,
-    "linear": lambda progress: progress,
-    "cosine": lambda progress: 0.5 - 0.5 * math.cos(math.pi * progress),
+EXPERTS: dict[str, type[Experts]] = {
+    "mlp": MLPExperts,
+    "linear_concat": LinearConcatExperts,
+    "linear_sum": LinearSumExperts,
 }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Initialisation of experts and router: (layer, std, residual_std), where the SDs are the rest of the model's
+# Initialisation of experts and router: (layer, std, residual_std), the SDs of the rest of the model
 
 
 def init_gpt2(layer, std, residual_std):
@@ -335,13 +329,9 @@ def init_sigma_moe(layer, std, residual_std):
 
 
 def weights_of(layer):
-    """(name, weight) of each weight that the layer fills: those that the router leaves to it, and the experts'."""
+    """(name, weight) of the router's `initialised_by_layer` and of the experts' weights."""
     of_router = [(name, getattr(layer.router, name)) for name in layer.router.initialised_by_layer]
     return of_router + [(n, weight) for n, weight in layer.experts.named_parameters() if not n.startswith("bias")]
 
 
-INITS: dict[str, Callable] = {
-    "gpt2": init_gpt2,
-    "switch": init_switch,
-    "sigma_moe": init_sigma_moe,
-}
+INITS: dict[str, Callable] = {"gpt2": init_gpt2, "switch": init_switch, "sigma_moe": init_sigma_moe}

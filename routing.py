@@ -1,14 +1,13 @@
-"""Routers: who scores the experts for a token, and levels: the vector that a token is routed by.
+"""Routers, which score the experts for a token, and levels, the vector that a token is routed by.
 
     x -> level -> router (logits) -> temperature -> gate (scores) -> balancing bias, expert dropout
-      -> selection (k experts a token) -> capacity (which choices find room)
+      -> selection (k experts per token) -> capacity (the choices that find room)
 
-`MoE.route` in `moe.py` takes these steps one after the other; those after the router are in `selection.py`. Levels and
-routers are entries of a table (LEVELS, ROUTERS), named by a key of the config; docs/moe-options.md lists them with
-formula and source.
+`MoE.route` in `moe.py` takes these steps in order; those after the router are in `selection.py`. LEVELS and ROUTERS are
+tables named by keys of the config; docs/moe-options.md lists them with formula and source.
 
 A new router is a subclass of Router with its traits, a line in ROUTERS, and its name among the choices of `router` in
-`run/settings.py`. Nothing else names it: the checks of a config, decoding, analysis and accounting ask its class.
+`run/settings.py`. Everything else (checks of a config, decoding, analysis, accounting) asks its class.
 
 Letters as in `moe.py`; S: positions of a sequence seen so far, of which the last T are new.
 """
@@ -41,7 +40,7 @@ class RoutingCache:
         self.use_BE.zero_()
 
     def extend(self, x_BTD, ids_BT):
-        """-> (x (B, S, D), ids (B, S)): the history and the new tokens, or these alone where no history is needed."""
+        """-> (x (B, S, D), ids (B, S)): the new tokens, after the history if it is needed."""
         past, self.length = self.length, self.length + x_BTD.size(1)
         if self.x.size(-1):
             self.x[:, past : self.length] = x_BTD
@@ -53,7 +52,7 @@ class RoutingCache:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Levels: the vector that a token is routed by. (x (B, S, D), config) -> (B, S, D)
+# Levels: (x (B, S, D), config) -> (B, S, D), the vectors that tokens are routed by
 
 
 class Level(NamedTuple):
@@ -63,18 +62,15 @@ class Level(NamedTuple):
 
 
 def pool_prefix(x_BSD, config):
-    """The mean of the sequence up to and with the token: the causal twin of `sequence`."""
+    """The mean of the sequence up to this token: the causal twin of `sequence`."""
     count = torch.arange(1, x_BSD.size(1) + 1, device=x_BSD.device, dtype=x_BSD.dtype)
     return x_BSD.cumsum(dim=1) / count[:, None]
 
 
 def pool_segment(x_BSD, config):
-    """The mean of the segment before the token's own (Lory, Zhong et al. 2024). The first segment has none before it
-    and is routed by its first token."""
-    B, S, D = x_BSD.shape
-    size = config.segment_size
-    complete = S // size
-    means = x_BSD[:, : complete * size].view(B, complete, size, D).mean(dim=2)
+    """The mean of the previous segment (Lory, Zhong et al. 2024). The first segment is routed by its first token."""
+    S, size = x_BSD.size(1), config.segment_size
+    means = x_BSD[:, : S // size * size].unflatten(1, (S // size, size)).mean(dim=2)
     by_segment = torch.cat((x_BSD[:, :1], means), dim=1)  # entry s routes segment s
     return by_segment.repeat_interleave(size, dim=1)[:, :S]
 
@@ -99,20 +95,20 @@ LEVELS: dict[str, Level] = {
 class Router(nn.Module):
     """Scores experts: (x (B, T, D) float32, ids (B, S) of which the last T belong to x) -> logits (B, T, E) float32.
 
-    layer: index of the block, so that layers differ; symbol_counts (V,): how often each symbol occurs in training.
+    layer: index of the block, so that layers differ; symbol_counts (V,): occurrences in the training text.
 
-    A subclass states its traits below. Its parameters and buffers keep the values that its constructor gave them, but
-    for those that it names in `initialised_by_layer`.
+    A subclass states its traits below. Its parameters and buffers keep the values of its constructor, except those
+    named in `initialised_by_layer`.
     """
 
-    is_causal = True  # whether later tokens, and other sequences, leave a token's choice alone
-    causal_twin = "router=learned"  # told to the user in place of a router that is not causal
+    is_causal = True  # whether a token's choice is independent of later tokens and other sequences
+    causal_twin = "router=learned"  # suggested to the user if the router is not causal
     is_trained = True  # whether a loss can change it
     needs_history = False  # whether `ids` must reach back before x
     tokens_choose = True  # False: experts choose tokens, at most `capacity` of each sequence, and all have a place
     takes_bias = True  # whether a balancing bias can change its choices
     gives_log_probs = False  # whether softmax leaves its logits as they are
-    initialised_by_layer: tuple[str, ...] = ()  # weights made with torch.empty, for the key expert_init to fill
+    initialised_by_layer: tuple[str, ...] = ()  # weights made with torch.empty, filled by the key expert_init
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__()
@@ -120,7 +116,7 @@ class Router(nn.Module):
 
     @classmethod
     def problems(cls, config):
-        """Yields (keys, message) for each combination of keys that this router refuses. A subclass adds its own."""
+        """Yields (keys, message) for each invalid combination of keys. A subclass adds its own."""
         name = config.router
         if not cls.is_trained and (config.balances or config.z_loss_coef):
             message = f"router={name} is not trained, so no loss can balance it"
@@ -136,7 +132,7 @@ class Router(nn.Module):
 
     @classmethod
     def largest_top_k(cls, config):
-        """The most experts that one token can go to in a block with this config."""
+        """The most experts per token in a block with this config."""
         return config.n_expert
 
     def set_step(self, step):
@@ -158,7 +154,7 @@ class Router(nn.Module):
         return experts_NK, chosen_NK
 
     def experts_per_token(self):
-        """The average over a full sequence: k, or as many as capacity leaves room for. With top-p, the maximum."""
+        """The average over a full sequence: k, or as many as capacity allows. With top-p, the maximum."""
         config = self.config
         k = config.expert_top_k or config.n_expert
         return min(k, config.n_expert * capacity(config) / config.block_size) if config.capacity_factor else k
@@ -168,8 +164,7 @@ class Router(nn.Module):
         return 0
 
     def state_problem(self):
-        """The reason why loaded buffers make no sense, or None."""
-        return None
+        """The reason why loaded buffers are invalid, or None."""
 
 
 BALANCING = ("aux_loss", "aux_loss_coef", "aux_loss_coef_end")  # the keys of the balancing loss
@@ -186,7 +181,7 @@ class LinearRouter(Router):
 
 
 def is_linear_top_k(router):
-    """Whether a token's experts are the k largest of x Wᵀ and nothing more, so that decoding may take a shortcut."""
+    """Whether a token's experts are simply the k largest of x Wᵀ, which decoding computes by a shortcut."""
     steps = ((LinearRouter, "forward"), (Router, "preference"), (Router, "select"))
     return all(getattr(type(router), name) is getattr(owner, name) for owner, name in steps)
 
@@ -202,7 +197,7 @@ class LearnedRouter(LinearRouter):
 
 
 class FrozenRouter(LearnedRouter):
-    """Stays as initialised, never trained (Fan et al. 2024)."""
+    """A learned router that stays as initialised (Fan et al. 2024)."""
 
     is_trained = False
 
@@ -212,7 +207,7 @@ class FrozenRouter(LearnedRouter):
 
 
 class RandomRouter(LinearRouter):
-    """Drawn anew before every update, a pure function of seed, layer and step (Fan et al. 2024)."""
+    """Redrawn before every update, as a pure function of seed, layer and step (Fan et al. 2024)."""
 
     is_trained = False
 
@@ -231,7 +226,7 @@ class RandomRouter(LinearRouter):
 
 
 class FixedRouter(Router):
-    """One expert a token, by a fixed rule of the symbols: logit 0 for that expert, -inf for the others."""
+    """One expert per token, by a fixed rule of the symbols: logit 0 for that expert, -inf for the others."""
 
     is_trained = False
     takes_bias = False
@@ -265,8 +260,8 @@ class FixedRouter(Router):
 
 
 class HashRouter(FixedRouter):
-    """A fixed table, symbol -> expert, that balances the experts' load over the training text (Roller et al. 2021,
-    balanced hash); see hash_table. Each layer and seed has its own."""
+    """A fixed table, symbol -> expert, that balances load over the training text (Roller et al. 2021, balanced hash).
+    Each layer and seed has its own; see hash_table."""
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
@@ -282,7 +277,7 @@ class HashRouter(FixedRouter):
 
 
 class NgramHashRouter(FixedRouter):
-    """A hash of the last `router_ngram` symbols, the token's own included. Balanced only by chance."""
+    """A hash of the last `router_ngram` symbols, this token's included. Balanced only by chance."""
 
     needs_history = True
 
@@ -300,7 +295,7 @@ class NgramHashRouter(FixedRouter):
     def experts_of(self, ids_BS):
         key_BS = torch.full_like(ids_BS, self.salt)
         for age in range(self.config.router_ngram):
-            older = F.pad(ids_BS, (age, 0), value=-1)[:, : ids_BS.size(1)]  # -1 stands before the sequence
+            older = F.pad(ids_BS, (age, 0), value=-1)[:, : ids_BS.size(1)]  # -1: before the sequence
             key_BS = ((key_BS ^ (older + 2)) * 2654435761) % 2**31  # Knuth's multiplicative hashing
         return (key_BS >> 8) % self.config.n_expert
 
@@ -356,8 +351,8 @@ SINGLE_GATE = "a character that gets a single expert has a renormalised gate of 
 
 
 class ExpertChoiceRouter(LearnedRouter):
-    """Each expert takes the C tokens of a sequence that suit it best (Zhou et al. 2022). Balanced by construction, and
-    not causal: a later token can take an earlier one's place."""
+    """Each expert takes its C best tokens of a sequence (Zhou et al. 2022). Balanced by construction, but not causal: a
+    later token can take an earlier one's place."""
 
     is_causal = False
     causal_twin = "router=learned with a capacity_factor"
@@ -410,7 +405,7 @@ ROUTERS: dict[str, type[Router]] = {
 
 
 def mix_seeds(*numbers):
-    """One seed from several numbers, so that neighbouring ones give unrelated streams (FNV-1a, 63 bits)."""
+    """One seed from several numbers; neighbouring numbers give unrelated streams (FNV-1a, 63 bits)."""
     value = 0xCBF29CE484222325
     for number in numbers:
         for byte in int(number).to_bytes(8, "little"):
@@ -419,10 +414,10 @@ def mix_seeds(*numbers):
 
 
 def hash_table(counts_V, n_expert, seed):
-    """(V,) int64: each symbol's expert, so that loads are as even as whole symbols allow.
+    """(V,) int64: each symbol's expert, with loads as even as whole symbols allow.
 
-    Symbols by falling count, each to the expert with the least load so far. Counts are blurred by up to a fifth, so
-    that each seed gives another table.
+    The most frequent symbols come first, each to the expert with the least load so far. Counts are blurred by up to a
+    fifth, so that each seed gives another table.
     """
     counts_V, load = counts_V.cpu(), [0.0] * n_expert
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
-"""From logits to choices: gates, the k best experts, capacity, and the Routing that comes of them.
+"""From logits to choices: gates, the k best experts, capacity, and the resulting Routing.
 
-Pure functions of tensors, without parameters. `MoE.route` in `moe.py` calls them in order; the routers that give the
-logits stand in `routing.py`. Letters as in `moe.py`; G groups of S choices that share a capacity.
+Pure functions of tensors, called in order by `MoE.route` in `moe.py`; the logits come from `routing.py`. Letters as in
+`moe.py`; G groups of S choices that share a capacity.
 """
 
 import math
@@ -15,8 +15,7 @@ import torch.nn.functional as F
 class Routing(NamedTuple):
     """Where the tokens of one layer go.
 
-    `experts`, `gates`, `chosen` and `kept` belong together. The K choices of a token come best first, or in expert
-    order where every expert has a place (soft routing, expert choice).
+    A token's K choices come best first, or in expert order if K = E (soft routing, expert choice).
     """
 
     logits: torch.Tensor  # (N, E) float32, the router's output
@@ -29,7 +28,7 @@ class Routing(NamedTuple):
 
 
 def top_k_experts(scores_NE, k, in_order=False):
-    """(N, k): each token's k best experts, best first; all of them in expert order if k = E, unless in_order.
+    """(N, k): each token's k best experts, best first; in expert order if k = E, unless in_order.
 
     Ties go to the lower index, on every device and for every N, so that cached and uncached decoding agree.
     """
@@ -47,7 +46,7 @@ def top_k_experts(scores_NE, k, in_order=False):
 
 
 def softmax(logits_NE):
-    """Softmax over the experts, as the outer dimension: ten times faster on a CPU, which takes many tokens at once."""
+    """Softmax over the experts, moved to the outer dimension: ten times faster on a CPU."""
     return F.softmax(logits_NE.t(), dim=0).t()
 
 
@@ -64,8 +63,8 @@ GATES: dict[str, Callable] = {"softmax": softmax_gate, "sigmoid": sigmoid_gate}
 
 
 def dropped_experts(shape, rate, device):
-    """(N, E) bool: each expert masked for each token with probability `rate` (a 0-d tensor; Csordás et al. 2023). A
-    token that would lose all of them keeps all."""
+    """(N, E) bool: expert masked for a token, with probability `rate` (a 0-d tensor; Csordás et al. 2023). A token that
+    would lose all experts keeps all."""
     masked_NE = torch.rand(shape, device=device) < rate
     return masked_NE & ~masked_NE.all(dim=-1, keepdim=True)
 
@@ -76,16 +75,16 @@ def dropped_experts(shape, rate, device):
 
 def capacity(config, n_sequences=1):
     """C = ceil(cf · k · T / E) choices per expert and sequence (Fedus et al. 2022, eq. 3). T is the block size, not the
-    length at hand: a later token must not change what an earlier one was given."""
+    current length, so that a later token cannot change an earlier one's room."""
     share = config.capacity_factor * config.expert_top_k * config.block_size * n_sequences / config.n_expert
     return max(1, math.ceil(share - 1e-9))  # 1.1 · 10 is 11.000000000000002
 
 
 def within_capacity(experts_GS, chosen_GS, n_expert, limit, use_GE=None):
-    """(G, S) bool: the choices that find room, in G groups with a capacity of `limit` choices per expert each.
+    """(G, S) bool: the choices that find room, with a capacity of `limit` choices per expert and group.
 
-    experts_GS lists the choices token by token, so that no token yields to a later one. Choices not in chosen_GS were
-    not made. use_GE (int64, updated in place) counts the choices of earlier calls.
+    experts_GS: choices token by token, so that no token yields to a later one; chosen_GS: whether each was made; use_GE
+    (int64, updated in place): choices of earlier calls.
     """
     wanted_GES = (F.one_hot(experts_GS, n_expert) * chosen_GS[..., None]).transpose(1, 2).contiguous()
     rank_GES = wanted_GES.cumsum(dim=-1)

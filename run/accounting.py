@@ -7,6 +7,8 @@
 A multiply-add is 2 FLOPs. Layers, routers and experts know their own FLOPs (`flops_per_token`). Letters as in `moe.py`.
 """
 
+import collections
+
 import torch
 import torch.nn as nn
 
@@ -18,12 +20,11 @@ from moe import Experts, SharedExperts
 
 
 def count_parameters(model):
-    """Parameters by kind. `total` counts each once (the output layer is the token embedding), `active` are those that
-    one token uses, `embedding` are tokens and positions."""
-    of_routers = {module for layer in model.moe_layers() for module in layer.router.modules()}
+    """Parameters by kind. `total` counts each once (the output layer is the token embedding); `active`: used by one
+    token; `embedding`: of tokens and positions."""
 
     def count(*types):
-        modules = [module for module in model.modules() if isinstance(module, types) and module not in of_routers]
+        modules = [module for _, module in model.modules_without_routers() if isinstance(module, types)]
         return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
     kinds = {
@@ -42,15 +43,15 @@ def count_parameters(model):
 def active_parameters(model, n_tokens):
     """Parameters that n_tokens use together, rounded. Several tokens use the expected number of distinct experts, as if
     each chose at random."""
-    users = {}  # a set of experts -> the layers that use it
+    n_active = collections.Counter()  # by experts, which layers may share
     for layer in model.moe_layers():
-        users.setdefault(layer.experts, []).append(layer)
+        n_active[layer.experts] += layer.n_active
     inactive = 0
-    for experts, layers in users.items():
-        n_expert, n_active = layers[0].config.n_expert, sum(layer.n_active for layer in layers)
+    for experts, active in n_active.items():
+        n_expert = len(experts.w_in)
         weights = [getattr(experts, name) for name in experts.per_expert]
         per_expert = sum(weight[0].numel() for weight in weights if weight is not None)
-        inactive += max(0.0, 1 - n_active / n_expert) ** n_tokens * n_expert * per_expert
+        inactive += max(0.0, 1 - active / n_expert) ** n_tokens * n_expert * per_expert
     return round(sum(parameter.numel() for parameter in model.parameters()) - inactive)
 
 
@@ -65,7 +66,7 @@ def training_flops_per_token(model):
 
 
 def forward_flops_per_token(model, context=None):
-    """FLOPs of reading one token, averaged over a full sequence; or of decoding one after `context` cached ones."""
+    """FLOPs of reading one token, averaged over a full sequence, or of decoding one after `context` cached tokens."""
     D, attended = model.config.n_embd, model.config.block_size if context is None else context + 1
     per_block = 2 * (3 * D * D + D * D) + 4 * attended * D
     mlps = sum(block.mlp.flops_per_token() for block in model.blocks)
@@ -73,15 +74,14 @@ def forward_flops_per_token(model, context=None):
 
 
 def dense_equal_active(config):
-    """mlp_hidden of the dense model with as many FLOPs per token, the routers' included, to the nearest unit a block:
-    the one to beat if compute is scarce."""
+    """mlp_hidden of the dense model with as many FLOPs per token, routers included: the one to beat if compute is
+    scarce."""
     blocks = model_without_memory(config).blocks
     return round(sum(block.mlp.flops_per_token() for block in blocks) / len(blocks) / (2 * 2 * config.n_embd))
 
 
 def dense_equal_total(config):
-    """mlp_hidden of the dense model with as many parameters, the routers' included, to the nearest unit a block: the
-    one to beat if memory is scarce."""
+    """mlp_hidden of the dense model with as many parameters, routers included: the one to beat if memory is scarce."""
     blocks = model_without_memory(config).blocks
     parameters = {id(p): p.numel() for block in blocks for p in block.mlp.parameters()}  # shared ones once
     biases = len(blocks) * config.n_embd if config.bias else 0
@@ -89,23 +89,23 @@ def dense_equal_total(config):
 
 
 def model_without_memory(config):
-    """The model with weights that have shapes only, for counting. Its vocabulary has one symbol."""
+    """The model with weights of shapes only, for counting. Its vocabulary has one symbol."""
     with torch.device("meta"):
         return GPT(config, vocab_size=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bytes: lower bounds of the memory traffic. element_size: bytes of a number in the matrix products
+# Bytes: lower bounds of memory traffic. element_size: bytes of a number in the matrix products
 
 
 def training_bytes(model, element_size):
-    """Bytes of an update: every weight read for the forward and for the backward pass; in float32 its gradient written
-    and read, weight and AdamW's two moments read and written. Activations are not counted."""
+    """Bytes of an update: weights read in the forward and backward pass; in float32, gradients written and read,
+    weights and AdamW's two moments read and written. Activations are not counted."""
     return sum(parameter.numel() for parameter in model.parameters()) * (2 * element_size + 2 * 4 + 6 * 4)
 
 
 def prefill_bytes(model, batch_size, length, element_size):
-    """Bytes of reading `length` tokens of each sequence: the weights, and the cache's new entries."""
+    """Bytes of reading `length` tokens of each sequence: the weights, and the new cache entries."""
     tokens = batch_size * length
     return (weights_read(model, tokens, length) + tokens * cached_per_token(model)) * element_size
 

@@ -39,7 +39,10 @@ evaluation_key = functools.partial(option, group="Evaluation", scope=SCHEDULE)
 machine_key = functools.partial(option, group="Machine")
 
 MOST_EXPERTS = 2**15 - 1  # choices are sorted as int16
-LARGEST_FACTOR = 10**6  # of losses, logits, capacity: far beyond what is of use, and what it makes is finite
+LARGEST_FACTOR = 10**6  # of losses, logits, capacity: far beyond any use, and results stay finite
+TEMPERATURE = dict(at_least=1e-3, at_most=LARGEST_FACTOR)
+FACTOR = dict(at_least=0, at_most=LARGEST_FACTOR)
+Schedule = Literal["constant", "linear", "cosine"]
 Problem = tuple[tuple[str, ...], str]  # the keys that do not go together, and why
 
 
@@ -49,174 +52,155 @@ class Config:
 
     takes_files: ClassVar[bool] = True
 
-    title: str = run_key("", "name of the run in tables and figures; empty = the config files' own titles")
+    title: str = run_key("", "name of the run in tables and figures; empty = the config files' titles")
     out_dir: str = run_key("", "folder of the run; empty = out/<config names>-s<seed>")
     seed: int = run_key(
-        1337, "seed of weights, batches, dropout and routing noise", scope=EXPERIMENT, at_least=0, at_most=2**32 - 1
-    )
-    init_from: Literal["scratch", "resume", "auto"] = run_key(
-        "scratch", "start anew; go on from out_dir's ckpt.pt; auto: go on if there is one"
-    )
-    overwrite: bool = run_key(False, "replace the run that out_dir holds")
-    eval_only: bool = run_key(False, "evaluate once, and do not train")
-    save_minutes: float = run_key(10.0, "minutes between saves; each evaluation saves, too; 0 = only those", at_least=0)
-    save_every: int = run_key(
-        0, "keep the weights of every so many updates in out_dir/snapshots, for analyze.py; 0 = none", at_least=0
-    )
-    always_save_checkpoint: bool = run_key(
-        True,
-        "accepted for nanoGPT's configs, without effect: ckpt.pt is saved at every evaluation in any case, "
-        "best.pt when the validation loss improves",
-    )
-    wandb_log: bool = run_key(False, "log to Weights & Biases as well")
-    wandb_project: str = run_key("charmoe", "its project")
-    wandb_run_name: str = run_key("", "its name for the run; empty = the title")
-
-    dataset: str = data_key(
-        "shakespeare_char", "folder under data/, or the path of a prepared folder", scope=EXPERIMENT
-    )
-    train_characters: int = data_key(
-        0,
-        "train on only the first so many characters of the training split; 0 = all of it",
+        1337,
+        "random seed of weights, batches, dropout and routing noise",
         scope=EXPERIMENT,
         at_least=0,
+        at_most=2**32 - 1,
     )
-    prepare: bool = data_key(True, "download and encode the data set when it is not there yet")
-    batch_size: int = data_key(64, "sequences a step, before accumulation", scope=EXPERIMENT, at_least=1)
-    block_size: int = data_key(256, "context length in characters", scope=EXPERIMENT, at_least=1)
-    gradient_accumulation_steps: int = data_key(
-        1, "batches whose gradients make one step", scope=EXPERIMENT, at_least=1
+    init_from: Literal["scratch", "resume", "auto"] = run_key(
+        "scratch", "scratch: a new run; resume: continue from out_dir's ckpt.pt; auto: resume if there is one"
     )
+    overwrite: bool = run_key(False, "replace the run that is in out_dir")
+    eval_only: bool = run_key(False, "evaluate once and exit, without training")
+    save_minutes: float = run_key(
+        10.0, "minutes between checkpoints, besides the one at each evaluation; 0 = only those", at_least=0
+    )
+    save_every: int = run_key(
+        0, "every so many steps, keep a copy of the weights in out_dir/snapshots, for analyze.py; 0 = never", at_least=0
+    )
+    always_save_checkpoint: bool = run_key(
+        True, "no effect, accepted for nanoGPT's configs: every evaluation saves ckpt.pt, each new best also best.pt"
+    )
+    wandb_log: bool = run_key(False, "also log to Weights & Biases")
+    wandb_project: str = run_key("charmoe", "project name at Weights & Biases")
+    wandb_run_name: str = run_key("", "run name at Weights & Biases; empty = the title")
 
-    n_layer: int = model_key(6, "blocks", at_least=1, at_most=1000)
-    n_head: int = model_key(6, "attention heads a block; must divide n_embd", at_least=1)
-    n_embd: int = model_key(384, "width of the residual stream; a dense MLP's hidden width is 4 times it", at_least=1)
-    dropout: float = model_key(0.2, "share of activations that training drops; 0 = none", at_least=0, below=1)
+    dataset: str = data_key("shakespeare_char", "folder under data/, or a path to a prepared one", scope=EXPERIMENT)
+    train_characters: int = data_key(
+        0, "use only the first so many characters of the training split; 0 = all", scope=EXPERIMENT, at_least=0
+    )
+    prepare: bool = data_key(True, "download and encode the data set if it is not there yet")
+    batch_size: int = data_key(64, "sequences per batch", scope=EXPERIMENT, at_least=1)
+    block_size: int = data_key(256, "context length in characters", scope=EXPERIMENT, at_least=1)
+    gradient_accumulation_steps: int = data_key(1, "batches per training step", scope=EXPERIMENT, at_least=1)
+
+    n_layer: int = model_key(6, "number of transformer blocks", at_least=1, at_most=1000)
+    n_head: int = model_key(6, "attention heads per block; must divide n_embd", at_least=1)
+    n_embd: int = model_key(384, "model width (of the residual stream)", at_least=1)
+    dropout: float = model_key(0.2, "dropout rate during training; 0 = none", at_least=0, below=1)
     bias: bool = model_key(False, "biases in linear layers and layer norms")
     mlp_hidden: int = model_key(0, "hidden width of a dense MLP; 0 = 4 n_embd", at_least=0)
 
-    n_expert: int = moe_key(0, "experts an MoE block; 0 = a dense MLP in every block", at_least=0, at_most=MOST_EXPERTS)
-    expert_top_k: int = moe_key(1, "experts a character goes to; 0 = all of them (soft routing)", at_least=0)
+    n_expert: int = moe_key(0, "experts per MoE block; 0 = dense model", at_least=0, at_most=MOST_EXPERTS)
+    expert_top_k: int = moe_key(1, "experts per character; 0 = all of them (soft routing)", at_least=0)
     expert_hidden: int = moe_key(
-        0,
-        "hidden width of one expert; 0 = 4 n_embd for mlp, and 4 n_embd / n_expert for the linear kinds, "
-        "whose experts then add up to the dense MLP's width",
-        at_least=0,
+        0, "hidden width of one expert; 0 = 4 n_embd for mlp, 4 n_embd / n_expert for linear_*", at_least=0
     )
     expert_kind: Literal["mlp", "linear_concat", "linear_sum"] = moe_key(
         "mlp",
-        "mlp: an expert is a whole MLP; linear_concat, linear_sum: it is one linear layer, and the gated outputs are "
-        "set side by side, or added, before one GELU and one output layer",
+        "mlp: each expert is an MLP; linear_*: each is one linear layer, and the gated outputs are concatenated or "
+        "summed before a GELU and an output layer that all share",
     )
     moe_every: int = moe_key(1, "every n-th block is an MoE block; 1 = all, 2 = the 2nd, 4th, ...", at_least=1)
     n_expert_by_block: str = moe_key(
-        "", "experts of each block, as 8,8,4,4 (0 = dense; moe_every has no say); empty = n_expert in every MoE block"
+        "", "experts of each block, as 8,8,4,4 with 0 = dense; replaces moe_every; empty = n_expert in each MoE block"
     )
-    n_shared_expert: int = moe_key(0, "experts that every character goes through as well, ungated", at_least=0)
-    share_experts: bool = moe_key(False, "one set of experts for all MoE blocks; each block keeps its own router")
+    n_shared_expert: int = moe_key(0, "additional experts for every character, without a gate", at_least=0)
+    share_experts: bool = moe_key(False, "all MoE blocks use the same experts, each with its own router")
     expert_init: Literal["gpt2", "switch", "sigma_moe"] = moe_key(
         "gpt2",
-        "initial scale; gpt2: as the dense MLP's; switch: a tenth of the usual; sigma_moe: as their total width's",
+        "scale of the experts' initial weights; gpt2: as a dense MLP; switch: variance 0.1 / fan-in; sigma_moe: as one "
+        "dense MLP of all experts' width",
     )
-    expert_inner_dropout: float = moe_key(
-        0.0, "share of the experts' hidden activations that training drops", at_least=0, below=1
-    )
+    expert_inner_dropout: float = moe_key(0.0, "dropout rate of the experts' hidden units", at_least=0, below=1)
 
     router: Literal["learned", "frozen", "random", "hash", "ngram_hash", "two_level", "expert_choice"] = moe_key(
         "learned",
-        "how experts are scored: trained; frozen at its random start; drawn anew each step; by a table of the "
-        "character; by a hash of the last ones; a group, then experts in it; or experts choose characters (not causal)",
+        "learned: trained; frozen: stays as initialised; random: redrawn each step; hash: a fixed table, character -> "
+        "expert; ngram_hash: a hash of the last characters; two_level: a group, then experts in it; expert_choice: "
+        "experts choose characters (not causal)",
     )
-    router_ngram: int = moe_key(3, "ngram_hash: how many characters are hashed", at_least=1)
-    n_expert_group: int = moe_key(2, "two_level: groups of experts", at_least=1)
+    router_ngram: int = moe_key(3, "router=ngram_hash: number of characters hashed", at_least=1)
+    n_expert_group: int = moe_key(2, "router=two_level: number of groups of experts", at_least=1)
     router_level: Literal["token", "segment", "prefix", "sequence"] = moe_key(
         "token",
-        "what is routed by: each character; the mean of the segment before its own; the mean so far; "
-        "the whole sequence's mean (not causal)",
+        "input of the router: the character's own vector, or the mean over the previous segment, over the text so far, "
+        "or over the whole sequence (not causal)",
     )
-    segment_size: int = moe_key(16, "segment: characters in one", at_least=1)
+    segment_size: int = moe_key(16, "router_level=segment: characters per segment", at_least=1)
     router_top_p: float = moe_key(
-        0.0, "of the top_k, the fewest that reach this probability; 0 = all top_k", at_least=0, at_most=1
-    )
-    gate: Literal["softmax", "sigmoid"] = moe_key("softmax", "how logits become gates")
-    gate_renormalize: bool = moe_key(
-        False, "make the chosen experts' gates add up to 1; with softmax that is softmax over the chosen logits alone"
-    )
-    gate_straight_through: bool = moe_key(
-        False, "top-1: multiply by 1, and let the gradient pass as if by the probability"
-    )
-    router_jitter: float = moe_key(
-        0.0, "in training, the router's input times U(1 - x, 1 + x); 0 = off, 0.01 is usual", at_least=0, below=1
-    )
-    router_temperature: float = moe_key(1.0, "logits are divided by it", at_least=1e-3, at_most=LARGEST_FACTOR)
-    router_temperature_end: float = moe_key(1.0, "its value after the last step", at_least=1e-3, at_most=LARGEST_FACTOR)
-    router_temperature_schedule: Literal["constant", "linear", "cosine"] = moe_key("constant", "the way there")
-    expert_dropout: float = moe_key(
-        0.0, "in training, an expert is masked for a character with this probability", at_least=0, below=1
-    )
-    expert_dropout_end: float = moe_key(0.0, "its value after the last step", at_least=0, below=1)
-    expert_dropout_schedule: Literal["constant", "linear", "cosine"] = moe_key("constant", "the way there")
-    capacity_factor: float = moe_key(
         0.0,
-        "times its even share that an expert may take, the rest being dropped; 0 = no limit",
+        "of the top_k experts, use the fewest whose probabilities sum to at least this; 0 = all top_k",
         at_least=0,
-        at_most=LARGEST_FACTOR,
+        at_most=1,
+    )
+    gate: Literal["softmax", "sigmoid"] = moe_key("softmax", "function from router logits to the experts' weights")
+    gate_renormalize: bool = moe_key(False, "rescale the chosen experts' gates to a sum of 1")
+    gate_straight_through: bool = moe_key(False, "top-1: gate 1 in the forward pass, the probability's gradient")
+    router_jitter: float = moe_key(
+        0.0, "training noise: router input times U(1 - x, 1 + x); 0 = off, 0.01 is usual", at_least=0, below=1
+    )
+    router_temperature: float = moe_key(1.0, "router logits are divided by this", **TEMPERATURE)
+    router_temperature_end: float = moe_key(1.0, "router_temperature at the end of training", **TEMPERATURE)
+    router_temperature_schedule: Schedule = moe_key("constant", "how it changes from start to end")
+    expert_dropout: float = moe_key(
+        0.0, "in training, probability that an expert is unavailable to a character", at_least=0, below=1
+    )
+    expert_dropout_end: float = moe_key(0.0, "expert_dropout at the end of training", at_least=0, below=1)
+    expert_dropout_schedule: Schedule = moe_key("constant", "how it changes from start to end")
+    capacity_factor: float = moe_key(
+        0.0, "an expert takes at most this times its even share and drops the rest; 0 = no limit", **FACTOR
     )
     capacity_group: Literal["sequence", "batch"] = moe_key(
-        "sequence", "what shares a capacity: one sequence, or the whole batch (which is then not causal)"
+        "sequence", "capacity is counted per sequence, or over the whole batch (not causal)"
     )
     aux_loss: Literal["switch", "cv2", "none"] = moe_key(
         "switch",
-        "balancing loss; switch: n_expert x sum of load x probability, 1 a layer when even; "
-        "cv2: variance / mean^2 of the experts' gate sums, 0 when even",
+        "balancing loss; switch: n_expert x sum of load x probability, 1 per layer when even; cv2: variance / mean^2 "
+        "of the experts' gate sums, 0 when even",
     )
-    aux_loss_coef: float = moe_key(0.01, "weight of the balancing loss; 0 = off", at_least=0, at_most=LARGEST_FACTOR)
-    aux_loss_coef_end: float = moe_key(0.0, "its value after the last step", at_least=0, at_most=LARGEST_FACTOR)
-    aux_loss_coef_schedule: Literal["constant", "linear", "cosine"] = moe_key("constant", "the way there")
-    aux_loss_reduction: Literal["sum", "mean"] = moe_key("sum", "how the layers' auxiliary losses are combined")
+    aux_loss_coef: float = moe_key(0.01, "weight of the balancing loss; 0 = off", **FACTOR)
+    aux_loss_coef_end: float = moe_key(0.0, "aux_loss_coef at the end of training", **FACTOR)
+    aux_loss_coef_schedule: Schedule = moe_key("constant", "how it changes from start to end")
+    aux_loss_reduction: Literal["sum", "mean"] = moe_key("sum", "how auxiliary losses combine over layers")
     z_loss_coef: float = moe_key(
-        0.0,
-        "weight of the router's z-loss, mean(logsumexp(logits)^2); 0 = off, 0.001 is usual",
-        at_least=0,
-        at_most=LARGEST_FACTOR,
+        0.0, "weight of the router z-loss, mean(logsumexp(logits)^2); 0 = off, 0.001 is usual", **FACTOR
     )
     router_bias_rate: float = moe_key(
-        0.0,
-        "balancing without a loss: step of the bias by which experts are chosen; 0 = off, 0.001 is usual",
-        at_least=0,
-        at_most=LARGEST_FACTOR,
+        0.0, "balancing without a loss: step size of a per-expert bias on the choice; 0 = off, 0.001 is usual", **FACTOR
     )
     moe_backend: Literal["auto", "reference", "masked", "sliced", "sorted", "padded"] = moe_key(
-        "auto", "how the experts are computed: the same result at another speed", scope=MACHINE
+        "auto", "how the experts are computed; same result, different speed", scope=MACHINE
     )
 
-    learning_rate: float = optimiser_key(1e-3, "AdamW's step size after warm-up", at_least=0)
+    learning_rate: float = optimiser_key(1e-3, "AdamW's learning rate after warm-up", at_least=0)
     max_iters: int = optimiser_key(5000, "training steps", scope=SCHEDULE, at_least=1)
     weight_decay: float = optimiser_key(0.1, "AdamW's decay of the weight matrices; 0 = none", at_least=0)
-    beta1: float = optimiser_key(0.9, "AdamW's memory of the gradient", at_least=0, below=1)
-    beta2: float = optimiser_key(0.99, "AdamW's memory of the squared gradient", at_least=0, below=1)
-    grad_clip: float = optimiser_key(1.0, "largest norm of the gradient; 0 = not clipped", at_least=0)
-    decay_lr: bool = optimiser_key(True, "warm up, then decay by a cosine; False = constant learning_rate")
-    warmup_iters: int = optimiser_key(100, "steps of linear warm-up; may be more than max_iters", at_least=0)
+    beta1: float = optimiser_key(0.9, "AdamW's decay rate of the gradient's average", at_least=0, below=1)
+    beta2: float = optimiser_key(0.99, "AdamW's decay rate of the squared gradient's average", at_least=0, below=1)
+    grad_clip: float = optimiser_key(1.0, "largest gradient norm; 0 = no clipping", at_least=0)
+    decay_lr: bool = optimiser_key(True, "linear warm-up, then cosine decay; False = constant learning_rate")
+    warmup_iters: int = optimiser_key(100, "warm-up steps; may exceed max_iters", at_least=0)
     lr_decay_iters: int = optimiser_key(0, "step at which min_lr is reached; 0 = max_iters", scope=SCHEDULE, at_least=0)
     min_lr: float = optimiser_key(1e-4, "learning rate at the end of the cosine", at_least=0)
 
-    eval_interval: int = evaluation_key(250, "steps from one evaluation to the next", at_least=1)
-    eval_iters: int = evaluation_key(200, "random batches a split for the papers' way to measure", at_least=1)
+    eval_interval: int = evaluation_key(250, "steps between evaluations", at_least=1)
+    eval_iters: int = evaluation_key(200, "random batches per split for sampled validation", at_least=1)
     inference_samples: int = evaluation_key(
-        10,
-        "texts of 500 characters that a finished run writes, to tell its speed as the papers do; 0 = none",
-        scope=MACHINE,
-        at_least=0,
+        10, "texts of 500 characters written after training to measure its speed; 0 = none", scope=MACHINE, at_least=0
     )
-    log_interval: int = evaluation_key(10, "steps from one logged training loss to the next", scope=MACHINE, at_least=1)
+    log_interval: int = evaluation_key(10, "steps between logged training losses", scope=MACHINE, at_least=1)
 
     device: str = machine_key("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "float32", "bfloat16"] = machine_key("auto", "arithmetic of the matrix products")
-    compile: bool | Literal["auto"] = machine_key("auto", "torch.compile: True, False, or auto: where it pays")
+    dtype: Literal["auto", "float32", "bfloat16"] = machine_key("auto", "precision of the matrix products")
+    compile: bool | Literal["auto"] = machine_key("auto", "use torch.compile; auto = where it pays")
 
     def problems(self) -> Iterator[Problem]:
-        """Each combination of keys that cannot be, with the way out. Those of a router are told by its class."""
+        """Each invalid combination of keys, with the way out. Those of a router come from its class."""
         yield from self.problems_of_any_router()
         counts = self.expert_counts()
         if self.n_expert and not isinstance(counts, str) and any(counts):
@@ -224,13 +208,13 @@ class Config:
 
     @property
     def router_class(self) -> type:
-        """The class behind the key `router`, with its traits. Imported here, for tables are drawn without torch."""
+        """The class behind the key `router`. Imported here, so that tables can be drawn without torch."""
         from routing import ROUTERS
 
         return ROUTERS[self.router]
 
     def problems_of_any_router(self) -> Iterator[Problem]:
-        """The combinations that cannot be whatever the router, found without torch: enough to read a record."""
+        """The invalid combinations with any router, found without torch: enough to read a record."""
         for key, value in self.to_dict().items():
             if isinstance(value, str) and not is_utf8(value):  # records could not hold it
                 yield (key,), f"{key} is {shown(value)}; expected text that UTF-8 can encode"
@@ -252,7 +236,7 @@ class Config:
             yield ("n_expert_by_block", "n_expert"), f"{message}; set n_expert to the largest of its numbers"
 
     def moe_problems(self) -> Iterator[Problem]:
-        """The combinations that only an MoE model can get wrong."""
+        """Invalid combinations of an MoE model's keys."""
         counts = self.expert_counts()
         if isinstance(counts, str):
             yield ("n_expert_by_block", "n_layer"), counts
@@ -280,7 +264,7 @@ class Config:
                 yield ("segment_size", "block_size", "router_level"), f"{message}; set it lower"
 
     def gate_problems(self, n_expert: int) -> Iterator[Problem]:
-        """How many experts, and how they are weighted, where the largest block has n_expert."""
+        """Number and weights of a character's experts. n_expert: of the largest block."""
         top_k = self.expert_top_k
         if top_k > n_expert:
             message = f"expert_top_k = {top_k} is more than n_expert = {n_expert}; expected at most that, or 0 for all"
@@ -290,10 +274,8 @@ class Config:
             keys = ("gate_renormalize", "expert_top_k", "n_expert")
             yield keys, f"{message}; set gate_renormalize=False, or expert_top_k to 2 or more"
         if self.gate_renormalize and self.router_top_p:
-            message = (
-                "a character that gets a single expert has a renormalised gate of 1, which teaches the router nothing"
-            )
-            yield ("gate_renormalize", "router_top_p", "router"), f"{message}; set gate_renormalize=False"
+            message = "a character that gets a single expert has a renormalised gate of 1, which teaches the router"
+            yield ("gate_renormalize", "router_top_p", "router"), f"{message} nothing; set gate_renormalize=False"
         if self.gate_straight_through and top_k != 1:
             message = "a straight-through gate is for one expert a character"
             yield ("gate_straight_through", "expert_top_k"), f"{message}; set expert_top_k=1"
@@ -305,7 +287,7 @@ class Config:
             yield ("router_top_p", "expert_top_k"), f"{message}; set expert_top_k between 2 and n_expert = {n_expert}"
 
     def balance_problems(self, n_expert: int) -> Iterator[Problem]:
-        """Losses and biases that could balance nothing, where the largest block has n_expert."""
+        """Balancing that has no effect. n_expert: of the largest block."""
         chooses_all = self.expert_top_k in (0, n_expert) and n_expert > 1 and not self.router_top_p
         coefficient = ("aux_loss", "aux_loss_coef", "aux_loss_coef_end")
         if self.balances and chooses_all and self.aux_loss == "switch":
@@ -319,7 +301,7 @@ class Config:
             yield (*coefficient, "capacity_factor"), f"{message}; set aux_loss='switch' or capacity_factor=0"
 
     def expert_problems(self, numbers: list[int]) -> Iterator[Problem]:
-        """Widths and kinds; numbers: of experts, in the blocks that have any."""
+        """Widths and kinds of experts. numbers: the different n_expert of the MoE blocks."""
         for n_expert in numbers:
             hidden = self.expert_hidden or 4 * self.n_embd // (1 if self.expert_kind == "mlp" else n_expert)
             if self.expert_kind != "mlp" and not self.expert_hidden and 4 * self.n_embd % n_expert:
@@ -333,7 +315,7 @@ class Config:
             yield ("n_shared_expert", "expert_kind"), f"{message}; set expert_kind='mlp'"
 
     def completed(self, files: list[ConfigFile]) -> Config:
-        """With the title and the folder that follow from the config files, where the user gave none."""
+        """Fills an empty title and out_dir from the config files."""
         title = self.title or ", ".join(file.title for file in files if file.title)
         names = "-".join(file.path.stem for file in files) or "default"
         out_dir = self.out_dir or f"out/{names}-s{self.seed}"
@@ -378,21 +360,20 @@ class Config:
 
     @property
     def leaks(self) -> dict[str, str]:
-        """{key=value: its causal twin} for each key by which later characters, or other sequences, choose an expert."""
+        """{key=value: its causal twin} of each key that lets later characters or other sequences affect a choice."""
         if not self.n_expert or self.router_class.is_causal:
             return self.leaks_of_any_router
         return {f"router={self.router}": self.router_class.causal_twin, **self.leaks_of_any_router}
 
     @property
     def leaks_of_any_router(self) -> dict[str, str]:
-        """The `leaks` by other keys than the router, told without torch."""
-        twins = {
-            "router_level=sequence": "router_level=segment or prefix" if self.router_level == "sequence" else "",
-            "capacity_group=batch": "capacity_group=sequence"
-            if self.capacity_factor and self.capacity_group == "batch"
-            else "",
-        }
-        return {key: twin for key, twin in twins.items() if twin and self.n_expert}
+        """The `leaks` by other keys than the router, found without torch."""
+        leaks = {}
+        if self.n_expert and self.router_level == "sequence":
+            leaks["router_level=sequence"] = "router_level=segment or prefix"
+        if self.n_expert and self.capacity_factor and self.capacity_group == "batch":
+            leaks["capacity_group=batch"] = "capacity_group=sequence"
+        return leaks
 
     @property
     def is_causal(self) -> bool:
@@ -404,10 +385,9 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "record") -> Config:
-        """The config of a checkpoint or a record, which problems call `origin`.
+        """The config of a checkpoint or record, which error messages call `origin`.
 
-        A key that it lacks is younger than it and takes its default: a new key's default means what the code did
-        before.
+        A missing key takes its default: the default of a new key means what the code did before.
         """
         if not isinstance(values, dict):
             raise ConfigError([f"{origin}: the config is {shown(values)}; expected a mapping of keys to values"])
@@ -417,9 +397,9 @@ class Config:
         return reading.finish(cls, cls.problems_of_any_router)
 
     def hash(self) -> str:
-        """Ten hex digits that two runs share when they differ in nothing but seed and machine.
+        """Ten hex digits, the same for runs that differ only in seed and keys of the machine.
 
-        Only what differs from the defaults is hashed, so that a key added later changes no hash.
+        Only values that differ from the defaults are hashed, so that adding a key changes no hash.
         """
         options = options_of(type(self))
         counted = {
@@ -434,7 +414,7 @@ class Config:
         return f"{self.hash()}-s{self.seed}"
 
     def differences(self, other: Config, scopes: Iterable[str] = SCOPES) -> list[tuple[str, Any, Any]]:
-        """(key, ours, theirs) for each key of these scopes in which the two differ."""
-        scopes = tuple(scopes)
-        keys = [name for name, option in options_of(type(self)).items() if option.scope in scopes]
-        return [(k, getattr(self, k), getattr(other, k)) for k in keys if getattr(self, k) != getattr(other, k)]
+        """(key, ours, theirs) for each key of these scopes with different values."""
+        scopes, theirs = tuple(scopes), other.to_dict()
+        options = options_of(type(self))
+        return [(k, v, theirs[k]) for k, v in self.to_dict().items() if options[k].scope in scopes and v != theirs[k]]

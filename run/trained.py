@@ -16,7 +16,7 @@ from run.settings import Config
 from support import files
 from support.options import ConfigError
 
-CHECKPOINTS = {"best": "best.pt", "last": "ckpt.pt"}  # the weights with the best validation loss, and the last
+CHECKPOINTS = {"best": "best.pt", "last": "ckpt.pt"}  # best: with the lowest validation loss
 
 
 class Trained(NamedTuple):
@@ -26,7 +26,7 @@ class Trained(NamedTuple):
 
 
 def load(out_dir, name, device) -> Trained:
-    """The model in out_dir/name. ConfigError or CheckpointError where there is none, or it does not fit its config."""
+    """The model in out_dir/name. ConfigError or CheckpointError if it is missing or does not fit its config."""
     return model_in(read(out_dir, name), Path(out_dir) / name, device)
 
 
@@ -59,8 +59,7 @@ def model_in(saved, path, device) -> Trained:
 
 
 def model_of(config, vocabulary, weights):
-    """The model with these weights. RuntimeError where they do not fit it; sizes are compared before the model takes
-    memory."""
+    """The model with these weights. RuntimeError if they do not fit; sizes are compared before memory is taken."""
 
     def misfit(reason):
         return RuntimeError(f"its weights do not fit its own config: {reason}")

@@ -1,15 +1,15 @@
-"""Writing fast: the same model with its weights laid out for one token at a time, and with the step captured.
+"""Fast writing: the same model with its weights laid out for single tokens, and its step as a CUDA graph.
 
     decoder = fastest(model, batch_size, machine, temperature=0.8, top_k=200)
     for step in decoder.write(prompt, 500, generators): ...
 
-A step of decoding reads every weight once and does next to nothing with it, so it is limited by memory, and at this
-size by the launches of small operations. On a CPU each weight matrix is put once into the order in which oneDNN reads
-it fastest, and of the experts only those of the token are read. On CUDA the weights are cast once, the experts at
-small batch run as Triton kernels (`kernels.py`), and the step is one CUDA graph. Elsewhere: `model.Decoder` as it is.
+A step of decoding reads every weight once and computes little, so its time goes to memory and, at this size, to
+launches of small operations. On a CPU, weight matrices are packed for oneDNN once, and only the chosen experts are
+read. On CUDA, weights are cast once, the experts of small batches run as Triton kernels (`kernels.py`), and a step is
+one CUDA graph. Elsewhere: `model.Decoder`.
 
-A text for a given seed does not depend on the decoder, beyond rounding: products are summed in another order, so logits
-differ in their last bits, and now and then a draw at the edge between two characters falls on the other side.
+A seed gives the same text with every decoder, up to rounding: sums differ in their last bits, so now and then a draw at
+the edge between two characters falls on the other side.
 """
 
 import copy
@@ -25,14 +25,13 @@ from selection import GATES, Routing, top_k_experts
 from speed import kernels
 from support import machines
 
-PACK = "_reorder_linear_weight"  # of torch.ops.mkldnn: how torch.compile, too, lays out weights for oneDNN
-FEW_TOKENS = 64  # for which kernels.py is made
-PACKED_FOR = 256  # rows: at batch 1, 8 and 32 the layouts for 8 to 256 rows were alike, that for 1 the slowest
+PACK = "_reorder_linear_weight"  # of torch.ops.mkldnn; torch.compile uses it too
+FEW_TOKENS = 64  # the most for kernels.py
+PACKED_FOR = 256  # rows; layouts for 8 to 256 were equally fast at batch 1, 8 and 32, that for 1 was slowest
 
 
 def fastest(model, batch_size, machine, temperature=1.0, top_k=None) -> Decoder:
-    """The fastest Decoder of `model` (a GPT) for this many sequences on this machine. It has a copy of the weights as
-    they are now."""
+    """The fastest Decoder of `model` (a GPT) for this many sequences on this machine, with a copy of its weights."""
     how = batch_size, machine, temperature, top_k
     if machine.device.type == "cpu" and can_pack(machine.dtype):
         return PackedDecoder(model, *how)
@@ -65,7 +64,7 @@ def looks_back(model):
 
 
 class AutocastDecoder(Decoder):
-    """In the machine's precision. reason: why nothing faster was taken."""
+    """Decodes in the machine's precision. reason: why no faster decoder was taken."""
 
     def __init__(self, model, batch_size, machine, temperature=1.0, top_k=None, reason=None):
         self.machine = machine
@@ -84,8 +83,7 @@ class AutocastDecoder(Decoder):
 
 
 class PackedDecoder(AutocastDecoder):
-    """Of a float32 model on a CPU: the weights of every linear map and expert in the layout that oneDNN reads fastest,
-    and of the experts only those that a token chose."""
+    """Decodes float32 on a CPU: weights in oneDNN's fastest layout; only the chosen experts are read."""
 
     how = "eager, cached, packed weights"
 
@@ -98,9 +96,9 @@ def can_pack(dtype):
 
 
 def packed(model):
-    """A copy of the model with packed weights, but for its routers'."""
+    """A copy of the model with packed weights, except its routers'."""
     model = copy.deepcopy(model).eval()
-    for module in modules_without_routers(model):
+    for _, module in model.modules_without_routers():
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(child.weight, child.bias))
@@ -109,11 +107,6 @@ def packed(model):
         if is_plain(layer):
             layer.route = PlainRoute(layer)
     return model
-
-
-def modules_without_routers(model):
-    of_routers = {module for layer in model.moe_layers() for module in layer.router.modules()}
-    return [module for module in model.modules() if module not in of_routers]
 
 
 class PackedLinear(nn.Module):
@@ -131,7 +124,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedExperts:
-    """A backend (see `backends.py`) with one layer's weights packed, in place of those that it is given."""
+    """A backend (see `backends.py`) with packed weights of one layer, used instead of its arguments."""
 
     def __init__(self, experts):
         self.w_in = [PackedLinear(weight) for weight in experts.w_in]
@@ -154,7 +147,7 @@ class PackedExperts:
         return backends.dispatch(x_ND, routing, rows, product_with(self.w_in), bias_in, activate, gate_after, second)
 
     def of_one_token(self, x_1D, routing, bias_in, activate, gate_after):
-        """The same for one token, without sorting."""
+        """For one token, without sorting."""
         y = None
         for choice, (expert, kept) in enumerate(zip(routing.experts[0].tolist(), routing.kept[0].tolist())):
             if kept:
@@ -171,10 +164,10 @@ class PackedExperts:
 
 
 class CapturedDecoder(AutocastDecoder):
-    """On CUDA: weights cast once, the experts of few tokens by `kernels.py`, and a step of one token a sequence is the
-    replay of a CUDA graph. machine.compile: torch.compile first, which fuses what lies between the matrix products.
+    """Decodes on CUDA: weights cast once, experts by `kernels.py`, a step of one token per sequence as a CUDA graph.
 
-    What a step says of its routing holds until the next step."""
+    machine.compile: torch.compile first, to fuse small operations. A step's routing is overwritten by the next step.
+    """
 
     def __init__(self, model, batch_size, machine, temperature=1.0, top_k=None):
         super().__init__(cast(model, machine.dtype), batch_size, machine, temperature, top_k)
@@ -194,7 +187,7 @@ class CapturedDecoder(AutocastDecoder):
         return f"{compiled}CUDA graph{', experts in Triton' if in_triton else ''}"
 
     def step(self):
-        """Read self.ids, draw by self.uniform. -> (logits (B, V), tokens (B,), routing); moves self.position."""
+        """Reads self.ids, draws with self.uniform, advances self.position. -> (logits (B, V), tokens (B,), routing)"""
         self.cache.position = self.position
         out = self.model(self.ids, cache=self.cache, last_only=True)
         self.cache.position = None
@@ -203,15 +196,15 @@ class CapturedDecoder(AutocastDecoder):
         return logits, sample(logits, self.temperature, self.top_k, self.uniform), out.routing
 
     def warm_up(self):
-        """The first steps compile and set up, which may not happen within a graph. Each begins with nothing read, so
-        that all are the same to a compiler, and so is the step that is captured."""
+        """Compiles and sets up, which a graph must not contain. Each step starts from an empty cache, as the captured
+        one does, so that the compiler sees one case."""
         for _ in range(3):
             self.clear()
             self.step()
         self.clear()
 
     def capture(self):
-        """-> (what step returns, in memory that stays; a function that runs the step again)"""
+        """-> (outputs of step, in fixed memory; a function that runs the step again)"""
         with torch.cuda.device(self.machine.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -252,9 +245,9 @@ class CapturedDecoder(AutocastDecoder):
 
 
 def cast(model, dtype):
-    """A copy of the model for CUDA: matrices in `dtype`, which are else cast at every use; experts by `kernels.py`."""
-    model = copy.deepcopy(model).eval().requires_grad_(False)  # else autocast keeps casts that a graph must make anew
-    for module in modules_without_routers(model):
+    """A copy of the model for CUDA: matrices cast to `dtype` once, experts by `kernels.py`."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)  # else autocast caches casts, and a graph lacks them
+    for _, module in model.modules_without_routers():
         if isinstance(module, nn.Linear):
             module.to(dtype)
     for layer in model.moe_layers():
@@ -266,8 +259,7 @@ def cast(model, dtype):
 
 
 def by_kernels(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
-    """A backend (see `backends.py`) for few tokens and GELU experts. Many tokens, and linear_sum, go to a backend of
-    training."""
+    """A backend (see `backends.py`) for few tokens. Many tokens and linear_sum go to a backend of training."""
     if x_ND.size(0) > FEW_TOKENS or w_out is None:
         name = backends.choose_backend(w_in.shape, routing.experts.size(1), x_ND.device, w_in.dtype)
         return backends.BACKENDS[name](x_ND, routing, w_in, bias_in, w_out, activate, gate_after)
@@ -291,18 +283,18 @@ class KernelRoute:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Routing without the steps of training and of special cases
+# Routing without special cases and training
 
 
 def is_plain(layer):
-    """Whether a token's experts depend on its own vector alone, by a linear router and top-k."""
+    """Whether routing is a linear router and top-k of the token's own vector."""
     config = layer.config
     special = config.capacity_factor, config.router_top_p, config.router_bias_rate, config.gate_straight_through
     return is_linear_top_k(layer.router) and config.router_level == "token" and not any(special)
 
 
 class PlainRoute:
-    """`MoE.route` of a plain layer, in few operations. Its logits are those after the temperature."""
+    """`MoE.route` of a plain layer, in few operations. Its logits are divided by the temperature."""
 
     def __init__(self, layer):
         self.weight = layer.router.weight.detach() / layer.temperature

@@ -1,19 +1,19 @@
-"""The MoE layer for a few tokens at a time, as in decoding: three operations, each as a Triton kernel and in PyTorch.
+"""The MoE layer for a few tokens, as in decoding: three operations, each as a Triton kernel and in PyTorch.
 
     logits, probs, experts, gates = route(x, router_weight, k, "softmax", renormalize, temperature)
     hidden = up(x, w_in, bias_in, experts, gates, gate_first=False)
     y = down(hidden, w_out, experts, gates, gate_last=True)
 
-`route`, `up` and `down` launch Triton on CUDA and run their `_twin` on any other device, or where Triton is not
-installed. Each is one custom operator: torch.compile and CUDA graphs do not look into it. No gradients.
+`route`, `up` and `down` run as Triton kernels on CUDA, and as their PyTorch twins elsewhere, for tests. Each is one
+custom operator, opaque to torch.compile and CUDA graphs. No gradients.
 
-A batch of a few tokens is limited by the bytes of the experts' weights and by the launches, so a program loads one
-tile of weights, all at once, and keeps it. Where there are no more choices than experts, each choice has its own
-programs; otherwise each expert has, which go through its choices, so that no weight is read twice. Nothing is added
-up in an order that could change: the same input gives the same bits.
+With few tokens, time goes to reading the experts' weights and to kernel launches. So each program loads one tile of
+weights at once and keeps it. With at most as many choices as experts, each choice has its own programs; otherwise each
+expert has, and they loop over its choices, so that no weight is read twice. The order of all sums is fixed: the same
+input gives the same bits.
 
-Letters as in `moe.py`; M = N·K choices, of which number c is choice c % K of token c // K; P partial sums. A token's
-experts are distinct.
+Letters as in `moe.py`; M = N·K choices; choice c is choice c % K of token c // K; P partial sums. A token's experts
+are distinct.
 """
 
 import torch
@@ -29,9 +29,9 @@ try:
 except ImportError:
     AVAILABLE = False
 
-PROGRAMS = 128  # a launch should have at least as many, about the number of an H100's SMs
-TILE = 4096  # weights that a program loads, about: 32 per thread
-PARTIAL_SUMS = 7  # of `down`: more than that, torch.compile does not add up within the operation that follows
+PROGRAMS = 128  # least number per launch: about the SMs of an H100
+TILE = 4096  # weights per program, about 32 per thread
+PARTIAL_SUMS = 7  # of `down`, at most: torch.compile fuses a sum over so many into the next operation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,15 +42,15 @@ PARTIAL_SUMS = 7  # of `down`: more than that, torch.compile does not add up wit
 def route(
     x_ND: torch.Tensor, weight_ED: torch.Tensor, k: int, gate: str, renormalize: bool, temperature: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `moe.MoE.route` gives in evaluation for a linear router at level token, without capacity, top-p and
-    balancing bias: logits (N, E), probs (N, E), experts (N, K) int64, gates (N, K); float32 where nothing is said.
+    """Routes tokens as `moe.MoE.route` does in evaluation, for a linear router at level token without capacity, top-p
+    and balancing bias. -> float32 logits (N, E), probs (N, E), int64 experts (N, K), float32 gates (N, K)
 
-    weight: (E, D); gate: "softmax" or "sigmoid"; renormalize: whether a token's gates sum to 1; temperature: 0-d, on
-    x's device. The K experts come best first, ties by index, or in expert order if K = E.
+    gate: "softmax" or "sigmoid"; renormalize: rescale a token's gates to a sum of 1; temperature: 0-d, on x's device.
+    The K experts come best first, ties by index, or in expert order if K = E.
     """
     if not uses_triton(x_ND):
         outputs = route_twin(x_ND, weight_ED, k, gate, renormalize, temperature)
-        return tuple(output.contiguous() for output in outputs)  # as torch.compile was told
+        return tuple(output.contiguous() for output in outputs)  # the strides of route_outputs
     (N, D), E = x_ND.shape, weight_ED.size(0)
     logits, probs, experts, gates = route_outputs(x_ND, weight_ED, k)
     block_E = power_of_2_from(E)
@@ -99,8 +99,8 @@ def up(
     gates_NK: torch.Tensor,
     gate_first: bool,
 ) -> torch.Tensor:
-    """hidden (N, K, H), in x's dtype: GELU(x W_in[e]ᵀ + b_in[e]) of each choice, or with gate_first (linear_concat)
-    GELU(g · (x W_in[e]ᵀ + b_in[e])); 0 where the gate is 0.
+    """Hidden units (N, K, H) of each choice, in x's dtype: GELU(x W_in[e]ᵀ + b_in[e]), or with gate_first
+    (linear_concat) GELU(g · (x W_in[e]ᵀ + b_in[e])); 0 where the gate is 0.
 
     w_in: (E, H, D); bias_in: (E, H). GELU by the error function.
     """
@@ -126,16 +126,13 @@ def _(x_ND, w_in, bias_in, experts_NK, gates_NK, gate_first):
 
 
 def up_twin(x_ND, w_in, bias_in, experts_NK, gates_NK, gate_first):
-    K, H, dtype = experts_NK.size(1), w_in.size(1), w_in.dtype
-    hidden_MH = x_ND.new_zeros(experts_NK.numel(), H)
+    gates_NK1 = gates_NK[..., None]
     with torch.autocast(x_ND.device.type, enabled=False):
-        for expert, choices in choices_by_expert(experts_NK, gates_NK).items():
-            x = x_ND[index([c // K for c in choices])].to(dtype)
-            y = F.linear(x, w_in[expert], None if bias_in is None else bias_in[expert].to(dtype))
-            if gate_first:
-                y = y * gates_NK.reshape(-1, 1)[index(choices)]
-            hidden_MH[index(choices)] = F.gelu(y).to(x_ND.dtype)
-    return hidden_MH.view(-1, K, H)
+        y_NKH = torch.einsum("nd,nkhd->nkh", x_ND.to(w_in.dtype), w_in[experts_NK])
+        if bias_in is not None:
+            y_NKH = y_NKH + bias_in[experts_NK]
+        y_NKH = F.gelu(y_NKH * gates_NK1 if gate_first else y_NKH)
+        return torch.where(gates_NK1 != 0, y_NKH, 0).to(x_ND.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,11 +140,10 @@ def up_twin(x_ND, w_in, bias_in, experts_NK, gates_NK, gate_first):
 
 
 def down(hidden_NKH, w_out, experts_NK, gates_NK, gate_last):
-    """y (N, D), in the hidden's dtype: Σ_k g_k · (hidden_k W_out[e_k]) with gate_last (mlp), without it
-    Σ_k hidden_k W_out[e_k] (linear_concat); choices with a gate of 0 add nothing. w_out: (E, H, D).
+    """Output (N, D) of the experts, in hidden's dtype: Σ_k g_k · (hidden_k W_out[e_k]) with gate_last (mlp), else
+    Σ_k hidden_k W_out[e_k] (linear_concat). Choices with a gate of 0 add nothing. w_out: (E, H, D).
 
-    The partial sums are added up here, and not in the operator, so that torch.compile can make that a part of the
-    operation that follows.
+    Partial sums are added outside the operator, so that torch.compile can fuse that with the next operation.
     """
     return partial_down(hidden_NKH, w_out, experts_NK, gates_NK, gate_last).sum(dim=0).to(hidden_NKH.dtype)
 
@@ -156,7 +152,7 @@ def down(hidden_NKH, w_out, experts_NK, gates_NK, gate_last):
 def partial_down(
     hidden_NKH: torch.Tensor, w_out: torch.Tensor, experts_NK: torch.Tensor, gates_NK: torch.Tensor, gate_last: bool
 ) -> torch.Tensor:
-    """(P, N, D) float32, whose sum over P is what `down` gives."""
+    """The (P, N, D) float32 partial sums of `down`."""
     if not uses_triton(hidden_NKH):
         return down_twin(hidden_NKH, w_out, experts_NK, gates_NK, gate_last).float()[None]
     (N, K), (E, H, D) = experts_NK.shape, w_out.shape
@@ -181,31 +177,27 @@ def _(hidden_NKH, w_out, experts_NK, gates_NK, gate_last):
 
 
 def down_blocks(K, H, D):
-    """(BLOCK_H, BLOCK_D): the tile of weights that a program of `down` loads. N plays no part, so that a token's sums
-    are the same in every batch."""
+    """(BLOCK_H, BLOCK_D): the tile of weights of a program of `down`. Independent of N, so that a token's sums are the
+    same in every batch."""
     block_H = 16
     while block_H < 512 and K * ceil_div(H, block_H) > PARTIAL_SUMS:
         block_H *= 2
     block_D = 64
     while block_D > 16 and (block_H * block_D > TILE or K * ceil_div(H, block_H) * ceil_div(D, block_D) < PROGRAMS):
-        block_D //= 2  # not below 32 bytes of bf16, the least that is read at once
+        block_D //= 2  # not below 32 bytes of bf16, the smallest read
     return block_H, block_D
 
 
 def down_twin(hidden_NKH, w_out, experts_NK, gates_NK, gate_last):
-    N, K, H = hidden_NKH.shape
-    y_ND = hidden_NKH.new_zeros(N, w_out.size(2), dtype=torch.float32)
+    gates_NK1 = gates_NK[..., None]
     with torch.autocast(hidden_NKH.device.type, enabled=False):
-        for expert, choices in choices_by_expert(experts_NK, gates_NK).items():
-            y = (hidden_NKH.reshape(-1, H)[index(choices)].to(w_out.dtype) @ w_out[expert]).float()
-            if gate_last:
-                y = y * gates_NK.reshape(-1, 1)[index(choices)]
-            y_ND[index([c // K for c in choices])] += y
-    return y_ND.to(hidden_NKH.dtype)
+        y_NKD = torch.einsum("nkh,nkhd->nkd", hidden_NKH.to(w_out.dtype), w_out[experts_NK]).float()
+        y_NKD = y_NKD * gates_NK1 if gate_last else y_NKD
+        return torch.where(gates_NK1 != 0, y_NKD, 0).sum(dim=1).to(hidden_NKH.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they share
+# Shapes of a launch
 
 
 def uses_triton(x):
@@ -213,22 +205,8 @@ def uses_triton(x):
 
 
 def grouping(M, E):
-    """(whether the programs go by expert, into how many groups): by expert as soon as choices would share one."""
+    """(whether programs go by expert, number of groups): by expert as soon as choices must share one."""
     return (True, E) if M > E else (False, M)
-
-
-def choices_by_expert(experts_NK, gates_NK):
-    """expert -> the numbers c of its choices, without those whose gate is 0. Waits for the device."""
-    choices = {}
-    for c, (expert, gate) in enumerate(zip(experts_NK.flatten().tolist(), gates_NK.flatten().tolist())):
-        if gate != 0:
-            choices.setdefault(expert, []).append(c)
-    return choices
-
-
-def index(rows):
-    """Of rows in a tensor: one alone is not copied, which is several times faster."""
-    return slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
 
 
 def ceil_div(a, b):
@@ -236,19 +214,19 @@ def ceil_div(a, b):
 
 
 def power_of_2_from(n):
-    """The smallest power of 2 that is not below n."""
+    """The smallest power of 2 ≥ n."""
     return 1 << (n - 1).bit_length()
 
 
 def power_of_2_to(n):
-    """The largest power of 2 that is not above n."""
+    """The largest power of 2 ≤ n."""
     return 1 << (n.bit_length() - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The kernels. Tensors are contiguous; what lies beyond a shape, or belongs to a gate of 0, is masked and not read.
+# The kernels. Tensors are contiguous; elements beyond a shape, or of a choice with a gate of 0, are masked.
 
-INTERPRETED = False  # whether Triton was imported with TRITON_INTERPRET=1, and so runs on a CPU too
+INTERPRETED = False  # whether TRITON_INTERPRET=1 was set on import, so that kernels run on a CPU
 
 if AVAILABLE:
 
@@ -258,10 +236,10 @@ if AVAILABLE:
         D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, RENORMALIZE: tl.constexpr,
         BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
-        """A program per token."""
+        """One program per token."""
         n = tl.program_id(0)
         e = tl.arange(0, BLOCK_E)
-        divisor = tl.load(temperature).to(tl.float32)  # here, so that nothing waits for it later
+        divisor = tl.load(temperature).to(tl.float32)  # early, so that nothing waits for it
         products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
@@ -282,7 +260,7 @@ if AVAILABLE:
         score = tl.exp(log_score - tl.max(log_score, axis=0))
         tl.store(probs + n * E + e, score / tl.sum(score, axis=0), mask=e < E)
 
-        # A NaN comes last, so that there are K experts in any case: the next kernels read memory at their numbers.
+        # NaN ranks last, so that there are always K experts: the next kernels read memory at their numbers.
         if K == E:
             rank = e
         else:
@@ -302,7 +280,7 @@ if AVAILABLE:
 
     @triton.jit
     def group_of(group, experts, gates, M, H: tl.constexpr, BY_EXPERT: tl.constexpr, BLOCK_M: tl.constexpr):
-        """The expert of a group of choices; H, or 0 if none of them needs its weights."""
+        """(expert of a group of choices, rows of its weights to load: H, or 0 if all gates are 0)"""
         if BY_EXPERT:
             c = tl.arange(0, BLOCK_M)
             expert = group.to(tl.int64)
@@ -320,7 +298,7 @@ if AVAILABLE:
         D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, GATE_FIRST: tl.constexpr, BY_EXPERT: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
-        """A program per BLOCK_H hidden units and group of choices."""
+        """One program per BLOCK_H hidden units and group of choices."""
         group = tl.program_id(1)
         expert, rows = group_of(group, experts, gates, M, H, BY_EXPERT, BLOCK_M)
         h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -347,7 +325,7 @@ if AVAILABLE:
         D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, GATE_LAST: tl.constexpr, BY_EXPERT: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
-        """A program per BLOCK_D columns, group of choices and BLOCK_H hidden units. partial: (K · splits, N, D)."""
+        """One program per BLOCK_D columns, group of choices and BLOCK_H hidden units. partial: (K · splits, N, D)."""
         group = tl.program_id(1)
         expert, rows = group_of(group, experts, gates, M, H, BY_EXPERT, BLOCK_M)
         split = tl.program_id(2)

@@ -47,7 +47,7 @@ def written(decoder, prompt, count, seeds):
 
 @pytest.mark.parametrize("kind", CAUSAL)
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_logits_and_routing_are_those_of_the_plain_decoder(kind, batch_size):
+def test_fast_logits_and_routing_equal_the_plain_decoders(kind, batch_size):
     model = float_gpt(kind)
     ids = tokens(batch_size, 16)
     for decoder in decoders(model, batch_size):
@@ -64,7 +64,7 @@ def test_logits_and_routing_are_those_of_the_plain_decoder(kind, batch_size):
 
 @pytest.mark.parametrize("kind", ["dense", "top1", "top2_capacity", "concat_capacity"])
 @pytest.mark.parametrize("prompt_length", [1, 6, 20])
-def test_a_seed_gives_one_text_whatever_the_decoder_beyond_block_size_too(kind, prompt_length):
+def test_seed_gives_the_same_text_with_every_decoder_also_past_block_size(kind, prompt_length):
     model = float_gpt(kind)
     prompt = tokens(2, prompt_length)
     plain, *others = (
@@ -77,7 +77,7 @@ def test_a_seed_gives_one_text_whatever_the_decoder_beyond_block_size_too(kind, 
 
 
 @pytest.mark.parametrize("kind", STATIC)
-def test_a_step_at_a_position_on_the_device_is_a_step_at_that_length(kind):
+def test_step_with_position_on_device_equals_step_with_length(kind):
     model = gpt(std=0.5, **KINDS[kind])
     sliced, static = KVCache(model, 2), KVCache(model, 2)
     ids = tokens(2, 16)
@@ -90,7 +90,7 @@ def test_a_step_at_a_position_on_the_device_is_a_step_at_that_length(kind):
 
 
 @pytest.mark.parametrize("kind", ["dense", "top1", "concat_capacity"])
-def test_the_step_compiles_into_one_graph_before_it_is_captured(kind, monkeypatch):
+def test_step_compiles_into_one_graph_before_capture(kind, monkeypatch):
     """Within the recording of a graph nothing can be compiled."""
 
     class Captured(Uncaptured):
@@ -110,7 +110,7 @@ def test_the_step_compiles_into_one_graph_before_it_is_captured(kind, monkeypatc
     assert decoder.length == decoder.position.item() == 0
 
 
-def test_a_full_cache_is_refused_as_the_plain_decoder_refuses_it():
+def test_full_cache_is_refused_with_the_plain_decoders_message():
     model = float_gpt("top1")
     for decoder in (Decoder(model, 1), *decoders(model, 1)):
         decoder.read(tokens(1, 16))
@@ -118,7 +118,7 @@ def test_a_full_cache_is_refused_as_the_plain_decoder_refuses_it():
             decoder.read(tokens(1, 1))
 
 
-def test_a_decoder_has_the_weights_as_they_were():
+def test_decoder_keeps_its_copy_of_the_weights():
     model = float_gpt("top2_capacity")
     before = copy.deepcopy(model)
     decoder = decoding.fastest(model, 1, CPU)
@@ -128,7 +128,7 @@ def test_a_decoder_has_the_weights_as_they_were():
     torch.testing.assert_close(decoder.read(ids)[0], Decoder(before, 1).read(ids)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_in_training_is_neither_changed_nor_written_with_dropout(monkeypatch):
+def test_decoder_of_a_training_model_leaves_it_unchanged_and_uses_no_dropout(monkeypatch):
     model = float_gpt("top1", dropout=0.5).train()
     ids = tokens(1, 7)
     made = list(decoders(model, 1))
@@ -138,7 +138,7 @@ def test_a_model_in_training_is_neither_changed_nor_written_with_dropout(monkeyp
     assert model.training and all(layer.own_backend is None for layer in model.moe_layers())
 
 
-def test_the_experts_that_no_token_chose_are_not_read():
+def test_unchosen_experts_are_not_read():
     model = float_gpt("top1")
     decoder = decoding.fastest(model, 1, CPU)
     read = set()
@@ -153,7 +153,7 @@ def test_the_experts_that_no_token_chose_are_not_read():
     ("cpu", torch.float32, decoding.PackedDecoder),
     ("cpu", torch.bfloat16, decoding.AutocastDecoder),
 ])  # fmt: skip
-def test_which_decoder_is_the_fastest(device, dtype, decoder):
+def test_fastest_chooses_the_decoder_for_device_and_dtype(device, dtype, decoder):
     machine = machines.Machine(torch.device(device), dtype, compile=False, reason="")
     made = decoding.fastest(float_gpt("top1"), 1, machine)
     assert type(made) is decoder and made.how
@@ -162,7 +162,7 @@ def test_which_decoder_is_the_fastest(device, dtype, decoder):
 
 
 @pytest.mark.parametrize("kind", STATIC)
-def test_what_is_cast_to_bfloat16_stays_near_float32(kind):
+def test_cast_to_bfloat16_stays_near_float32(kind):
     machine = machines.Machine(torch.device("cpu"), torch.bfloat16, compile=False, reason="")
     model, ids = float_gpt(kind), tokens(2, 16)
     decoder, plain = Uncaptured(model, 2, machine), Decoder(model, 2)
@@ -173,7 +173,7 @@ def test_what_is_cast_to_bfloat16_stays_near_float32(kind):
         assert ((ours - theirs).norm() / theirs.norm()).item() < 0.05
 
 
-def test_what_stands_in_the_way_of_a_captured_step_is_told(monkeypatch):
+def test_reason_against_a_captured_step_is_reported(monkeypatch):
     def refuse(*_):
         raise RuntimeError("no driver\nand more")
 
@@ -192,7 +192,7 @@ class FakeDevice:
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_without_packed_weights_writing_works_as_well(missing, monkeypatch):
+def test_writing_works_without_packed_weights(missing, monkeypatch):
     monkeypatch.setattr(decoding, "PACK", "no_such_operation" if missing else decoding.PACK)
     assert (type(decoding.fastest(float_gpt("top1"), 1, CPU)) is decoding.AutocastDecoder) == missing
 
@@ -204,7 +204,7 @@ def test_without_packed_weights_writing_works_as_well(missing, monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", STATIC)
-def test_a_captured_step_gives_the_logits_of_the_plain_decoder(kind, compiled):
+def test_captured_logits_equal_the_plain_decoders(kind, compiled):
     machine = machines.Machine(torch.device("cuda"), torch.float32, compiled, "")
     model, ids = float_gpt(kind).cuda(), tokens(2, 16).cuda()
     decoder, plain = decoding.CapturedDecoder(model, 2, machine), Decoder(model, 2)
@@ -216,7 +216,7 @@ def test_a_captured_step_gives_the_logits_of_the_plain_decoder(kind, compiled):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", ["dense", "top1", "top2_capacity", "concat_capacity"])
-def test_a_captured_step_in_bfloat16_stays_near_float32(kind):
+def test_captured_step_in_bfloat16_stays_near_float32(kind):
     machine = machines.Machine(torch.device("cuda"), torch.bfloat16, False, "")
     model, ids = float_gpt(kind).cuda(), tokens(2, 16).cuda()
     decoder, plain = decoding.CapturedDecoder(model, 2, machine), Decoder(model, 2)
@@ -226,7 +226,7 @@ def test_a_captured_step_in_bfloat16_stays_near_float32(kind):
 
 
 @pytest.mark.cuda
-def test_a_captured_step_needs_no_memory_that_another_decoder_takes():
+def test_captured_step_is_unaffected_by_memory_of_another_decoder():
     machine = machines.Machine(torch.device("cuda"), torch.bfloat16, False, "")
     ids = tokens(1, 1).cuda()
     first = decoding.CapturedDecoder(float_gpt("top1").cuda(), 1, machine)
@@ -238,7 +238,7 @@ def test_a_captured_step_needs_no_memory_that_another_decoder_takes():
 
 
 @pytest.mark.cuda
-def test_writing_on_cuda_waits_for_the_device_only_where_the_reader_does():
+def test_writing_on_cuda_does_not_synchronise_by_itself():
     machine = machines.Machine(torch.device("cuda"), torch.float32, False, "")
     decoder = decoding.CapturedDecoder(float_gpt("top1").cuda(), 1, machine, 0.8, 5)
     decoder.read(tokens(1, 4).cuda())

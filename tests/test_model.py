@@ -70,7 +70,7 @@ def tokens(*shape):
 # Sizes and accounting
 
 
-def test_the_paper_size_model_has_nanogpts_10_65_million_parameters():
+def test_paper_size_model_has_nanogpts_10_65_million_parameters():
     """nanoGPT counts without the 256 position embeddings."""
     counts = accounting.count_parameters(GPT(Config(), 65))
     assert (
@@ -80,7 +80,7 @@ def test_the_paper_size_model_has_nanogpts_10_65_million_parameters():
     )
 
 
-def test_paper_bs_linear_experts_have_the_dense_models_parameters_and_a_router():
+def test_linear_experts_of_paper_b_add_only_router_parameters():
     dense = accounting.count_parameters(GPT(Config(), 65))["total"]
     counts = accounting.count_parameters(
         GPT(configurator.parse(Config, [str(ROOT / "config/shakespeare_top2.py")]), 65)
@@ -88,7 +88,7 @@ def test_paper_bs_linear_experts_have_the_dense_models_parameters_and_a_router()
     assert counts["total"] == dense + counts["router"] == dense + 6 * 4 * 384
 
 
-def test_active_parameters_leave_out_the_experts_that_a_token_does_not_use():
+def test_active_parameters_exclude_unused_experts():
     dense, counts = (
         accounting.count_parameters(GPT(tiny(), VOCABULARY)),
         accounting.count_parameters(GPT(tiny(n_expert=4, expert_top_k=1), VOCABULARY)),
@@ -98,7 +98,7 @@ def test_active_parameters_leave_out_the_experts_that_a_token_does_not_use():
 
 
 @pytest.mark.parametrize("kind", EXACT_FLOPS)
-def test_flops_are_those_that_torch_counts_on_the_reference_backend(kind):
+def test_flops_equal_torchs_count_on_the_reference_backend(kind):
     """Backward at twice the forward, and attention over the whole square, are conventions; the forward count is
     checked."""
     model = gpt(moe_backend="reference", **KINDS[kind]).float()
@@ -109,7 +109,7 @@ def test_flops_are_those_that_torch_counts_on_the_reference_backend(kind):
 
 
 @pytest.mark.parametrize("kind", ["top1", "top1_capacity", "shared_top_p", "one_set", "by_block", "soft_concat"])
-def test_dense_twins_cost_the_same(kind):
+def test_dense_twins_match_flops_and_parameters(kind):
     """Within half a unit of width a block, which is what rounding can leave."""
     config = tiny(**KINDS[kind])
     sizes = {"active": dense_equal_active(config), "total": dense_equal_total(config)}
@@ -123,14 +123,14 @@ def test_dense_twins_cost_the_same(kind):
     )
 
 
-def test_capacity_bounds_the_flops():
+def test_flops_are_bounded_by_capacity():
     half, whole = (GPT(tiny(n_expert=4, expert_top_k=2, **keys), 9) for keys in (dict(capacity_factor=0.5), {}))
     router = 2 * 4 * 16
     mlps = [model.blocks[0].mlp.flops_per_token() - router for model in (half, whole)]
     assert mlps[0] * 2 == mlps[1]
 
 
-def test_decoding_costs_more_the_longer_the_context():
+def test_decoding_flops_grow_with_context():
     model = GPT(tiny(), 9)
     assert (
         accounting.forward_flops_per_token(model, context=10) - accounting.forward_flops_per_token(model, context=0)
@@ -139,7 +139,7 @@ def test_decoding_costs_more_the_longer_the_context():
     assert accounting.forward_flops_per_token(model, context=15) == accounting.forward_flops_per_token(model)
 
 
-def test_shared_experts_are_counted_once_and_active_as_often_as_they_can_be_used():
+def test_experts_shared_by_layers_are_counted_once():
     own, shared = (
         accounting.count_parameters(GPT(tiny(n_expert=4, share_experts=share), 9)) for share in (False, True)
     )
@@ -148,7 +148,7 @@ def test_shared_experts_are_counted_once_and_active_as_often_as_they_can_be_used
     assert shared["total"] - shared["active"] == 2 * shared["experts"] // 4
 
 
-def test_the_notes_dense_configs_are_the_twins_that_they_say():
+def test_notes_dense_configs_are_the_stated_twins():
     moe8, active, total = (
         configurator.parse(Config, [str(ROOT / f"config/text8_notes_{name}.py")])
         for name in ("moe8", "dense", "dense_total")
@@ -157,7 +157,7 @@ def test_the_notes_dense_configs_are_the_twins_that_they_say():
     assert not active.n_expert and not total.n_expert
 
 
-def test_a_checkpoint_keeps_what_training_has_moved():
+def test_checkpoint_restores_scheduled_values_and_biases():
     """Temperature, coefficient, random router and balancing bias are as they were, not as at the start."""
     keys = dict(
         n_expert=4, expert_top_k=2, router_temperature_end=3.0, router_temperature_schedule="linear",
@@ -175,7 +175,7 @@ def test_a_checkpoint_keeps_what_training_has_moved():
     assert again.blocks[1].mlp.balance_bias.abs().max() == pytest.approx(0.1)
 
 
-def test_initialisation_is_gpt2s():
+def test_initialisation_follows_gpt2():
     model = GPT(Config(n_layer=2, n_embd=128, n_head=4, n_expert=4), 65)
     for name, parameter in model.named_parameters():
         if "norm" in name and "embedding" not in name:
@@ -188,7 +188,7 @@ def test_initialisation_is_gpt2s():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_is_trained(kind):
+def test_every_parameter_gets_a_gradient(kind):
     model = GPT(tiny(**KINDS[kind]), VOCABULARY)
     model(tokens(4, 16), tokens(4, 16)).loss.backward()  # cross-entropy alone must reach them all
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -200,7 +200,7 @@ def test_every_parameter_is_trained(kind):
 # Loss
 
 
-def test_loss_is_the_cross_entropy_alone_and_the_objective_adds_the_auxiliary_losses():
+def test_loss_is_cross_entropy_and_objective_adds_auxiliary_losses():
     model = gpt(n_expert=4, aux_loss_coef=0.5, z_loss_coef=0.25)
     x, y = tokens(3, 16), tokens(3, 16)
     out = model(x, y)
@@ -210,7 +210,7 @@ def test_loss_is_the_cross_entropy_alone_and_the_objective_adds_the_auxiliary_lo
     assert added > 0.9
 
 
-def test_a_call_leaves_nothing_behind_for_the_next():
+def test_forward_calls_do_not_affect_each_other():
     model = gpt(n_expert=4, capacity_factor=1.0)
     x, y = tokens(3, 16), tokens(3, 16)
     first = model(x, y)
@@ -219,7 +219,7 @@ def test_a_call_leaves_nothing_behind_for_the_next():
     assert first.objective == again.objective and torch.equal(first.stats[0].load, again.stats[0].load)
 
 
-def test_ignored_targets_count_neither_in_the_loss_nor_in_the_statistics():
+def test_ignored_targets_count_in_neither_loss_nor_statistics():
     model = gpt(n_expert=4)
     x, y = tokens(2, 16), tokens(2, 16)
     short = model(x[:1, :10], y[:1, :10])
@@ -235,7 +235,7 @@ def test_ignored_targets_count_neither_in_the_loss_nor_in_the_statistics():
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
-def test_a_later_token_changes_no_earlier_logit(kind):
+def test_later_tokens_do_not_change_earlier_logits(kind):
     model = gpt(std=0.5, **KINDS[kind])
     x = tokens(2, 16)
     logits = model(x).logits
@@ -246,7 +246,7 @@ def test_a_later_token_changes_no_earlier_logit(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sequence_does_not_depend_on_its_batch(kind):
+def test_logits_are_independent_of_other_sequences_in_the_batch(kind):
     model = gpt(std=0.5, **KINDS[kind])
     x = tokens(5, 16)
     torch.testing.assert_close(model(x[3:4]).logits, model(x).logits[3:4], rtol=0, atol=1e-10)
@@ -254,7 +254,7 @@ def test_a_sequence_does_not_depend_on_its_batch(kind):
 
 @pytest.mark.parametrize("pieces", [[1] * 16, [16], [7, 1, 1, 5, 2]], ids=str)
 @pytest.mark.parametrize("kind", CAUSAL)
-def test_logits_with_the_cache_are_those_without(kind, pieces):
+def test_cached_logits_equal_uncached_logits(kind, pieces):
     model = gpt(std=0.5, **KINDS[kind])
     x = tokens(3, 16)
     cache = KVCache(model, 3)
@@ -273,7 +273,7 @@ def test_more_positions_than_block_size_are_refused():
         model(tokens(1, 1), cache=cache)
 
 
-def test_more_tokens_use_more_experts_until_they_use_all():
+def test_expected_active_parameters_grow_with_tokens_up_to_all():
     model = gpt(**KINDS["top1"])
     counts = accounting.count_parameters(model)
     used = [accounting.active_parameters(model, n) for n in (1, 2, 8, 10_000)]
@@ -288,7 +288,7 @@ def test_more_tokens_use_more_experts_until_they_use_all():
     )
 
 
-def test_the_bytes_of_a_step_by_hand():
+def test_bytes_of_a_step_equal_hand_computation():
     """Dense, 2 blocks of width 16: a token caches 2 · 2 · 16 numbers."""
     model = gpt()
     total = accounting.count_parameters(model)["total"]
@@ -308,14 +308,14 @@ def generated(model, prompt, count, **options):
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
-def test_greedy_text_is_what_the_uncached_model_finds_most_likely(kind):
+def test_greedy_text_equals_argmax_of_the_uncached_model(kind):
     model = gpt(std=0.5, **KINDS[kind])
     x = tokens(2, 3)
     text = torch.cat((x, generated(model, x, 13, temperature=0)), dim=1)
     assert torch.equal(model(text[:, :-1]).logits[:, 2:].argmax(-1), text[:, 3:])
 
 
-def test_past_block_size_the_model_goes_on_from_the_last_half_window():
+def test_generation_past_block_size_continues_from_the_last_half_window():
     model = gpt(std=0.5, **KINDS["top2_capacity"])
     x = tokens(1, 16)
     text = torch.cat((x, generated(model, x, 30, temperature=0)), dim=1)
@@ -328,13 +328,13 @@ def test_past_block_size_the_model_goes_on_from_the_last_half_window():
         assert model(text[:, start:t]).logits[0, -1].argmax() == text[0, t]
 
 
-def test_a_prompt_longer_than_block_size_is_cut_to_its_end():
+def test_prompt_longer_than_block_size_is_cut_to_its_end():
     model = gpt(std=0.5)
     x = tokens(1, 40)
     assert torch.equal(generated(model, x, 5, temperature=0), generated(model, x[:, -16:], 5, temperature=0))
 
 
-def test_a_sample_depends_on_its_own_generator_alone():
+def test_sample_depends_on_its_own_generator_only():
     model = gpt(std=0.3, **KINDS["top1"])
     prompt = tokens(1, 3).expand(3, -1)
     together = generated(model, prompt, 40, generators=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7)])
@@ -355,20 +355,20 @@ def test_top_k_and_temperature_narrow_the_choice():
     assert share == pytest.approx((logits[0] / 2).softmax(0)[1].item(), abs=0.05)
 
 
-def test_a_token_without_probability_is_never_drawn_and_every_other_one_is():
+def test_sampling_draws_every_token_with_probability_and_no_other():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
     uniform = torch.tensor([0.0, 0.25, 0.4999, 0.5, 0.75, 1 - 2**-24])
     assert sample(logits.expand(6, -1), 1.0, None, uniform).tolist() == [1, 1, 1, 3, 3, 3]
 
 
-def test_a_longer_text_begins_as_the_shorter_one():
+def test_longer_text_begins_with_the_shorter_one():
     model, seed = gpt(std=0.3), torch.Generator
     short, long = (generated(model, tokens(1, 1) * 0, n, generators=[seed().manual_seed(3)]) for n in (5, 33))
     assert torch.equal(short, long[:, :5])
     assert torch.equal(uniforms(7, seed().manual_seed(3)), uniforms(1000, seed().manual_seed(3))[:7])
 
 
-def test_generation_tells_the_expert_of_every_token_that_it_read():
+def test_generation_reports_the_expert_of_every_token_read():
     model = gpt(std=0.5, **KINDS["top2_capacity"])
     x = tokens(2, 5)
     steps = list(model.generate(x, 4, temperature=0))
@@ -382,13 +382,13 @@ def test_generation_tells_the_expert_of_every_token_that_it_read():
     assert read.tolist() == expected and (read == -1).any()
 
 
-def test_soft_routing_shows_the_expert_with_the_largest_gate():
+def test_soft_routing_reports_the_expert_with_the_largest_gate():
     model = gpt(std=0.5, **KINDS["soft_concat"])
     (step,) = model.generate(tokens(2, 12), 1, temperature=0)
     assert len(step.experts(0).unique()) > 1
 
 
-def test_generation_refuses_what_it_cannot_do():
+def test_generation_refuses_invalid_requests():
     model = gpt()
     with pytest.raises(ValueError, match="temperature is -1"):
         next(model.generate(tokens(1, 2), 1, temperature=-1.0))
@@ -440,14 +440,14 @@ TRACED = [
 ]  # fmt: skip
 
 
-def test_the_traced_configs_have_every_value_that_a_shipped_one_has():
+def test_traced_configs_cover_every_value_of_shipped_configs():
     sizes = {"n_layer", "n_head", "n_embd", "segment_size", "aux_loss_coef"}
     missing = set().union(*SHIPPED.values()) - set().union(*map(structure, TRACED))
     assert {(key, value) for key, value in missing if key not in sizes and not isinstance(value, float)} == set()
 
 
 @pytest.mark.parametrize("path", DISTINCT, ids=lambda path: path.stem)
-def test_a_config_of_each_structure_builds_and_trains_a_step(path):
+def test_config_of_each_structure_builds_and_trains_a_step(path):
     config = configurator.parse(
         Config, [str(path), str(ROOT / "config/cpu.py"), "--n_layer=2", "--n_embd=32", "--batch_size=2"]
     )
@@ -473,7 +473,7 @@ def test_every_option_traces_as_one_graph(config):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("path", DISTINCT, ids=lambda path: path.stem)
-def test_a_shipped_config_traces_as_one_graph(path):
+def test_shipped_config_traces_as_one_graph(path):
     options = ["--n_layer=2", "--n_embd=32", "--batch_size=2", "--dropout=0.1", "--moe_every=2"]
     trace(configurator.parse(Config, [str(path), str(ROOT / "config/cpu.py"), *options]))
 
@@ -486,7 +486,7 @@ TOP1, ROOMY, TIGHT = dict(expert_top_k=1), *(dict(expert_top_k=2, capacity_facto
     [("masked", [TOP1]), ("sorted", [ROOMY]), ("padded", [TIGHT, ROOMY])],
     ids=["masked", "sorted", "padded"],
 )
-def test_backends_of_cuda_compile_into_one_graph_with_the_gradients_of_eager_steps(backend, models, monkeypatch):
+def test_compiled_cuda_backends_are_one_graph_with_eager_gradients(backend, models, monkeypatch):
     """Those of the router in float32, though the rest is bfloat16; and in one process models that differ in a number,
     a capacity too, on which shapes depend."""
     torch._dynamo.reset()
@@ -507,7 +507,7 @@ def test_backends_of_cuda_compile_into_one_graph_with_the_gradients_of_eager_ste
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_config_compiles_on_cuda_without_a_break_or_a_synchronisation(path):
+def test_shipped_config_compiles_on_cuda_without_breaks_or_synchronisations(path):
     torch._dynamo.reset()
     config = dataclasses.replace(configurator.parse(Config, [str(path)]), n_layer=2, batch_size=4)
     model = GPT(config, 65).cuda()
@@ -535,7 +535,7 @@ def test_a_shipped_config_compiles_on_cuda_without_a_break_or_a_synchronisation(
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("backend", sorted(set(backends.BACKENDS) - {"reference"}))
-def test_backends_agree_with_the_reference_on_cuda(backend):
+def test_backends_equal_reference_on_cuda(backend):
     config = Config(n_layer=1, n_expert=4, expert_top_k=2, dropout=0.0)
     x, y = torch.randint(65, (2, 4, 256), device="cuda")
     results = {}

@@ -114,7 +114,7 @@ def routing_of(experts, gates, n_expert, kept=None, logits=None):
     return selection.Routing(logits, logits.softmax(-1), experts, gates, chosen, kept, len(experts))
 
 
-def test_the_grid_covers_every_entry_of_every_table():
+def test_grid_covers_every_entry_of_every_table():
     for key, table in {
         "router": ROUTERS,
         "router_level": LEVELS,
@@ -141,7 +141,7 @@ def test_the_grid_covers_every_entry_of_every_table():
         ("moe_backend", {"auto": None, **backends.BACKENDS}),
     ],
 )
-def test_the_config_offers_what_the_tables_hold(key, table):
+def test_choices_of_a_key_are_the_entries_of_its_table(key, table):
     assert choices_of(options_of(Config)[key]) == list(table)
 
 
@@ -151,7 +151,7 @@ def test_the_config_offers_what_the_tables_hold(key, table):
 
 @pytest.mark.parametrize("backend", sorted(set(backends.BACKENDS) - {"reference"}))
 @pytest.mark.parametrize("config", GRID, ids=name_of)
-def test_a_backend_gives_the_outputs_and_gradients_of_the_reference(config, backend):
+def test_backend_equals_reference_in_outputs_and_gradients(config, backend):
     results = {}
     weights = layer_of(config).state_dict()
     x0, upstream, ids = torch.randn(3, 11, 8), torch.randn(3, 11, 8), symbols(3, 11)
@@ -173,7 +173,7 @@ def test_a_backend_gives_the_outputs_and_gradients_of_the_reference(config, back
 
 
 @pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
-def test_experts_without_tokens_get_a_gradient_of_zero(backend):
+def test_experts_without_tokens_get_zero_gradients(backend):
     layer = layer_of(GRID_TOP1, moe_backend=backend)
     with torch.no_grad():
         layer.router.weight.zero_()  # a tie: every token goes to expert 0
@@ -196,7 +196,7 @@ GRID_TOP1 = Config(n_layer=2, n_head=2, n_embd=8, block_size=11, dropout=0.0, ex
     kind=st.sampled_from(sorted(moe.EXPERTS)),
     seed=st.integers(0, 10_000),
 )
-def test_any_shape_gives_the_references_result_whole_and_in_pieces(shape, widths, experts, factor, kind, seed):
+def test_backends_and_cached_pieces_equal_reference_for_any_shape(shape, widths, experts, factor, kind, seed):
     torch.manual_seed(seed)
     config = Config(
         n_layer=2, n_head=2, n_embd=widths[0], block_size=11, dropout=0.0, expert_hidden=widths[1], n_expert=experts[0],
@@ -218,12 +218,12 @@ def test_any_shape_gives_the_references_result_whole_and_in_pieces(shape, widths
 
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 @pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
-def test_a_backend_takes_any_number_of_tokens(backend, tokens):
+def test_backends_accept_any_number_of_tokens(backend, tokens):
     layer = layer_of(tiny(n_expert=4, expert_top_k=2, expert_hidden=8, moe_backend=backend))
     assert run(layer, torch.randn(1, tokens, 16))[0].shape == (1, tokens, 16)
 
 
-def test_auto_picks_the_backend_that_was_measured_to_be_fastest(monkeypatch):
+def test_auto_chooses_the_fastest_measured_backend(monkeypatch):
     cpu, cuda, mps = (torch.device(name) for name in ("cpu", "cuda", "mps"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
@@ -255,7 +255,7 @@ def test_auto_picks_the_backend_that_was_measured_to_be_fastest(monkeypatch):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
-def test_one_expert_is_the_dense_mlp(backend, bias):
+def test_one_expert_equals_the_dense_mlp(backend, bias):
     config = tiny(n_expert=1, expert_top_k=1, bias=bias, moe_backend=backend, aux_loss="none")
     layer, mlp = layer_of(config), MLP(config)
     with torch.no_grad():
@@ -270,7 +270,7 @@ def test_one_expert_is_the_dense_mlp(backend, bias):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
-def test_linear_concat_with_all_gates_at_one_is_the_dense_mlp(backend, bias):
+def test_linear_concat_with_gates_of_one_equals_the_dense_mlp(backend, bias):
     config = tiny(n_expert=4, expert_top_k=0, expert_kind="linear_concat", bias=bias, aux_loss="none")
     layer, mlp = layer_of(config), MLP(config)
     with torch.no_grad():
@@ -284,7 +284,7 @@ def test_linear_concat_with_all_gates_at_one_is_the_dense_mlp(backend, bias):
     torch.testing.assert_close(layer.experts(x, routing, backends.BACKENDS[backend]), mlp(x))
 
 
-def test_linear_sum_is_one_hidden_layer_of_mixed_weights():
+def test_linear_sum_equals_one_hidden_layer_of_mixed_weights():
     layer = layer_of(tiny(n_expert=4, expert_top_k=0, expert_kind="linear_sum", aux_loss="none"))
     x = torch.randn(2, 16, 16)
     y, routing = run(layer, x)
@@ -302,7 +302,7 @@ def inputs(*shape):
 
 
 @pytest.mark.parametrize("config", CAUSAL, ids=name_of)
-def test_a_later_token_changes_nothing_before_it(config):
+def test_later_tokens_do_not_change_earlier_outputs(config):
     layer = layer_of(config).double()
     x, ids = inputs(2, 11)
     y, _ = layer(x, ids)
@@ -313,7 +313,7 @@ def test_a_later_token_changes_nothing_before_it(config):
 
 
 @pytest.mark.parametrize("config", CAUSAL, ids=name_of)
-def test_a_later_token_has_no_gradient_into_an_earlier_output(config):
+def test_earlier_outputs_have_no_gradient_from_later_tokens(config):
     layer = layer_of(config).double()
     x, ids = inputs(2, 11)
     x.requires_grad_()
@@ -322,7 +322,7 @@ def test_a_later_token_has_no_gradient_into_an_earlier_output(config):
 
 
 @pytest.mark.parametrize("config", CAUSAL, ids=name_of)
-def test_a_sequence_in_pieces_gets_what_it_gets_whole(config):
+def test_cached_pieces_equal_the_uncached_sequence(config):
     layer = layer_of(config).double()
     x, ids = inputs(2, 11)
     cache = RoutingCache(config, 2, x.device, x.dtype)
@@ -333,7 +333,7 @@ def test_a_sequence_in_pieces_gets_what_it_gets_whole(config):
 
 
 @pytest.mark.parametrize("config", [c for c in GRID if c.capacity_group == "sequence"], ids=name_of)
-def test_a_sequence_does_not_depend_on_its_neighbours_in_the_batch(config):
+def test_output_is_independent_of_other_sequences_in_the_batch(config):
     layer = layer_of(config).double()
     x, ids = inputs(4, 11)
     y, _ = layer(x, ids)
@@ -350,7 +350,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours_in_the_batch(config):
     ],
     ids=lambda keys: next(iter(keys.values())),
 )
-def test_what_is_not_causal_says_so_and_deserves_it(keys):
+def test_configs_marked_not_causal_depend_on_later_tokens_or_other_sequences(keys):
     """Some later token, or another sequence, changes an output: were it not so, the flag would be wrong."""
     config = dataclasses.replace(GRID_TOP1, **keys)
     layer = layer_of(config).double()
@@ -361,7 +361,7 @@ def test_what_is_not_causal_says_so_and_deserves_it(keys):
     assert not torch.allclose(layer(x, ids)[0][1, :6], layer(other_x, other_ids)[0][1, :6])
 
 
-def test_a_capacity_shared_by_the_batch_cannot_be_cached():
+def test_capacity_shared_by_the_batch_refuses_a_cache():
     config = dataclasses.replace(GRID_TOP1, capacity_factor=0.5, capacity_group="batch")
     x, ids = inputs(2, 11)
     with pytest.raises(ValueError, match="cannot be decoded with a cache"):
@@ -372,13 +372,13 @@ def test_a_capacity_shared_by_the_batch_cannot_be_cached():
 # Capacity
 
 
-def test_an_earlier_second_choice_is_served_before_a_later_first_choice():
+def test_second_choice_of_an_earlier_token_precedes_first_choice_of_a_later_one():
     """Ranking all first choices before any second one would let a later token change an earlier one's fate."""
     experts = torch.tensor([[0, 1, 1, 0]])  # token 0 chooses 0 then 1, token 1 chooses 1 then 0
     assert selection.within_capacity(experts, experts >= 0, 2, limit=1).tolist() == [[True, True, False, False]]
 
 
-def test_a_used_up_expert_stays_full_for_the_rest_of_a_cached_sequence():
+def test_full_expert_stays_full_for_the_rest_of_a_cached_sequence():
     used = torch.tensor([[2, 0]])
     experts = torch.tensor([[0, 1, 1]])
     assert selection.within_capacity(experts, experts >= 0, 2, limit=2, use_GE=used).tolist() == [[False, True, True]]
@@ -392,14 +392,14 @@ def test_capacity_is_rounded_up(factor, k, T, E, expected):
     assert selection.capacity(tiny(n_expert=E, expert_top_k=k, capacity_factor=factor, block_size=T)) == expected
 
 
-def test_capacity_comes_from_block_size_and_not_from_the_length_at_hand():
+def test_capacity_depends_on_block_size_and_not_on_current_length():
     layer = layer_of(tiny(n_expert=2, expert_top_k=1, capacity_factor=1.0, block_size=16))
     with torch.no_grad():
         layer.router.weight.zero_()
     assert run(layer, torch.randn(1, 8, 16))[1].kept.all() and run(layer, torch.randn(1, 16, 16))[1].kept.sum() == 8
 
 
-def test_a_choice_that_was_not_made_takes_no_room():
+def test_choices_not_made_take_no_room():
     chosen = torch.tensor([[False, True, True]])
     assert selection.within_capacity(torch.zeros(1, 3, dtype=torch.int64), chosen, 2, limit=1).tolist() == [
         [False, True, False]
@@ -407,7 +407,7 @@ def test_a_choice_that_was_not_made_takes_no_room():
 
 
 @pytest.mark.parametrize("config", [c for c in GRID if c.capacity_factor == 0.5 and not c.n_shared_expert], ids=name_of)
-def test_a_dropped_token_gets_exactly_nothing_from_the_layer(config):
+def test_dropped_tokens_get_an_output_of_exactly_zero(config):
     y, routing = run(layer_of(config), torch.randn(3, 11, 8))
     used = routing.kept.any(dim=-1)
     assert (y.view(33, 8)[~used] == 0).all() and (y.view(33, 8)[used].abs().sum(-1) > 0).all()
@@ -418,14 +418,14 @@ def test_a_dropped_token_gets_exactly_nothing_from_the_layer(config):
 # 7. Router arithmetic
 
 
-def test_cross_entropy_reaches_a_top_1_router():
+def test_top_1_router_gets_a_gradient_from_the_output():
     """One gate that is renormalised to 1 would leave the router without a gradient."""
     layer = layer_of(GRID_TOP1)
     run(layer, torch.randn(2, 11, 8))[0].square().sum().backward()
     assert layer.router.weight.grad.abs().max() > 1e-6
 
 
-def test_the_router_computes_in_float32_under_autocast():
+def test_router_computes_in_float32_under_autocast():
     layer = layer_of(tiny(n_expert=4, expert_top_k=2))
     x = torch.randn(2, 16, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -443,7 +443,7 @@ def test_bfloat16_autocast_stays_near_float32(backend):
     torch.testing.assert_close(y, run(layer, x)[0], rtol=0.05, atol=0.02)
 
 
-def test_jitter_reaches_the_router_only_and_only_in_training():
+def test_jitter_changes_only_router_input_in_training():
     config = tiny(n_expert=4, expert_top_k=0, router_jitter=0.5, aux_loss="none")
     layer = layer_of(config)
     seen = []
@@ -456,13 +456,13 @@ def test_jitter_reaches_the_router_only_and_only_in_training():
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_ties_go_to_the_lower_expert(k):
+def test_ties_between_experts_go_to_the_lower_index(k):
     assert selection.top_k_experts(torch.full((3, 4), 0.25), k).tolist() == [list(range(k))] * 3
 
 
 @pytest.mark.parametrize("gate", sorted(selection.GATES))
 @pytest.mark.parametrize("k", [1, 2])
-def test_experts_that_are_switched_off_make_no_nan(k, gate):
+def test_expert_dropout_keeps_losses_and_gradients_finite(k, gate):
     """Expert dropout masks most experts: losses, statistics, gates and gradients stay finite."""
     layer = layer_of(tiny(n_expert=3, expert_top_k=k, gate=gate, expert_dropout=0.9, gate_renormalize=k > 1)).train()
     y, routing = run(layer, torch.randn(4, 16, 16))
@@ -476,7 +476,7 @@ def test_experts_that_are_switched_off_make_no_nan(k, gate):
     assert math.isfinite(summary_of(routing, layer.config)["entropy"])
 
 
-def test_expert_dropout_is_for_training_only_and_at_its_rate():
+def test_expert_dropout_has_its_rate_in_training_and_is_off_in_evaluation():
     """Soft routing shows what is left: nothing else keeps an expert from being chosen."""
     layer = layer_of(tiny(n_expert=8, expert_top_k=0, expert_dropout=0.25, aux_loss="none"))
     x, ids = torch.randn(64, 16, 16), symbols(64, 16)
@@ -485,7 +485,7 @@ def test_expert_dropout_is_for_training_only_and_at_its_rate():
     torch.testing.assert_close(trained.gates, evaluated.gates * trained.chosen, msg="the others keep their scores")
 
 
-def test_a_bias_does_not_bring_a_masked_expert_back():
+def test_balancing_bias_does_not_restore_a_masked_expert():
     layer = layer_of(tiny(n_expert=4, expert_dropout=0.5, router_bias_rate=0.1, aux_loss="none"))
     layer.balance_bias.copy_(torch.tensor([9.0, 0, 0, 0]))
     _, routing = run(layer.train(), torch.randn(64, 16, 16))
@@ -493,7 +493,7 @@ def test_a_bias_does_not_bring_a_masked_expert_back():
     assert (routing.gates > 0).all()
 
 
-def test_scores_too_small_for_a_float_make_no_nan():
+def test_underflowing_scores_keep_gates_and_gradients_finite():
     layer = layer_of(tiny(n_expert=4, expert_top_k=2, gate="sigmoid", router_temperature=1e-3, gate_renormalize=True))
     with torch.no_grad():
         layer.router.weight.copy_(layer.router.weight.abs())
@@ -509,17 +509,17 @@ def test_scores_too_small_for_a_float_make_no_nan():
 # 9. Auxiliary losses
 
 
-def test_the_switch_loss_is_one_under_uniform_routing():
+def test_switch_loss_is_one_under_uniform_routing():
     experts = [[i % 4] for i in range(16)]
     assert balance.switch_loss(routing_of(experts, [[1.0]] * 16, 4)).item() == pytest.approx(1.0)
 
 
-def test_the_switch_loss_of_a_collapsed_router_is_the_number_of_experts():
+def test_switch_loss_of_a_collapsed_router_is_the_number_of_experts():
     logits = [[50.0, 0, 0, 0]] * 8
     assert balance.switch_loss(routing_of([[0]] * 8, [[1.0]] * 8, 4, logits=logits)).item() == pytest.approx(4.0)
 
 
-def test_the_switch_loss_by_hand():
+def test_switch_loss_equals_hand_computation():
     """f = (3/4, 1/4), P = (0.6, 0.4): 2 · (0.45 + 0.1) = 1.1"""
     logits = [[math.log(0.6), math.log(0.4)]] * 4
     assert balance.switch_loss(routing_of([[0], [0], [0], [1]], [[1.0]] * 4, 2, logits=logits)).item() == pytest.approx(
@@ -527,21 +527,21 @@ def test_the_switch_loss_by_hand():
     )
 
 
-def test_the_switch_loss_counts_choices_before_capacity():
+def test_switch_loss_counts_choices_before_capacity():
     logits = [[1.0, 0.0]] * 4
     full = routing_of([[0]] * 4, [[1.0]] * 4, 2, logits=logits)
     dropped = routing_of([[0]] * 4, [[0.0]] * 4, 2, logits=logits, kept=[[False]] * 4)
     assert balance.switch_loss(full) == balance.switch_loss(dropped)
 
 
-def test_the_z_loss_by_hand():
+def test_z_loss_equals_hand_computation():
     logits = [[0.0, 0.0], [math.log(3.0), 0.0]]  # logsumexp: log 2, log 4
     expected = (math.log(2) ** 2 + math.log(4) ** 2) / 2
     assert balance.z_loss(routing_of([[0], [0]], [[1.0]] * 2, 2, logits=logits)).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("reduction, factor", [("sum", 2), ("mean", 1)])
-def test_layers_combine_as_the_config_says(reduction, factor):
+def test_aux_losses_of_layers_are_summed_or_averaged_by_config(reduction, factor):
     routing = routing_of([[i % 4] for i in range(8)], [[1.0]] * 8, 4)
     config = tiny(n_expert=4, aux_loss_reduction=reduction, aux_loss_coef=0.5, z_loss_coef=0.0)
     losses = balance.aux_losses([routing, routing], config, torch.tensor(0.5))
@@ -551,7 +551,7 @@ def test_layers_combine_as_the_config_says(reduction, factor):
     assert losses["z"].raw > 0 and losses["z"].weighted == 0, "measured though it counts for nothing"
 
 
-def test_a_coefficient_of_zero_leaves_no_gradient():
+def test_aux_loss_with_coefficient_zero_gives_no_gradient():
     layer = layer_of(tiny(n_expert=4, aux_loss_coef=0.0))
     losses = balance.aux_losses([run(layer, torch.randn(1, 16, 16))[1]], layer.config, torch.tensor(0.0))
     assert not any(loss.weighted.requires_grad for loss in losses.values())
@@ -574,7 +574,7 @@ def summary_of(routing, config, symbols=None):
     return balance.summarize(stats_of(routing, config, symbols), in_detail=True)
 
 
-def test_statistics_by_hand():
+def test_routing_statistics_equal_hand_computation():
     routing = routing_of(
         [[0, 1], [0, 2], [0, 1]],
         [[0.5, 0.25], [0.5, 0.0], [0.0, 0.0]],
@@ -589,7 +589,7 @@ def test_statistics_by_hand():
     assert summary["entropy"] == pytest.approx(math.log(4))
 
 
-def test_statistics_leave_out_tokens_that_do_not_count_and_add_up():
+def test_routing_statistics_skip_uncounted_tokens_and_add_up():
     routing = routing_of([[0], [1], [1]], [[1.0]] * 3, 2)
     some = stats_of(routing, counted=torch.tensor([1.0, 1.0, 0.0]))
     total = balance.add_stats(balance.add_stats(None, [some]), [stats_of(routing)])
@@ -597,14 +597,14 @@ def test_statistics_leave_out_tokens_that_do_not_count_and_add_up():
     assert balance.summarize(total[0])["load"] == pytest.approx([2 / 5, 3 / 5])
 
 
-def test_statistics_of_nothing_are_refused():
+def test_routing_statistics_without_tokens_are_refused():
     routing = routing_of([[0]], [[1.0]], 2)
     with pytest.raises(ValueError, match="no token"):
         balance.summarize(stats_of(routing, counted=torch.tensor([0.0])))
 
 
 @pytest.mark.parametrize("config", [c for c in GRID if c.capacity_factor == 0.5], ids=name_of)
-def test_the_drop_rate_counts_the_dropped_choices(config):
+def test_drop_rate_is_the_share_of_dropped_choices(config):
     _, routing = run(layer_of(config), torch.randn(3, 11, 8))
     summary = summary_of(routing, config, symbols=symbols(3, 11).tolist())
     assert summary["drop_rate"] == pytest.approx(1 - (routing.kept.sum() / routing.chosen.sum()).item(), abs=1e-6)
@@ -612,7 +612,7 @@ def test_the_drop_rate_counts_the_dropped_choices(config):
 
 
 @pytest.mark.parametrize("backend", sorted(set(backends.BACKENDS) - {"reference"}))
-def test_more_experts_than_a_byte_can_number(backend):
+def test_backends_handle_more_than_255_experts(backend):
     config = tiny(n_expert=300, expert_top_k=1, expert_hidden=8, n_embd=8)
     layer = layer_of(config, moe_backend=backend)
     x = torch.randn(2, 16, 8)
@@ -626,7 +626,7 @@ def test_more_experts_than_a_byte_can_number(backend):
 # The other balancing loss, initialisation, shared experts
 
 
-def test_the_cv2_loss_by_hand():
+def test_cv2_loss_equals_hand_computation():
     """Importance (3, 1): mean 2, variance 1."""
     routing = routing_of([[0], [0], [1]], [[1.0], [2.0], [1.0]], 2)
     assert balance.cv2_loss(routing).item() == pytest.approx(1 / 4)
@@ -640,7 +640,7 @@ def test_the_cv2_loss_by_hand():
         ("sigma_moe", lambda fan: math.sqrt(2 / (fan * 2)), 1024, 64),
     ],
 )
-def test_initial_scales_are_those_of_the_papers(init, key, fan_in_out, fan_in_in):
+def test_initial_scales_follow_the_papers(init, key, fan_in_out, fan_in_in):
     """0.88 is the SD of a normal truncated at 2 of its SDs."""
     layer = new_layer(tiny(n_expert=4, n_embd=64, expert_hidden=256, expert_init=init))
     layer.init_weights(9.0, 9.0)
@@ -651,7 +651,7 @@ def test_initial_scales_are_those_of_the_papers(init, key, fan_in_out, fan_in_in
         torch.testing.assert_close(norms, norms.mean().expand(4))
 
 
-def test_a_shared_expert_serves_dropped_tokens_too():
+def test_shared_expert_serves_dropped_tokens():
     layer = layer_of(tiny(n_expert=2, capacity_factor=0.1, n_shared_expert=1, expert_hidden=8))
     x = torch.randn(1, 16, 16)
     y, routing = run(layer, x)
@@ -660,7 +660,7 @@ def test_a_shared_expert_serves_dropped_tokens_too():
     torch.testing.assert_close(y.view(16, 16)[dropped], layer.shared(x).view(16, 16)[dropped])
 
 
-def test_inner_dropout_is_for_training_only():
+def test_inner_dropout_is_off_in_evaluation():
     layer = layer_of(tiny(n_expert=4, expert_inner_dropout=0.5))
     x, ids = torch.randn(2, 16, 16), symbols(2, 16)
     assert not torch.equal(layer.train()(x, ids)[0], layer(x, ids)[0])
@@ -714,11 +714,11 @@ def mean_of(key, **keys):
     ],
     ids=["switch", "bias", "cv2"],
 )
-def test_balancing_evens_out_a_load_that_collapses_without_it(balance, most):
+def test_balancing_prevents_collapse_of_the_load(balance, most):
     """D: without balancing one expert gets everything (CV² = E - 1 = 3); every way of balancing brings it down."""
     assert mean_of("load_cv2") > 2 and mean_of("load_cv2", **balance) < most
 
 
-def test_too_much_balancing_makes_routing_random():
+def test_excessive_balancing_makes_routing_random():
     """D: too strong a loss and the router becomes essentially random. Its entropy goes to its maximum, log 4."""
     assert mean_of("entropy") < 0.3 * math.log(4) and mean_of("entropy", aux_loss_coef=10.0) > 0.95 * math.log(4)

@@ -39,13 +39,13 @@ def route(layer, *shape, seed=0):
 # Routers
 
 
-def test_a_frozen_router_is_not_trained_and_is_saved():
+def test_frozen_router_is_saved_but_not_trained():
     layer = layer_of(router="frozen", aux_loss="none")
     assert [name for name, p in layer.named_parameters() if not p.requires_grad] == ["router.weight"]
     assert "router.weight" in layer.state_dict()
 
 
-def test_a_random_router_is_a_pure_function_of_seed_layer_and_step():
+def test_random_router_is_a_pure_function_of_seed_layer_and_step():
     one, other = router_of("random"), router_of("random")
     drawn = {}
     for step in (3, 4, 3):
@@ -58,14 +58,14 @@ def test_a_random_router_is_a_pure_function_of_seed_layer_and_step():
     assert not torch.equal(router_of("random").weight, router_of("random", seed=2).weight)
 
 
-def test_a_hash_router_gives_a_symbol_the_same_expert_everywhere():
+def test_hash_router_gives_a_symbol_the_same_expert_everywhere():
     router = router_of("hash")
     ids = torch.tensor([[0, 3, 0, 5], [3, 3, 0, 1]])
     experts = router(torch.zeros(2, 4, 8), ids).argmax(-1)
     assert torch.equal(experts, router.table[ids]) and torch.equal(router.table, router_of("hash").table)
 
 
-def test_a_hash_table_evens_out_the_load_and_not_the_number_of_symbols():
+def test_hash_table_balances_load_rather_than_number_of_symbols():
     counts = [500, 100, 100, 100, 100, 50, 50]
     table = router_of("hash", counts=counts, n_expert=2).table
     loads = torch.zeros(2).index_add(0, table, torch.tensor(counts, dtype=torch.float32))
@@ -82,7 +82,7 @@ def test_hash_tables_differ_between_layers_and_seeds():
         assert (loads / loads.mean() - 1).abs().max() < 0.03
 
 
-def test_an_ngram_hash_depends_on_the_last_n_symbols_and_on_no_other():
+def test_ngram_hash_depends_on_the_last_n_symbols_only():
     router = router_of("ngram_hash", router_ngram=3, n_expert=64)
     ids = torch.randint(SYMBOLS, (200, 8))
     experts = router.experts_of(ids)
@@ -94,7 +94,7 @@ def test_an_ngram_hash_depends_on_the_last_n_symbols_and_on_no_other():
     assert len(experts.unique()) == 64, "all experts are used"
 
 
-def test_two_level_probabilities_are_those_of_group_times_expert():
+def test_two_level_probability_is_group_times_expert_in_group():
     layer = layer_of(router="two_level", n_expert=6, n_expert_group=3, expert_top_k=2)
     x = torch.randn(1, 5, 16)
     routed = layer.route(x, torch.zeros(1, 5, dtype=torch.int64))
@@ -104,7 +104,7 @@ def test_two_level_probabilities_are_those_of_group_times_expert():
     assert torch.equal(routed.experts // 2, group.argmax(-1, keepdim=True).expand(5, 2)), "both from the best group"
 
 
-def test_expert_choice_fills_every_expert_with_its_best_tokens():
+def test_expert_choice_gives_every_expert_its_best_tokens():
     layer = layer_of(router="expert_choice", capacity_factor=1.0, aux_loss="none", n_expert=4)
     routed = route(layer, 3, 16)
     assert routed.chosen.view(3, 16, 4).sum(dim=1).eq(4).all()  # C = 1.0 · 1 · 16 / 4
@@ -116,7 +116,7 @@ def test_expert_choice_fills_every_expert_with_its_best_tokens():
 # Levels
 
 
-def test_levels_by_hand():
+def test_levels_equal_hand_computation():
     x = torch.arange(1.0, 8.0)[None, :, None]  # 1 … 7
     config = Config(segment_size=3)
 
@@ -133,18 +133,18 @@ def test_levels_by_hand():
 # Gates and selection
 
 
-def test_sigmoid_scores_are_weights_of_their_own_and_probabilities_add_up_to_one():
+def test_sigmoid_gate_scores_independently_and_its_probabilities_sum_to_one():
     routed = route(layer_of(gate="sigmoid", expert_top_k=2), 1, 5)
     torch.testing.assert_close(routed.gates, routed.logits.sigmoid().gather(1, routed.experts))
     torch.testing.assert_close(routed.probs.sum(-1), torch.ones(5))
 
 
-def test_renormalised_softmax_is_softmax_over_the_chosen_logits():
+def test_renormalised_softmax_equals_softmax_over_chosen_logits():
     routed = route(layer_of(expert_top_k=2, gate_renormalize=True), 1, 5)
     torch.testing.assert_close(routed.gates, routed.logits.gather(1, routed.experts).softmax(-1))
 
 
-def test_a_straight_through_gate_is_one_and_has_the_gradient_of_the_probability():
+def test_straight_through_gate_is_one_with_the_gradient_of_the_probability():
     layer = layer_of(gate_straight_through=True)
     routed = route(layer, 1, 5)
     assert torch.equal(route(layer, 8, 16).gates, torch.ones(128, 1)) and torch.equal(routed.gates, torch.ones(5, 1))
@@ -155,7 +155,7 @@ def test_a_straight_through_gate_is_one_and_has_the_gradient_of_the_probability(
     torch.testing.assert_close(through, layer.router.weight.grad)
 
 
-def test_top_p_stops_once_the_experts_before_have_reached_p():
+def test_top_p_uses_the_fewest_experts_that_reach_p():
     scores = torch.tensor([[0.04, 0.15, 0.06, 0.75], [0.4, 0.35, 0.2, 0.05], [0.2, 0.3, 0.3, 0.2]])
     for k in (3, 4):  # as many as there are, too
         experts, chosen = layer_of(expert_top_k=k, router_top_p=0.7).router.select(scores, scores, 1)
@@ -189,14 +189,14 @@ def test_schedules_go_from_start_to_end(kind, halfway, quarter):
 # Auxiliary-loss-free balancing
 
 
-def test_the_bias_of_an_expert_with_too_little_goes_up():
+def test_balancing_bias_of_an_underused_expert_rises():
     layer = layer_of(router_bias_rate=0.1, aux_loss="none")
     layer.update_bias(torch.tensor([10.0, 2.0, 4.0, 4.0]))
     torch.testing.assert_close(layer.balance_bias, torch.tensor([-0.1, 0.1, 0.1, 0.1]))
     assert "balance_bias" in layer.state_dict() and not layer.balance_bias.requires_grad
 
 
-def test_the_bias_chooses_and_the_score_weighs():
+def test_balancing_bias_changes_choices_but_not_gates():
     layer = layer_of(router_bias_rate=0.1, aux_loss="none")
     layer.balance_bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]))
     routed = route(layer, 1, 5)
