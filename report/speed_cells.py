@@ -158,7 +158,7 @@ def speed_csv(benches: list[dict]) -> str:
                     machine,
                     git["commit"],
                     git["dirty"],
-                    bench_records.is_exclusive(bench),
+                    bench_records.is_undisturbed(bench),
                     one["model"],
                     bench["models"][one["model"]]["title"],
                     one["task"],

@@ -6,6 +6,7 @@ A refusal is one printable line with the reason; never a traceback, a hang, or h
 import copy
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -387,8 +388,7 @@ def shown_everywhere(record):
 
 def benches_shown_everywhere(record):
     told = [
-        *bench_records.slower(BENCH, record),
-        *bench_records.not_compared(BENCH, record),
+        *itertools.chain(*bench_records.compare(BENCH, record)),
         *bench_records.doubts(record),
         speed_cells.bench_headline(record),
     ]
