@@ -34,15 +34,8 @@ class Processes:
 
     @classmethod
     def from_environment(cls):
-        """The group that torchrun describes in the environment, not yet connected: see `join`. ConfigError where the
-        variables contradict each other."""
-        found = {name: os.environ.get(name, str(default)) for name, default in TORCHRUN.items()}
-        group = cls(*(int(text) if text.isdecimal() else -1 for text in found.values()))
-        are_local = 0 <= group.local_rank < group.local_world_size <= group.world_size
-        if not (are_local and 0 <= group.rank < group.world_size):
-            told = ", ".join(f"{name}={text}" for name, text in found.items())
-            raise ConfigError([f"{told} in the environment: not as torchrun sets them, which starts several processes"])
-        return group
+        """The group that torchrun describes in the environment, not yet connected: see `join`."""
+        return cls(*(int(os.environ.get(name, default)) for name, default in TORCHRUN.items()))
 
     @property
     def is_first(self):
@@ -85,10 +78,8 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
         except (ValueError, RuntimeError) as error:
-            reason = files.first_line(error)
-            raise ConfigError(
-                [f"the {self.world_size} processes cannot meet ({reason}); is this started by torchrun?"]
-            ) from error
+            why = f"the {self.world_size} processes cannot meet ({files.first_line(error)})"
+            raise ConfigError([f"{why}; is this started by torchrun?"]) from error
 
     def leave(self):
         if self.control is not None:
@@ -156,13 +147,13 @@ class Processes:
         """[each process's state], in every process. state: nested lists and dicts of tensors and numbers."""
         if self.world_size == 1:
             return [state]
-        own = torch.frombuffer(bytearray(checkpoint.packed(state)), dtype=torch.uint8)
+        own = torch.frombuffer(bytearray(checkpoint.to_bytes(state)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([len(own)]), group=self.control)
         longest = max(map(int, sizes))
         parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - len(own))), group=self.control)
-        return [checkpoint.unpacked(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes)]
+        return [checkpoint.from_bytes(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes)]
 
     def barrier(self):
         """Wait for all processes."""

@@ -1,6 +1,6 @@
 """A run's weights as a model: what sample.py and analyze.py begin with.
 
-model, vocabulary, config = load("out/run", "best.pt", "cpu")
+model, vocabulary, config = load_trained("out/run", "best.pt", "cpu")
 """
 
 from pathlib import Path
@@ -25,12 +25,12 @@ class Trained(NamedTuple):
     config: Config
 
 
-def load(out_dir, name, device) -> Trained:
+def load_trained(out_dir, name, device) -> Trained:
     """The weights in out_dir/name. ConfigError or CheckpointError where that is no run's, or does not fit itself."""
-    return model_in(read(out_dir, name), Path(out_dir) / name, device)
+    return model_in(read_weights(out_dir, name), Path(out_dir) / name, device)
 
 
-def read(out_dir, name) -> dict:
+def read_weights(out_dir, name) -> dict:
     """What the checkpoint out_dir/name holds, weights among it."""
     folder = Path(out_dir)
     if not str(out_dir):
@@ -46,44 +46,17 @@ def read(out_dir, name) -> dict:
 
 
 def model_in(saved, path, device) -> Trained:
-    """saved: what the checkpoint at `path` holds."""
+    """saved: what the checkpoint at `path` holds. CheckpointError where that does not fit together."""
     config = Config.from_dict(saved["config"], origin=str(path))
     try:
         vocabulary = Vocabulary.from_dict(saved["vocabulary"])
-        model = model_of(config, vocabulary, saved["model"])
-    except (DataError, RuntimeError) as error:
+        with torch.device("meta"):  # compare sizes before memory is taken for a model of the config's size
+            GPT(config, vocabulary.size).load_state_dict(saved["model"], assign=True)
+        model = GPT(config, vocabulary.size)
+        model.load_state_dict(saved["model"])
+    except DataError as error:
         raise CheckpointError(f"{path}: {files.first_line(error)}") from None
+    except (RuntimeError, TypeError) as error:
+        why = " ".join(line.strip() for line in str(error).splitlines()[:2])  # the headline, and the first misfit
+        raise CheckpointError(f"{path}: its weights do not fit its own config: {why}") from None
     return Trained(model.to(device).eval(), vocabulary, config)
-
-
-def model_of(config, vocabulary, weights):
-    """The model with these weights. RuntimeError where they do not fit it: sizes are compared before memory is taken
-    for a model of the config's size."""
-
-    def misfit(what):
-        return RuntimeError(f"its weights do not fit its own config: {what}")
-
-    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
-        raise misfit("they are no tensors")
-    held, rows = sum(weight.numel() for weight in weights.values()), (config.block_size, *config.expert_counts())
-    if held < config.n_embd * max(rows):
-        raise misfit(f"they are {held:,} numbers, fewer than n_embd = {config.n_embd} times {max(rows)}")
-    try:
-        with torch.device("meta"):
-            expected = GPT(config, vocabulary.size).state_dict()
-    except (RuntimeError, TypeError) as error:  # beyond what 64 bits can count
-        raise misfit(files.first_line(error)) from None
-    for name in [*expected, *weights]:
-        if name not in weights or name not in expected:
-            raise misfit(f"{files.shown(name)} is {'missing' if name in expected else 'unknown'}")
-        wanted, found = ((w.dtype, w.layout, tuple(w.shape)) for w in (expected[name], weights[name]))
-        if found != wanted:
-            raise misfit(f"{name} is {found}, expected {wanted}")
-        floats = weights[name].is_floating_point()
-        # What is no float is the table of a hash router.
-        good = weights[name].isfinite() if floats else (weights[name] >= 0) & (weights[name] < max(rows[1:]))
-        if not good.all():
-            raise misfit(f"{name} has {'numbers that are not finite' if floats else 'experts that are not there'}")
-    model = GPT(config, vocabulary.size)
-    model.load_state_dict(weights)
-    return model

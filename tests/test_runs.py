@@ -66,10 +66,10 @@ def empty(path):
 
 DAMAGES = {
     "a flipped bit": (flip, "is damaged: its content does not have its checksum"),
-    "cut short": (shorten, "is not a whole checkpoint"),
+    "cut short": (shorten, "has no checksum of this program"),
     "gone": (os.unlink, "there is no such checkpoint"),
     "a stranger's": (forge, "has no checksum of this program"),
-    "a text": (lambda path: path.write_text("no"), "is not a whole checkpoint"),
+    "a text": (lambda path: path.write_text("no"), "has no checksum of this program"),
     "not of a run": (empty, "it lacks config, dataset"),
 }
 
@@ -109,7 +109,7 @@ def test_when_both_are_damaged_both_are_named_and_nothing_is_changed(words, stop
     before = contents(stopped)
     with pytest.raises(CheckpointError) as caught:
         train_tiny(words, stopped, init_from="resume", **HARD)
-    for word in ("ckpt.pt is damaged", "ckpt.previous.pt is not a whole", "--init_from=scratch --overwrite=True"):
+    for word in ("ckpt.pt is damaged", "ckpt.previous.pt has no checksum", "--init_from=scratch --overwrite=True"):
         assert word in str(caught.value)
     assert contents(stopped) == before
 
