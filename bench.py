@@ -55,6 +55,7 @@ MODELS = {  # name -> title, config file, changes to it
 USUAL = 6  # the first so many of MODELS are measured by default
 ALL = "all"
 BATCH_SIZES = (1, 8, 32)  # of prefill and decode
+MOST_ROUNDS, MOST_TEXTS = 100, 10  # the latter of the task `papers`
 
 
 class Effort(NamedTuple):
@@ -62,8 +63,6 @@ class Effort(NamedTuple):
 
     seconds: dict[str, float]  # of a task at one batch size, all models together
     characters: int  # of a text of the task `papers`
-    texts: int = 10  # at most, of that task
-    rounds: int = 100  # at most, of the other tasks
     at_least: int = bench_records.FEWEST  # rounds
 
 
@@ -127,23 +126,12 @@ def model_config(name, size, machine, seed) -> Config:
 def machine_notes(machine):
     """What this machine lacks, a line each."""
     device = machine.device
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (9, 0):
-            name = "sm{}{}".format(*capability)
-            yield f"This GPU is {name}: below sm90 there is no fast grouped product, and experts use a slower backend."
-        if not kernels.AVAILABLE:
-            yield "Triton is not installed: nothing is compiled, and no kernels decode experts."
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        yield "Below sm90, as on this GPU, there is no fast grouped product, and experts use a slower backend."
+    if device.type == "cuda" and not kernels.AVAILABLE:
+        yield "Triton is not installed: nothing is compiled, and no kernels decode experts."
     if device.type == "mps":
-        compiled = "" if machine.compile else "nothing is compiled, "
-        yield f"On MPS {compiled}decoding has no fast path, and peak memory is not measured."
-
-
-def check_writable(path):
-    """FileError where a record could not be written there, before minutes are spent on measuring it."""
-    with files.writing(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
+        yield "On MPS decoding has no fast path, and peak memory is not measured."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,11 +156,8 @@ class Bench:
             self.decode(batch_size, tasks)
         if "papers" in tasks:
             count = self.effort.characters
-            units = {
-                candidate: Unit(functools.partial(candidate.sample_without_cache, count))
-                for candidate in self.candidates
-            }
-            self.measure("papers", 1, count, units)
+            texts = {one: functools.partial(one.sample_without_cache, count) for one in self.candidates}
+            self.measure("papers", 1, count, {candidate: Unit(text) for candidate, text in texts.items()})
 
     def train(self):
         for candidate in self.candidates:
@@ -217,7 +202,7 @@ class Bench:
         units: {candidate: Unit}; tokens: of one unit; held: {candidate: bytes of device memory besides its weights}.
         """
         effort, by_name = self.effort, {candidate.name: unit for candidate, unit in units.items()}
-        at_most = effort.texts if task == "papers" else effort.rounds
+        at_most = MOST_TEXTS if task == "papers" else MOST_ROUNDS
         times = timing.timings(by_name, self.machine, effort.seconds[task], effort.at_least, at_most, task)
         rows = []
         for candidate, unit in units.items():
@@ -315,7 +300,9 @@ def main(argv):
     print("\n".join([f"{size} size; {machine.reason}", *machine_notes(machine)]))
     dataset = Dataset.open(find_dataset("shakespeare_char"), machine.device)
     if config.json:
-        check_writable(config.json)
+        with files.writing(config.json):  # before minutes are spent on measuring
+            Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=Path(config.json).parent).close()
 
     other_load = machines.OtherLoad(machine)
     names = config.chosen_models()

@@ -167,11 +167,8 @@ def start_wandb(config, say):
         import wandb
 
         wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.title, config=config.to_dict())
-    except ImportError:
-        say("wandb_log=True, but wandb is not installed (pip install wandb): metrics go to metrics.jsonl only")
-        return None
-    except Exception as error:  # not logged in, no network, …
-        say(f"wandb_log=True, but wandb says: {files.first_line(error)}; metrics go to metrics.jsonl only")
+    except Exception as error:  # not installed, not logged in, no network, …
+        say(f"wandb_log=True, but wandb cannot be used ({files.first_line(error)}): metrics go to metrics.jsonl only")
         return None
     is_well = True
 

@@ -83,9 +83,10 @@ class RunFolder:
         if config.init_from == "auto" and set(held) <= {"config.json", "metrics.jsonl"}:
             return None  # an empty folder, or a run that was stopped before its first checkpoint
         if held and not config.overwrite and not config.eval_only:
+            kind = "a complete" if "summary.json" in held else "an unfinished"
             raise ConfigError(
                 [
-                    f"{self} holds {self.description()}; nothing was changed. Choose one of:",
+                    f"{self} holds {kind} run; nothing was changed. Choose one of:",
                     *(["--init_from=resume goes on with it;"] if has_checkpoint else []),
                     "--out_dir=… or another --seed=… makes this run elsewhere;",
                     "--overwrite=True throws it away and starts again",
@@ -128,16 +129,6 @@ class RunFolder:
                 "something else changed it"
             )
 
-    def description(self):
-        """The run in this folder, in words."""
-        try:
-            title = json.loads((self / "config.json").read_text()).get("title") or "a run"
-        except (OSError, ValueError, AttributeError):
-            title = "a run"
-        if (self / "summary.json").exists():
-            return f"a complete run ({title})"
-        return f"an unfinished run ({title})"
-
     # -----------------------------------------------------------------------------------------------------------------
     # During the run
 
@@ -164,7 +155,7 @@ class RunFolder:
                 gone = ["summary.json"] if saved else [name for name in checkpoint.RUN_FILES if name != "metrics.jsonl"]
                 for name in [*gone, *(f"{name}.partial" for name in checkpoint.RUN_FILES)]:
                     (self / name).unlink(missing_ok=True)
-                for step, path in self.snapshots():
+                for step, path in snapshots_in(self.path):
                     if not saved or step > saved["progress"]["step"]:
                         path.unlink()
                 file.truncate(saved["progress"]["metrics_bytes"] if saved else 0)  # later lines are made again
@@ -196,10 +187,6 @@ class RunFolder:
         with files.writing(self / "snapshots"):
             (self / "snapshots").mkdir(exist_ok=True)
         self.save_weights(f"snapshots/step-{weights['step']:06}.pt", about, weights)
-
-    def snapshots(self):
-        """[(step, path)] of its snapshots, by step."""
-        return snapshots_in(self.path)
 
     def complete(self, record):
         """Write the record of the complete run, its last file."""

@@ -80,20 +80,17 @@ class Candidate:
         """One update on a real batch."""
         x, y = self.batch(self.steps_made)
         if self.is_reference:
-            self._plain_update(x, y)
+            self.model.train()
+            with self.machine.autocast():
+                objective = self.model(x, y).objective
+            objective.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         else:
             self.model.set_step(self.steps_made)
             self.updater.update(self.steps_made, x, y, self.totals)
         self.steps_made += 1
-
-    def _plain_update(self, x, y):
-        self.model.train()
-        with self.machine.autocast():
-            objective = self.model(x, y).objective
-        objective.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def decoder(self, batch_size):
         """The fastest decoder of batch_size texts at once; for a reference, one without a cache."""
@@ -173,9 +170,8 @@ class Decoding:
         self.bytes_held = allocated(machine) - held
         candidate.decoders_used[batch_size] = self.decoder.how
         if re.search("compiled|graph", self.decoder.how):
-            candidate.compile_seconds["decode"] = (
-                (candidate.compile_seconds["decode"] or 0) + time.perf_counter() - started
-            )
+            seconds = time.perf_counter() - started
+            candidate.compile_seconds["decode"] = (candidate.compile_seconds["decode"] or 0) + seconds
 
     def prefill(self):
         return Unit(lambda: self._read(self.prompt), self.decoder.clear)
