@@ -307,7 +307,7 @@ class Overview:
 
 
 def check_can_run(setup):
-    if planned_runs.fcntl is None:
+    if files.fcntl is None:
         raise ConfigError(["sweep.py needs file locks, which Windows lacks; --print_commands works there"])
     for key, folder in (("out", setup.out), ("results", setup.results)):
         with files.writing(folder, way_out=f"--{key}=… names another folder"):

@@ -34,7 +34,9 @@ class Unreadable(CheckpointError):
 def save(path: Path, state: dict, previous: Path | None = None) -> None:
     """Write a checkpoint. state: nested dicts and lists of tensors, numbers, strings, None; previous: the path under
     which the old file is kept."""
-    write_atomically(path, sealed(to_bytes({"format": FORMAT, **state})), previous)
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomically(path, sealed(buffer.getvalue()), previous)
 
 
 def load(path: Path) -> dict:
@@ -59,21 +61,10 @@ def load(path: Path) -> dict:
     if hashlib.sha256(memoryview(content)[: -len(seal[0])]).hexdigest().encode() != seal[2]:
         raise CheckpointError(f"{path} is damaged: its content does not have its checksum")
     try:
-        return from_bytes(content)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for what it does not allow
         why = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {why}") from error
-
-
-def to_bytes(state) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def from_bytes(content: bytes):
-    """The state, on the CPU. No code in the bytes is run."""
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def sealed(archive: bytes) -> bytes:

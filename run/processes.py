@@ -144,16 +144,12 @@ class Processes:
         return value + (mean / self.world_size - value).detach()
 
     def all_gather(self, state):
-        """[each process's state], in every process. state: nested lists and dicts of tensors and numbers."""
+        """[each process's state], in every process. state: nested lists and dicts of CPU tensors and numbers."""
         if self.world_size == 1:
             return [state]
-        own = torch.frombuffer(bytearray(checkpoint.to_bytes(state)), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(own)]), group=self.control)
-        longest = max(map(int, sizes))
-        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
-        dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - len(own))), group=self.control)
-        return [checkpoint.from_bytes(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes)]
+        states = [None] * self.world_size
+        dist.all_gather_object(states, state, group=self.control)
+        return states
 
     def barrier(self):
         """Wait for all processes."""
@@ -161,13 +157,13 @@ class Processes:
             dist.barrier(self.control)
 
     def check_agreement(self, numbers):
-        """CheckpointError where the processes read different values of one of these {name: number}."""
-        for name, number in numbers.items():
-            if self.all_reduce_max(number) != -self.all_reduce_max(-number):
-                raise checkpoint.CheckpointError(
-                    f"the {self.world_size} processes see different numbers of {name}s, here {number}: out_dir and the "
-                    "data set must be the same on every machine"
-                )
+        """CheckpointError where the processes read different values of {name: number}."""
+        if any(theirs != numbers for theirs in self.all_gather(numbers)):
+            told = ", ".join(f"{name} {number}" for name, number in numbers.items())
+            raise checkpoint.CheckpointError(
+                f"the {self.world_size} processes see different runs or texts ({told} here): out_dir and the data set "
+                "must be the same on every machine"
+            )
 
 
 ONE_PROCESS = Processes()

@@ -28,11 +28,6 @@ from run.settings import Config
 from support import files
 from support.options import ConfigError
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 REFUSED = "ckpt.refused.pt"  # the new name of a damaged ckpt.pt, kept for inspection
 AGAIN = "--init_from=scratch --overwrite=True makes the run again"
 STATE = ("config", "dataset", "vocabulary", "model", "optimizer", "best", "progress", "processes")  # of a checkpoint
@@ -143,7 +138,10 @@ class RunFolder:
             files.sync_folder(self.path.parent)
             file = open(self / "metrics.jsonl", "ab", buffering=0)
         with file:
-            self.file, self.is_locked = file, lock(file, self)
+            locked = files.lock(file)
+            if locked is False:
+                raise CheckpointError(f"{self} is in use by another run that has not ended")
+            self.file, self.is_locked = file, bool(locked)
             # Another run may have written here while this one got ready.
             if saved and version_of(self / self.read) != self.version or not saved and self.open():
                 raise CheckpointError(f"another run has been at work in {self} meanwhile; nothing was changed")
@@ -198,20 +196,6 @@ def snapshots_in(folder):
     """[(step, path)] of the weights that a run kept with save_every, in order."""
     found = [(re.fullmatch(r"step-(\d{6,18})\.pt", path.name), path) for path in Path(folder, "snapshots").glob("*.pt")]
     return sorted((int(match[1]), path) for match, path in found if match)
-
-
-def lock(file, folder) -> bool:
-    """Take an exclusive lock until the file is closed; CheckpointError where another run has it. -> whether the system
-    and the file system support locks"""
-    if not fcntl:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(f"{folder} is in use by another run that has not ended") from None
-    except OSError:
-        return False
-    return True
 
 
 def version_of(file, is_growing=False):

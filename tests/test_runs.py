@@ -376,7 +376,7 @@ def test_a_file_system_without_locks_is_reported_and_used(words, tmp_path, monke
     def no_locks(*arguments):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    monkeypatch.setattr(run_folder.files.fcntl, "flock", no_locks)
     assert train_tiny(words, tmp_path / "run") == 0
     assert capsys.readouterr().out.count("has no locks") == 1
     assert_same_run(dense_run, tmp_path / "run")

@@ -394,7 +394,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_run(place, 
 
 
 def test_without_file_locks_nothing_is_run(place, monkeypatch, capfd):
-    monkeypatch.setattr(planned_runs, "fcntl", None)
+    monkeypatch.setattr(sweep.files, "fcntl", None)
     with pytest.raises(ConfigError, match="Windows"):
         place.main("T")
     assert place.main("T", "--list") == 0 and place.calls() == []
