@@ -19,7 +19,6 @@ and bytes/s measured here. Exit codes: 0 done, 2 a mistake in the options, 3 a m
 
 import functools
 import os
-import re
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ from speed import bench_records, bench_screen, kernels, timing
 from speed.timing import Candidate, Decoding, Unit, is_right, percentiles
 from support import configurator, console, files, machines
 from support.files import FileError
-from support.options import ConfigError, nearest, option
+from support.options import ConfigError, option
 
 SIZES = {"paper": (), "cpu": ("cpu",)}  # size -> config files applied after the model's own
 MODELS = {  # name -> title, config file, changes to it
@@ -90,9 +89,7 @@ class BenchConfig:
         for key, known in (("models", (*MODELS, ALL)), ("tasks", bench_records.TASKS)):
             for word in words_in(getattr(self, key)):
                 if word not in known:
-                    guess = nearest(word, known)
-                    hint = f"; nearest: {guess}" if guess else ""
-                    yield (key,), f"{word!r} is none of {', '.join(known)}{hint}"
+                    yield (key,), f"{word!r} is none of {', '.join(known)}"
         if self.json and Path(self.json).is_dir():
             yield ("json",), f"{self.json} is a folder; expected a file, as {os.path.join(self.json, 'bench.json')}"
 
@@ -165,8 +162,7 @@ class Bench:
             if failure:
                 print(f"{candidate.title} is not compiled, for torch.compile failed: {failure}")
         self.keep_right(timing.check_training)
-        config = self.candidates[0].config
-        units = {candidate: Unit(candidate.train) for candidate in self.candidates}
+        config, units = self.candidates[0].config, {candidate: Unit(candidate.train) for candidate in self.candidates}
         self.measure("train", config.batch_size, config.batch_size * config.block_size, units)
 
     def decode(self, batch_size, tasks):
@@ -245,8 +241,8 @@ def bench_record(bench, candidates, config, size, machine, other_load, seconds):
                 "parameters": candidate.model.count_parameters(),
                 "flops_per_token": candidate.model.flops_per_token(),
                 "backend": candidate.backends(),
-                "checks": list(candidate.checks),
-                "compile_seconds": dict(candidate.compile_seconds),
+                "checks": candidate.checks,
+                "compile_seconds": candidate.compile_seconds,
             }
             for candidate in candidates
             if candidate.name in measured
@@ -328,8 +324,7 @@ def main(argv):
         files.write_json(Path(config.json), record)
         print(f"written to {config.json}")
     elif not config.quick:
-        name = re.sub("[^a-z0-9]+", "-", f"{record['machine']['device']}-{record['machine']['threads']}-{size}".lower())
-        print(f"To have plot_results.py draw this bench, write it to --json=results/bench/{name}.json.")
+        print("To have plot_results.py draw this bench, write it with --json=results/bench/NAME.json.")
     for message in bench.wrong:
         print(message, file=sys.stderr)
     return 3 if bench.wrong else 0

@@ -86,8 +86,7 @@ def parse_command(argv):
         usage="python sweep.py TABLE … [--key=value …] [-- --key=value of train.py …]",
         description=f"{__doc__.rstrip()}\n\nTables: {', '.join(TABLES)}, or all",
     )
-    out = Path(options.out).resolve() if options.out else ROOT / "out"
-    results = Path(options.results).resolve() if options.results else ROOT / "results"
+    out, results = (Path(getattr(options, name) or ROOT / name).resolve() for name in ("out", "results"))
     changes = changes_of(passed_on)
     setup = Setup(out, results, passed_on, changes, machine_here(changes))
     scale = options.scale if options.scale != "auto" else "paper" if setup.machine["device_type"] == "cuda" else "cpu"
@@ -135,8 +134,8 @@ def check_tables(names, scale):
 
 def machine_here(changes):
     """The description of the machine that train.py would choose with these changes."""
-    keys = json.dumps([changes.get(key, "auto") for key in ("device", "dtype", "compile")])
-    return output_of(MACHINE_OF_TRAINING, keys)
+    keys = [changes.get(key, "auto") for key in ("device", "dtype", "compile")]
+    return output_of(MACHINE_OF_TRAINING, json.dumps(keys))
 
 
 def git_of_training():
@@ -173,11 +172,8 @@ def warn_of_records(states, kept):
         print(f"left out: {line}", file=sys.stderr)
     unclean = sum(not records.is_clean(kept.counted[run.key][1]) for run in states if run.key in kept.counted)
     if unclean:
-        print(
-            f"{how_many(unclean, 'run')} finished with uncommitted changes, so in no mean; --list names them; to make "
-            "one again, delete its record and its folder",
-            file=sys.stderr,
-        )
+        told = "finished with uncommitted changes, so in no mean; --list names them; to make one again, delete its"
+        print(f"{how_many(unclean, 'run')} {told} record and its folder", file=sys.stderr)
     run_ids = {run.config.run_id for run in states}
     others = [key[1] for key in kept.counted.keys() - {run.key for run in states} if key[0] in run_ids]
     if others:
@@ -280,10 +276,8 @@ class Overview:
         )
 
     def say(self, text):
-        if self.bar.disable:
-            print(text, flush=True)
-        else:
-            self.bar.write(text)
+        self.bar.write(text)
+        sys.stdout.flush()
 
     def start(self, run, state):
         self.bar.set_postfix_str(run.name)
@@ -381,8 +375,7 @@ def run_train(run, state, lock, screen, deadline, signals):
     screen.start(run, state)
     log = run.folder.with_name(f"{run.name}.log")
     with open(log, "ab") as output:
-        # A session of its own keeps the terminal's Ctrl-C from train.py, which would be ended by a second signal before
-        # it has saved.
+        # A session of its own keeps the terminal's Ctrl-C from train.py, which a second signal would end unsaved.
         process = subprocess.Popen(
             command_of(run, state, sys.executable),
             cwd=ROOT,

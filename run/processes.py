@@ -43,28 +43,22 @@ class Processes:
 
     def check(self, config):
         """Refuse a config whose batches cannot be divided among the processes: ConfigError."""
-        if self.world_size == 1:
+        count, problems = self.world_size, []
+        if count == 1:
             return
-        problems = []
         if config.device not in ("auto", "cuda", "cpu"):
-            problems.append(
-                f"device={config.device!r} is one device for {self.world_size} processes; expected auto, cuda or cpu: "
-                "each process takes the GPU of its own number"
-            )
+            problems.append(f"device={config.device!r} is one device for {count} processes; expected auto, cuda or cpu")
         if config.eval_only:
             problems.append("eval_only evaluates in one process: start it without torchrun")
-        if self.splits_batches(config):
-            if config.batch_size % self.world_size:
-                problems.append(
-                    f"{self.world_size} processes can share neither gradient_accumulation_steps = "
-                    f"{config.gradient_accumulation_steps} nor batch_size = {config.batch_size} evenly; expected one "
-                    "of them to be a multiple of their number"
-                )
-            if "capacity_group=batch" in config.leaks:
-                problems.append(
-                    "capacity_group=batch lets the whole batch share a capacity, so a batch cannot be divided; "
-                    f"set capacity_group=sequence, or gradient_accumulation_steps to a multiple of {self.world_size}"
-                )
+        if self.splits_batches(config) and config.batch_size % count:
+            steps = f"gradient_accumulation_steps = {config.gradient_accumulation_steps}"
+            sizes = f"neither {steps} nor batch_size = {config.batch_size} evenly"
+            problems.append(f"{count} processes can share {sizes}; one must be a multiple of {count}")
+        if self.splits_batches(config) and "capacity_group=batch" in config.leaks:
+            problems.append(
+                "capacity_group=batch lets the whole batch share a capacity, so a batch cannot be divided; "
+                f"set capacity_group=sequence, or gradient_accumulation_steps to a multiple of {count}"
+            )
         if problems:
             raise ConfigError(problems)
 

@@ -137,10 +137,10 @@ def record_of(config, dataset, model, state, test, writing, peak_memory) -> dict
     """
     evaluations, description = state.evaluations, state.machine
     said = derived(config, evaluations)
-    seconds, others = state.seconds, state.others
+    seconds, others, kept = state.seconds, state.others, [key.removesuffix("?") for key in EVALUATION]
+    device_type, speeds, others_then = description["device_type"], writing["speeds"], writing["others"]
     share = cpu_share(others, seconds["total"], description)
-    speeds, share_of_writing = writing["speeds"], cpu_share(writing["others"], writing["seconds"], description)
-    device_type = description["device_type"]
+    share_then = cpu_share(others_then, writing["seconds"], description)
     return {
         "format": FORMAT,
         **said,
@@ -161,15 +161,11 @@ def record_of(config, dataset, model, state, test, writing, peak_memory) -> dict
         "inference": {
             "samples": len(speeds),
             "tokens_per_second": statistics.mean(speeds) if speeds else None,
-            "exclusive": bool(speeds)
-            and is_exclusive(device_type, share_of_writing, writing["others"]["device_bytes"]),
+            "exclusive": bool(speeds) and is_exclusive(device_type, share_then, others_then["device_bytes"]),
         },
         "peak_memory_bytes": peak_memory,
         "routing": evaluations[-1]["routing"],
-        "evaluations": [
-            {key: line[key] for key in (key.removesuffix("?") for key in EVALUATION) if key in line}
-            for line in evaluations
-        ],
+        "evaluations": [{key: line[key] for key in kept if key in line} for line in evaluations],
     }
 
 

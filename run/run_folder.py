@@ -65,16 +65,13 @@ class RunFolder:
             raise ConfigError([f"out_dir={config.out_dir} is a file; expected a folder, or a name for a new one"])
         has_checkpoint = "ckpt.pt" in held or "ckpt.previous.pt" in held
         if config.init_from != "scratch" and config.overwrite:
-            raise ConfigError(
-                [f"--init_from={config.init_from} goes on with a run and --overwrite=True throws it away: choose one"]
-            )
+            going_on = f"--init_from={config.init_from} goes on with a run"
+            raise ConfigError([f"{going_on} and --overwrite=True throws it away: choose one"])
         if has_checkpoint and config.init_from != "scratch":
             return self.newest_good()
         if config.init_from == "resume":
-            raise CheckpointError(
-                f"{self} holds no ckpt.pt to resume from; start the run with --init_from=scratch"
-                + (" --overwrite=True" if held else "")
-            )
+            words = "--init_from=scratch --overwrite=True" if held else "--init_from=scratch"
+            raise CheckpointError(f"{self} holds no ckpt.pt to resume from; start the run with {words}")
         if config.init_from == "auto" and set(held) <= {"config.json", "metrics.jsonl"}:
             return None  # an empty folder, or a run that was stopped before its first checkpoint
         if held and not config.overwrite and not config.eval_only:
@@ -119,10 +116,8 @@ class RunFolder:
         metrics, known = self / "metrics.jsonl", saved["progress"]["metrics_bytes"]
         length = metrics.stat().st_size if metrics.exists() else 0
         if length < known and not self.config.eval_only:
-            raise CheckpointError(
-                f"{metrics} is shorter than when {self.read} was written ({length:,} bytes, {known:,} then): "
-                "something else changed it"
-            )
+            sizes = f"{length:,} bytes, {known:,} when {self.read} was written"
+            raise CheckpointError(f"{metrics} is shorter than it was: something else changed it ({sizes})")
 
     # -----------------------------------------------------------------------------------------------------------------
     # During the run
@@ -164,10 +159,9 @@ class RunFolder:
 
     def save(self, state, is_best):
         """Write ckpt.pt, and keep the old one as ckpt.previous.pt. is_best: also write best.pt, from state["best"]."""
-        if version_of(self / "metrics.jsonl", is_growing=True) != version_of(self.file.fileno(), is_growing=True):
-            raise CheckpointError(
-                f"{self} was deleted or replaced while this run went on: nothing more is written there"
-            )
+        metrics = self / "metrics.jsonl"
+        if not metrics.exists() or not os.path.samestat(os.stat(metrics), os.fstat(self.file.fileno())):
+            raise CheckpointError(f"{self} was deleted or replaced while this run went on: nothing more is written")
         checkpoint.save(self / "ckpt.pt", state, previous=self / "ckpt.previous.pt")
         if is_best:
             self.save_best(state)
@@ -198,14 +192,12 @@ def snapshots_in(folder):
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def version_of(file, is_growing=False):
-    """A value that changes when a file (a path or a descriptor) is replaced or, unless is_growing, written to. None
-    where there is no file."""
-    try:
-        status = os.stat(file)
-    except OSError:
+def version_of(path):
+    """A value that changes when the file is replaced or written to; None where there is none."""
+    if not path.exists():
         return None
-    return (status.st_dev, status.st_ino, *(() if is_growing else (status.st_mtime_ns, status.st_size)))
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 class Metrics:
@@ -247,14 +239,11 @@ def check_resumable(saved, config, dataset):
             + "\nResume with the same settings, or choose another --out_dir."
         )
     if saved["dataset"] != dataset.describe():
-        raise CheckpointError(
-            f"{config.out_dir} was trained on another text: {texts(saved['dataset'], dataset.describe())}"
-        )
+        differing = texts(saved["dataset"], dataset.describe())
+        raise CheckpointError(f"{config.out_dir} was trained on another text: {differing}")
     if saved["progress"]["step"] > config.max_iters:
-        made = f"{saved['progress']['step']:,}"
-        raise CheckpointError(
-            f"{config.out_dir} has already made {made} updates, more than max_iters={config.max_iters}"
-        )
+        made = f"{saved['progress']['step']:,} updates"
+        raise CheckpointError(f"{config.out_dir} has already made {made}, more than max_iters={config.max_iters}")
     return config.differences(theirs, ("schedule",))
 
 

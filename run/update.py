@@ -82,7 +82,7 @@ class Updater:
         loads = [layer.load for layer in stats] if config.router_bias_rate else []
         # The sum over processes is finite only where each process's objective is.
         objective, *loads = processes.all_reduce_sum([objective, *loads])
-        gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        gradient_norm = clip_gradients(model.parameters(), config.grad_clip or math.inf)
         self.guard.check(step, objective, gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -142,13 +142,25 @@ def learning_rate(step, config):
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
 
 
+def clip_gradients(parameters, max_norm):
+    """Clip the global gradient norm. -> the norm before, ()
+
+    As torch.nn.utils.clip_grad_norm_, but on a CPU, where reading the norm is free, short gradients are left alone.
+    """
+    parameters = list(parameters)
+    gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not gradient_norm.is_cpu or not gradient_norm <= max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, gradient_norm)
+    return gradient_norm
+
+
 def make_optimizer(model, config):
     """AdamW with weight decay on matrices and embeddings only. Stacked biases of experts are matrices by shape, and get
     none."""
-    named = list(model.named_parameters())
-    decayed = [p for name, p in named if p.dim() >= 2 and not name.rpartition(".")[2].startswith("bias")]
-    taken = {id(p) for p in decayed}
-    rest = [p for _, p in named if id(p) not in taken]
+    decayed, rest = [], []
+    for name, parameter in model.named_parameters():
+        is_decayed = parameter.dim() >= 2 and not name.rpartition(".")[2].startswith("bias")
+        (decayed if is_decayed else rest).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 

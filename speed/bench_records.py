@@ -225,11 +225,9 @@ def compare(old, new) -> Compared:
     its ratio to the eager reference, since a disturbance of the machine reaches both of a pair. A slowdown that all
     models share shows only in times, which are compared only if both benches had the same machine to themselves.
 
-    Why these limits: 16 processes timed unchanged code (train and decode, one thread) on a core that others used too.
-    Of their 240 ordered pairs, this rule calls no ratio slower from 40 or 20 timings, at most 2% from 10, and up to 8%
-    from 5. Without the ranges, the 10% alone would call up to 9% slower from 40 timings and 24% from 5. Medians of
-    seconds differed fourfold: a quarter of the pairs would be called slower, whatever the limit. The price: a slowdown
-    smaller than the spread is not seen. Ranges of ratios were 12% to 22% wide in training, and 24% to 41% in decoding.
+    Why these limits: 16 processes timed unchanged code on a core that others used too. Of their 240 ordered pairs, this
+    rule calls no ratio slower from 20 timings, at most 2% from 10, and up to 8% from 5; without the ranges, up to 24%.
+    Medians of seconds differed fourfold. The price: a slowdown smaller than the spread, 12% to 41%, is not seen.
     """
     for what, before, after in (
         ("size", old["size"], new["size"]),

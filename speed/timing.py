@@ -268,9 +268,8 @@ def check_decoding(candidate, decoder, batch_size):
         plainly = plain(text).logits[:, half - 1 :]
     exactly = exact(text.to(exact.token_embedding.weight.device)).logits[:, half - 1 :]
     results = [[logits] for logits in (torch.stack(found, dim=1), plainly, exactly)]
-    return worst_error(
-        f"decoding at batch {batch_size}, logits against the model without a cache", *results, machine.dtype
-    )
+    what = f"decoding at batch {batch_size}, logits against the model without a cache"
+    return worst_error(what, *results, machine.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,11 +351,8 @@ def ceilings(machine, model):
         flops.append(best_rate(lambda a=a, b=b: a @ b, 2 * side**3, machine))
     x = torch.ones(sum(p.numel() for p in model.parameters()), device=machine.device, dtype=machine.dtype)
     y, moved = torch.empty_like(x), x.numel() * x.element_size()
-    copying = best_rate(lambda: y.copy_(x), 2 * moved, machine)
-    return {
-        "flops_per_second": max(flops),
-        "bytes_per_second": max(copying, best_rate(lambda: x.sum(), moved, machine)),
-    }
+    rates = best_rate(lambda: y.copy_(x), 2 * moved, machine), best_rate(lambda: x.sum(), moved, machine)
+    return {"flops_per_second": max(flops), "bytes_per_second": max(rates)}
 
 
 def best_rate(call, amount, machine, seconds=0.5):

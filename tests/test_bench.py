@@ -253,7 +253,7 @@ def test_a_wrong_dense_model_ends_the_bench(run, tmp_path, monkeypatch):
     [
         ("--size=pper", "size is 'pper'; expected 'auto', 'paper' or 'cpu'"),
         ("--models=moe4,mo4_top2", "'mo4_top2' is none of reference, dense, moe4, moe4_top2, moe4_linear, "),
-        ("--tasks=decoding", "nearest: decode"),
+        ("--tasks=decoding", "'decoding' is none of train, prefill, decode, papers"),
         ("--sise=cpu", "nearest key: size"),
         ("--device=cpuu", "not a device"),
         ("--json=.", ". is a folder"),

@@ -615,7 +615,7 @@ def test_the_same_command_twice_is_refused_and_loses_nothing(words, tmp_path, at
         train_tiny(words, tmp_path / "run", title="my run")
     article = "a" if state == "complete" else "an"
     for word in (
-        f"{article} {state} run (my run)",
+        f"holds {article} {state} run;",
         "nothing was changed",
         "--init_from=resume",
         "--out_dir",
