@@ -1,14 +1,16 @@
-"""The ways to multiply tokens with the weights of the experts that they go to; one result, several speeds.
+"""Ways to multiply tokens with the weights of their experts: one result, several speeds.
 
-    BACKENDS[name](x, routing, experts) -> Σ_k hidden(x W_in[e_k]ᵀ + b_in[e_k], g_k) W_out[e_k]
+    y = backend(x, routing, w_in, bias_in, w_out, activate, gate_after)
 
-The sum is over a token's choices that were kept; x is (N, D), the result (N, D) in the precision of the products.
-`experts` (see `moe.Experts`) gives w_in (E, H, D), bias_in (E, H) or None, w_out (E, H, D) or None (then the hidden
-sum (N, H) comes back), `hidden(up, gate)`, which must be 0 where the gate is 0, and `is_linear_in_gate`.
+    y = Σ_k g_k · activate(x W_in[e_k]ᵀ + b_in[e_k]) W_out[e_k]      with gate_after
+    y = Σ_k activate(g_k · (x W_in[e_k]ᵀ + b_in[e_k])) W_out[e_k]    without
 
-A new one is a function, a line in BACKENDS, and its name among the choices of `moe_backend` in `settings.py`; the tests
-of `tests/test_moe.py` hold it to the reference: outputs and all gradients, also with empty experts and dropped
-choices. What is made for decoding alone stands in `decoding.py`. Letters as in `moe.py`; M = N·K choices, R rows.
+The sum is over a token's kept choices. x (N, D), w_in (E, H, D), bias_in (E, H) or None, w_out (E, H, D) or None: then
+the sum of hidden units (N, H) comes back. activate: elementwise, 0 at 0. The result has the precision of the products.
+
+A new backend is a function, a line in BACKENDS, and its name among the choices of `moe_backend` in `run/settings.py`;
+`tests/test_moe.py` then compares it with the reference: outputs and all gradients, also with empty experts and dropped
+choices. Backends for decoding alone stand in `speed/decoding.py`. Letters as in `moe.py`; M = N·K choices, R rows.
 """
 
 from collections.abc import Callable
@@ -18,66 +20,64 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from routing import gates_per_expert
+from selection import gates_per_expert
 
 
-def reference(x_ND, routing, experts):
-    """A loop over experts, each on the tokens that it kept: what the others are tested against."""
-    width = experts.w_in.size(1) if experts.w_out is None else x_ND.size(1)
+def reference(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
+    """A loop over the experts, each on the tokens that it kept. The other backends are tested against it."""
+    width = w_in.size(1) if w_out is None else x_ND.size(1)
     total = 0
-    for e in range(experts.w_in.size(0)):
+    for e in range(w_in.size(0)):
         token, choice = torch.where((routing.experts == e) & routing.kept)
-        bias = None if experts.bias_in is None else experts.bias_in[e]
-        up = F.linear(x_ND[token], experts.w_in[e], bias)
-        y = experts.hidden(up, routing.gates[token, choice, None]).to(up.dtype)
-        if experts.w_out is not None:
-            y = y @ experts.w_out[e]
+        up = F.linear(x_ND[token], w_in[e], None if bias_in is None else bias_in[e])
+        y = hidden_units(up, routing.gates[token, choice, None], activate, gate_after)
+        if w_out is not None:
+            y = y @ w_out[e]
         total = total + y.new_zeros(x_ND.size(0), width).index_add(0, token, y)
     return total
 
 
-def masked(x_ND, routing, experts):
-    """All experts as one wide MLP, the unused ones silenced by a gate of 0: no dispatch, but the FLOPs of all E
-    experts."""
-    E, H, D = experts.w_in.shape
+def masked(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
+    """All experts as one wide MLP, with a gate of 0 for those not chosen: no dispatch, but the FLOPs of all experts."""
+    E, H, D = w_in.shape
     gates_NE = gates_per_expert(routing)
-    bias = None if experts.bias_in is None else experts.bias_in.view(E * H)
-    up = F.linear(x_ND, experts.w_in.view(E * H, D), bias)
-    hidden_NEH = experts.hidden(up.view(-1, E, H), gates_NE[:, :, None]).to(up.dtype)
-    if experts.w_out is None:
+    up = F.linear(x_ND, w_in.view(E * H, D), None if bias_in is None else bias_in.view(E * H))
+    hidden_NEH = hidden_units(up.view(-1, E, H), gates_NE[:, :, None], activate, gate_after)
+    if w_out is None:
         return hidden_NEH.sum(dim=1)
-    return F.linear(hidden_NEH.view(-1, E * H), experts.w_out.view(E * H, D).t())
+    return F.linear(hidden_NEH.view(-1, E * H), w_out.view(E * H, D).t())
 
 
-def sliced(x_ND, routing, experts):
-    """Choices sorted by expert, then a GEMM for each expert that has any, on a slice of them: for a CPU, since the
-    sizes of the slices must be known on the host. Dropped choices cost nothing."""
-    rows, sizes = rows_and_sizes(routing, experts.w_in.size(0))
-    return dispatched(x_ND, routing, experts, rows, product_of(experts, x_ND, SlicedMM.apply, sizes))
+def sliced(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
+    """Choices sorted by expert, then one GEMM for each expert that has any: for a CPU, since the host must know the
+    sizes. Dropped choices cost nothing."""
+    rows, sizes = rows_and_sizes(routing, w_in.size(0))
+    first, second = products(SlicedMM.apply, sizes, w_in, w_out, compute_dtype(x_ND))
+    return dispatch(x_ND, routing, rows, first, bias_in, activate, gate_after, second)
 
 
-def sorted_by_expert(x_ND, routing, experts):
-    """Choices sorted by expert, then one grouped GEMM per weight (torch.nn.functional.grouped_mm); widths multiples of
-    8. Dropped choices are computed too, with a gate of 0: the shapes must not depend on the data."""
+def sorted_by_expert(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
+    """Choices sorted by expert, then one grouped GEMM per weight (torch.nn.functional.grouped_mm); widths must be
+    multiples of 8. Dropped choices are computed with a gate of 0, since shapes must not depend on the data."""
     expert_M = routing.experts.reshape(-1)
-    load = F.one_hot(expert_M, experts.w_in.size(0)).sum(dim=0)
+    load = F.one_hot(expert_M, w_in.size(0)).sum(dim=0)
     offsets = load.cumsum(0).to(torch.int32)
-    rows = by_expert(expert_M, routing)
-    return dispatched(x_ND, routing, experts, rows, product_of(experts, x_ND, grouped_mm, offsets))
+    first, second = products(grouped_mm, offsets, w_in, w_out, compute_dtype(x_ND))
+    return dispatch(x_ND, routing, by_expert(expert_M, routing), first, bias_in, activate, gate_after, second)
 
 
-def padded(x_ND, routing, experts):
-    """Choices in a table with `routing.room` rows per expert, those without a choice 0, then one batched GEMM per
-    weight: where capacity limits the rows and shapes must not depend on the data."""
-    E, room = experts.w_in.size(0), routing.room
+def padded(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
+    """A table of `routing.room` rows per expert, rows without a choice 0, then one batched GEMM per weight: for a
+    capacity, which bounds the rows, where shapes must not depend on the data."""
+    E, room = w_in.size(0), routing.room
     expert_M, kept_M = routing.experts.reshape(-1), routing.kept.reshape(-1)
     kept_EM = (F.one_hot(expert_M, E) * kept_M[:, None]).t().contiguous()
     rank_M = kept_EM.cumsum(dim=1).gather(0, expert_M[None])[0] - 1
     place = torch.where(kept_M, expert_M * room + rank_M, E * room)
     order = inverse_of(place, E * room + 1)[:-1]
     expert_R = torch.arange(E, device=x_ND.device).repeat_interleave(room, output_size=E * room)
-    rows = Rows(order, place, expert_R, False)
-    return dispatched(x_ND, routing, experts, rows, product_of(experts, x_ND, padded_mm, room))
+    first, second = products(padded_mm, room, w_in, w_out, compute_dtype(x_ND))
+    return dispatch(x_ND, routing, Rows(order, place, expert_R, False), first, bias_in, activate, gate_after, second)
 
 
 BACKENDS: dict[str, Callable] = {
@@ -89,16 +89,15 @@ BACKENDS: dict[str, Callable] = {
 }
 
 
-def choose_backend(experts, k, device, dtype, has_capacity=False, is_compiled=False):
-    """What `moe_backend=auto` means: the name of the fastest backend that runs here, as measured on a CPU and as known
-    of CUDA (where this rule is not measured yet). k: experts per token; device, dtype: of matrix products.
+def choose_backend(shape, k, device, dtype, has_capacity=False, is_compiled=False):
+    """The name of the fastest backend here, for `moe_backend=auto`. Measured on a CPU, not on CUDA.
 
-    `masked` computes all E·H hidden units, so it wins on a GPU while they are not much more than a dense MLP's 4·D.
-    Otherwise `sliced` on a CPU that need not know sizes in advance; `padded` where capacity bounds them; and `sorted`
-    where the grouped GEMM has a fast kernel (CUDA, bfloat16, sm90). Elsewhere `masked` is the only one without a
-    synchronisation or a graph break.
+    shape: (E, H, D); k: experts per token; device, dtype: of the matrix products. `masked` computes all E·H hidden
+    units, so on a GPU it wins while they are not much more than a dense MLP's 4·D. Otherwise `sliced` on a CPU without
+    a compiler; `padded` on CUDA where capacity bounds the sizes; `sorted` where the grouped GEMM has a fast kernel
+    (CUDA, bfloat16, sm90). Elsewhere only `masked` runs without a synchronisation or a graph break.
     """
-    E, H, D = experts.w_in.shape
+    E, H, D = shape
     if E == k:
         return "masked"
     if device.type == "cpu" and not is_compiled:
@@ -125,60 +124,68 @@ class Rows(NamedTuple):
 
 
 def rows_and_sizes(routing, n_expert):
-    """(the Rows that sorting the kept choices by expert makes, those that were dropped at the end; how many choices
-    each expert kept). Waits for the device."""
+    """(Rows of the kept choices sorted by expert, the dropped ones at the end; the choices that each expert kept).
+    Waits for the device."""
     expert_M = torch.where(routing.kept, routing.experts, n_expert).reshape(-1)
     sizes = torch.bincount(expert_M, minlength=n_expert + 1)[:n_expert].tolist()
     return by_expert(expert_M, routing), sizes
 
 
 def by_expert(expert_M, routing):
-    """The Rows that sorting the choices by expert_M makes."""
+    """Rows of the choices sorted by expert_M."""
     order = torch.argsort(expert_M.to(torch.int16), stable=True)
     return Rows(order, inverse_of(order, order.size(0)), routing.experts.reshape(-1)[order], True)
 
 
 def inverse_of(place, n_rows):
-    """order from place: (n_rows,) int64, M in rows where nothing is placed."""
+    """The `order` of Rows from their `place`: (n_rows,) int64, M in rows without a choice."""
     M = place.size(0)
     order = torch.full((n_rows,), M, dtype=torch.int64, device=place.device)
     return order.scatter_(0, place, torch.arange(M, device=place.device))
 
 
-def dispatched(x_ND, routing, experts, rows, product):
-    """What `experts` make of x in these Rows; product: see product_of."""
+def dispatch(x_ND, routing, rows, first, bias_in, activate, gate_after, second):
+    """The experts' sum over the choices in these Rows. first, second: (rows (R, in)) -> (R, out), the products with
+    w_in and w_out in x's precision; second is None without a w_out."""
     N, K = routing.experts.shape
     dtype = compute_dtype(x_ND)
-    up = product(Gather.apply(x_ND.to(dtype), rows.order, rows.place, K, rows.is_permutation), "w_in")
-    if experts.bias_in is not None:
-        up = up + experts.bias_in.to(dtype)[rows.experts]
-    if experts.is_linear_in_gate:  # then the gate may wait for the output, which is narrower
-        y = experts.hidden(up)
+    up = first(Gather.apply(x_ND.to(dtype), rows.order, rows.place, K, rows.is_permutation))
+    if bias_in is not None:
+        up = up + bias_in.to(dtype)[rows.experts]
+    if gate_after:  # then the gate may wait for the output, which is narrower
+        y = activate(up)
     else:
         gates_R1 = Gather.apply(routing.gates.reshape(-1, 1), rows.order, rows.place, 1, rows.is_permutation)
-        y = experts.hidden(up, gates_R1).to(dtype)
-    if experts.w_out is not None:
-        y = product(y, "w_out")
+        y = hidden_units(up, gates_R1, activate, gate_after)
+    if second is not None:
+        y = second(y)
     y_NKD = Gather.apply(y, rows.place, rows.order, 1, rows.is_permutation).view(N, K, -1)
-    if experts.is_linear_in_gate:
+    if gate_after:
         y_NKD = y_NKD * routing.gates[:, :, None].to(dtype)
     return y_NKD[:, 0] if K == 1 else y_NKD.sum(dim=1)
 
 
-def product_of(experts, x_ND, matmul, layout):
-    """product(rows (R, in), "w_in" or "w_out") -> (R, out), in x's precision; matmul(rows, weights (E, in, out),
-    layout) multiplies each row with the weights of its expert."""
+def hidden_units(up, gates, activate, gate_after):
+    """The experts' gated hidden units, in the precision of `up`, the output of the first layer."""
+    return (activate(up) * gates if gate_after else activate(up * gates)).to(up.dtype)
 
-    def product(rows, name):
-        weights = getattr(experts, name).to(compute_dtype(x_ND))
-        return matmul(rows, weights.transpose(1, 2) if name == "w_in" else weights, layout)
 
-    return product
+def products(matmul, layout, w_in, w_out, dtype):
+    """(first, second) as `dispatch` takes them. matmul(rows, weights (E, in, out), layout) multiplies each row with
+    the weights of its expert."""
+
+    def first(rows):
+        return matmul(rows, w_in.to(dtype).transpose(1, 2), layout)
+
+    def second(rows):
+        return matmul(rows, w_out.to(dtype), layout)
+
+    return first, None if w_out is None else second
 
 
 class Gather(torch.autograd.Function):
-    """Row order[i] // K of x for each i, 0 where order[i] is K · len(x). Indexing does that too, but its gradient adds
-    up rows one by one; here `place` knows where each of them went."""
+    """Row order[i] // K of x for each i, 0 where order[i] is K · len(x). Plain indexing adds up its gradient row by
+    row; here `place` knows where each row went."""
 
     @staticmethod
     def forward(ctx, x, order, place, K, is_permutation):
@@ -201,7 +208,7 @@ def gathered(x, index, is_permutation):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Products of such rows: (rows (R, in), weights (E, in, out), how the rows lie) -> (R, out)
+# Products of rows that lie expert by expert: (rows (R, in), weights (E, in, out), layout) -> (R, out)
 
 
 def grouped_mm(rows, weights, offsets):
@@ -214,7 +221,7 @@ def padded_mm(rows, weights, room):
 
 class SlicedMM(torch.autograd.Function):
     """x (R, in), weights (E, in, out) -> (R, out): the first sizes[0] rows times weights[0], the next sizes[1] times
-    weights[1], …; 0 in the rows that remain."""
+    weights[1], …; 0 in the remaining rows."""
 
     @staticmethod
     def forward(ctx, x, weights, sizes):
@@ -243,12 +250,11 @@ def sliced_mm(a, b, out):
 
 
 def slices(x, sizes, dim=0):
-    """x cut along dim into these sizes, and what remains."""
+    """x cut along dim into these sizes and the rest."""
     return x.split([*sizes, x.size(dim) - sum(sizes)], dim)
 
 
 def compute_dtype(x):
-    """The dtype that matrix products of x take: autocast's where it is on, for operations that autocast does not
-    know."""
+    """The dtype of matrix products of x: autocast's where it is on, for operations that autocast does not know."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -30,6 +30,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from data.common import DataError, Dataset, find_dataset
+from run import accounting
 from run.records import RecordError
 from run.settings import Config
 from speed import bench_records, bench_screen, kernels, timing
@@ -238,8 +239,8 @@ def bench_record(bench, candidates, config, size, machine, other_load, seconds):
             candidate.name: {
                 "title": candidate.title,
                 "config": candidate.config.to_dict(),
-                "parameters": candidate.model.count_parameters(),
-                "flops_per_token": candidate.model.flops_per_token(),
+                "parameters": accounting.count_parameters(candidate.model),
+                "flops_per_token": accounting.training_flops_per_token(candidate.model),
                 "backend": candidate.backends(),
                 "checks": candidate.checks,
                 "compile_seconds": candidate.compile_seconds,

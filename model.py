@@ -16,9 +16,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import moe
 from backends import compute_dtype
-from routing import Router, Routing, RoutingCache, main_expert
+from balance import AuxLoss, RoutingStats, aux_losses, own_mean, stats_of_layers
+from moe import MoE, apply_schedule
+from routing import RoutingCache
+from selection import Routing, main_expert
 
 IGNORED = -1  # a target that is not predicted
 
@@ -26,8 +28,8 @@ IGNORED = -1  # a target that is not predicted
 class Output(NamedTuple):
     logits: torch.Tensor  # (B, T, V), or (B, 1, V) with last_only
     loss: torch.Tensor | None  # mean cross-entropy over the targets, nats; nothing else is ever added to it
-    aux: dict[str, moe.AuxLoss]  # auxiliary losses by name, raw and weighted; empty without targets
-    stats: list[moe.RoutingStats]  # one per MoE layer; empty without targets
+    aux: dict[str, AuxLoss]  # auxiliary losses by name, raw and weighted; empty without targets
+    stats: list[RoutingStats]  # one per MoE layer; empty without targets
     routing: list[Routing]  # one per MoE layer
 
     @property
@@ -46,20 +48,20 @@ class Generated(NamedTuple):
 
 
 class LayerCache:
-    """One block's keys and values of the tokens read so far, and what its router must remember of them."""
+    """One block's keys and values of the tokens read so far, and its router's memory of them."""
 
     def __init__(self, block, config, batch_size, device, dtype):
         shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.routing = None
-        if isinstance(block.mlp, moe.MoE):
+        if isinstance(block.mlp, MoE):
             router_dtype = torch.promote_types(block.norm_mlp.weight.dtype, torch.float32)
             self.routing = RoutingCache(block.mlp.config, batch_size, device, router_dtype)
 
     def extend(self, k, v, past):
-        """-> keys and values (B, n_head, S, D // n_head) with those of what is new, k and v, from position `past` on: S
-        = past + T, or all positions where `past` is a tensor (1,) and T is 1."""
+        """-> keys and values (B, n_head, S, D // n_head) with k and v added from position `past` on. S = past + T, or
+        all positions where `past` is a tensor (1,) and T is 1."""
         if isinstance(past, torch.Tensor):
             return self.keys.index_copy_(2, past, k), self.values.index_copy_(2, past, v)
         end = past + k.size(2)
@@ -70,8 +72,8 @@ class LayerCache:
 class KVCache:
     """A LayerCache per block, for batch_size sequences of the same length.
 
-    position: a tensor (1,) int64 in place of `length`, for steps of one token whose shapes must not change; whoever
-    sets it moves it.
+    position: a tensor (1,) int64 to be used in place of `length`, for steps of one token whose shapes must not change.
+    Its owner advances it.
     """
 
     def __init__(self, model, batch_size):
@@ -97,8 +99,8 @@ class Attention(nn.Module):
         self.proj_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD, past=0, cache=None, visible=None):
-        """With a cache (LayerCache), x holds the positions from `past` on; their keys and values are added to it.
-        visible (T, S) bool: which positions each sees; None: itself and all before it."""
+        """cache: a LayerCache that takes the keys and values of x, the positions from `past` on. visible (T, S) bool:
+        the positions that each one sees; None: itself and all before it."""
         B, T, D = x_BTD.shape
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.qkv(x_BTD).chunk(3, dim=-1))
         if cache:
@@ -137,7 +139,7 @@ class Block(nn.Module):
         """-> (x, routing), routing None in a dense block"""
         x_BTD = x_BTD + self.attention(self.norm_attention(x_BTD), past, cache, visible)
         y_BTD, routing = self.norm_mlp(x_BTD), None
-        if isinstance(self.mlp, moe.MoE):
+        if isinstance(self.mlp, MoE):
             y_BTD, routing = self.mlp(y_BTD, ids_BT, cache.routing if cache else None)
         else:
             y_BTD = self.mlp(y_BTD)
@@ -145,44 +147,48 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """config: a `settings.Config`; vocab_size: V; symbol_counts (V,): how often each symbol occurs in training, by
-    which hash routers balance their tables (a checkpoint brings the tables along)."""
+    """The whole model: ids -> Output.
+
+    config: a `settings.Config`; vocab_size: V; symbol_counts (V,): how often each symbol occurs in training, for
+    routers by symbol (their tables are in the checkpoint).
+    """
 
     def __init__(self, config, vocab_size, symbol_counts=None):
         super().__init__()
         counts = torch.ones(vocab_size, device="cpu") if symbol_counts is None else torch.as_tensor(symbol_counts)
         self.config = config
-        self.batch_mean = moe.these_alone  # in training; Updater sets another for processes that share a batch
+        self.batch_mean = own_mean  # in training; Updater sets another for processes that share a batch
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList()
         experts = None
         for i in range(config.n_layer):
-            mlp = moe.MoE(config.of_block(i), i, counts, experts) if i in config.moe_layers else MLP(config)
+            mlp = MoE(config.of_block(i), i, counts, experts) if i in config.moe_layers else MLP(config)
             self.blocks.append(Block(config, mlp))
-            if config.share_experts and isinstance(mlp, moe.MoE):
+            if config.share_experts and isinstance(mlp, MoE):
                 experts = mlp.experts
         self.register_buffer("aux_loss_coef", torch.tensor(float(config.aux_loss_coef)))
         self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.init_weights()
 
     def init_weights(self):
-        """Normal with SD 0.02; 0.02/√(2·layers) for the 2 projections a layer that write into the residual stream;
-        biases 0, norms 1."""
+        """Normal with SD 0.02; 0.02/√(2·layers) for the two projections a layer that write into the residual stream;
+        biases 0, norms 1. Routers keep their own values but for `initialised_by_layer`."""
         std = 0.02
         residual_std = std / math.sqrt(2 * self.config.n_layer)
+        of_routers = {module for layer in self.moe_layers() for module in layer.router.modules()}
         for name, module in self.named_modules():
-            if isinstance(module, moe.MoE):
+            if isinstance(module, MoE):
                 module.init_weights(std, residual_std)
-            elif isinstance(module, (nn.Linear, nn.Embedding)):
+            elif isinstance(module, (nn.Linear, nn.Embedding)) and module not in of_routers:
                 nn.init.normal_(module.weight, std=residual_std if name.endswith(".proj") else std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None, cache=None, last_only=False) -> Output:
-        """idx, targets: (B, T) int64; a target of IGNORED is not predicted, and its token not counted in the
-        statistics. cache: a KVCache, which idx continues. last_only: logits of the last position alone."""
+        """idx, targets: (B, T) int64; a target of IGNORED is not predicted, and its token counts in no statistics.
+        cache: a KVCache, which idx continues. last_only: logits of the last position alone."""
         T, past, visible = idx.size(1), cache.length if cache else 0, None
         if cache and cache.position is not None:
             past = cache.position
@@ -204,111 +210,38 @@ class GPT(nn.Module):
             cache.length += T
         x = self.norm(x[:, -1:] if last_only else x)
         logits = F.linear(x, self.token_embedding.weight)
-        if targets is None:  # nobody reads what training needs to know
+        if targets is None:
             return Output(logits, None, {}, [], routings)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORED)
         n_symbols = self.token_embedding.num_embeddings
         weight_N = (targets.reshape(-1) != IGNORED).to(loss.dtype)
-        stats = moe.stats_of_layers(routings, idx, self.config, n_symbols, weight_N)
-        whole = self.batch_mean if self.training else moe.these_alone
-        return Output(logits, loss, moe.aux_losses(routings, self.config, self.aux_loss_coef, whole), stats, routings)
+        stats = stats_of_layers(routings, idx, self.config, n_symbols, weight_N)
+        batch_mean = self.batch_mean if self.training else own_mean
+        return Output(logits, loss, aux_losses(routings, self.config, self.aux_loss_coef, batch_mean), stats, routings)
 
     def set_step(self, step):
-        """Put everything that is scheduled, or drawn anew each step, where it belongs before update number `step`."""
+        """Sets scheduled values and redraws random routers, before update number `step`."""
         for layer in self.moe_layers():
             layer.set_step(step)
-        moe.move(self.aux_loss_coef, self.config, "aux_loss_coef", step)
+        apply_schedule(self.aux_loss_coef, self.config, "aux_loss_coef", step)
 
-    def balance(self, loads):
-        """After an update: auxiliary-loss-free balancing by each MoE layer's load (E,) in it; without router_bias_rate
-        nothing is to be done."""
+    def update_biases(self, loads):
+        """After an update: moves each MoE layer's balancing bias by its load (E,) in that update, where
+        router_bias_rate is set."""
         if self.config.router_bias_rate:
             for layer, load_E in zip(self.moe_layers(), loads, strict=True):
-                layer.balance(load_E)
+                layer.update_bias(load_E)
 
     def moe_layers(self):
-        return [block.mlp for block in self.blocks if isinstance(block.mlp, moe.MoE)]
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generators=None) -> Iterator[Generated]:
-        """Continue idx (B, T) by max_new_tokens, one Generated a step: see `Decoder`, and `decoding.py` for faster
-        ones."""
+        """Continues idx (B, T) by max_new_tokens, one Generated a step. `speed/decoding.py` has faster Decoders."""
         return Decoder(self, idx.size(0), temperature, top_k).write(idx, max_new_tokens, generators)
-
-    def count_parameters(self):
-        """Parameters by kind; `total` counts each once (the output layer is the token embedding), `active` are those
-        that one token uses, `embedding` are tokens and positions."""
-        kinds = {
-            "embedding": (nn.Embedding,),
-            "attention": (Attention,),
-            "mlp": (MLP,),
-            "router": (Router,),
-            "experts": (moe.Experts, moe.SharedExperts),
-            "norm": (nn.LayerNorm,),
-        }
-        counts = {
-            kind: sum(p.numel() for m in self.modules() if isinstance(m, types) for p in m.parameters())
-            for kind, types in kinds.items()
-        }
-        total = sum(p.numel() for p in self.parameters())
-        assert total == sum(counts.values()), "a parameter of no kind, or of two"
-        return {"total": total, "active": self.parameters_for(1), **counts}
-
-    def parameters_for(self, n_tokens):
-        """Parameters that n_tokens use together. More than one token uses as many experts as are expected where each
-        chooses evenly, rounded."""
-        sets = {}  # of experts -> the layers that use them
-        for layer in self.moe_layers():
-            sets.setdefault(layer.experts, []).append(layer)
-        inactive = 0
-        for experts, layers in sets.items():
-            n_expert, n_active = layers[0].config.n_expert, sum(layer.n_active for layer in layers)
-            unused = max(0.0, 1 - n_active / n_expert) ** n_tokens * n_expert
-            inactive += experts.inactive_parameters(n_expert - unused)
-        return round(sum(p.numel() for p in self.parameters()) - inactive)
-
-    def flops_per_token(self):
-        """Training FLOPs (forward, and twice that backward) per token at full block_size; a multiply-add is 2.
-        Attention is counted over the whole block_size × block_size square, as Chowdhery et al. 2022 (PaLM, appendix
-        B) do; only chosen experts count."""
-        return 3 * self.forward_flops_per_token()
-
-    def forward_flops_per_token(self, context=None):
-        """FLOPs of reading one token, averaged over a full sequence; or, with a cache, of decoding one after `context`
-        others."""
-        D, attended = self.config.n_embd, self.config.block_size if context is None else context + 1
-        per_block = 2 * (3 * D * D + D * D) + 4 * attended * D
-        mlps = sum(block.mlp.flops_per_token() for block in self.blocks)
-        return 2 * self.token_embedding.weight.numel() + len(self.blocks) * per_block + mlps
-
-    def training_bytes(self, element_size):
-        """The least that an update moves: every weight in the products' precision (element_size bytes) for the forward
-        and for the backward pass; in float32 its gradient written and read, and weight and AdamW's two moments read and
-        written. Activations are not counted."""
-        return sum(p.numel() for p in self.parameters()) * (2 * element_size + 2 * 4 + 6 * 4)
-
-    def prefill_bytes(self, batch_size, length, element_size):
-        """The least that reading `length` tokens of each sequence moves: the weights, and what is cached."""
-        tokens = batch_size * length
-        return (self.weights_read(tokens, length) + tokens * self.cached_per_token()) * element_size
-
-    def decoding_bytes(self, batch_size, context, element_size):
-        """The least that one more token of each sequence moves: the weights of its experts, and the cache of `context`
-        tokens."""
-        cached = batch_size * context * self.cached_per_token()
-        return (self.weights_read(batch_size, 1) + cached) * element_size
-
-    def weights_read(self, n_tokens, n_positions):
-        """Numbers, to read n_tokens at n_positions."""
-        unread = (self.config.block_size - n_positions) * self.config.n_embd
-        return self.parameters_for(n_tokens) - unread
-
-    def cached_per_token(self):
-        """Numbers: a key and a value per block."""
-        return 2 * len(self.blocks) * self.config.n_embd
 
 
 class Decoder:
-    """Writes: reads what is new of batch_size sequences into a cache, and draws the next token of each.
+    """Writes text: reads new tokens of batch_size sequences into a cache, and draws the next token of each.
 
     temperature: logits are divided by it; 0 takes the most likely token. top_k: sample among the k most likely.
     """
@@ -325,11 +258,11 @@ class Decoder:
 
     @property
     def length(self):
-        """How many tokens of each sequence have been read."""
+        """Tokens read of each sequence."""
         return self.cache.length
 
     def clear(self):
-        """Forget them."""
+        """Forgets all tokens read."""
         self.cache.clear()
 
     @torch.no_grad()
@@ -339,18 +272,15 @@ class Decoder:
         return out.logits[:, -1].float(), out.routing
 
     def next(self, ids_BT, uniform_B) -> Generated:
-        """Read, and draw the next token of each sequence by a number in [0, 1)."""
+        """Reads, and draws the next token of each sequence by a number in [0, 1)."""
         logits_BV, routing = self.read(ids_BT)
         return Generated(sample(logits_BV, self.temperature, self.top_k, uniform_B), routing)
 
     def write(self, idx, max_new_tokens, generators=None) -> Iterator[Generated]:
-        """Continue idx (B, T) by max_new_tokens, one Generated a step, from nothing read.
+        """Continues idx (B, T) by max_new_tokens, one Generated a step, from an empty cache.
 
-        generators: a torch.Generator per sequence, on the CPU, so that a sample depends on its own seed alone, on every
-        device.
-
-        Positions are learned, so a cache cannot slide: when it holds block_size tokens, it is rebuilt from the last
-        block_size // 2.
+        generators: a CPU torch.Generator per sequence, so that a sample depends on its own seed alone, on every device.
+        Positions are learned, so the cache cannot slide: at block_size tokens it is rebuilt from the last half.
         """
         if idx.size(1) == 0:
             raise ValueError("an empty prompt: at least one token is needed to start from")
@@ -370,30 +300,8 @@ class Decoder:
 
 
 def uniforms(count, generator=None):
-    """(count,) float32 in [0, 1), on the CPU; of more, these are the first."""
+    """(count,) float32 in [0, 1), on the CPU. A larger count begins with the same numbers."""
     return torch.rand(count, generator=generator, device="cpu")
-
-
-def dense_equal_active(config):
-    """mlp_hidden of the dense model that costs the same FLOPs per token, the router's among them (to the nearest unit a
-    block): what an MoE must beat if compute is what counts."""
-    blocks = skeleton(config).blocks
-    return round(sum(block.mlp.flops_per_token() for block in blocks) / len(blocks) / (2 * 2 * config.n_embd))
-
-
-def dense_equal_total(config):
-    """mlp_hidden of the dense model with as many parameters, the routers' among them (to the nearest unit a block):
-    what an MoE must beat if memory is what counts."""
-    blocks = skeleton(config).blocks
-    parameters = {id(p): p.numel() for block in blocks for p in block.mlp.parameters()}  # shared ones once
-    biases = len(blocks) * config.n_embd if config.bias else 0
-    return round((sum(parameters.values()) - biases) / len(blocks) / (2 * config.n_embd + config.bias))
-
-
-def skeleton(config):
-    """The model without memory for its weights, to count with."""
-    with torch.device("meta"):
-        return GPT(config, vocab_size=1)
 
 
 def sample(logits_BV, temperature, top_k, uniform_B):

@@ -1,12 +1,16 @@
-"""Who goes to which expert: routers, levels, gates, selection, capacity.
+"""Routers: who scores the experts for a token, and levels: the vector that a token is routed by.
 
-    x -> level (what a token is routed by) -> router (logits) -> temperature -> gate (scores)
-      -> balancing bias, expert dropout -> selection (k experts a token) -> capacity (which choices find room)
+    x -> level -> router (logits) -> temperature -> gate (scores) -> balancing bias, expert dropout
+      -> selection (k experts a token) -> capacity (which choices find room)
 
-Levels, routers and gates are entries of a table (LEVELS, ROUTERS, GATES) named by a key of the config; MoE.route in
-`moe.py` takes the steps one after the other. docs/moe-options.md
-lists them with formula, source, and whether they are causal. Letters as in `moe.py`; S positions of a
-sequence seen so far, of which the last T are new.
+`MoE.route` in `moe.py` takes these steps one after the other; those after the router are in `selection.py`. Levels and
+routers are entries of a table (LEVELS, ROUTERS), named by a key of the config; docs/moe-options.md lists them with
+formula and source.
+
+A new router is a subclass of Router with its traits, a line in ROUTERS, and its name among the choices of `router` in
+`run/settings.py`. Nothing else names it: the checks of a config, decoding, analysis and accounting ask its class.
+
+Letters as in `moe.py`; S: positions of a sequence seen so far, of which the last T are new.
 """
 
 import math
@@ -17,22 +21,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-class Routing(NamedTuple):
-    """Where the tokens go. `experts`, `gates`, `chosen` and `kept` belong together; the K choices of a token come best
-    first, or in expert order where every expert has a place (soft routing, expert choice)."""
-
-    logits: torch.Tensor  # (N, E) float32, as the router gives them
-    probs: torch.Tensor  # (N, E) float32: the scores, scaled so that rows sum to 1
-    experts: torch.Tensor  # (N, K) int64
-    gates: torch.Tensor  # (N, K) float32, 0 where the choice was not made or was dropped
-    chosen: torch.Tensor  # (N, K) bool, False where the choice was not made (top-p, expert choice, expert dropout)
-    kept: torch.Tensor  # (N, K) bool, chosen and not dropped for lack of room
-    room: int  # the most choices that one expert can have kept: N, or fewer under a capacity
+from selection import capacity, top_k_experts
 
 
 class RoutingCache:
-    """What one layer must remember of the tokens already read, for decoding with a key-value cache."""
+    """One layer's memory of the tokens already read, for decoding with a key-value cache."""
 
     def __init__(self, config, batch_size, device, dtype):
         level, router = LEVELS[config.router_level], ROUTERS[config.router]
@@ -48,7 +41,7 @@ class RoutingCache:
         self.use_BE.zero_()
 
     def extend(self, x_BTD, ids_BT):
-        """-> (x (B, S, D), ids (B, S)) with what is new at the end; no more than x, ids where no history is needed."""
+        """-> (x (B, S, D), ids (B, S)): the history and the new tokens, or these alone where no history is needed."""
         past, self.length = self.length, self.length + x_BTD.size(1)
         if self.x.size(-1):
             self.x[:, past : self.length] = x_BTD
@@ -60,7 +53,7 @@ class RoutingCache:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Levels: what a token is routed by. (x (B, S, D), config) -> (B, S, D)
+# Levels: the vector that a token is routed by. (x (B, S, D), config) -> (B, S, D)
 
 
 class Level(NamedTuple):
@@ -76,12 +69,12 @@ def pool_prefix(x_BSD, config):
 
 
 def pool_segment(x_BSD, config):
-    """The mean of the segment before the token's own (Lory, Zhong et al. 2024); the first segment, which has none
-    before it, is routed by its first token."""
+    """The mean of the segment before the token's own (Lory, Zhong et al. 2024). The first segment has none before it
+    and is routed by its first token."""
     B, S, D = x_BSD.shape
     size = config.segment_size
-    whole = S // size
-    means = x_BSD[:, : whole * size].view(B, whole, size, D).mean(dim=2)
+    complete = S // size
+    means = x_BSD[:, : complete * size].view(B, complete, size, D).mean(dim=2)
     by_segment = torch.cat((x_BSD[:, :1], means), dim=1)  # entry s routes segment s
     return by_segment.repeat_interleave(size, dim=1)[:, :S]
 
@@ -107,27 +100,57 @@ class Router(nn.Module):
     """Scores experts: (x (B, T, D) float32, ids (B, S) of which the last T belong to x) -> logits (B, T, E) float32.
 
     layer: index of the block, so that layers differ; symbol_counts (V,): how often each symbol occurs in training.
+
+    A subclass states its traits below. Its parameters and buffers keep the values that its constructor gave them, but
+    for those that it names in `initialised_by_layer`.
     """
 
-    is_causal = True
+    is_causal = True  # whether later tokens, and other sequences, leave a token's choice alone
+    causal_twin = "router=learned"  # told to the user in place of a router that is not causal
+    is_trained = True  # whether a loss can change it
     needs_history = False  # whether `ids` must reach back before x
+    tokens_choose = True  # False: experts choose tokens, at most `capacity` of each sequence, and all have a place
+    takes_bias = True  # whether a balancing bias can change its choices
+    gives_log_probs = False  # whether softmax leaves its logits as they are
+    initialised_by_layer: tuple[str, ...] = ()  # weights made with torch.empty, for the key expert_init to fill
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__()
         self.config, self.layer = config, layer
 
+    @classmethod
+    def problems(cls, config):
+        """Yields (keys, message) for each combination of keys that this router refuses. A subclass adds its own."""
+        name = config.router
+        if not cls.is_trained and (config.balances or config.z_loss_coef):
+            message = f"router={name} is not trained, so no loss can balance it"
+            yield ("router", *BALANCING, "z_loss_coef"), f"{message}; set aux_loss='none' and z_loss_coef=0"
+        if cls.is_trained and cls.gives_log_probs and config.z_loss_coef:
+            message = f"{name} gives log-probabilities, whose z-loss is 0"
+            yield ("router", "z_loss_coef"), f"{message}; set z_loss_coef=0"
+        if not cls.takes_bias and config.router_bias_rate:
+            message = f"router={name} does not choose by what a bias could change"
+            yield ("router", "router_bias_rate"), f"{message}; set router_bias_rate=0"
+        if cls.gives_log_probs and config.gate != "softmax":
+            yield ("router", "gate"), f"{name} gives log-probabilities; set gate='softmax'"
+
+    @classmethod
+    def largest_top_k(cls, config):
+        """The most experts that one token can go to in a block with this config."""
+        return config.n_expert
+
     def set_step(self, step):
-        """Told before update number `step`, and before the evaluation at that point."""
+        """Called before update number `step`, and before the evaluation at that point."""
 
     def preference(self, logits_NE):
-        """(N, E): what a token's experts are ranked by."""
+        """(N, E): the order in which a token's experts are chosen."""
         return logits_NE
 
     def select(self, probs_NE, preference_NE, n_sequences):
-        """(experts (N, K), chosen (N, K)). preference: what they are ranked by, -inf for what cannot be chosen."""
+        """(experts (N, K), chosen (N, K)). preference: -inf for an expert that cannot be chosen."""
         config = self.config
         k = config.expert_top_k or config.n_expert
-        experts_NK = best(preference_NE, k, in_order=config.router_top_p > 0)
+        experts_NK = top_k_experts(preference_NE, k, in_order=config.router_top_p > 0)
         chosen_NK = preference_NE.gather(1, experts_NK) != -math.inf
         if config.router_top_p:
             share_NK = probs_NE.gather(1, experts_NK)
@@ -135,17 +158,25 @@ class Router(nn.Module):
         return experts_NK, chosen_NK
 
     def experts_per_token(self):
-        """On average over a full sequence: k, or what capacity leaves room for; at most, with top-p."""
+        """The average over a full sequence: k, or as many as capacity leaves room for. With top-p, the maximum."""
         config = self.config
         k = config.expert_top_k or config.n_expert
         return min(k, config.n_expert * capacity(config) / config.block_size) if config.capacity_factor else k
 
     def flops_per_token(self):
+        """Forward FLOPs (a multiply-add is 2) of one token's logits."""
         return 0
+
+    def state_problem(self):
+        """The reason why loaded buffers make no sense, or None."""
+        return None
+
+
+BALANCING = ("aux_loss", "aux_loss_coef", "aux_loss_coef_end")  # the keys of the balancing loss
 
 
 class LinearRouter(Router):
-    """One linear map: `weight` (E, D)."""
+    """Logits by one linear map, x Wᵀ with `weight` (E, D)."""
 
     def forward(self, x_BTD, ids_BS):
         return F.linear(x_BTD, self.weight.to(x_BTD.dtype))
@@ -154,8 +185,16 @@ class LinearRouter(Router):
         return 2 * self.config.n_expert * self.config.n_embd
 
 
+def is_linear_top_k(router):
+    """Whether a token's experts are the k largest of x Wᵀ and nothing more, so that decoding may take a shortcut."""
+    steps = ((LinearRouter, "forward"), (Router, "preference"), (Router, "select"))
+    return all(getattr(type(router), name) is getattr(owner, name) for owner, name in steps)
+
+
 class LearnedRouter(LinearRouter):
-    """Trained with the rest (Shazeer et al. 2017; Fedus et al. 2022, eq. 1)."""
+    """Trained with the rest of the model (Shazeer et al. 2017; Fedus et al. 2022, eq. 1)."""
+
+    initialised_by_layer = ("weight",)
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
@@ -163,7 +202,9 @@ class LearnedRouter(LinearRouter):
 
 
 class FrozenRouter(LearnedRouter):
-    """As at initialisation, never trained (Fan et al. 2024)."""
+    """Stays as initialised, never trained (Fan et al. 2024)."""
+
+    is_trained = False
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
@@ -173,6 +214,8 @@ class FrozenRouter(LearnedRouter):
 class RandomRouter(LinearRouter):
     """Drawn anew before every update, a pure function of seed, layer and step (Fan et al. 2024)."""
 
+    is_trained = False
+
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
         self.register_buffer("weight", torch.empty(config.n_expert, config.n_embd))
@@ -180,7 +223,7 @@ class RandomRouter(LinearRouter):
 
     @torch.no_grad()
     def set_step(self, step):
-        generator = torch.Generator().manual_seed(mix(self.config.seed, self.layer, step))
+        generator = torch.Generator().manual_seed(mix_seeds(self.config.seed, self.layer, step))
         drawn = torch.randn(self.weight.shape, generator=generator, device="cpu") * 0.02
         if self.weight.is_cuda:  # pinned, so that the copy does not wait for the device
             drawn = drawn.pin_memory()
@@ -188,7 +231,28 @@ class RandomRouter(LinearRouter):
 
 
 class FixedRouter(Router):
-    """One expert a token, by a rule of its symbols: logit 0 for that one, -inf for the others."""
+    """One expert a token, by a fixed rule of the symbols: logit 0 for that expert, -inf for the others."""
+
+    is_trained = False
+    takes_bias = False
+    gives_log_probs = True
+
+    @classmethod
+    def problems(cls, config):
+        yield from super().problems(config)
+        name = config.router
+        if config.expert_top_k != 1:
+            yield ("router", "expert_top_k"), f"{name} gives every character one expert; set expert_top_k=1"
+        if config.router_level != "token":
+            message = f"{name} routes by characters, not by vectors that could be averaged"
+            yield ("router", "router_level"), f"{message}; set router_level='token'"
+        if config.expert_dropout_is_used:
+            message = f"a character has no other expert to go to under {name}"
+            yield ("router", "expert_dropout", "expert_dropout_end"), f"{message}; set expert_dropout=0"
+
+    @classmethod
+    def largest_top_k(cls, config):
+        return 1
 
     def experts_of(self, ids_BS):
         """(B, S) int64: each token's expert."""
@@ -201,27 +265,37 @@ class FixedRouter(Router):
 
 
 class HashRouter(FixedRouter):
-    """A fixed table, symbol -> expert, that balances the experts' load over the training text as well as whole symbols
-    can (Roller et al. 2021, balanced hash): symbols by falling frequency, each to the expert with the least so far.
-    Frequencies are blurred by up to a fifth, so that layers and seeds get different tables."""
+    """A fixed table, symbol -> expert, that balances the experts' load over the training text (Roller et al. 2021,
+    balanced hash); see hash_table. Each layer and seed has its own."""
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
-        seed = mix(config.seed, layer, 0)
+        seed = mix_seeds(config.seed, layer, 0)
         self.register_buffer("table", hash_table(symbol_counts, config.n_expert, seed))
 
     def experts_of(self, ids_BS):
         return self.table[ids_BS]
 
+    def state_problem(self):
+        is_expert_V = (self.table >= 0) & (self.table < self.config.n_expert)
+        return None if is_expert_V.all() else "its table has experts that are not there"
+
 
 class NgramHashRouter(FixedRouter):
-    """A hash of the last `router_ngram` symbols, the token's own among them: causal, and balanced only by chance."""
+    """A hash of the last `router_ngram` symbols, the token's own included. Balanced only by chance."""
 
     needs_history = True
 
+    @classmethod
+    def problems(cls, config):
+        yield from super().problems(config)
+        if config.router_ngram > config.block_size:
+            message = f"router_ngram = {config.router_ngram} is more characters than block_size = {config.block_size}"
+            yield ("router", "router_ngram", "block_size"), f"{message} has; set router_ngram lower"
+
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
-        self.salt = mix(config.seed, layer, 1) % 2**31
+        self.salt = mix_seeds(config.seed, layer, 1) % 2**31
 
     def experts_of(self, ids_BS):
         key_BS = torch.full_like(ids_BS, self.salt)
@@ -232,8 +306,29 @@ class NgramHashRouter(FixedRouter):
 
 
 class TwoLevelRouter(Router):
-    """A group of experts, then experts within it (Jordan and Jacobs 1994): p(expert) = p(group) p(expert | group), and
-    only experts of the most likely group can be chosen."""
+    """A group of experts, then experts within it (Jordan and Jacobs 1994): p(expert) = p(group) p(expert | group).
+    Only experts of the most likely group can be chosen."""
+
+    takes_bias = False
+    gives_log_probs = True
+    initialised_by_layer = ("group_weight", "weight")
+
+    @classmethod
+    def problems(cls, config):
+        yield from super().problems(config)
+        groups, top_k = config.n_expert_group, config.expert_top_k
+        numbers = sorted({count for count in config.expert_counts() if count})
+        if top_k == 0 or any(n % groups or top_k > n // groups for n in numbers):
+            message = f"n_expert = {numbers[0]} must make n_expert_group = {groups} equal groups of expert_top_k"
+            keys = ("router", "n_expert_group", "n_expert", "n_expert_by_block", "expert_top_k")
+            yield keys, f"{message} = {top_k} or more (0 is not all); set n_expert_group to a divisor of n_expert"
+        if config.router_top_p:
+            message = f"top-p counts the probability of all groups, of which {config.router} uses one"
+            yield ("router", "router_top_p"), f"{message}; set router_top_p=0"
+
+    @classmethod
+    def largest_top_k(cls, config):
+        return config.n_expert // config.n_expert_group
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
@@ -249,7 +344,7 @@ class TwoLevelRouter(Router):
     def select(self, probs_NE, preference_NE, n_sequences):
         groups = self.config.n_expert_group
         available_NE = probs_NE.masked_fill(preference_NE == -math.inf, 0)
-        best_group_N = best(available_NE.unflatten(-1, (groups, -1)).sum(dim=-1), 1)
+        best_group_N = top_k_experts(available_NE.unflatten(-1, (groups, -1)).sum(dim=-1), 1)
         group_E = torch.arange(self.config.n_expert, device=probs_NE.device) // (self.config.n_expert // groups)
         return super().select(probs_NE, preference_NE.masked_fill(group_E != best_group_N, -math.inf), n_sequences)
 
@@ -257,14 +352,37 @@ class TwoLevelRouter(Router):
         return 2 * (self.config.n_expert + self.config.n_expert_group) * self.config.n_embd
 
 
+SINGLE_GATE = "a character that gets a single expert has a renormalised gate of 1, which teaches the router nothing"
+
+
 class ExpertChoiceRouter(LearnedRouter):
-    """Each expert takes the C tokens of a sequence that suit it best (Zhou et al. 2022): balanced by construction, and
-    not causal, for a later token can take an earlier one's place. Its causal twin is `learned` with a capacity."""
+    """Each expert takes the C tokens of a sequence that suit it best (Zhou et al. 2022). Balanced by construction, and
+    not causal: a later token can take an earlier one's place."""
 
     is_causal = False
+    causal_twin = "router=learned with a capacity_factor"
+    tokens_choose = False
+    takes_bias = False
+
+    @classmethod
+    def problems(cls, config):
+        yield from super().problems(config)
+        name = config.router
+        if config.balances:
+            yield ("router", *BALANCING), f"{name} is balanced by construction; set aux_loss='none'"
+        if config.gate_renormalize and not config.router_top_p:
+            yield ("gate_renormalize", "router_top_p", "router"), f"{SINGLE_GATE}; set gate_renormalize=False"
+        if not (config.capacity_factor > 0 and config.expert_top_k > 0 and config.capacity_group == "sequence"):
+            message = f"{name} needs to know how many characters of a sequence an expert takes"
+            keys = ("router", "capacity_factor", "expert_top_k", "capacity_group")
+            yield keys, f"{message}; set expert_top_k=1, capacity_factor=1 and capacity_group='sequence'"
+        if config.router_top_p or config.gate_straight_through or config.router_level == "sequence":
+            message = f"{name} chooses by itself, among characters that must differ"
+            keys = ("router", "router_top_p", "gate_straight_through", "router_level")
+            yield keys, f"{message}; set router_top_p=0, gate_straight_through=False, router_level='token'"
 
     def preference(self, logits_NE):
-        # Row by row: the tokens of a segment are alike, and must stay alike to the last bit, for ties go to the first.
+        # Row by row: tokens of a segment are alike and must stay so to the last bit, since ties go to the first.
         return F.log_softmax(logits_NE, dim=-1) if self.config.gate == "softmax" else logits_NE
 
     def select(self, probs_NE, preference_NE, n_sequences):
@@ -291,7 +409,7 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
-def mix(*numbers):
+def mix_seeds(*numbers):
     """One seed from several numbers, so that neighbouring ones give unrelated streams (FNV-1a, 63 bits)."""
     value = 0xCBF29CE484222325
     for number in numbers:
@@ -314,88 +432,3 @@ def hash_table(counts_V, n_expert, seed):
         table[symbol] = load.index(min(load))
         load[table[symbol]] += counts_V[symbol].item()
     return table
-
-
-def best(scores_NE, k, in_order=False):
-    """(N, k): the k best experts of each token, best first; all of them in expert order if k = E, unless in_order. Ties
-    go to the lower index, on every device and for every N, so that cached and uncached decoding agree."""
-    n_expert = scores_NE.size(-1)
-    if k == n_expert and not in_order:
-        return torch.arange(n_expert, device=scores_NE.device).expand_as(scores_NE)
-    if k == 1:
-        return scores_NE.argmax(dim=-1, keepdim=True)
-    return torch.sort(scores_NE, dim=-1, descending=True, stable=True).indices[:, :k]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Gates: logits (N, E) -> (scores, by which an expert's output is weighted; probs: the scores, scaled so that rows sum
-# to 1). Experts are chosen by the logits, with which both grow, or by score plus balancing bias.
-
-
-def softmax(logits_NE):
-    """Over the experts. As the outer dimension, a CPU takes many tokens at once, which is ten times faster."""
-    return F.softmax(logits_NE.t(), dim=0).t()
-
-
-def softmax_gate(logits_NE):
-    probs_NE = softmax(logits_NE)
-    return probs_NE, probs_NE
-
-
-def sigmoid_gate(logits_NE):
-    return torch.sigmoid(logits_NE), softmax(F.logsigmoid(logits_NE))
-
-
-GATES: dict[str, Callable] = {"softmax": softmax_gate, "sigmoid": sigmoid_gate}
-
-
-def dropped_experts(shape, rate, device):
-    """(N, E) bool: each expert masked for each token with probability `rate` (a 0-d tensor), as Csordás et al. 2023 do
-    before top-k; a token that would lose all of them keeps all."""
-    masked_NE = torch.rand(shape, device=device) < rate
-    return masked_NE & ~masked_NE.all(dim=-1, keepdim=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Capacity
-
-
-def capacity(config, n_sequences=1):
-    """C = ceil(cf · k · T / E) choices per expert and sequence (Fedus et al. 2022, eq. 3), with T the block size and
-    not the length at hand: a later token must not change what an earlier one was given."""
-    share = config.capacity_factor * config.expert_top_k * config.block_size * n_sequences / config.n_expert
-    return max(1, math.ceil(share - 1e-9))  # 1.1 · 10 is 11.000000000000002
-
-
-def within_capacity(experts_GS, chosen_GS, n_expert, limit, use_GE=None):
-    """Which choices find room: (G, S) bool, for G groups that share a capacity of `limit` choices per expert.
-
-    experts_GS lists the choices in order of priority: token by token, so that no token yields to a later one. Those
-    not in chosen_GS were not made. use_GE (int64, updated in place) counts the choices of earlier calls.
-    """
-    wanted_GES = (F.one_hot(experts_GS, n_expert) * chosen_GS[..., None]).transpose(1, 2).contiguous()
-    rank_GES = wanted_GES.cumsum(dim=-1)
-    if use_GE is not None:
-        rank_GES = rank_GES + use_GE[:, :, None]
-        use_GE += wanted_GES.sum(dim=-1)
-    return chosen_GS & ((rank_GES * wanted_GES).sum(dim=1) <= limit)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a Routing says
-
-
-def main_expert(routing):
-    """(N,): the expert with each token's largest gate, -1 where no choice was kept."""
-    gate_N, choice_N = routing.gates.masked_fill(~routing.kept, -1).max(dim=-1)
-    return torch.where(gate_N < 0, -1, routing.experts.gather(1, choice_N[:, None])[:, 0])
-
-
-def gates_per_expert(routing):
-    """(N, E): each token's gate for every expert, 0 for those that it does not use."""
-    return torch.zeros_like(routing.logits).scatter(-1, routing.experts, routing.gates)
-
-
-def choices_per_expert(routing):
-    """(N, E): 1 where a token chose an expert, before capacity; else 0."""
-    return torch.zeros_like(routing.logits).scatter(-1, routing.experts, routing.chosen.to(routing.logits.dtype))

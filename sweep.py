@@ -37,11 +37,10 @@ from typing import Literal
 
 from tqdm import tqdm
 
-import model
 from papers import TABLES, planned_runs
 from papers.planned_runs import KINDS, Setup, State, from_root, last_logged, record_path
 from papers.table import FIRST_SEED, SCALES, SEEDS_FOR_A_VERDICT
-from run import records
+from run import accounting, records
 from run.records import RecordError
 from run.settings import Config
 from support import configurator, console, files
@@ -238,7 +237,7 @@ def run_seconds(record):
 def training_flops(config):
     """Of a whole run, but for those of the output layer, which depend on the text."""
     tokens = config.max_iters * config.batch_size * config.gradient_accumulation_steps * config.block_size
-    return model.skeleton(config).flops_per_token() * tokens
+    return accounting.training_flops_per_token(accounting.model_without_memory(config)) * tokens
 
 
 def print_commands(states):

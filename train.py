@@ -26,8 +26,8 @@ import torch
 
 from data.common import DataError
 from model import GPT
-from routing import mix
-from run import evaluate, progress, records, screen_report
+from routing import mix_seeds
+from run import accounting, evaluate, progress, records, screen_report
 from run.dataset import open_dataset, prepare
 from run.processes import Processes, is_lost_connection
 from run.run_folder import RunFolder, check_resumable, difference
@@ -97,7 +97,7 @@ def train(config, argv, machine, processes):
     updater = Updater(model, config, machine, processes)
     state = TrainingState(machines.git_state())
     if not processes.is_first:  # the same weights, but dropout and noise of its own
-        torch.manual_seed(mix(config.seed, processes.rank))
+        torch.manual_seed(mix_seeds(config.seed, processes.rank))
     if saved:
         state = restore(saved, model, updater.optimizer, state.git)
     started = time.perf_counter() - state.seconds["total"]
@@ -105,7 +105,7 @@ def train(config, argv, machine, processes):
     processes.check_agreement(
         {"step": state.step, "symbols": dataset.vocabulary.size, "characters": dataset.sizes["train"]}
     )
-    counts = model.count_parameters()
+    counts = accounting.count_parameters(model)
     print(
         f"{dataset.name}: {dataset.sizes['train']:,} {dataset.unit}s to train on, {dataset.vocabulary.size} symbols; "
         f"{counts['total']:,} parameters, {counts['active']:,} active per {dataset.unit}"

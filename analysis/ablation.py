@@ -1,11 +1,11 @@
-"""What the loss becomes when experts are removed, merged, shuffled, hashed, or more of them used: without training.
+"""The loss when experts are removed, merged, shuffled, replaced by a table, or used in other numbers. No training.
 
     with removed(model, layer=0, experts=[2]):
         after = see(model, windows, machine)
     cost(before, after, block_size, classes_N, names)         # nats per character, with a standard error
 
-Every cost is a difference to the intact model on the same characters, so what makes a text hard cancels. `ablations`
-does all of it. Layers are counted among the MoE layers; the letters are those of `moe.py` and `probe.py`.
+Every cost is a difference to the intact model on the same characters, so the difficulty of the text cancels.
+`ablations` runs them all. Layers are counted among the MoE layers. Letters as in `moe.py` and `probe.py`.
 """
 
 import collections
@@ -22,13 +22,14 @@ from scipy.optimize import linear_sum_assignment
 from analysis.annotation import name_of
 from analysis.probe import Wrapper, altered, first_choice, rerouted, see
 from model import GPT, IGNORED
-from routing import GATES, Routing, hash_table, mix
+from routing import ROUTERS, hash_table, mix_seeds
+from selection import Routing
 
-SHUFFLE_STREAM, TABLE_STREAM = 2, 3  # what is drawn from a seed
+SHUFFLE_STREAM, TABLE_STREAM = 2, 3  # random streams of one seed
 
 
 class Cost(NamedTuple):
-    """What an intervention adds to the loss, nats per character; negative where it helps."""
+    """The increase of the loss by an intervention, nats per character; negative where it helps."""
 
     nats: float
     se: float | None  # of nats, over windows; None with fewer than two
@@ -38,10 +39,9 @@ class Cost(NamedTuple):
 def cost(before, after, block_size, classes_N, names) -> Cost:
     """The mean of after - before (both a Seen) over all characters, and over those of each class.
 
-    classes_N (N,): each character's class, an index into `names`. The standard error takes windows of block_size
-    characters as the unit, for neighbouring characters are alike: that of a ratio of sums over windows, since the last
-    one may be shorter (Cochran 1977, equation 2.47; of equal windows it is SD / √windows). That windows of one text may
-    be alike too it does not know.
+    classes_N (N,): each character's class, an index into `names`. The unit of the standard error is a window of
+    block_size characters, since neighbouring characters are alike: it is that of a ratio of sums over windows, of which
+    the last may be shorter (Cochran 1977, equation 2.47; SD / √windows for equal ones). Windows count as independent.
     """
     change_N = after.nats_N - before.nats_N
     starts = np.arange(0, len(change_N), block_size)
@@ -57,8 +57,8 @@ def cost(before, after, block_size, classes_N, names) -> Cost:
 
 
 def suffering(before, after, ids_N, vocabulary, most=5, at_least=100):
-    """[[symbol, nats per occurrence that the intervention adds, occurrences], …]: the `most` symbols after which the
-    prediction suffers most, per occurrence, of symbols with at_least so many; none that gains."""
+    """[[symbol, added nats per occurrence, occurrences], …]: the `most` symbols after which prediction suffers most,
+    among those with at_least so many occurrences; none that gains."""
     change_V = np.bincount(ids_N, after.nats_N - before.nats_N, minlength=vocabulary.size)
     count_V = np.bincount(ids_N, minlength=vocabulary.size)
     mean_V = change_V / np.maximum(count_V, 1)
@@ -72,11 +72,11 @@ def suffering(before, after, ids_N, vocabulary, most=5, at_least=100):
 
 
 def removed(model, layer, experts):
-    """A context without these experts of a layer: their logits are -inf, so that their tokens go to the next best one,
-    and the gate function shares the gates out among those left (a sigmoid gate stays what it is).
+    """A context without these experts of a layer. Their logits are -inf, so their tokens go to the next best expert
+    and softmax gates are shared out among those left (sigmoid gates stay as they are).
 
-    A hash router has no next best: tokens of a removed expert get none, and pass the layer by. Raises ValueError where
-    no expert would be left.
+    A router by symbol has no next best: tokens of a removed expert get none and pass the layer by. ValueError where no
+    expert would be left.
     """
     return removed_all(model, {layer: experts})
 
@@ -103,16 +103,16 @@ def without(config, experts):
 
 @contextlib.contextmanager
 def shuffled(model, layers, seed):
-    """A context in which the rows of logits of these layers are dealt out anew among a batch's characters: the same
-    load and the same gates (but for what a capacity drops), without any relation to the text. It looks into the
-    future, so it is a control and no model. Padding at the end of the text keeps its own rows."""
+    """A context that permutes the rows of logits of these layers among a batch's characters: the same load and gates
+    (before capacity) without any relation to the text. A control and no model, since it looks into the future. Padding
+    at the end of the text keeps its own rows."""
     is_real = {}
 
     def note_targets(model, arguments):
         is_real["N"] = (arguments[1] != IGNORED).reshape(-1) if len(arguments) > 1 else None
 
     def change_of(layer):
-        generator = torch.Generator().manual_seed(mix(seed, layer, SHUFFLE_STREAM))
+        generator = torch.Generator().manual_seed(mix_seeds(seed, layer, SHUFFLE_STREAM))
 
         def change(logits_BTE, ids_BT):
             logits_NE, real_N = logits_BTE.flatten(0, 1).clone(), is_real["N"]
@@ -136,16 +136,15 @@ def shuffled(model, layers, seed):
 
 
 class TableRouter(Wrapper):
-    """The inner router, whose first choice changes places with the expert that a table (V,) gives for the token's
-    symbol: logit, gate and place among the choices. All else, the size of the gate above all, is the router's.
+    """The inner router with its first choice swapped for the expert in a table (V,) of the token's symbol: the two
+    experts change logit, gate and place among the choices. The sizes of the gates stay the router's.
 
-    layer: the MoE that the router is of, for how its logits become choices.
+    layer: the router's MoE, which turns logits into choices.
     """
 
     def __init__(self, layer, table_V):
         super().__init__(layer.router)
-        self.register_buffer("temperature", layer.temperature)
-        self.register_buffer("balance_bias", layer.balance_bias)
+        self.score = layer.score
         self.register_buffer("table", table_V.to(layer.temperature.device))
 
     def forward(self, x_BTD, ids_BS):
@@ -159,11 +158,9 @@ class TableRouter(Wrapper):
         return own.logits.gather(1, places_NE).view_as(logits_BTE)
 
     def choices(self, logits_BTE):
-        """The Routing that the layer makes of these logits in eval mode, before capacity and without gates."""
-        config, logits_NE = self.config, logits_BTE.flatten(0, 1)
-        cooled_NE = logits_NE / self.temperature if config.router_temperature_is_used else logits_NE
-        scores_NE, probs_NE = GATES[config.gate](cooled_NE)
-        preference_NE = scores_NE + self.balance_bias if config.router_bias_rate else self.preference(cooled_NE)
+        """The layer's Routing of these logits in eval mode, before capacity and without gates."""
+        logits_NE = logits_BTE.flatten(0, 1)
+        _, _, probs_NE, preference_NE = self.score(logits_NE)
         experts_NK, chosen_NK = self.inner.select(probs_NE, preference_NE, len(logits_BTE))
         return Routing(logits_NE, probs_NE, experts_NK, None, chosen_NK, None, len(logits_NE))
 
@@ -172,21 +169,21 @@ class TableRouter(Wrapper):
 
 
 def tabled(model, tables):
-    """A context in which the characters' first experts come from tables {layer: (V,) int64}: see TableRouter."""
+    """A context that takes first choices from tables {layer: (V,) int64}: see TableRouter."""
     return rerouted(
         model, {number: lambda layer, t=table_V: TableRouter(layer, t) for number, table_V in tables.items()}
     )
 
 
 def hash_tables(model, layers, counts_V, seed):
-    """{layer: (V,)}: hash tables as HashRouter has them, balanced over counts_V, the symbols' counts in training."""
-    counts_V, n_expert = torch.as_tensor(counts_V), [layer.config.n_expert for layer in model.moe_layers()]
-    return {layer: hash_table(counts_V, n_expert[layer], mix(seed, layer, TABLE_STREAM)) for layer in layers}
+    """{layer: (V,)}: a `hash_table` for each layer, balanced over counts_V, the symbols' counts in training."""
+    counts_V, sizes = torch.as_tensor(counts_V), [layer.config.n_expert for layer in model.moe_layers()]
+    return {layer: hash_table(counts_V, sizes[layer], mix_seeds(seed, layer, TABLE_STREAM)) for layer in layers}
 
 
 def favourite_tables(model, layers, seen, ids_N, vocab_size):
-    """{layer: (V,)}: the expert that the intact model's router (`seen`) most often chooses first for each symbol; the
-    lowest of several, 0 for a symbol that does not occur."""
+    """{layer: (V,)}: each symbol's most frequent first choice in the intact model (`seen`); the lowest of several, 0
+    for a symbol that does not occur."""
     tables = {}
     for layer in layers:
         E = model.moe_layers()[layer].config.n_expert
@@ -200,9 +197,11 @@ def favourite_tables(model, layers, seen, ids_N, vocab_size):
 
 
 def with_top_k(model, k):
-    """A copy of the model that uses k experts a token (0 = all; in two_level, of the best group). The gates are what
-    the config makes of k choices: without gate_renormalize they no longer add up to what training saw. Under a capacity
-    each expert's room grows with k. Raises ValueError where k means nothing: see `other_top_ks`."""
+    """A copy of the model that uses k experts a token (0 = all that its router allows).
+
+    Gates follow the config: without gate_renormalize they no longer add up to the sum of training. Under a capacity
+    each expert's room grows with k. ValueError where k means nothing: see `other_top_ks`.
+    """
     config, largest = model.config, max(model.config.expert_counts())
     if not 0 <= k <= largest:
         raise ValueError(f"{k} experts a token cannot be used: the model has {largest}")
@@ -217,29 +216,32 @@ def with_top_k(model, k):
 
 
 def top_k_matters(config):
-    """Whether a token can use another number of experts: not with a table's only one, or a gate made for one."""
-    return config.router not in ("hash", "ngram_hash") and not config.gate_straight_through
+    """Whether a token can use another number of experts: not where the router or the gate is made for one."""
+    return largest_top_k(config) > 1 and not config.gate_straight_through
+
+
+def largest_top_k(config):
+    """The most experts that a token can go to in any block; 0 for a dense model."""
+    router = ROUTERS[config.router]
+    return max((router.largest_top_k(config.of_block(i)) for i in config.moe_layers), default=0)
 
 
 def other_top_ks(config):
-    """The powers of two below the number of experts that can be chosen, and 0 for all, without the trained one."""
-    largest = max(config.expert_counts()) if config.moe_layers else 0
-    if config.router == "two_level":
-        largest //= config.n_expert_group
-    if largest < 2 or not top_k_matters(config):
+    """The powers of two below the largest possible k, and 0 for all, without the trained k."""
+    largest = largest_top_k(config)
+    if not top_k_matters(config):
         return []
     trained = 0 if config.expert_top_k >= largest else config.expert_top_k
     return [k for k in (*(2**i for i in range(15) if 2**i < largest), 0) if k != trained]
 
 
 def merged(model, layer, a, b, loads_E):
-    """A copy of the model in which experts a and b of a layer are one: each has the mean of both, weighted by their
-    loads, and is still chosen, weighted and limited by its own logit, gate and capacity.
+    """A copy of the model in which experts a and b of a layer both have the mean of their weights, by load. Each keeps
+    its own logit, gate and capacity.
 
-    First the hidden units of b are put in the order in which they are most like those of a (weights in, bias and
-    weights out; Ainsworth et al. 2023, "Git Re-Basin", section 3.2), for the order is arbitrary and a mean of unlike
-    units is none. Units of linear_sum have the order of the output layer, which all experts share. Where layers share
-    their experts, only this layer's are merged.
+    The order of hidden units is arbitrary, so b's are first matched to a's (weights in, bias and weights out; Ainsworth
+    et al. 2023, "Git Re-Basin", section 3.2). Units of linear_sum already have the order of the shared output layer.
+    Where layers share their experts, only this layer's are merged.
     """
     if a == b:
         raise ValueError(f"expert {a} cannot be merged with itself")
@@ -249,7 +251,7 @@ def merged(model, layer, a, b, loads_E):
     share_a = float(loads_E[a] / (loads_E[a] + loads_E[b])) if loads_E[a] + loads_E[b] else 0.5
     order = matching(experts, a, b)
     with torch.no_grad():
-        for name in experts.stacked:
+        for name in experts.per_expert:
             weight = getattr(experts, name)
             if weight is not None:
                 of_b = weight[b] if name == "bias_out" else weight[b, order]
@@ -258,7 +260,7 @@ def merged(model, layer, a, b, loads_E):
 
 
 def matching(experts, a, b):
-    """(H,) int64: the hidden unit of expert b that belongs to each of expert a."""
+    """(H,) int64: the hidden unit of expert b that is matched to each unit of expert a."""
     if experts.w_out is None:
         return torch.arange(experts.w_in.size(1), device=experts.w_in.device)
     units_EHX = torch.cat((experts.w_in, experts.w_out), dim=2)
@@ -270,8 +272,8 @@ def matching(experts, a, b):
 
 
 def heir(before, after, layer, expert):
-    """The expert that takes over most of a removed one's tokens; where none does, since a hash router has no next best,
-    the one with the least load."""
+    """The expert that takes over most of a removed one's tokens; where none does (routers by symbol), the one with
+    the least load."""
     moved = after.experts[layer][before.experts[layer] == expert]
     moved = moved[moved >= 0]
     if len(moved):
@@ -282,11 +284,11 @@ def heir(before, after, layer, expert):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of it
+# All interventions
 
 
 def count(model):
-    """How many passes over the text `ablations` makes."""
+    """The number of passes over the text that `ablations` makes."""
     sizes = [layer.config.n_expert for layer in model.moe_layers() if layer.config.n_expert > 1]
     if not sizes:
         return 0
@@ -300,11 +302,11 @@ def ablations(model, windows, machine, seen, ids_N, classes, vocabulary, counts_
     seen: see(model, windows, machine); ids_N: the N characters; classes: (classes_N, names), as `cost` takes them;
     counts_V: the symbols' counts in training; progress() is called after each pass, `count(model)` times.
 
-    A Cost is {"nats", "se", "by_class"}. A list has an entry per MoE layer; None stands where an intervention makes no
-    sense: layers with one expert, other k for a hash router.
-      removed       [[a Cost + "share" of the tokens whose main expert it was + "suffer" (see `suffering`), per expert]]
-      removed_all   a Cost + "experts": the cheapest of each layer, all at once; chosen on the text that it is told of,
-                    and so a little too cheap, like what is merged
+    A Cost is {"nats", "se", "by_class"}. A list has an entry per MoE layer, None where an intervention makes no sense:
+    layers with one expert, other k for a router by symbol.
+      removed       [[a Cost + "share" of the tokens with this main expert + "suffer" (see `suffering`), per expert]]
+      removed_all   a Cost + "experts": the cheapest of each layer, all at once; chosen on the same text and therefore a
+                    little too cheap, as is `merged`
       merged        [a Cost + "expert", the layer's cheapest, + "into", its heir], merged_all all at once
       shuffled, tabulated   [Cost]; shuffled_all, tabulated_all, hashed_all: in all layers at once
       top_k         {k: Cost}, "0" for all

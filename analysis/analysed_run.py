@@ -11,7 +11,7 @@ import numpy as np
 from analysis.annotation import annotate
 from data.common import Dataset, find_dataset
 from model import IGNORED
-from routing import mix
+from routing import mix_seeds
 from run import run_folder
 from run.checkpoint import CheckpointError
 from run.trained import CHECKPOINTS, model_in, read_weights
@@ -39,7 +39,7 @@ class AnalysedRun:
         self.step = state["step"]
         self.model, self.vocabulary, self.config = model_in(saved, path, machine.device)
         self.model.set_step(self.step)
-        self.seed = mix(options.seed, self.config.seed) % 2**31  # runs of other seeds draw other controls
+        self.seed = mix_seeds(options.seed, self.config.seed) % 2**31  # runs of other seeds draw other controls
         self.dataset = self._dataset(saved)
         windows = list(self.dataset.windows("val", self.config.block_size, self.config.batch_size))
         self.windows = self._first(windows, options.characters)  # [(x, y)], (B, T) each

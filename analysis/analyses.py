@@ -23,7 +23,7 @@ LAYER = {
     "block": COUNT,
     "n_expert": COUNT,
     "k": COUNT,  # the most experts that a character goes to
-    "load": OBJECT,  # moe.summarize in detail, and "effective": the effective number of experts
+    "load": OBJECT,  # balance.summarize in detail, and "effective": the effective number of experts
     "tokens_per_batch": {  # for each expert, in batches drawn as for training
         "batches": COUNT,
         "characters": COUNT,

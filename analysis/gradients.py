@@ -25,9 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import balance
 import moe
+from backends import hidden_units
 from model import IGNORED
-from routing import choices_per_expert, gates_per_expert
+from selection import choices_per_expert, gates_per_expert
 from support.intervals import interval_of_mean
 
 FEWEST_TOKENS = 20  # of a class, for a mean over its pairs
@@ -110,7 +112,7 @@ def balancing_loss(out, config):
     """The balancing loss of the model's objective before its coefficient; the switch loss where it has none."""
     if config.aux_loss != "none":
         return out.aux[config.aux_loss].raw
-    layers = torch.stack([moe.switch_loss(routing) for routing in out.routing])
+    layers = torch.stack([balance.switch_loss(routing) for routing in out.routing])
     return layers.sum() if config.aux_loss_reduction == "sum" else layers.mean()
 
 
@@ -347,9 +349,14 @@ def linear_layers(mlp, name, tokens):
         return two_layers(tokens, fc.weight, fc.bias, proj.weight.t(), proj.bias is not None, activate=F.gelu)
     experts, gate_N1 = mlp.experts, tokens.gate_N[:, None]
     bias_in = None if experts.bias_in is None else experts.bias_in[name]
-    has_bias_out = "bias_out" in experts.stacked and experts.bias_out is not None
+    has_bias_out = "bias_out" in experts.per_expert and experts.bias_out is not None
     return two_layers(
-        tokens, experts.w_in[name], bias_in, experts.w_out[name], has_bias_out, lambda up: experts.hidden(up, gate_N1)
+        tokens,
+        experts.w_in[name],
+        bias_in,
+        experts.w_out[name],
+        has_bias_out,
+        lambda up: hidden_units(up, gate_N1, experts.activate, experts.gate_after),
     )
 
 

@@ -13,10 +13,10 @@ import json
 import numpy as np
 import torch
 
-import moe
+import balance
 from analysis import analyses, gradients, information, probe
 from analysis.annotation import CONTEXT, SYNTAX, TOPIC, class_of
-from routing import hash_table, mix
+from routing import hash_table, mix_seeds
 from run import records
 from run.checkpoint import CheckpointError
 from run.evaluate import drop_rate_by_class
@@ -59,9 +59,9 @@ def measure_layers(run, seen):
     for number, (block, layer) in enumerate(zip(config.moe_layers, model.moe_layers())):
         n_expert = layer.config.n_expert
         chosen_N, character_N = seen.first[number], run.annotations["character"].labels
-        seeds = [mix(run.seed, block, draw) for draw in range(DRAWS)]
+        seeds = [mix_seeds(run.seed, block, draw) for draw in range(DRAWS)]
         hashed = [hash_table(run.counts_V, n_expert, seed).numpy()[run.ids_N] for seed in seeds]
-        load = moe.summarize(seen.stats[number], in_detail=True)
+        load = balance.summarize(seen.stats[number], in_detail=True)
         load |= drop_rate_by_class(seen.stats[number], run.vocabulary)
         load |= {"effective": float(information.effective_number(np.array(load["load"])))}
         layers.append(

@@ -1,13 +1,12 @@
-"""A model run over a text: each character's loss and expert, what the routers are given, and the same with other
-routers in their place.
+"""A model run over a text: each character's loss and expert, the routers' inputs, and runs with other routers.
 
     seen = see(model, windows, machine)                   # seen.nats, seen.experts[layer], …
     with altered(model, {0: change}):                     # change(logits (B, T, E), ids (B, T)) -> logits (B, T, E)
         seen = see(model, windows, machine)
 
-Always in eval mode and without gradients; no global random stream is touched. `windows`: as Dataset.windows gives them;
-the N characters of the text are those that are followed by one to predict, x[y != IGNORED], in order. A layer's number
-is its place among the MoE layers. A dense model has none, so its lists are empty.
+Always in eval mode, without gradients and without the global random streams. `windows`: from Dataset.windows; the N
+characters are those with a next one to predict, x[y != IGNORED], in order. Layers are counted among the MoE layers; a
+dense model's lists are empty.
 
 Letters as in `moe.py`; here N counts characters, not the tokens of a batch.
 """
@@ -20,16 +19,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import moe
+import balance
 from model import IGNORED
-from routing import LEVELS, Router, choices_per_expert, main_expert, mix
+from routing import LEVELS, Router, mix_seeds
+from selection import choices_per_expert, main_expert
 
 
 class Seen(NamedTuple):
     nats_N: np.ndarray  # (N,) float64: -ln p of the symbol that follows each character
     experts: list[np.ndarray]  # per MoE layer (N,) int64: the expert with the largest gate, -1 where none serves it
     first: list[np.ndarray]  # per MoE layer (N,) int64: the router's first choice, before capacity
-    stats: list[moe.RoutingStats]  # per MoE layer, over these characters
+    stats: list[balance.RoutingStats]  # per MoE layer, over these characters
     loads_BE: list[np.ndarray]  # per MoE layer (batches of windows, E): the choices per expert in each
 
     @property
@@ -52,7 +52,7 @@ def see(model, windows, machine, progress=None) -> Seen:
         experts.append([main_expert(routing)[real].cpu() for routing in out.routing])
         first.append([first_choice(r, layer.router)[real].cpu() for r, layer in zip(out.routing, model.moe_layers())])
         loads.append([layer.load.cpu() for layer in out.stats])
-        stats = moe.add_stats(stats, out.stats)
+        stats = balance.add_stats(stats, out.stats)
         if progress:
             progress()
     if not sum(map(len, nats)):
@@ -67,30 +67,29 @@ def see(model, windows, machine, progress=None) -> Seen:
 
 
 def first_choice(routing, router):
-    """(tokens,): the expert that this router ranks first for each token, before capacity. Where the choices come in
-    expert order (soft routing, expert choice), it is the most probable of the chosen; of all under expert choice, in
-    which a token chooses nothing and may be left out."""
+    """(tokens,): the expert that this router ranks first for each token, before capacity. Where choices come in expert
+    order it is the most probable chosen one (soft routing) or the most probable of all (tokens do not choose)."""
     if routing.experts.size(1) < routing.logits.size(1) or router.config.router_top_p:
         return routing.experts[:, 0]
-    if not router.is_causal:
+    if not router.tokens_choose:
         return routing.probs.argmax(dim=1)
     return routing.probs.masked_fill(choices_per_expert(routing) == 0, -1).argmax(dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What routers are given
+# The routers' inputs
 
 
 def random_routers(model, windows, machine, draws, seed) -> list[list[np.ndarray]]:
-    """Per MoE layer, per draw, (N,) int64: the experts that a linear router chooses which was drawn anew, as at the
-    start of training, for the inputs of the layer's own. What untrained routing knows of a text.
+    """Per MoE layer, per draw, (N,) int64: the first choices of a new untrained linear router for the inputs of the
+    layer's own router. A control: how much untrained routing knows of a text.
 
-    Its weights are normal with SD 0.02, from seed, layer and draw alone; the first choice does not depend on the SD.
+    Weights are normal with SD 0.02, from seed, layer and draw alone; the first choice does not depend on the SD.
     """
     weights = []
     for number, layer in enumerate(model.moe_layers()):
         E, D = layer.config.n_expert, layer.config.n_embd
-        generators = [torch.Generator().manual_seed(mix(seed, number, draw)) for draw in range(draws)]
+        generators = [torch.Generator().manual_seed(mix_seeds(seed, number, draw)) for draw in range(draws)]
         drawn = [torch.randn(E, D, generator=generator, device="cpu") * 0.02 for generator in generators]
         weights.append([weight.to(machine.device) for weight in drawn])
     labels = [[[] for _ in layer] for layer in weights]
@@ -128,11 +127,11 @@ def router_inputs(model, windows, machine):
 
 
 class Wrapper(Router):
-    """A router around another one, `inner`, which does all that is not done otherwise here."""
+    """A router around another one, `inner`, to which it passes everything that a subclass does not change."""
 
     def __init__(self, inner):
         super().__init__(inner.config, inner.layer, None)
-        self.inner, self.is_causal, self.needs_history = inner, inner.is_causal, inner.needs_history
+        self.inner, self.tokens_choose, self.needs_history = inner, inner.tokens_choose, inner.needs_history
 
     def forward(self, x_BTD, ids_BS):
         return self.inner(x_BTD, ids_BS)
@@ -154,8 +153,8 @@ class Wrapper(Router):
 
 
 class AlteredRouter(Wrapper):
-    """The inner router with other logits. An expert whose logit is -inf is not chosen; a token whose logits are all
-    -inf gets no expert, and its probabilities are uniform, for a softmax over nothing would be NaN."""
+    """The inner router with changed logits. An expert with logit -inf is not chosen. A token with all logits at -inf
+    gets no expert and uniform probabilities, since a softmax over nothing would be NaN."""
 
     def __init__(self, inner, change):
         super().__init__(inner)
@@ -167,21 +166,21 @@ class AlteredRouter(Wrapper):
         return logits_BTE.masked_fill((logits_BTE == -math.inf).all(dim=-1, keepdim=True), 0.0)
 
     def select(self, probs_NE, preference_NE, n_sequences):
-        # The logits need not be what experts are ranked by (a balancing bias), and expert choice fills its places.
+        # A balancing bias ranks by scores instead of logits, and expert choice fills its places in any case.
         preference_NE = preference_NE.masked_fill(self.excluded_NE, -math.inf)
         experts_NK, chosen_NK = self.inner.select(probs_NE, preference_NE, n_sequences)
         return experts_NK, chosen_NK & ~self.excluded_NE.gather(1, experts_NK)
 
 
 def altered(model, changes):
-    """A context in which the routers of some MoE layers give other logits: {layer: change(logits (B, T, E), ids (B, T))
-    -> logits (B, T, E)}. Afterwards the model is as it was, whatever happened."""
+    """A context that changes the logits of some MoE layers: {layer: change(logits (B, T, E), ids (B, T)) ->
+    logits (B, T, E)}. The model is restored at its end, also after an error."""
     return rerouted(model, {number: lambda layer, f=f: AlteredRouter(layer.router, f) for number, f in changes.items()})
 
 
 @contextlib.contextmanager
 def rerouted(model, makers):
-    """A context in which some MoE layers have other routers: {layer: maker(MoE) -> Router}."""
+    """A context that gives some MoE layers other routers: {layer: maker(MoE) -> Router}."""
     layers = model.moe_layers()
     unknown = sorted(set(makers) - set(range(len(layers))))
     if unknown:

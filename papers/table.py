@@ -82,7 +82,7 @@ class Row:
 @functools.cache
 def _config(arguments):
     here = [str(ROOT / word) if word.startswith("config/") else word for word in arguments]
-    return configurator.parse(Config, here)
+    return configurator.parse(Config, here, problems_of=Config.problems_of_any_router)  # without torch
 
 
 class View(NamedTuple):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-import moe
+import balance
 from data.characters import character_class
 from model import IGNORED, sample
 from run import records
@@ -30,7 +30,7 @@ class FullLoss(NamedTuple):
 
     nats: float  # per character (per byte on enwik8)
     tokens: int  # predicted characters
-    stats: list[moe.RoutingStats]  # per MoE layer, over these tokens
+    stats: list[balance.RoutingStats]  # per MoE layer, over these tokens
 
     @property
     def bpc(self):
@@ -64,12 +64,12 @@ def full_loss(model, dataset, split, config, machine, processes=ONE_PROCESS) -> 
             out = model(x, y)
         if processes.owns(i):
             losses[-1] = out.loss.float() * count
-            stats = moe.add_stats(stats, out.stats)
+            stats = balance.add_stats(stats, out.stats)
         else:
-            stats = [moe.RoutingStats(*(torch.zeros_like(value) for value in layer)) for layer in out.stats]
+            stats = [balance.RoutingStats(*(torch.zeros_like(value) for value in layer)) for layer in out.stats]
     total, *sums = processes.all_reduce_sum([torch.stack(losses), *(value for layer in stats for value in layer)])
-    width = len(moe.RoutingStats._fields)
-    stats = [moe.RoutingStats(*sums[i : i + width]) for i in range(0, len(sums), width)]
+    width = len(balance.RoutingStats._fields)
+    stats = [balance.RoutingStats(*sums[i : i + width]) for i in range(0, len(sums), width)]
     tokens = int(torch.stack(counts).sum())
     return FullLoss(total.cpu().double().sum().item() / tokens, tokens, stats)
 
@@ -93,7 +93,7 @@ def evaluation(model, dataset, config, machine, step, processes=ONE_PROCESS) -> 
     """The evaluation line of metrics.jsonl at this step: full and sampled validation, and routing statistics."""
     full = full_loss(model, dataset, "val", config, machine, processes)
     train, val = (sampled_loss(model, dataset, split, config, machine, step, processes) for split in ("train", "val"))
-    loads = [moe.summarize(layer)["load"] for layer in full.stats]
+    loads = [balance.summarize(layer)["load"] for layer in full.stats]
     return {
         "kind": "eval",
         "step": step,
@@ -102,12 +102,13 @@ def evaluation(model, dataset, config, machine, step, processes=ONE_PROCESS) -> 
         "load": loads,
         "collapsed": records.collapsed_blocks(config, loads),
         "routing": [
-            moe.summarize(layer, in_detail=True) | drop_rate_by_class(layer, dataset.vocabulary) for layer in full.stats
+            balance.summarize(layer, in_detail=True) | drop_rate_by_class(layer, dataset.vocabulary)
+            for layer in full.stats
         ],
     }
 
 
-def drop_rate_by_class(stats: moe.RoutingStats, vocabulary) -> dict:
+def drop_rate_by_class(stats: balance.RoutingStats, vocabulary) -> dict:
     """{"drop_rate_by_class": {class: share of its choices that capacity dropped}}; {} where nothing can be dropped."""
     if not stats.dropped_by_symbol.numel():
         return {}

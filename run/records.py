@@ -48,7 +48,7 @@ KINDS_OF_PARAMETERS = ("embedding", "attention", "mlp", "router", "experts", "no
 LOSS = {"nats": LOSS_NUMBER, "bpc": LOSS_NUMBER}
 LOSS_AT_STEP = {**LOSS, "step": COUNT}
 TRAIN_MODE = {"loss": LOSS_NUMBER, "objective": LOSS_NUMBER}  # objective: with the weighted auxiliary losses
-ROUTING = {  # of one MoE layer: see moe.summarize
+ROUTING = {  # of one MoE layer: see balance.summarize
     "load": [SHARE],
     "load_cv2": NUMBER,
     "importance_cv2": NUMBER,
@@ -135,6 +135,8 @@ def record_of(config, dataset, model, state, test, writing, peak_memory) -> dict
     `evaluate.inference_speed`, "seconds": that it took, "others": `machines.OtherLoad` meanwhile}; peak_memory: bytes,
     None where it is not known.
     """
+    from run import accounting  # needs torch, without which records are read
+
     evaluations, description = state.evaluations, state.machine
     said = derived(config, evaluations)
     seconds, others, kept = state.seconds, state.others, [key.removesuffix("?") for key in EVALUATION]
@@ -144,10 +146,11 @@ def record_of(config, dataset, model, state, test, writing, peak_memory) -> dict
     return {
         "format": FORMAT,
         **said,
+        "leaky": not config.is_causal,
         "config": config.to_dict(),
         "dataset": dataset.describe(),
-        "parameters": model.count_parameters(),
-        "training_flops_per_token": model.flops_per_token(),
+        "parameters": accounting.count_parameters(model),
+        "training_flops_per_token": accounting.training_flops_per_token(model),
         "git": state.git,
         "machine": description,
         "others": {"cpu_share": share, "device_bytes": others["device_bytes"]},
@@ -177,7 +180,6 @@ def derived(config, evaluations) -> dict:
     return {
         "run_id": config.run_id,
         "title": config.title,
-        "leaky": not config.is_causal,
         "iterations": config.max_iters,
         "tokens": tokens,
         "clean": {"best": {**best["clean"], "step": best["step"]}, "final": {**final["clean"], "step": final["step"]}},
@@ -300,6 +302,8 @@ def contradictions(record, config) -> Iterator[str]:
     summary = derived(config, evaluations)
     summary["exclusive"] = is_exclusive(record["machine"]["device_type"], **record["others"])
     summary["test"] = test and {"bpc": test["nats"] / math.log(2), "step": summary["clean"]["best"]["step"]}
+    if not config.n_expert or config.leaks_of_any_router:  # else it is up to the router's class, which needs torch
+        summary["leaky"] = bool(config.leaks_of_any_router)
     yield from deviations(record, summary)
     for i, line in enumerate(evaluations):
         yield from deviations(line["clean"], {"bpc": line["clean"]["nats"] / math.log(2)}, f"evaluations[{i}].clean")

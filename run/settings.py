@@ -216,7 +216,21 @@ class Config:
     compile: bool | Literal["auto"] = machine_key("auto", "torch.compile: True, False, or auto: where it pays")
 
     def problems(self) -> Iterator[Problem]:
-        """Each combination of keys that cannot be, with the way out."""
+        """Each combination of keys that cannot be, with the way out. Those of a router are told by its class."""
+        yield from self.problems_of_any_router()
+        counts = self.expert_counts()
+        if self.n_expert and not isinstance(counts, str) and any(counts):
+            yield from self.router_class.problems(self)
+
+    @property
+    def router_class(self) -> type:
+        """The class behind the key `router`, with its traits. Imported here, for tables are drawn without torch."""
+        from routing import ROUTERS
+
+        return ROUTERS[self.router]
+
+    def problems_of_any_router(self) -> Iterator[Problem]:
+        """The combinations that cannot be whatever the router, found without torch: enough to read a record."""
         for key, value in self.to_dict().items():
             if isinstance(value, str) and not is_utf8(value):  # records could not hold it
                 yield (key,), f"{key} is {shown(value)}; expected text that UTF-8 can encode"
@@ -260,8 +274,10 @@ class Config:
         if numbers:
             yield from self.gate_problems(numbers[-1])
             yield from self.balance_problems(numbers[-1])
-            yield from self.router_problems(numbers)
             yield from self.expert_problems(numbers)
+            if self.router_level == "segment" and self.segment_size >= self.block_size:
+                message = f"segment_size = {self.segment_size} makes one segment of block_size = {self.block_size}"
+                yield ("segment_size", "block_size", "router_level"), f"{message}; set it lower"
 
     def gate_problems(self, n_expert: int) -> Iterator[Problem]:
         """How many experts, and how they are weighted, where the largest block has n_expert."""
@@ -273,7 +289,7 @@ class Config:
             message = "a single gate renormalised is always 1, so cross-entropy never reaches the router"
             keys = ("gate_renormalize", "expert_top_k", "n_expert")
             yield keys, f"{message}; set gate_renormalize=False, or expert_top_k to 2 or more"
-        if self.gate_renormalize and (self.router_top_p or self.router == "expert_choice"):
+        if self.gate_renormalize and self.router_top_p:
             message = (
                 "a character that gets a single expert has a renormalised gate of 1, which teaches the router nothing"
             )
@@ -301,58 +317,6 @@ class Config:
         if self.balances and self.aux_loss == "cv2" and self.capacity_factor:
             message = "the cv2 loss sees gates after capacity, which hides the very imbalance"
             yield (*coefficient, "capacity_factor"), f"{message}; set aux_loss='switch' or capacity_factor=0"
-        untrained = self.router in ("frozen", "random", "hash", "ngram_hash")
-        if untrained and (self.balances or self.z_loss_coef):
-            message = f"router={self.router} is not trained, so no loss can balance it"
-            yield ("router", *coefficient, "z_loss_coef"), f"{message}; set aux_loss='none' and z_loss_coef=0"
-        if self.router == "two_level" and self.z_loss_coef:
-            message = "two_level gives log-probabilities, whose z-loss is 0"
-            yield ("router", "z_loss_coef"), f"{message}; set z_loss_coef=0"
-        if self.router in ("hash", "ngram_hash", "two_level", "expert_choice") and self.router_bias_rate:
-            message = f"router={self.router} does not choose by what a bias could change"
-            yield ("router", "router_bias_rate"), f"{message}; set router_bias_rate=0"
-        if self.router == "expert_choice" and self.balances:
-            message = "expert_choice is balanced by construction"
-            yield ("router", *coefficient), f"{message}; set aux_loss='none'"
-
-    def router_problems(self, numbers: list[int]) -> Iterator[Problem]:
-        """What each router cannot be combined with; numbers: of experts, in the blocks that have any."""
-        top_k, router = self.expert_top_k, self.router
-        if router in ("hash", "ngram_hash"):
-            if top_k != 1:
-                yield ("router", "expert_top_k"), f"{router} gives every character one expert; set expert_top_k=1"
-            if self.router_level != "token":
-                message = f"{router} routes by characters, not by vectors that could be averaged"
-                yield ("router", "router_level"), f"{message}; set router_level='token'"
-            if self.expert_dropout_is_used:
-                message = f"a character has no other expert to go to under {router}"
-                yield ("router", "expert_dropout", "expert_dropout_end"), f"{message}; set expert_dropout=0"
-        if router == "ngram_hash" and self.router_ngram > self.block_size:
-            message = f"router_ngram = {self.router_ngram} is more characters than block_size = {self.block_size} has"
-            yield ("router", "router_ngram", "block_size"), f"{message}; set router_ngram lower"
-        if router in ("hash", "ngram_hash", "two_level") and self.gate != "softmax":
-            yield ("router", "gate"), f"{router} gives log-probabilities; set gate='softmax'"
-        if router == "two_level":
-            groups = self.n_expert_group
-            if top_k == 0 or any(n % groups or top_k > n // groups for n in numbers):
-                message = f"n_expert = {numbers[0]} must make n_expert_group = {groups} equal groups of expert_top_k"
-                keys = ("router", "n_expert_group", "n_expert", "n_expert_by_block", "expert_top_k")
-                yield keys, f"{message} = {top_k} or more (0 is not all); set n_expert_group to a divisor of n_expert"
-            if self.router_top_p:
-                message = "top-p counts the probability of all groups, of which two_level uses one"
-                yield ("router", "router_top_p"), f"{message}; set router_top_p=0"
-        if router == "expert_choice":
-            if not (self.capacity_factor > 0 and top_k > 0 and self.capacity_group == "sequence"):
-                message = "expert_choice needs to know how many characters of a sequence an expert takes"
-                keys = ("router", "capacity_factor", "expert_top_k", "capacity_group")
-                yield keys, f"{message}; set expert_top_k=1, capacity_factor=1 and capacity_group='sequence'"
-            if self.router_top_p or self.gate_straight_through or self.router_level == "sequence":
-                message = "expert_choice chooses by itself, among characters that must differ"
-                keys = ("router", "router_top_p", "gate_straight_through", "router_level")
-                yield keys, f"{message}; set router_top_p=0, gate_straight_through=False, router_level='token'"
-        if self.router_level == "segment" and self.segment_size >= self.block_size:
-            message = f"segment_size = {self.segment_size} makes one segment of block_size = {self.block_size}"
-            yield ("segment_size", "block_size", "router_level"), f"{message}; set it lower"
 
     def expert_problems(self, numbers: list[int]) -> Iterator[Problem]:
         """Widths and kinds; numbers: of experts, in the blocks that have any."""
@@ -414,16 +378,21 @@ class Config:
 
     @property
     def leaks(self) -> dict[str, str]:
-        """Each key by which later characters, or other sequences, decide which expert a character gets: its causal
-        twin."""
-        leaks = {
-            "router=expert_choice": "router=learned with a capacity_factor" if self.router == "expert_choice" else "",
+        """{key=value: its causal twin} for each key by which later characters, or other sequences, choose an expert."""
+        if not self.n_expert or self.router_class.is_causal:
+            return self.leaks_of_any_router
+        return {f"router={self.router}": self.router_class.causal_twin, **self.leaks_of_any_router}
+
+    @property
+    def leaks_of_any_router(self) -> dict[str, str]:
+        """The `leaks` by other keys than the router, told without torch."""
+        twins = {
             "router_level=sequence": "router_level=segment or prefix" if self.router_level == "sequence" else "",
             "capacity_group=batch": "capacity_group=sequence"
             if self.capacity_factor and self.capacity_group == "batch"
             else "",
         }
-        return {key: twin for key, twin in leaks.items() if twin and self.n_expert}
+        return {key: twin for key, twin in twins.items() if twin and self.n_expert}
 
     @property
     def is_causal(self) -> bool:
@@ -445,7 +414,7 @@ class Config:
         reading = Reading(options_of(cls))
         for name, value in values.items():
             reading.assign(name if isinstance(name, str) else shown(name), value, origin, accept_value)
-        return reading.finish(cls)
+        return reading.finish(cls, cls.problems_of_any_router)
 
     def hash(self) -> str:
         """Ten hex digits that two runs share when they differ in nothing but seed and machine.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from routing import mix
+from routing import mix_seeds
 from run.checkpoint import CheckpointError
 from run.totals import RunningTotals
 from run.update import random_state
@@ -97,7 +97,7 @@ def own_part(saved, config, processes, device):
     if not processes.is_first:
         for value in totals.tensors():
             value.zero_()
-        torch.manual_seed(mix(config.seed, rank, saved["progress"]["step"]))
+        torch.manual_seed(mix_seeds(config.seed, rank, saved["progress"]["step"]))
         return totals, None
     for part in parts[1:]:
         theirs = RunningTotals.from_dict(part["interval"], device).tensors()

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-import moe
+import balance
 
 
 class RunningTotals:
@@ -21,7 +21,7 @@ class RunningTotals:
     def __init__(self):
         self.steps = 0  # updates
         self.terms: dict[str, torch.Tensor] = {}  # loss, objective, aux_NAME (raw): 0-d float32, nats
-        self.stats: list[moe.RoutingStats] = []  # one per MoE layer
+        self.stats: list[balance.RoutingStats] = []  # one per MoE layer
         self.started = time.perf_counter()
 
     def tensors(self):
@@ -35,7 +35,7 @@ class RunningTotals:
         terms = {name: value.detach().float() * share for name, value in terms.items()}
         if not self.terms:
             self.terms = terms
-            self.stats = [moe.RoutingStats(*(value.clone() for value in layer)) for layer in out.stats]
+            self.stats = [balance.RoutingStats(*(value.clone() for value in layer)) for layer in out.stats]
             return
         # One call for all of them: adding tensors of a few numbers costs its launch.
         added = [*(terms[name] for name in self.terms), *(value for layer in out.stats for value in layer)]
@@ -49,13 +49,13 @@ class RunningTotals:
         """The numbers of a log line: means over the steps and the processes, in train mode. Waits for the device."""
         tensors = iter(processes.all_reduce_sum(self.tensors()))
         means = {name: next(tensors).item() / self.steps for name in self.terms}
-        stats = [moe.RoutingStats(*(next(tensors) for _ in layer)) for layer in self.stats]
+        stats = [balance.RoutingStats(*(next(tensors) for _ in layer)) for layer in self.stats]
         seconds = time.perf_counter() - self.started  # the .item() above waited for the device
         return {
             **means,
             "step_ms": 1000 * seconds / self.steps,
             "tokens_per_second": tokens_per_step * self.steps / seconds,
-            "routing": [moe.summarize(layer) for layer in stats],
+            "routing": [balance.summarize(layer) for layer in stats],
         }
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -74,5 +74,5 @@ class RunningTotals:
         totals = cls()
         totals.steps, totals.started = saved["steps"], totals.started - saved["seconds"]
         totals.terms = {name: value.to(device) for name, value in saved["sums"].items()}
-        totals.stats = [moe.RoutingStats(*(value.to(device) for value in layer)) for layer in saved["stats"]]
+        totals.stats = [balance.RoutingStats(*(value.to(device) for value in layer)) for layer in saved["stats"]]
         return totals

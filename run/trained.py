@@ -1,4 +1,4 @@
-"""A run's weights as a model: what sample.py and analyze.py begin with.
+"""Load a run's weights as a model, for sample.py and analyze.py.
 
 model, vocabulary, config = load_trained("out/run", "best.pt", "cpu")
 """
@@ -16,7 +16,7 @@ from run.settings import Config
 from support import files
 from support.options import ConfigError
 
-CHECKPOINTS = {"best": "best.pt", "last": "ckpt.pt"}  # of a run: the weights that validated best, and the last
+CHECKPOINTS = {"best": "best.pt", "last": "ckpt.pt"}  # the weights with the best validation loss, and the last
 
 
 class Trained(NamedTuple):
@@ -26,12 +26,12 @@ class Trained(NamedTuple):
 
 
 def load_trained(out_dir, name, device) -> Trained:
-    """The weights in out_dir/name. ConfigError or CheckpointError where that is no run's, or does not fit itself."""
+    """The model in out_dir/name. ConfigError or CheckpointError where there is none, or it does not fit its config."""
     return model_in(read_weights(out_dir, name), Path(out_dir) / name, device)
 
 
 def read_weights(out_dir, name) -> dict:
-    """What the checkpoint out_dir/name holds, weights among it."""
+    """The contents of the checkpoint out_dir/name."""
     folder = Path(out_dir)
     if not str(out_dir):
         raise ConfigError(["--out_dir=…: which run? It is the folder that train.py named at its end"])
@@ -46,17 +46,28 @@ def read_weights(out_dir, name) -> dict:
 
 
 def model_in(saved, path, device) -> Trained:
-    """saved: what the checkpoint at `path` holds. CheckpointError where that does not fit together."""
+    """saved: the contents of the checkpoint at `path`. CheckpointError where they do not fit together."""
     config = Config.from_dict(saved["config"], origin=str(path))
+    if problems := [f"{path}: {message}" for _, message in config.problems()]:
+        raise ConfigError(problems)
     try:
         vocabulary = Vocabulary.from_dict(saved["vocabulary"])
-        with torch.device("meta"):  # compare sizes before memory is taken for a model of the config's size
-            GPT(config, vocabulary.size).load_state_dict(saved["model"], assign=True)
-        model = GPT(config, vocabulary.size)
-        model.load_state_dict(saved["model"])
+        model = model_of(config, vocabulary, saved["model"])
     except DataError as error:
         raise CheckpointError(f"{path}: {files.first_line(error)}") from None
     except (RuntimeError, TypeError) as error:
         why = " ".join(line.strip() for line in str(error).splitlines()[:2])  # the headline, and the first misfit
         raise CheckpointError(f"{path}: its weights do not fit its own config: {why}") from None
     return Trained(model.to(device).eval(), vocabulary, config)
+
+
+def model_of(config, vocabulary, weights):
+    """The model with these weights. RuntimeError or TypeError where they do not fit it."""
+    with torch.device("meta"):  # compare sizes before memory is taken for a model of the config's size
+        GPT(config, vocabulary.size).load_state_dict(weights, assign=True)
+    model = GPT(config, vocabulary.size)
+    model.load_state_dict(weights)
+    for layer in model.moe_layers():
+        if problem := layer.router.state_problem():
+            raise RuntimeError(f"the router of block {layer.router.layer}: {problem}")
+    return model

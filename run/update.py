@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-import moe
+import balance
 from run.processes import ONE_PROCESS
 from support import files, machines
 
@@ -78,7 +78,7 @@ class Updater:
                 part.backward()
             objective = objective + part.detach()
             totals.add(out, 1 / (len(batches) * processes.world_size))
-            stats = moe.add_stats(stats, out.stats)
+            stats = balance.add_stats(stats, out.stats)
         loads = [layer.load for layer in stats] if config.router_bias_rate else []
         # The sum over processes is finite only where each process's objective is.
         objective, *loads = processes.all_reduce_sum([objective, *loads])
@@ -86,7 +86,7 @@ class Updater:
         self.guard.check(step, objective, gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        model.balance(loads)
+        model.update_biases(loads)
         totals.steps += 1
         return Update(rate, gradient_norm)
 
@@ -190,11 +190,13 @@ class FiniteGuard:
 @contextlib.contextmanager
 def without_side_effects(model):
     """Computations inside leave no gradients behind, and the random streams as they were."""
-    state = random_state()
+    state, buffers = random_state(), [buffer.clone() for buffer in model.buffers()]
     try:
         yield
     finally:
         model.zero_grad(set_to_none=True)
+        for buffer, before in zip(model.buffers(), buffers):
+            buffer.copy_(before)
         set_random_state(state)
 
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 import backends
 from model import Decoder, Generated, sample
-from routing import GATES, LEVELS, Routing, best
+from routing import LEVELS, is_linear_top_k
+from selection import GATES, Routing, top_k_experts
 from speed import kernels
 from support import machines
 
@@ -49,7 +50,7 @@ def fastest(model, batch_size, machine, temperature=1.0, top_k=None) -> Decoder:
 
 
 def obstacle(model):
-    """Why a step of this model cannot be one CUDA graph, or None."""
+    """The reason why a step of this model cannot be one CUDA graph, or None."""
     if looks_back(model):
         return "its routers look back, so that shapes change"
     if model.moe_layers() and not kernels.AVAILABLE:
@@ -58,7 +59,7 @@ def obstacle(model):
 
 
 def looks_back(model):
-    """Whether some router goes by more than the token at hand."""
+    """Whether a router needs earlier tokens than the one at hand."""
     layers = model.moe_layers()
     return any(layer.router.needs_history or LEVELS[layer.config.router_level].needs_history for layer in layers)
 
@@ -97,16 +98,22 @@ def can_pack(dtype):
 
 
 def packed(model):
+    """A copy of the model with packed weights, but for its routers'."""
     model = copy.deepcopy(model).eval()
-    for module in list(model.modules()):
+    for module in modules_without_routers(model):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(child.weight, child.bias))
     for layer in model.moe_layers():
-        layer.dispatch = PackedExperts(layer.experts)
+        layer.own_backend = PackedExperts(layer.experts)
         if is_plain(layer):
             layer.route = PlainRoute(layer)
     return model
+
+
+def modules_without_routers(model):
+    of_routers = {module for layer in model.moe_layers() for module in layer.router.modules()}
+    return [module for module in model.modules() if module not in of_routers]
 
 
 class PackedLinear(nn.Module):
@@ -124,37 +131,39 @@ class PackedLinear(nn.Module):
 
 
 class PackedExperts:
-    """A backend (see `backends.py`) of one layer's experts."""
+    """A backend (see `backends.py`) with one layer's weights packed, in place of those that it is given."""
 
     def __init__(self, experts):
-        self.packed = {"w_in": [PackedLinear(weight) for weight in experts.w_in]}
-        if experts.w_out is not None:
-            self.packed["w_out"] = [PackedLinear(weight.t()) for weight in experts.w_out]
+        self.w_in = [PackedLinear(weight) for weight in experts.w_in]
+        self.w_out = None if experts.w_out is None else [PackedLinear(weight.t()) for weight in experts.w_out]
 
-    def __call__(self, x_ND, routing, experts):
+    def __call__(self, x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
         if len(x_ND) == 1:
-            return self.of_one_token(x_ND, routing, experts)
-        rows, sizes = backends.rows_and_sizes(routing, len(experts.w_in))
+            return self.of_one_token(x_ND, routing, bias_in, activate, gate_after)
+        rows, sizes = backends.rows_and_sizes(routing, len(self.w_in))
 
-        def product(rows, name):
-            *parts, rest = backends.slices(rows, sizes)
-            products = [linear(part) for linear, part in zip(self.packed[name], parts) if len(part)]
-            return torch.cat([*products, rest.new_zeros(len(rest), self.packed[name][0].width)])
+        def product_with(linears):
+            def product(rows):
+                *parts, rest = backends.slices(rows, sizes)
+                products = [linear(part) for linear, part in zip(linears, parts) if len(part)]
+                return torch.cat([*products, rest.new_zeros(len(rest), linears[0].width)])
 
-        return backends.dispatched(x_ND, routing, experts, rows, product)
+            return product
 
-    def of_one_token(self, x_1D, routing, experts):
-        """The same with nothing to sort."""
+        second = self.w_out and product_with(self.w_out)
+        return backends.dispatch(x_ND, routing, rows, product_with(self.w_in), bias_in, activate, gate_after, second)
+
+    def of_one_token(self, x_1D, routing, bias_in, activate, gate_after):
+        """The same for one token, without sorting."""
         y = None
         for choice, (expert, kept) in enumerate(zip(routing.experts[0].tolist(), routing.kept[0].tolist())):
             if kept:
-                up = self.packed["w_in"][expert](x_1D)
-                up = up if experts.bias_in is None else up + experts.bias_in[expert]
-                one = experts.hidden(up, routing.gates[:, choice : choice + 1])
-                one = self.packed["w_out"][expert](one) if "w_out" in self.packed else one
+                up = self.w_in[expert](x_1D)
+                up = up if bias_in is None else up + bias_in[expert]
+                one = backends.hidden_units(up, routing.gates[:, choice : choice + 1], activate, gate_after)
+                one = self.w_out[expert](one) if self.w_out else one
                 y = one if y is None else y + one
-        width = x_1D.size(1) if "w_out" in self.packed else experts.w_in.size(1)
-        return x_1D.new_zeros(1, width) if y is None else y
+        return x_1D.new_zeros(1, (self.w_out or self.w_in)[0].width) if y is None else y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,26 +254,25 @@ class CapturedDecoder(AutocastDecoder):
 def cast(model, dtype):
     """A copy of the model for CUDA: matrices in `dtype`, which are else cast at every use; experts by `kernels.py`."""
     model = copy.deepcopy(model).eval().requires_grad_(False)  # else autocast keeps casts that a graph must make anew
-    for module in model.modules():
+    for module in modules_without_routers(model):
         if isinstance(module, nn.Linear):
             module.to(dtype)
     for layer in model.moe_layers():
         layer.experts.to(dtype)
-        layer.dispatch = by_kernels
+        layer.own_backend = by_kernels
         if is_plain(layer):
             layer.route = KernelRoute(layer)
     return model
 
 
-def by_kernels(x_ND, routing, experts):
-    """A backend (see `backends.py`) for few tokens; many, and linear_sum, are left to those that training has."""
-    if x_ND.size(0) > FEW_TOKENS or experts.w_out is None:
-        name = backends.choose_backend(experts, routing.experts.size(1), x_ND.device, experts.w_in.dtype)
-        return backends.BACKENDS[name](x_ND, routing, experts)
-    x_ND = x_ND.to(experts.w_in.dtype)
-    last = experts.is_linear_in_gate
-    hidden = kernels.up(x_ND, experts.w_in, experts.bias_in, routing.experts, routing.gates, gate_first=not last)
-    return kernels.down(hidden, experts.w_out, routing.experts, routing.gates, gate_last=last)
+def by_kernels(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
+    """A backend (see `backends.py`) for few tokens and GELU experts. Many tokens, and linear_sum, go to a backend of
+    training."""
+    if x_ND.size(0) > FEW_TOKENS or w_out is None:
+        name = backends.choose_backend(w_in.shape, routing.experts.size(1), x_ND.device, w_in.dtype)
+        return backends.BACKENDS[name](x_ND, routing, w_in, bias_in, w_out, activate, gate_after)
+    hidden = kernels.up(x_ND.to(w_in.dtype), w_in, bias_in, routing.experts, routing.gates, gate_first=not gate_after)
+    return kernels.down(hidden, w_out, routing.experts, routing.gates, gate_last=gate_after)
 
 
 class KernelRoute:
@@ -283,19 +291,18 @@ class KernelRoute:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Routing without what only training and special cases need
+# Routing without the steps of training and of special cases
 
 
 def is_plain(layer):
-    """Whether a token's own vector, a linear router and top-k say all."""
+    """Whether a token's experts depend on its own vector alone, by a linear router and top-k."""
     config = layer.config
-    is_linear = config.router in ("learned", "frozen", "random") and config.router_level == "token"
     special = config.capacity_factor, config.router_top_p, config.router_bias_rate, config.gate_straight_through
-    return is_linear and not any(special)
+    return is_linear_top_k(layer.router) and config.router_level == "token" and not any(special)
 
 
 class PlainRoute:
-    """`MoE.route` of a plain layer, in as few operations as it takes; its logits are those after the temperature."""
+    """`MoE.route` of a plain layer, in few operations. Its logits are those after the temperature."""
 
     def __init__(self, layer):
         self.weight = layer.router.weight.detach() / layer.temperature
@@ -306,7 +313,7 @@ class PlainRoute:
     def __call__(self, x_BTD, ids_BT, cache=None):
         logits_NE = F.linear(x_BTD.reshape(-1, x_BTD.size(-1)), self.weight)
         scores_NE, probs_NE = self.gate(logits_NE)
-        experts_NK = best(logits_NE, self.k)
+        experts_NK = top_k_experts(logits_NE, self.k)
         gates_NK = scores_NE.gather(1, experts_NK)
         if self.renormalizes:
             _, gates_NK = self.gate(logits_NE.gather(1, experts_NK))

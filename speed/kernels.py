@@ -19,7 +19,7 @@ experts are distinct.
 import torch
 import torch.nn.functional as F
 
-from routing import best
+from selection import top_k_experts
 
 try:
     import triton
@@ -80,7 +80,7 @@ def route_twin(x_ND, weight_ED, k, gate, renormalize, temperature):
         logits_NE = F.linear(x_ND.float(), weight_ED.float())
         cooled_NE = logits_NE / temperature
         log_scores_NE = F.log_softmax(cooled_NE, dim=-1) if gate == "softmax" else F.logsigmoid(cooled_NE)
-        experts_NK = best(cooled_NE, k)
+        experts_NK = top_k_experts(cooled_NE, k)
         chosen_NK = log_scores_NE.gather(1, experts_NK)
         gates_NK = F.softmax(chosen_NK, dim=-1) if renormalize else chosen_NK.exp()
         return logits_NE, F.softmax(log_scores_NE, dim=-1), experts_NK, gates_NK

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from model import GPT, Decoder
-from run import evaluate, update
+from run import accounting, evaluate, update
 from run.totals import RunningTotals
 from speed import bench_records, decoding
 
@@ -112,7 +112,7 @@ class Candidate:
         """In words: what the updates ran on, and which decoder ran at which batch sizes."""
         train = "eager, plain AdamW" if self.is_reference else "compiled" if self.is_compiled else "eager"
         for layer in self.model.moe_layers()[:1]:
-            train = f"{layer.backend(self.machine.device, self.machine.dtype, self.is_compiled)}, {train}"
+            train = f"{layer.backend_name(self.machine.device, self.machine.dtype, self.is_compiled)}, {train}"
         sizes = {}
         for batch_size, how in self.decoders_used.items():
             sizes.setdefault(how, []).append(str(batch_size))
@@ -377,14 +377,14 @@ def floor_of(candidate, task, batch_size, tokens, ceilings):
     """
     model, block_size, width = candidate.model, candidate.config.block_size, candidate.machine.dtype.itemsize
     if task == "train":
-        flops, moved = tokens * model.flops_per_token(), model.training_bytes(width)
+        flops, moved = tokens * accounting.training_flops_per_token(model), accounting.training_bytes(model, width)
     elif task == "prefill":
         length = tokens // batch_size
-        flops = tokens * model.forward_flops_per_token(context=length - 1)
-        moved = model.prefill_bytes(batch_size, length, width)
+        flops = tokens * accounting.forward_flops_per_token(model, context=length - 1)
+        moved = accounting.prefill_bytes(model, batch_size, length, width)
     else:  # with a cache even for `papers`: that much is enough to sample a character
         contexts = [block_size // 2] if task == "decode" else [min(i, block_size - 1) for i in range(tokens)]
-        flops = batch_size * sum(model.forward_flops_per_token(context) for context in contexts)
-        moved = sum(model.decoding_bytes(batch_size, context, width) for context in contexts)
+        flops = batch_size * sum(accounting.forward_flops_per_token(model, context) for context in contexts)
+        moved = sum(accounting.decoding_bytes(model, batch_size, context, width) for context in contexts)
     seconds = max(flops / ceilings["flops_per_second"], moved / ceilings["bytes_per_second"])
     return {"flops": flops, "bytes": moved, "seconds": seconds}

@@ -49,12 +49,15 @@ class Message(Exception):
 # From arguments to an instance
 
 
-def parse(cls: type, argv: list[str], *, usage: str = "", description: str = "") -> Any:
+def parse(
+    cls: type, argv: list[str], *, usage: str = "", description: str = "", problems_of: Callable | None = None
+) -> Any:
     """An instance of the dataclass `cls` from command-line arguments (without the program's name).
 
     Every field of `cls` is made with `option`. The class may have
     - `takes_files = True` (a ClassVar): arguments without `--` are config files;
-    - `problems(self)`: yields (keys, message) for each impossible combination of keys;
+    - `problems(self)`: yields (keys, message) for each impossible combination of keys, unless `problems_of`
+      is given to do so;
     - `completed(self, files)`: the instance with the values derived from its ConfigFiles.
 
     Raises ConfigError with all problems at once, and Message for --help and --print-config.
@@ -63,7 +66,7 @@ def parse(cls: type, argv: list[str], *, usage: str = "", description: str = "")
         raise Message(help_page(cls, usage, description))
     reading = Reading(options_of(cls))
     read_arguments(reading, [a for a in argv if a != "--print-config"], getattr(cls, "takes_files", False))
-    instance = reading.finish(cls)
+    instance = reading.finish(cls, problems_of)
     completed = instance.completed(reading.files) if hasattr(cls, "completed") else instance
     if "--print-config" in argv:
         derived = [name for name in reading.options if getattr(completed, name) != getattr(instance, name)]
@@ -108,13 +111,14 @@ class Reading:
         hint = f"nearest key: {guess}" if guess else "--help lists the keys"
         self.refuse(f"{origin}: unknown key {name!r}; {hint}", guess or name)
 
-    def finish(self, cls: type) -> Any:
+    def finish(self, cls: type, problems_of: Callable | None = None) -> Any:
         """The instance, after checking its combinations of keys. Raises ConfigError with all problems."""
         instance = cls(**self.values)
-        if hasattr(cls, "problems") and not self.file_failed:
+        problems_of = problems_of or getattr(cls, "problems", None)
+        if problems_of and not self.file_failed:
             self.problems += [
                 f"{self.origin_of(keys)}: {message}"
-                for keys, message in instance.problems()
+                for keys, message in problems_of(instance)
                 if not self.broken.intersection(keys)
             ]
         if self.problems:

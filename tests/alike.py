@@ -43,6 +43,9 @@ INCIDENTAL = {
 }
 
 
+FILES = {"config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json"}  # of a complete run
+
+
 def record_of(out_dir):
     return json.loads((out_dir / "summary.json").read_text())
 
@@ -82,3 +85,17 @@ def assert_same_run(one, other):
             assert essence(a[key]) == essence(b[key]), (name, key)
     assert essence(lines_of(one)) == essence(lines_of(other))
     assert essence(record_of(one)) == essence(record_of(other))
+
+
+def numbers_in(value, where=""):
+    """(where, number) for every leaf of a record that is no text, truth value or null."""
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in numbers_in(inner, f"{where}/{key}")]
+    if isinstance(value, list):
+        return [leaf for i, inner in enumerate(value) for leaf in numbers_in(inner, f"{where}/{i}")]
+    return [(where, value)]
+
+
+def optimizer_steps(out_dir):
+    state = checkpoint.load(out_dir / "ckpt.pt")["optimizer"]["state"]
+    return {int(entry["step"]) for entry in state.values()}

@@ -47,7 +47,7 @@ def analysed(seed=1, machine=None, commit="0" * 40, canonical=True, told=0.5, **
             "vocab_size": len(SYMBOLS),
             "splits": {"train": 100_000, "val": sum(COUNTS) + 1},
         },
-        "leaky": not config.is_causal,
+        "leaky": bool(config.leaks_of_any_router),
         "git": {"commit": commit, "dirty": False},
         "machine": machine
         or {

@@ -33,8 +33,9 @@ from random_values import (
     written,
 )
 
-import moe
+import balance
 from model import GPT
+from run import accounting
 from run.settings import Config
 from sample import SampleConfig
 from speed import decoding
@@ -278,17 +279,17 @@ def assert_can_be_trained_and_sampled(config, step, machine):
     torch.manual_seed(config.seed)
     model = GPT(config, SYMBOLS, torch.arange(SYMBOLS))
     model.set_step(step)
-    assert min(model.count_parameters().values()) >= 0 and model.flops_per_token() > 0
+    assert min(accounting.count_parameters(model).values()) >= 0 and accounting.training_flops_per_token(model) > 0
     x = torch.randint(SYMBOLS, (config.batch_size, config.block_size))
     for mode in (model.train, model.eval):
         out = mode()(x, x)
         assert out.loss.isfinite() and out.objective.isfinite() and out.logits.isfinite().all()
         for stats in out.stats:
-            summary = moe.summarize(stats, in_detail=True)
+            summary = balance.summarize(stats, in_detail=True)
             assert math.isfinite(sum(summary["load"])) and 0 <= summary["drop_rate"] <= 1
     model.train()(x, x).objective.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    model.balance([layer.load for layer in out.stats])
+    model.update_biases([layer.load for layer in out.stats])
     if config.is_causal:
         decoder = decoding.fastest(model.eval(), 1, machine, temperature=0.8, top_k=3)
         tokens = [step.tokens.item() for step in decoder.write(x[:1], config.block_size + 3)]

@@ -89,7 +89,7 @@ def test_a_step_at_a_position_on_the_device_is_a_step_at_that_length(kind):
         torch.testing.assert_close(model(ids[:, t : t + 1], cache=static).logits, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["dense", "top1", "top2_capacity", "concat_capacity", "soft_concat"])
+@pytest.mark.parametrize("kind", ["dense", "top1", "concat_capacity"])
 def test_the_step_compiles_into_one_graph_before_it_is_captured(kind, monkeypatch):
     """Within the recording of a graph nothing can be compiled."""
 
@@ -135,7 +135,7 @@ def test_a_model_in_training_is_neither_changed_nor_written_with_dropout(monkeyp
     monkeypatch.setattr(decoding, "PACK", "no_such_operation")
     for decoder in (*made, decoding.fastest(model, 1, CPU)):
         assert torch.equal(decoder.read(ids)[0], (decoder.clear(), decoder.read(ids)[0])[1])
-    assert model.training and all(layer.dispatch is None for layer in model.moe_layers())
+    assert model.training and all(layer.own_backend is None for layer in model.moe_layers())
 
 
 def test_the_experts_that_no_token_chose_are_not_read():
@@ -143,7 +143,7 @@ def test_the_experts_that_no_token_chose_are_not_read():
     decoder = decoding.fastest(model, 1, CPU)
     read = set()
     for layer in decoder.model.moe_layers():
-        for number, linear in enumerate(layer.dispatch.packed["w_in"]):
+        for number, linear in enumerate(layer.own_backend.w_in):
             linear.register_forward_hook(lambda *_, number=number: read.add(number))
     _, routing = decoder.read(tokens(1, 1))
     assert read == {layer.experts.item() for layer in routing}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny
 
-import moe
+import balance
 from data.characters import character_class
 from data.common import Dataset, Vocabulary
 from model import GPT
@@ -219,7 +219,7 @@ def test_drops_are_told_by_class():
     vocabulary = Vocabulary("character", ("!", "a", "b", "e"))
     by_symbol = torch.tensor([[0.0, 2.0, 0.0, 1.0], [0.0, 4.0, 2.0, 1.0]])
     empty = torch.zeros(())
-    stats = moe.RoutingStats(empty, empty, empty, empty, empty, empty, torch.zeros(2, 3), by_symbol)
+    stats = balance.RoutingStats(empty, empty, empty, empty, empty, empty, torch.zeros(2, 3), by_symbol)
     rates = evaluate.drop_rate_by_class(stats, vocabulary)
     assert rates == {"drop_rate_by_class": {"vowel": 3 / 5, "consonant": 0.0}}
     assert evaluate.drop_rate_by_class(stats._replace(dropped_by_symbol=torch.zeros(2, 0)), vocabulary) == {}

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny
 
+import balance
 import moe
 from analysis import gradients
 from analysis.gradients import SHARED, Layer, Tokens
 from model import GPT, IGNORED
-from routing import gates_per_expert
+from selection import gates_per_expert
 from support import machines
 
 SYMBOLS = 5
@@ -142,7 +143,9 @@ def own_weights(mlp, n):
     if not isinstance(mlp, moe.MoE):
         return {None: give_own_weights(mlp, n)}
     experts, copies = mlp.experts, {}
-    shapes = {name: getattr(experts, name)[0].shape for name in experts.stacked if getattr(experts, name) is not None}
+    shapes = {
+        name: getattr(experts, name)[0].shape for name in experts.per_expert if getattr(experts, name) is not None
+    }
     for e in range(experts.w_in.size(0)):
         flat = torch.cat([getattr(experts, name)[e].detach().flatten() for name in shapes])
         copies[e] = flat.repeat(n, 1).requires_grad_()
@@ -382,7 +385,7 @@ def test_balancing_loss_is_the_models_own_over_all_layers(aux_loss, reduction):
     ((x, y),) = batches = batches_of(count=1)
     found = gradients.router_gradients(model, batches, CPU)
     out = model(x, y)
-    raw = sum(map(moe.switch_loss, out.routing)) / (2 if reduction == "mean" else 1)
+    raw = sum(map(balance.switch_loss, out.routing)) / (2 if reduction == "mean" else 1)
     (raw if aux_loss == "none" else out.aux[aux_loss].raw).backward()
     for layer, block in zip(found, model.blocks):
         assert layer["norm_balance"] == pytest.approx(block.mlp.router.weight.grad.norm().item(), **EXACT)

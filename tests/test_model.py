@@ -13,9 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import backends
-from model import GPT, IGNORED, KVCache, dense_equal_active, dense_equal_total, sample, uniforms
+from model import GPT, IGNORED, KVCache, sample, uniforms
+from run import accounting
+from run.accounting import dense_equal_active, dense_equal_total
 from run.settings import Config
 from support import configurator, machines
+from support.options import options_of
 
 ROOT = Path(configurator.__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "config").glob("*.py") if path.name != "cpu.py")
@@ -69,7 +72,7 @@ def tokens(*shape):
 
 def test_the_paper_size_model_has_nanogpts_10_65_million_parameters():
     """nanoGPT counts without the 256 position embeddings."""
-    counts = GPT(Config(), 65).count_parameters()
+    counts = accounting.count_parameters(GPT(Config(), 65))
     assert (
         counts["total"] - 256 * 384 == 10_646_784
         and counts["active"] == counts["total"]
@@ -78,15 +81,17 @@ def test_the_paper_size_model_has_nanogpts_10_65_million_parameters():
 
 
 def test_paper_bs_linear_experts_have_the_dense_models_parameters_and_a_router():
-    dense = GPT(Config(), 65).count_parameters()["total"]
-    counts = GPT(configurator.parse(Config, [str(ROOT / "config/shakespeare_top2.py")]), 65).count_parameters()
+    dense = accounting.count_parameters(GPT(Config(), 65))["total"]
+    counts = accounting.count_parameters(
+        GPT(configurator.parse(Config, [str(ROOT / "config/shakespeare_top2.py")]), 65)
+    )
     assert counts["total"] == dense + counts["router"] == dense + 6 * 4 * 384
 
 
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_use():
     dense, counts = (
-        GPT(tiny(), VOCABULARY).count_parameters(),
-        GPT(tiny(n_expert=4, expert_top_k=1), VOCABULARY).count_parameters(),
+        accounting.count_parameters(GPT(tiny(), VOCABULARY)),
+        accounting.count_parameters(GPT(tiny(n_expert=4, expert_top_k=1), VOCABULARY)),
     )
     assert counts["active"] == dense["total"] + counts["router"]
     assert counts["total"] == dense["total"] + counts["router"] + 3 * dense["mlp"]
@@ -100,7 +105,7 @@ def test_flops_are_those_that_torch_counts_on_the_reference_backend(kind):
     # The counter knows the matrix products of plain attention, not the fused kernel of a CPU.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(tokens(3, 16))
-    assert counter.get_total_flops() * 3 == model.flops_per_token() * 3 * 16
+    assert counter.get_total_flops() * 3 == accounting.training_flops_per_token(model) * 3 * 16
 
 
 @pytest.mark.parametrize("kind", ["top1", "top1_capacity", "shared_top_p", "one_set", "by_block", "soft_concat"])
@@ -110,8 +115,12 @@ def test_dense_twins_cost_the_same(kind):
     sizes = {"active": dense_equal_active(config), "total": dense_equal_total(config)}
     twins = {equal: GPT(tiny(mlp_hidden=hidden), VOCABULARY) for equal, hidden in sizes.items()}
     model, unit = GPT(config, VOCABULARY), 2 * 16 * config.n_layer / 2
-    assert abs(twins["active"].forward_flops_per_token() - model.forward_flops_per_token()) <= 2 * unit
-    assert abs(twins["total"].count_parameters()["total"] - model.count_parameters()["total"]) <= unit
+    assert (
+        abs(accounting.forward_flops_per_token(twins["active"]) - accounting.forward_flops_per_token(model)) <= 2 * unit
+    )
+    assert (
+        abs(accounting.count_parameters(twins["total"])["total"] - accounting.count_parameters(model)["total"]) <= unit
+    )
 
 
 def test_capacity_bounds_the_flops():
@@ -123,12 +132,17 @@ def test_capacity_bounds_the_flops():
 
 def test_decoding_costs_more_the_longer_the_context():
     model = GPT(tiny(), 9)
-    assert model.forward_flops_per_token(context=10) - model.forward_flops_per_token(context=0) == 2 * 4 * 10 * 16
-    assert model.forward_flops_per_token(context=15) == model.forward_flops_per_token()
+    assert (
+        accounting.forward_flops_per_token(model, context=10) - accounting.forward_flops_per_token(model, context=0)
+        == 2 * 4 * 10 * 16
+    )
+    assert accounting.forward_flops_per_token(model, context=15) == accounting.forward_flops_per_token(model)
 
 
 def test_shared_experts_are_counted_once_and_active_as_often_as_they_can_be_used():
-    own, shared = (GPT(tiny(n_expert=4, share_experts=share), 9).count_parameters() for share in (False, True))
+    own, shared = (
+        accounting.count_parameters(GPT(tiny(n_expert=4, share_experts=share), 9)) for share in (False, True)
+    )
     assert shared["experts"] * 2 == own["experts"] and shared["router"] == own["router"]
     assert own["total"] - own["active"] == 2 * 3 * own["experts"] // 8
     assert shared["total"] - shared["active"] == 2 * shared["experts"] // 4
@@ -152,7 +166,7 @@ def test_a_checkpoint_keeps_what_training_has_moved():
     model, again = gpt(**keys), gpt(**keys)
     model.set_step(10)
     x = tokens(2, 16)
-    model.balance([layer.load for layer in model(x, x).stats])
+    model.update_biases([layer.load for layer in model(x, x).stats])
     again.load_state_dict(model.state_dict())
     x = tokens(2, 16)
     ours, theirs = model(x, x), again(x, x)
@@ -261,22 +275,28 @@ def test_more_positions_than_block_size_are_refused():
 
 def test_more_tokens_use_more_experts_until_they_use_all():
     model = gpt(**KINDS["top1"])
-    counts = model.count_parameters()
-    used = [model.parameters_for(n) for n in (1, 2, 8, 10_000)]
+    counts = accounting.count_parameters(model)
+    used = [accounting.active_parameters(model, n) for n in (1, 2, 8, 10_000)]
     assert used[0] == counts["active"] < used[1] < used[2] < used[3] == counts["total"]
     inactive = counts["total"] - counts["active"]
     assert counts["total"] - used[1] == pytest.approx(inactive * 3 / 4, abs=1), "a second token leaves 3 of 4 untouched"
     dense = gpt()
-    assert dense.parameters_for(1) == dense.parameters_for(99) == dense.count_parameters()["total"]
+    assert (
+        accounting.active_parameters(dense, 1)
+        == accounting.active_parameters(dense, 99)
+        == accounting.count_parameters(dense)["total"]
+    )
 
 
 def test_the_bytes_of_a_step_by_hand():
     """Dense, 2 blocks of width 16: a token caches 2 · 2 · 16 numbers."""
     model = gpt()
-    total = model.count_parameters()["total"]
-    assert model.training_bytes(2) == total * (2 + 2 + 4 + 4 + 12 + 12)
-    assert model.decoding_bytes(3, 10, 4) == 4 * (total - 15 * 16 + 3 * 10 * 64), "one position's vector of 16"
-    assert model.prefill_bytes(3, 10, 2) == 2 * (total - 6 * 16 + 3 * 10 * 64)
+    total = accounting.count_parameters(model)["total"]
+    assert accounting.training_bytes(model, 2) == total * (2 + 2 + 4 + 4 + 12 + 12)
+    assert accounting.decoding_bytes(model, 3, 10, 4) == 4 * (total - 15 * 16 + 3 * 10 * 64), (
+        "one position's vector of 16"
+    )
+    assert accounting.prefill_bytes(model, 3, 10, 2) == 2 * (total - 6 * 16 + 3 * 10 * 64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,8 +403,51 @@ def test_generation_refuses_what_it_cannot_do():
 # Every shipped config
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_config_builds_and_trains_a_step(path):
+def structure(config):
+    """{(key, value)} of what can change the code that a config runs: of numbers, whether they are 0, 1 or more."""
+    keys = [name for name, option in options_of(Config).items() if option.group in ("Model", "Mixture of experts")]
+    values = {key: getattr(config, key) for key in keys if key != "n_expert_by_block"}
+    return {(key, min(value, 2) if isinstance(value, int) else value or 0.0) for key, value in values.items()}
+
+
+SHIPPED = {path: structure(configurator.parse(Config, [str(path)])) for path in CONFIGS}
+DISTINCT = list({frozenset(values): path for path, values in reversed(SHIPPED.items())}.values())[::-1]
+# Few configs with every value of every key that a shipped one has.
+TRACED = [
+    tiny(dropout=0.2, **keys)
+    for keys in (
+        dict(mlp_hidden=24),
+        dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", capacity_factor=1.0),
+        dict(n_expert=4, expert_top_k=0, expert_kind="linear_sum", aux_loss="none"),
+        dict(n_expert=4, router="hash", aux_loss="none", expert_inner_dropout=0.1),
+        dict(n_expert=4, router="ngram_hash", aux_loss="none", n_shared_expert=1, expert_hidden=8),
+        dict(n_expert=4, router="random", router_level="sequence", aux_loss="none"),
+        dict(n_expert=4, router="expert_choice", capacity_factor=1.0, aux_loss="none"),
+        dict(
+            n_expert=4, router="two_level", share_experts=True, expert_dropout=0.1,
+            aux_loss_coef_schedule="linear", router_temperature_schedule="linear",
+        ),
+        dict(n_expert=4, router="frozen", router_level="segment", segment_size=5, aux_loss="none"),
+        dict(
+            n_expert=4, expert_top_k=2, router_bias_rate=0.001, gate="sigmoid", aux_loss="none", gate_renormalize=True
+        ),
+        dict(n_expert=4, router_level="prefix", aux_loss="cv2", expert_init="switch", gate_straight_through=True),
+        dict(
+            n_expert=4, expert_top_k=4, router_top_p=0.5, capacity_factor=0.5, capacity_group="batch", moe_every=2,
+            expert_init="sigma_moe", router_jitter=0.1, z_loss_coef=0.001, bias=True, aux_loss_coef=0.001,
+        ),
+    )
+]  # fmt: skip
+
+
+def test_the_traced_configs_have_every_value_that_a_shipped_one_has():
+    sizes = {"n_layer", "n_head", "n_embd", "segment_size", "aux_loss_coef"}
+    missing = set().union(*SHIPPED.values()) - set().union(*map(structure, TRACED))
+    assert {(key, value) for key, value in missing if key not in sizes and not isinstance(value, float)} == set()
+
+
+@pytest.mark.parametrize("path", DISTINCT, ids=lambda path: path.stem)
+def test_a_config_of_each_structure_builds_and_trains_a_step(path):
     config = configurator.parse(
         Config, [str(path), str(ROOT / "config/cpu.py"), "--n_layer=2", "--n_embd=32", "--batch_size=2"]
     )
@@ -394,27 +457,41 @@ def test_a_shipped_config_builds_and_trains_a_step(path):
     assert torch.isfinite(out.objective) and len(out.stats) == len(config.moe_layers)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in CONFIGS if path.stem.startswith("shakespeare")], ids=lambda path: path.stem
-)
-def test_a_shipped_config_traces_as_one_graph(path):
+def trace(config):
     """No graph break anywhere, forward and backward; the compiler behind the tracer is not needed for that."""
     torch._dynamo.reset()
-    options = ["--n_layer=2", "--n_embd=32", "--batch_size=2", "--dropout=0.1", "--moe_every=2"]
-    config = configurator.parse(Config, [str(path), str(ROOT / "config/cpu.py"), *options])
-    model = GPT(config, VOCABULARY)
-    out = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens(2, 64), tokens(2, 64))
+    model, shape = GPT(config, VOCABULARY), (2, config.block_size)
+    out = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens(*shape), tokens(*shape))
     out.objective.backward()
     assert torch.isfinite(out.loss)
 
 
-@pytest.mark.parametrize("backend", ["masked", "sorted", "padded"])
-def test_what_auto_chooses_on_cuda_compiles_into_one_graph_with_the_gradients_of_eager_steps(backend, monkeypatch):
+@pytest.mark.parametrize("config", TRACED, ids=range(len(TRACED)))
+def test_every_option_traces_as_one_graph(config):
+    trace(config)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("path", DISTINCT, ids=lambda path: path.stem)
+def test_a_shipped_config_traces_as_one_graph(path):
+    options = ["--n_layer=2", "--n_embd=32", "--batch_size=2", "--dropout=0.1", "--moe_every=2"]
+    trace(configurator.parse(Config, [str(path), str(ROOT / "config/cpu.py"), *options]))
+
+
+TOP1, ROOMY, TIGHT = dict(expert_top_k=1), *(dict(expert_top_k=2, capacity_factor=f) for f in (1.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    "backend, models",
+    [("masked", [TOP1]), ("sorted", [ROOMY]), ("padded", [TIGHT, ROOMY])],
+    ids=["masked", "sorted", "padded"],
+)
+def test_backends_of_cuda_compile_into_one_graph_with_the_gradients_of_eager_steps(backend, models, monkeypatch):
     """Those of the router in float32, though the rest is bfloat16; and in one process models that differ in a number,
     a capacity too, on which shapes depend."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    for keys in (dict(expert_top_k=1), *(dict(expert_top_k=2, capacity_factor=factor) for factor in (1.0, 0.5))):
+    for keys in models:
         model = GPT(tiny(n_expert=4, moe_backend=backend, **keys), VOCABULARY)
         x, y = tokens(2, 16), tokens(2, 16)
         gradients = []
@@ -444,7 +521,7 @@ def test_a_shipped_config_compiles_on_cuda_without_a_break_or_a_synchronisation(
             out.objective.backward()
             with torch.no_grad():
                 compiled.eval()(x, y)
-        model.balance([layer.load for layer in out.stats])
+        model.update_biases([layer.load for layer in out.stats])
         return out
 
     step(0)

@@ -14,16 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import backends
+import balance
 import moe
-import routing as routing_module
+import selection
 from model import MLP
+from routing import LEVELS, ROUTERS, RoutingCache
 from run.settings import Config
 from support.options import choices_of, options_of
 
 CHOICES = {
-    "router": list(moe.ROUTERS),
-    "router_level": list(moe.LEVELS),
-    "gate": list(moe.GATES),
+    "router": list(ROUTERS),
+    "router_level": list(LEVELS),
+    "gate": list(selection.GATES),
     "expert_kind": list(moe.EXPERTS),
     "experts": [(2, 1), (3, 2), (4, 0), (4, 2), (4, 4), (1, 1), (4, 1)],  # (n_expert, expert_top_k)
     "capacity_factor": [0.0, 0.5, 1.25],
@@ -55,6 +57,16 @@ def grid():
         if next(config.problems(), None) is None:
             covered |= pairs
             chosen.append(config)
+    return chosen
+
+
+def covering(configs):
+    """A few of these configs in which each value of each key occurs that occurs in any of them."""
+    left = {config: set(dataclasses.asdict(config).items()) for config in configs}
+    chosen, missing = [], set().union(*left.values())
+    while missing:
+        chosen.append(max(left, key=lambda config: len(left[config] & missing)))
+        missing -= left[chosen[-1]]
     return chosen
 
 
@@ -99,29 +111,29 @@ def routing_of(experts, gates, n_expert, kept=None, logits=None):
     logits = torch.zeros(len(experts), n_expert) if logits is None else torch.as_tensor(logits, dtype=torch.float32)
     kept = torch.ones_like(experts, dtype=torch.bool) if kept is None else torch.tensor(kept)
     chosen = torch.ones_like(experts, dtype=torch.bool)
-    return moe.Routing(logits, logits.softmax(-1), experts, gates, chosen, kept, len(experts))
+    return selection.Routing(logits, logits.softmax(-1), experts, gates, chosen, kept, len(experts))
 
 
 def test_the_grid_covers_every_entry_of_every_table():
     for key, table in {
-        "router": moe.ROUTERS,
-        "router_level": moe.LEVELS,
-        "gate": moe.GATES,
+        "router": ROUTERS,
+        "router_level": LEVELS,
+        "gate": selection.GATES,
         "expert_kind": moe.EXPERTS,
     }.items():
         assert {getattr(config, key) for config in GRID} == set(table)
-    assert {(c.router, c.router_level) for c in GRID} >= {("learned", level) for level in moe.LEVELS}
+    assert {(c.router, c.router_level) for c in GRID} >= {("learned", level) for level in LEVELS}
     assert len(GRID) > 50 and len(CAUSAL) > 30
 
 
 @pytest.mark.parametrize(
     "key, table",
     [
-        ("router", moe.ROUTERS),
-        ("gate", moe.GATES),
+        ("router", ROUTERS),
+        ("gate", selection.GATES),
         ("expert_kind", moe.EXPERTS),
-        ("aux_loss", moe.AUX_LOSSES),
-        ("router_level", moe.LEVELS),
+        ("aux_loss", balance.AUX_LOSSES),
+        ("router_level", LEVELS),
         ("expert_init", moe.INITS),
         ("router_temperature_schedule", moe.SCHEDULES),
         ("aux_loss_coef_schedule", moe.SCHEDULES),
@@ -196,7 +208,7 @@ def test_any_shape_gives_the_references_result_whole_and_in_pieces(shape, widths
     for name in sorted(set(backends.BACKENDS) - {"reference"}):
         found = layer.experts(x.view(-1, widths[0]), routing, backends.BACKENDS[name]).view_as(x)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    cache = routing_module.RoutingCache(config, shape[0], x.device, x.dtype)
+    cache = RoutingCache(config, shape[0], x.device, x.dtype)
     cut = seed % shape[1]
     pieces = [
         layer(x[:, part], ids[:, part], cache)[0] for part in (slice(0, cut), slice(cut, None)) if x[:, part].numel()
@@ -216,7 +228,7 @@ def test_auto_picks_the_backend_that_was_measured_to_be_fastest(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     def chosen(device, dtype=torch.bfloat16, is_compiled=True, **keys):
-        return new_layer(tiny(**keys)).backend(device, dtype, is_compiled)
+        return new_layer(tiny(**keys)).backend_name(device, dtype, is_compiled)
 
     capability = (9, 0)
     top1, top2 = dict(n_expert=4, expert_top_k=1), dict(n_expert=4, expert_top_k=2)
@@ -313,7 +325,7 @@ def test_a_later_token_has_no_gradient_into_an_earlier_output(config):
 def test_a_sequence_in_pieces_gets_what_it_gets_whole(config):
     layer = layer_of(config).double()
     x, ids = inputs(2, 11)
-    cache = routing_module.RoutingCache(config, 2, x.device, x.dtype)
+    cache = RoutingCache(config, 2, x.device, x.dtype)
     pieces = [
         layer(*piece, cache)[0] for piece in zip(x.split([4, 1, 1, 3, 2], dim=1), ids.split([4, 1, 1, 3, 2], dim=1))
     ]
@@ -353,7 +365,7 @@ def test_a_capacity_shared_by_the_batch_cannot_be_cached():
     config = dataclasses.replace(GRID_TOP1, capacity_factor=0.5, capacity_group="batch")
     x, ids = inputs(2, 11)
     with pytest.raises(ValueError, match="cannot be decoded with a cache"):
-        layer_of(config).double()(x, ids, routing_module.RoutingCache(config, 2, x.device, x.dtype))
+        layer_of(config).double()(x, ids, RoutingCache(config, 2, x.device, x.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,13 +375,13 @@ def test_a_capacity_shared_by_the_batch_cannot_be_cached():
 def test_an_earlier_second_choice_is_served_before_a_later_first_choice():
     """Ranking all first choices before any second one would let a later token change an earlier one's fate."""
     experts = torch.tensor([[0, 1, 1, 0]])  # token 0 chooses 0 then 1, token 1 chooses 1 then 0
-    assert moe.within_capacity(experts, experts >= 0, 2, limit=1).tolist() == [[True, True, False, False]]
+    assert selection.within_capacity(experts, experts >= 0, 2, limit=1).tolist() == [[True, True, False, False]]
 
 
 def test_a_used_up_expert_stays_full_for_the_rest_of_a_cached_sequence():
     used = torch.tensor([[2, 0]])
     experts = torch.tensor([[0, 1, 1]])
-    assert moe.within_capacity(experts, experts >= 0, 2, limit=2, use_GE=used).tolist() == [[False, True, True]]
+    assert selection.within_capacity(experts, experts >= 0, 2, limit=2, use_GE=used).tolist() == [[False, True, True]]
     assert used.tolist() == [[3, 2]]
 
 
@@ -377,7 +389,7 @@ def test_a_used_up_expert_stays_full_for_the_rest_of_a_cached_sequence():
     "factor, k, T, E, expected", [(1.0, 2, 256, 4, 128), (0.5, 2, 256, 4, 64), (1.0, 1, 10, 4, 3), (0.01, 1, 10, 4, 1)]
 )
 def test_capacity_is_rounded_up(factor, k, T, E, expected):
-    assert moe.capacity(tiny(n_expert=E, expert_top_k=k, capacity_factor=factor, block_size=T)) == expected
+    assert selection.capacity(tiny(n_expert=E, expert_top_k=k, capacity_factor=factor, block_size=T)) == expected
 
 
 def test_capacity_comes_from_block_size_and_not_from_the_length_at_hand():
@@ -389,7 +401,7 @@ def test_capacity_comes_from_block_size_and_not_from_the_length_at_hand():
 
 def test_a_choice_that_was_not_made_takes_no_room():
     chosen = torch.tensor([[False, True, True]])
-    assert moe.within_capacity(torch.zeros(1, 3, dtype=torch.int64), chosen, 2, limit=1).tolist() == [
+    assert selection.within_capacity(torch.zeros(1, 3, dtype=torch.int64), chosen, 2, limit=1).tolist() == [
         [False, True, False]
     ]
 
@@ -432,11 +444,10 @@ def test_bfloat16_autocast_stays_near_float32(backend):
 
 
 def test_jitter_reaches_the_router_only_and_only_in_training():
-    config = tiny(n_expert=4, expert_top_k=0, router_jitter=0.5, aux_loss="none", expert_kind="linear_concat")
+    config = tiny(n_expert=4, expert_top_k=0, router_jitter=0.5, aux_loss="none")
     layer = layer_of(config)
     seen = []
-    hidden = layer.experts.hidden
-    layer.experts.hidden = lambda up, gate: seen.append(up) or hidden(up, gate)
+    layer.experts.activate = lambda up: seen.append(up) or up
     x = torch.randn(2, 16, 16)
     _, quiet = run(layer.eval(), x)
     _, noisy = run(layer.train(), x)
@@ -446,17 +457,19 @@ def test_jitter_reaches_the_router_only_and_only_in_training():
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_ties_go_to_the_lower_expert(k):
-    assert routing_module.best(torch.full((3, 4), 0.25), k).tolist() == [list(range(k))] * 3
+    assert selection.top_k_experts(torch.full((3, 4), 0.25), k).tolist() == [list(range(k))] * 3
 
 
-@pytest.mark.parametrize("gate", sorted(moe.GATES))
+@pytest.mark.parametrize("gate", sorted(selection.GATES))
 @pytest.mark.parametrize("k", [1, 2])
 def test_experts_that_are_switched_off_make_no_nan(k, gate):
     """Expert dropout masks most experts: losses, statistics, gates and gradients stay finite."""
     layer = layer_of(tiny(n_expert=3, expert_top_k=k, gate=gate, expert_dropout=0.9, gate_renormalize=k > 1)).train()
     y, routing = run(layer, torch.randn(4, 16, 16))
     assert routing.chosen.any(dim=-1).all() and (k == 1 or not routing.chosen.all())
-    loss = y.square().sum() + sum(function(routing) for function in (moe.switch_loss, moe.cv2_loss, moe.z_loss))
+    loss = y.square().sum() + sum(
+        function(routing) for function in (balance.switch_loss, balance.cv2_loss, balance.z_loss)
+    )
     loss.backward()
     gradients = [p.grad for p in layer.parameters()]
     assert torch.isfinite(loss) and all(torch.isfinite(gradient).all() for gradient in gradients)
@@ -498,38 +511,40 @@ def test_scores_too_small_for_a_float_make_no_nan():
 
 def test_the_switch_loss_is_one_under_uniform_routing():
     experts = [[i % 4] for i in range(16)]
-    assert moe.switch_loss(routing_of(experts, [[1.0]] * 16, 4)).item() == pytest.approx(1.0)
+    assert balance.switch_loss(routing_of(experts, [[1.0]] * 16, 4)).item() == pytest.approx(1.0)
 
 
 def test_the_switch_loss_of_a_collapsed_router_is_the_number_of_experts():
     logits = [[50.0, 0, 0, 0]] * 8
-    assert moe.switch_loss(routing_of([[0]] * 8, [[1.0]] * 8, 4, logits=logits)).item() == pytest.approx(4.0)
+    assert balance.switch_loss(routing_of([[0]] * 8, [[1.0]] * 8, 4, logits=logits)).item() == pytest.approx(4.0)
 
 
 def test_the_switch_loss_by_hand():
     """f = (3/4, 1/4), P = (0.6, 0.4): 2 · (0.45 + 0.1) = 1.1"""
     logits = [[math.log(0.6), math.log(0.4)]] * 4
-    assert moe.switch_loss(routing_of([[0], [0], [0], [1]], [[1.0]] * 4, 2, logits=logits)).item() == pytest.approx(1.1)
+    assert balance.switch_loss(routing_of([[0], [0], [0], [1]], [[1.0]] * 4, 2, logits=logits)).item() == pytest.approx(
+        1.1
+    )
 
 
 def test_the_switch_loss_counts_choices_before_capacity():
     logits = [[1.0, 0.0]] * 4
     full = routing_of([[0]] * 4, [[1.0]] * 4, 2, logits=logits)
     dropped = routing_of([[0]] * 4, [[0.0]] * 4, 2, logits=logits, kept=[[False]] * 4)
-    assert moe.switch_loss(full) == moe.switch_loss(dropped)
+    assert balance.switch_loss(full) == balance.switch_loss(dropped)
 
 
 def test_the_z_loss_by_hand():
     logits = [[0.0, 0.0], [math.log(3.0), 0.0]]  # logsumexp: log 2, log 4
     expected = (math.log(2) ** 2 + math.log(4) ** 2) / 2
-    assert moe.z_loss(routing_of([[0], [0]], [[1.0]] * 2, 2, logits=logits)).item() == pytest.approx(expected)
+    assert balance.z_loss(routing_of([[0], [0]], [[1.0]] * 2, 2, logits=logits)).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("reduction, factor", [("sum", 2), ("mean", 1)])
 def test_layers_combine_as_the_config_says(reduction, factor):
     routing = routing_of([[i % 4] for i in range(8)], [[1.0]] * 8, 4)
     config = tiny(n_expert=4, aux_loss_reduction=reduction, aux_loss_coef=0.5, z_loss_coef=0.0)
-    losses = moe.aux_losses([routing, routing], config, torch.tensor(0.5))
+    losses = balance.aux_losses([routing, routing], config, torch.tensor(0.5))
     assert losses["switch"].raw.item() == pytest.approx(factor) and losses["switch"].weighted.item() == pytest.approx(
         0.5 * factor
     )
@@ -538,7 +553,7 @@ def test_layers_combine_as_the_config_says(reduction, factor):
 
 def test_a_coefficient_of_zero_leaves_no_gradient():
     layer = layer_of(tiny(n_expert=4, aux_loss_coef=0.0))
-    losses = moe.aux_losses([run(layer, torch.randn(1, 16, 16))[1]], layer.config, torch.tensor(0.0))
+    losses = balance.aux_losses([run(layer, torch.randn(1, 16, 16))[1]], layer.config, torch.tensor(0.0))
     assert not any(loss.weighted.requires_grad for loss in losses.values())
 
 
@@ -549,14 +564,14 @@ def test_a_coefficient_of_zero_leaves_no_gradient():
 def stats_of(routing, config=None, symbols=None, counted=None):
     ids = torch.tensor(symbols or [[0] * len(routing.experts)])
     config = config or tiny(n_expert=routing.probs.size(1), expert_top_k=1, aux_loss="none")
-    return moe.routing_stats(routing, ids, config, max(3, int(ids.max()) + 1), counted)
+    return balance.routing_stats(routing, ids, config, max(3, int(ids.max()) + 1), counted)
 
 
 def summary_of(routing, config, symbols=None):
     n_tokens = len(routing.experts)
     if symbols is None:
         symbols = [[0] * config.block_size] * (n_tokens // config.block_size)
-    return moe.summarize(stats_of(routing, config, symbols), in_detail=True)
+    return balance.summarize(stats_of(routing, config, symbols), in_detail=True)
 
 
 def test_statistics_by_hand():
@@ -577,15 +592,15 @@ def test_statistics_by_hand():
 def test_statistics_leave_out_tokens_that_do_not_count_and_add_up():
     routing = routing_of([[0], [1], [1]], [[1.0]] * 3, 2)
     some = stats_of(routing, counted=torch.tensor([1.0, 1.0, 0.0]))
-    total = moe.add_stats(moe.add_stats(None, [some]), [stats_of(routing)])
-    assert moe.summarize(some)["load"] == [0.5, 0.5] and moe.summarize(total[0])["tokens"] == 5
-    assert moe.summarize(total[0])["load"] == pytest.approx([2 / 5, 3 / 5])
+    total = balance.add_stats(balance.add_stats(None, [some]), [stats_of(routing)])
+    assert balance.summarize(some)["load"] == [0.5, 0.5] and balance.summarize(total[0])["tokens"] == 5
+    assert balance.summarize(total[0])["load"] == pytest.approx([2 / 5, 3 / 5])
 
 
 def test_statistics_of_nothing_are_refused():
     routing = routing_of([[0]], [[1.0]], 2)
     with pytest.raises(ValueError, match="no token"):
-        moe.summarize(stats_of(routing, counted=torch.tensor([0.0])))
+        balance.summarize(stats_of(routing, counted=torch.tensor([0.0])))
 
 
 @pytest.mark.parametrize("config", [c for c in GRID if c.capacity_factor == 0.5], ids=name_of)
@@ -614,8 +629,8 @@ def test_more_experts_than_a_byte_can_number(backend):
 def test_the_cv2_loss_by_hand():
     """Importance (3, 1): mean 2, variance 1."""
     routing = routing_of([[0], [0], [1]], [[1.0], [2.0], [1.0]], 2)
-    assert moe.cv2_loss(routing).item() == pytest.approx(1 / 4)
-    assert moe.cv2_loss(routing_of([[0], [1]], [[0.5], [0.5]], 2)).item() == 0
+    assert balance.cv2_loss(routing).item() == pytest.approx(1 / 4)
+    assert balance.cv2_loss(routing_of([[0], [1]], [[0.5], [0.5]], 2)).item() == 0
 
 
 @pytest.mark.parametrize(
@@ -670,15 +685,15 @@ def train_toy(steps=150, seed=0, **keys):
     for step in range(steps):
         which = torch.randint(8, (4, 16))
         y, routing = layer(centres[which] + 0.1 * torch.randn(4, 16, 8), which % SYMBOLS)
-        aux = moe.aux_losses([routing], config, torch.tensor(config.aux_loss_coef))
+        aux = balance.aux_losses([routing], config, torch.tensor(config.aux_loss_coef))
         loss = F.mse_loss(y, targets[which]) + sum(term.weighted for term in aux.values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        stats = moe.routing_stats(routing, which, config, 8)
-        layer.balance(stats.load)
+        stats = balance.routing_stats(routing, which, config, 8)
+        layer.update_bias(stats.load)
         if step >= steps - 20:
-            last.append(moe.summarize(stats))
+            last.append(balance.summarize(stats))
     return {key: sum(summary[key] for summary in last) / len(last) for key in ("load_cv2", "entropy", "dead")}
 
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from model import dense_equal_active, dense_equal_total
 from papers import CLAIMS, TABLES
 from papers.measures import MEASURES
 from papers.table import SCALES, gather
 from report.figures import FIGURES
+from run.accounting import dense_equal_active, dense_equal_total
 
 TABLE = TABLES["C"]
 

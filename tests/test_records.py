@@ -426,7 +426,7 @@ def test_any_change_is_refused_in_one_line_or_changes_no_result(dense, moe, tmp_
         assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
     else:
         assert final_report(read) and records.machine_of(read)
-        for name in ("run_id", "leaky", "tokens", "clean", "paper", "train_mode", "test", "exclusive"):
+        for name in ("run_id", "tokens", "clean", "paper", "train_mode", "test", "exclusive"):
             assert read[name] == record[name]
 
 

@@ -191,7 +191,7 @@ def test_schedules_go_from_start_to_end(kind, halfway, quarter):
 
 def test_the_bias_of_an_expert_with_too_little_goes_up():
     layer = layer_of(router_bias_rate=0.1, aux_loss="none")
-    layer.balance(torch.tensor([10.0, 2.0, 4.0, 4.0]))
+    layer.update_bias(torch.tensor([10.0, 2.0, 4.0, 4.0]))
     torch.testing.assert_close(layer.balance_bias, torch.tensor([-0.1, 0.1, 0.1, 0.1]))
     assert "balance_bias" in layer.state_dict() and not layer.balance_bias.requires_grad
 

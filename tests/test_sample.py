@@ -10,9 +10,9 @@ from conftest import train_tiny
 
 import sample
 from data.common import DataError, Vocabulary
-from routing import main_expert
 from run import checkpoint
 from run.checkpoint import CheckpointError
+from selection import main_expert
 from support.options import ConfigError
 
 RULE = "\n" + "-" * 40 + "\n"

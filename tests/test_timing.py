@@ -8,8 +8,8 @@ from conftest import tiny, train_tiny
 
 import backends
 from data.common import Dataset
-from model import GPT, Decoder, uniforms
-from run import checkpoint
+from model import Decoder, uniforms
+from run import accounting, checkpoint
 from run.settings import Config
 from speed import decoding, timing
 from support import machines
@@ -141,17 +141,17 @@ def test_a_check_does_not_change_training(dataset):
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters()))
 
 
-def gates_without_gradient(x_ND, routing, experts):
+def gates_without_gradient(x_ND, routing, *experts):
     """The right output, and a gradient that the router misses."""
-    return backends.reference(x_ND, routing._replace(gates=routing.gates.detach()), experts)
+    return backends.reference(x_ND, routing._replace(gates=routing.gates.detach()), *experts)
 
 
-def off_by_a_thousandth(x_ND, routing, experts):
-    return backends.reference(x_ND, routing, experts) * 1.001
+def off_by_a_thousandth(x_ND, routing, *experts):
+    return backends.reference(x_ND, routing, *experts) * 1.001
 
 
-def not_a_number(x_ND, routing, experts):
-    return backends.reference(x_ND, routing, experts) * float("nan")
+def not_a_number(x_ND, routing, *experts):
+    return backends.reference(x_ND, routing, *experts) * float("nan")
 
 
 @pytest.mark.parametrize("wrong", [gates_without_gradient, off_by_a_thousandth, not_a_number])
@@ -248,13 +248,13 @@ def test_percentiles_are_the_median_and_the_deciles():
 def accounted(monkeypatch):
     """A model whose accounting is easy."""
     for name, count in {
-        "flops_per_token": lambda self: 30,
+        "training_flops_per_token": lambda self: 30,
         "forward_flops_per_token": lambda self, context: 10 + context,
         "training_bytes": lambda self, width: 1000 * width,
         "prefill_bytes": lambda self, batch, tokens, width: width * (batch + tokens),
         "decoding_bytes": lambda self, batch, context, width: width * (batch + context),
     }.items():
-        monkeypatch.setattr(GPT, name, count)
+        monkeypatch.setattr(accounting, name, count)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,193 @@
+"""How evenly experts are used: auxiliary losses, which training minimises, and statistics, which people read.
+
+    aux_losses(routings, config, coefficient)      {name: AuxLoss} over the layers of one forward pass
+    stats_of_layers(routings, idx, config, V)      a RoutingStats per layer, left on the device
+    summarize(stats)                               its numbers
+
+Everything comes from the layers' Routing alone. Balancing without a loss is a bias of the layer: `MoE.update_bias` in
+`moe.py`. Letters as in `moe.py`; L layers.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from selection import Routing, choices_per_expert, gates_per_expert
+
+
+class AuxLoss(NamedTuple):
+    """An auxiliary loss over all layers, before (`raw`) and after (`weighted`) its coefficient; 0-d float32."""
+
+    raw: torch.Tensor
+    weighted: torch.Tensor
+
+
+class RoutingStats(NamedTuple):
+    """Sums over the tokens of one layer, left on the device: add them up over calls, read them once with `summarize`.
+    Without a capacity the counts by position and by symbol are empty."""
+
+    load: torch.Tensor  # (E,) choices per expert, before capacity
+    importance: torch.Tensor  # (E,) sum of the gates of kept choices
+    dropped: torch.Tensor  # () choices that found their expert full
+    unserved: torch.Tensor  # () tokens that no expert served
+    tokens: torch.Tensor  # ()
+    entropy: torch.Tensor  # () entropy of the router's distribution, nats
+    dropped_by_position: torch.Tensor  # (2, T) of block_size positions: choices dropped, choices made
+    dropped_by_symbol: torch.Tensor  # (2, V) the same by the token's symbol
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Auxiliary losses: routing -> float32 before the coefficient, 0-d for one layer, (L,) for L stacked layers.
+# batch_mean(value) turns the mean over this process's tokens into the mean over a batch that processes share.
+
+
+def own_mean(value):
+    """The batch_mean of a process that has the whole batch."""
+    return value
+
+
+def switch_loss(routing, batch_mean=own_mean):
+    """E · Σ_i f_i P_i (Fedus et al. 2022, eq. 4): f_i is expert i's share of the choices before capacity, P_i its mean
+    probability. 1 under uniform routing, at most E."""
+    n_expert = routing.probs.size(-1)
+    load_E = batch_mean(choices_per_expert(routing).mean(dim=-2))
+    share_E = load_E / load_E.sum(dim=-1, keepdim=True)
+    return n_expert * (share_E * batch_mean(routing.probs.mean(dim=-2))).sum(dim=-1)
+
+
+def cv2_loss(routing, batch_mean=own_mean):
+    """Var / mean² over experts of their importance, the sum of their gates (Shazeer et al. 2017, eq. 7). The paper's
+    second term, of the load, needs noisy gates for a gradient: here it is a statistic (load_cv2)."""
+    importance_E = batch_mean(gates_per_expert(routing).sum(dim=-2))
+    return importance_E.var(dim=-1, correction=0) / importance_E.mean(dim=-1).square().clamp_min(1e-10)
+
+
+def z_loss(routing, batch_mean=own_mean):
+    """mean over tokens of logsumexp(logits)² (Zoph et al. 2022, eq. 5): keeps router logits small."""
+    return torch.logsumexp(routing.logits.movedim(-1, 0), dim=0).square().mean(dim=-1)
+
+
+AUX_LOSSES: dict[str, Callable | None] = {
+    "switch": switch_loss,
+    "cv2": cv2_loss,
+    "none": None,
+}
+
+
+def aux_losses(routings, config, coefficient, batch_mean=own_mean):
+    """{name: AuxLoss} over the layers of one forward pass. A loss with coefficient 0 is still measured.
+
+    coefficient: the balancing loss's at this point of its schedule, a 0-d tensor.
+    """
+    if not routings:
+        return {}
+    losses = {"z": (z_loss, config.z_loss_coef)}
+    if AUX_LOSSES[config.aux_loss] is not None:
+        losses[config.aux_loss] = (AUX_LOSSES[config.aux_loss], coefficient if config.balances else 0)
+    combined, groups = {}, stacked_by_shape(routings)
+    for name, (function, weight) in losses.items():
+        per_layer = torch.cat([function(layers, batch_mean) for _, layers in groups])
+        raw = per_layer.sum() if config.aux_loss_reduction == "sum" else per_layer.mean()
+        is_weighted = isinstance(weight, torch.Tensor) or weight > 0
+        combined[name] = AuxLoss(raw, weight * raw if is_weighted else torch.zeros_like(raw))
+    return combined
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def stacked_by_shape(routings):
+    """[(numbers of L layers, their Routing with a first dimension L)]: layers of one shape are handled together, since
+    many small operations cost more than they compute."""
+    by_shape = {}
+    for number, routing in enumerate(routings):
+        by_shape.setdefault((routing.logits.shape, routing.experts.shape, routing.room), []).append(number)
+    groups = []
+    for (*_, room), numbers in by_shape.items():
+        *fields, _ = zip(*(routings[number] for number in numbers))
+        groups.append((numbers, Routing(*(torch.stack(field) for field in fields), room)))
+    return groups
+
+
+@torch.no_grad()
+def stats_of_layers(routings, *arguments):
+    """`routing_stats` of each layer."""
+    stats = [None] * len(routings)
+    for numbers, layers in stacked_by_shape(routings):
+        for number, fields in zip(numbers, zip(*routing_stats(layers, *arguments))):
+            stats[number] = RoutingStats(*fields)
+    return stats
+
+
+@torch.no_grad()
+def routing_stats(routing, ids_BT, config, n_symbols, weight_N=None):
+    """RoutingStats of one layer, or of all in a stacked Routing, without a synchronisation. weight_N: 1 for a token to
+    count, else 0 (default: count all)."""
+    weight_N = torch.ones_like(routing.logits[..., 0]) if weight_N is None else weight_N
+    layers = routing.logits.shape[:-2]
+    dropped = unserved = weight_N.new_zeros(layers)
+    by_position = by_symbol = weight_N.new_empty(*layers, 2, 0)
+    if config.capacity_factor:
+        made_N = routing.chosen.sum(dim=-1) * weight_N
+        dropped_N = (routing.chosen & ~routing.kept).sum(dim=-1) * weight_N
+        dropped, unserved = dropped_N.sum(dim=-1), (~routing.kept.any(dim=-1) * weight_N).sum(dim=-1)
+        counts_2N = torch.stack((dropped_N, made_N), dim=-2)
+        by_position = counts_2N.unflatten(-1, ids_BT.shape).sum(dim=-2)
+        by_position = F.pad(by_position, (0, config.block_size - ids_BT.size(1)))
+        by_symbol = weight_N.new_zeros(*layers, 2, n_symbols).index_add(-1, ids_BT.reshape(-1), counts_2N)
+    return RoutingStats(
+        load=(weight_N[..., None] * choices_per_expert(routing)).sum(dim=-2),
+        importance=(weight_N[..., None] * gates_per_expert(routing)).sum(dim=-2),
+        dropped=dropped,
+        unserved=unserved,
+        tokens=weight_N.sum(dim=-1).expand(layers),
+        entropy=(weight_N * torch.special.entr(routing.probs).sum(dim=-1)).sum(dim=-1),
+        dropped_by_position=by_position,
+        dropped_by_symbol=by_symbol,
+    )
+
+
+def add_stats(total, stats):
+    """Sums of two lists of per-layer RoutingStats; total may be None."""
+    if total is None:
+        return stats
+    return [RoutingStats(*(a + b for a, b in zip(one, other))) for one, other in zip(total, stats)]
+
+
+def summarize(stats, in_detail=False):
+    """RoutingStats -> numbers. Waits for the device. ValueError where no token was routed.
+
+    load: each expert's share of the choices; load_cv2, importance_cv2: variance / mean² over experts; dead: experts
+    without a choice; drop_rate: share of the choices; unserved: share of the tokens without an expert; entropy: nats
+    per token; choices, gate_mass: per token; tokens. In detail, under a capacity: drop_rate_by_position and _by_symbol,
+    null where no choice was made.
+    """
+    load, importance = stats.load.tolist(), stats.importance.tolist()
+    choices, tokens = sum(load), stats.tokens.item()
+    if not choices:
+        raise ValueError("no token was routed: there is nothing to summarize")
+    summary = {
+        "load": [count / choices for count in load],
+        "load_cv2": cv2(load),
+        "importance_cv2": cv2(importance),
+        "dead": sum(count == 0 for count in load),
+        "drop_rate": stats.dropped.item() / choices,
+        "unserved": stats.unserved.item() / tokens,
+        "entropy": stats.entropy.item() / tokens,
+        "choices": choices / tokens,
+        "gate_mass": sum(importance) / tokens,
+        "tokens": int(tokens),
+    }
+    for name, counts in {"position": stats.dropped_by_position, "symbol": stats.dropped_by_symbol}.items():
+        if in_detail and counts.numel():
+            summary[f"drop_rate_by_{name}"] = [d / made if made else None for d, made in zip(*counts.tolist())]
+    return summary
+
+
+def cv2(values):
+    """Squared coefficient of variation: variance / mean², 0 when all are equal."""
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values) / len(values) / mean**2 if mean else 0.0

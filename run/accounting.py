@@ -1,0 +1,127 @@
+"""Parameters, FLOPs and bytes of a model, and the dense models of equal cost.
+
+    count_parameters(model)            {"total": …, "active": …, "embedding": …, …}
+    training_flops_per_token(model)    forward_flops_per_token(model, context=100)
+    dense_equal_active(config)         mlp_hidden of the dense model with as many FLOPs per token
+
+A multiply-add is 2 FLOPs. Layers, routers and experts know their own FLOPs (`flops_per_token`). Letters as in `moe.py`.
+"""
+
+import torch
+import torch.nn as nn
+
+from model import GPT, MLP, Attention
+from moe import Experts, SharedExperts
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+
+
+def count_parameters(model):
+    """Parameters by kind. `total` counts each once (the output layer is the token embedding), `active` are those that
+    one token uses, `embedding` are tokens and positions."""
+    of_routers = {module for layer in model.moe_layers() for module in layer.router.modules()}
+
+    def count(*types):
+        modules = [module for module in model.modules() if isinstance(module, types) and module not in of_routers]
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+    kinds = {
+        "embedding": count(nn.Embedding),
+        "attention": count(Attention),
+        "mlp": count(MLP),
+        "router": sum(p.numel() for layer in model.moe_layers() for p in layer.router.parameters()),
+        "experts": count(Experts, SharedExperts),
+        "norm": count(nn.LayerNorm),
+    }
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == sum(kinds.values()), "a parameter of no kind, or of two"
+    return {"total": total, "active": active_parameters(model, 1), **kinds}
+
+
+def active_parameters(model, n_tokens):
+    """Parameters that n_tokens use together, rounded. Several tokens use the expected number of distinct experts, as if
+    each chose at random."""
+    users = {}  # a set of experts -> the layers that use it
+    for layer in model.moe_layers():
+        users.setdefault(layer.experts, []).append(layer)
+    inactive = 0
+    for experts, layers in users.items():
+        n_expert, n_active = layers[0].config.n_expert, sum(layer.n_active for layer in layers)
+        weights = [getattr(experts, name) for name in experts.per_expert]
+        per_expert = sum(weight[0].numel() for weight in weights if weight is not None)
+        inactive += max(0.0, 1 - n_active / n_expert) ** n_tokens * n_expert * per_expert
+    return round(sum(parameter.numel() for parameter in model.parameters()) - inactive)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs
+
+
+def training_flops_per_token(model):
+    """Training FLOPs per token at full block_size: forward, and twice that backward. Only chosen experts count;
+    attention counts over the whole block_size × block_size square (Chowdhery et al. 2022, PaLM, appendix B)."""
+    return 3 * forward_flops_per_token(model)
+
+
+def forward_flops_per_token(model, context=None):
+    """FLOPs of reading one token, averaged over a full sequence; or of decoding one after `context` cached ones."""
+    D, attended = model.config.n_embd, model.config.block_size if context is None else context + 1
+    per_block = 2 * (3 * D * D + D * D) + 4 * attended * D
+    mlps = sum(block.mlp.flops_per_token() for block in model.blocks)
+    return 2 * model.token_embedding.weight.numel() + len(model.blocks) * per_block + mlps
+
+
+def dense_equal_active(config):
+    """mlp_hidden of the dense model with as many FLOPs per token, the routers' included, to the nearest unit a block:
+    the one to beat if compute is scarce."""
+    blocks = model_without_memory(config).blocks
+    return round(sum(block.mlp.flops_per_token() for block in blocks) / len(blocks) / (2 * 2 * config.n_embd))
+
+
+def dense_equal_total(config):
+    """mlp_hidden of the dense model with as many parameters, the routers' included, to the nearest unit a block: the
+    one to beat if memory is scarce."""
+    blocks = model_without_memory(config).blocks
+    parameters = {id(p): p.numel() for block in blocks for p in block.mlp.parameters()}  # shared ones once
+    biases = len(blocks) * config.n_embd if config.bias else 0
+    return round((sum(parameters.values()) - biases) / len(blocks) / (2 * config.n_embd + config.bias))
+
+
+def model_without_memory(config):
+    """The model with weights that have shapes only, for counting. Its vocabulary has one symbol."""
+    with torch.device("meta"):
+        return GPT(config, vocab_size=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes: lower bounds of the memory traffic. element_size: bytes of a number in the matrix products
+
+
+def training_bytes(model, element_size):
+    """Bytes of an update: every weight read for the forward and for the backward pass; in float32 its gradient written
+    and read, weight and AdamW's two moments read and written. Activations are not counted."""
+    return sum(parameter.numel() for parameter in model.parameters()) * (2 * element_size + 2 * 4 + 6 * 4)
+
+
+def prefill_bytes(model, batch_size, length, element_size):
+    """Bytes of reading `length` tokens of each sequence: the weights, and the cache's new entries."""
+    tokens = batch_size * length
+    return (weights_read(model, tokens, length) + tokens * cached_per_token(model)) * element_size
+
+
+def decoding_bytes(model, batch_size, context, element_size):
+    """Bytes of one more token of each sequence: the weights in use, and the cache of `context` tokens."""
+    cached = batch_size * context * cached_per_token(model)
+    return (weights_read(model, batch_size, 1) + cached) * element_size
+
+
+def weights_read(model, n_tokens, n_positions):
+    """Numbers read for n_tokens at n_positions."""
+    unread = (model.config.block_size - n_positions) * model.config.n_embd
+    return active_parameters(model, n_tokens) - unread
+
+
+def cached_per_token(model):
+    """Numbers cached per token: a key and a value in each block."""
+    return 2 * len(model.blocks) * model.config.n_embd

@@ -1,0 +1,115 @@
+"""From logits to choices: gates, the k best experts, capacity, and the Routing that comes of them.
+
+Pure functions of tensors, without parameters. `MoE.route` in `moe.py` calls them in order; the routers that give the
+logits stand in `routing.py`. Letters as in `moe.py`; G groups of S choices that share a capacity.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Routing(NamedTuple):
+    """Where the tokens of one layer go.
+
+    `experts`, `gates`, `chosen` and `kept` belong together. The K choices of a token come best first, or in expert
+    order where every expert has a place (soft routing, expert choice).
+    """
+
+    logits: torch.Tensor  # (N, E) float32, the router's output
+    probs: torch.Tensor  # (N, E) float32, the scores scaled so that each row sums to 1
+    experts: torch.Tensor  # (N, K) int64
+    gates: torch.Tensor  # (N, K) float32, 0 where the choice was not made or was dropped
+    chosen: torch.Tensor  # (N, K) bool, False where the choice was not made (top-p, expert choice, expert dropout)
+    kept: torch.Tensor  # (N, K) bool, chosen and not dropped for lack of room
+    room: int  # the most choices that one expert can have kept: N, or fewer under a capacity
+
+
+def top_k_experts(scores_NE, k, in_order=False):
+    """(N, k): each token's k best experts, best first; all of them in expert order if k = E, unless in_order.
+
+    Ties go to the lower index, on every device and for every N, so that cached and uncached decoding agree.
+    """
+    n_expert = scores_NE.size(-1)
+    if k == n_expert and not in_order:
+        return torch.arange(n_expert, device=scores_NE.device).expand_as(scores_NE)
+    if k == 1:
+        return scores_NE.argmax(dim=-1, keepdim=True)
+    return torch.sort(scores_NE, dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gates: logits (N, E) -> (scores, the weights of the experts' outputs; probs, the scores scaled so that rows sum to 1).
+# Both grow with the logits, so experts are chosen by the logits, or by score plus balancing bias.
+
+
+def softmax(logits_NE):
+    """Softmax over the experts, as the outer dimension: ten times faster on a CPU, which takes many tokens at once."""
+    return F.softmax(logits_NE.t(), dim=0).t()
+
+
+def softmax_gate(logits_NE):
+    probs_NE = softmax(logits_NE)
+    return probs_NE, probs_NE
+
+
+def sigmoid_gate(logits_NE):
+    return torch.sigmoid(logits_NE), softmax(F.logsigmoid(logits_NE))
+
+
+GATES: dict[str, Callable] = {"softmax": softmax_gate, "sigmoid": sigmoid_gate}
+
+
+def dropped_experts(shape, rate, device):
+    """(N, E) bool: each expert masked for each token with probability `rate` (a 0-d tensor; Csordás et al. 2023). A
+    token that would lose all of them keeps all."""
+    masked_NE = torch.rand(shape, device=device) < rate
+    return masked_NE & ~masked_NE.all(dim=-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Capacity
+
+
+def capacity(config, n_sequences=1):
+    """C = ceil(cf · k · T / E) choices per expert and sequence (Fedus et al. 2022, eq. 3). T is the block size, not the
+    length at hand: a later token must not change what an earlier one was given."""
+    share = config.capacity_factor * config.expert_top_k * config.block_size * n_sequences / config.n_expert
+    return max(1, math.ceil(share - 1e-9))  # 1.1 · 10 is 11.000000000000002
+
+
+def within_capacity(experts_GS, chosen_GS, n_expert, limit, use_GE=None):
+    """(G, S) bool: the choices that find room, in G groups with a capacity of `limit` choices per expert each.
+
+    experts_GS lists the choices token by token, so that no token yields to a later one. Choices not in chosen_GS were
+    not made. use_GE (int64, updated in place) counts the choices of earlier calls.
+    """
+    wanted_GES = (F.one_hot(experts_GS, n_expert) * chosen_GS[..., None]).transpose(1, 2).contiguous()
+    rank_GES = wanted_GES.cumsum(dim=-1)
+    if use_GE is not None:
+        rank_GES = rank_GES + use_GE[:, :, None]
+        use_GE += wanted_GES.sum(dim=-1)
+    return chosen_GS & ((rank_GES * wanted_GES).sum(dim=1) <= limit)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a Routing
+
+
+def main_expert(routing):
+    """(N,): the expert with each token's largest gate, -1 where no choice was kept."""
+    gate_N, choice_N = routing.gates.masked_fill(~routing.kept, -1).max(dim=-1)
+    return torch.where(gate_N < 0, -1, routing.experts.gather(1, choice_N[:, None])[:, 0])
+
+
+def gates_per_expert(routing):
+    """(N, E): each token's gate for every expert, 0 for the experts that it does not use."""
+    return torch.zeros_like(routing.logits).scatter(-1, routing.experts, routing.gates)
+
+
+def choices_per_expert(routing):
+    """(N, E): 1 where a token chose an expert, before capacity; else 0."""
+    return torch.zeros_like(routing.logits).scatter(-1, routing.experts, routing.chosen.to(routing.logits.dtype))
