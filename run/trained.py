@@ -1,6 +1,6 @@
 """Load a run's weights as a model, for sample.py and analyze.py.
 
-model, vocabulary, config = load("out/run", "best.pt", "cpu")
+model, vocabulary, config = load_trained("out/run", "best.pt", "cpu")
 """
 
 from pathlib import Path
@@ -25,12 +25,18 @@ class Trained(NamedTuple):
     config: Config
 
 
+<<<<<<< HEAD
 def load(out_dir, name, device) -> Trained:
     """The model in out_dir/name. ConfigError or CheckpointError if it is missing or does not fit its config."""
     return model_in(read(out_dir, name), Path(out_dir) / name, device)
+=======
+def load_trained(out_dir, name, device) -> Trained:
+    """The model in out_dir/name. ConfigError or CheckpointError where there is none, or it does not fit its config."""
+    return model_in(read_weights(out_dir, name), Path(out_dir) / name, device)
+>>>>>>> h-small-run
 
 
-def read(out_dir, name) -> dict:
+def read_weights(out_dir, name) -> dict:
     """The contents of the checkpoint out_dir/name."""
     folder = Path(out_dir)
     if not str(out_dir):
@@ -46,19 +52,23 @@ def read(out_dir, name) -> dict:
 
 
 def model_in(saved, path, device) -> Trained:
-    """saved: the contents of the checkpoint at `path`."""
+    """saved: the contents of the checkpoint at `path`. CheckpointError where they do not fit together."""
     config = Config.from_dict(saved["config"], origin=str(path))
     if problems := [f"{path}: {message}" for _, message in config.problems()]:
         raise ConfigError(problems)
     try:
         vocabulary = Vocabulary.from_dict(saved["vocabulary"])
         model = model_of(config, vocabulary, saved["model"])
-    except (DataError, RuntimeError) as error:
+    except DataError as error:
         raise CheckpointError(f"{path}: {files.first_line(error)}") from None
+    except (RuntimeError, TypeError) as error:
+        why = " ".join(line.strip() for line in str(error).splitlines()[:2])  # the headline, and the first misfit
+        raise CheckpointError(f"{path}: its weights do not fit its own config: {why}") from None
     return Trained(model.to(device).eval(), vocabulary, config)
 
 
 def model_of(config, vocabulary, weights):
+<<<<<<< HEAD
     """The model with these weights. RuntimeError if they do not fit; sizes are compared before memory is taken."""
 
     def misfit(reason):
@@ -84,9 +94,14 @@ def model_of(config, vocabulary, weights):
         is_of_router = ".router." in name and name not in parameters  # its own business: see state_problem
         if not is_of_router and not weights[name].isfinite().all():
             raise misfit(f"{name} has numbers that are not finite")
+=======
+    """The model with these weights. RuntimeError or TypeError where they do not fit it."""
+    with torch.device("meta"):  # compare sizes before memory is taken for a model of the config's size
+        GPT(config, vocabulary.size).load_state_dict(weights, assign=True)
+>>>>>>> h-small-run
     model = GPT(config, vocabulary.size)
     model.load_state_dict(weights)
     for layer in model.moe_layers():
         if problem := layer.router.state_problem():
-            raise misfit(f"the router of block {layer.router.layer}: {problem}")
+            raise RuntimeError(f"the router of block {layer.router.layer}: {problem}")
     return model

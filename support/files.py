@@ -9,6 +9,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 LONGEST_LINE = 1900  # characters of a message, whatever it quotes
 # Bytes at most: of a file that a person writes (a config, a prompt), and of one that a program writes (a record).
@@ -181,3 +186,14 @@ def sync_folder(folder):
 
 def write_json(path: Path, value) -> None:
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def lock(file, is_shared=False) -> bool | None:
+    """Lock an open file until it is closed. -> False where another process holds it, None without locks"""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (AttributeError, OSError):  # a system, or a file system, without locks
+        return None
+    return True

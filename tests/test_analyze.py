@@ -290,8 +290,7 @@ def changed(analysis, path, value):
 @pytest.mark.parametrize(
     "path, value, why",
     [
-        (["format"], "charmoe record 2", "it is a record of train.py"),
-        (["format"], "charmoe analysis 9", "newer code made it"),
+        (["format"], "charmoe record 2", "its format is 'charmoe record 2', expected 'charmoe analysis"),
         (["run_id"], "0000000000-s1337", "run_id is"),
         (["layers", 0, "block"], 1, "layers are of blocks"),
         (["layers", 0, "entropy"], float("nan"), "entropy is nan"),

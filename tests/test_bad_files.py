@@ -6,8 +6,8 @@ A refusal is one printable line with the reason; never a traceback, a hang, or h
 import copy
 import gzip
 import io
+import itertools
 import json
-import math
 import os
 import shutil
 import zipfile
@@ -325,8 +325,8 @@ def test_a_damaged_checkpoint_is_refused_or_loads_the_same(n, tmp_path):
 
 
 TENSORS = st.sampled_from([
-    torch.tensor(3), torch.zeros(0), torch.ones(2, 2), torch.full((16, 16), math.nan), torch.ones(65, 16).double(),
-    torch.ones(3, dtype=torch.complex64), torch.eye(16).to_sparse(), torch.full((16,), math.inf),
+    torch.tensor(3), torch.zeros(0), torch.ones(2, 2), torch.ones(65, 16).double(),
+    torch.ones(3, dtype=torch.complex64), torch.eye(16).to_sparse(),
     torch.arange(9), torch.ones(5, dtype=torch.bool), torch.ones(4).bfloat16(),
 ])  # fmt: skip
 
@@ -383,8 +383,7 @@ def shown_everywhere(record):
 
 def benches_shown_everywhere(record):
     told = [
-        *bench_records.slower(BENCH, record),
-        *bench_records.not_compared(BENCH, record),
+        *itertools.chain(*bench_records.compare(BENCH, record)),
         *bench_records.doubts(record),
         speed_cells.bench_headline(record),
     ]
