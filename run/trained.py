@@ -25,15 +25,9 @@ class Trained(NamedTuple):
     config: Config
 
 
-<<<<<<< HEAD
-def load(out_dir, name, device) -> Trained:
-    """The model in out_dir/name. ConfigError or CheckpointError if it is missing or does not fit its config."""
-    return model_in(read(out_dir, name), Path(out_dir) / name, device)
-=======
 def load_trained(out_dir, name, device) -> Trained:
     """The model in out_dir/name. ConfigError or CheckpointError where there is none, or it does not fit its config."""
     return model_in(read_weights(out_dir, name), Path(out_dir) / name, device)
->>>>>>> h-small-run
 
 
 def read_weights(out_dir, name) -> dict:
@@ -68,37 +62,11 @@ def model_in(saved, path, device) -> Trained:
 
 
 def model_of(config, vocabulary, weights):
-<<<<<<< HEAD
-    """The model with these weights. RuntimeError if they do not fit; sizes are compared before memory is taken."""
-
-    def misfit(reason):
-        return RuntimeError(f"its weights do not fit its own config: {reason}")
-
-    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
-        raise misfit("they are no tensors")
-    held, rows = sum(weight.numel() for weight in weights.values()), (config.block_size, *config.expert_counts())
-    if held < config.n_embd * max(rows):
-        raise misfit(f"they are {held:,} numbers, fewer than n_embd = {config.n_embd} times {max(rows)}")
-    try:
-        with torch.device("meta"):
-            empty = GPT(config, vocabulary.size)
-    except (RuntimeError, TypeError) as error:  # beyond what 64 bits can count
-        raise misfit(files.first_line(error)) from None
-    expected, parameters = empty.state_dict(), dict(empty.named_parameters())
-    for name in [*expected, *weights]:
-        if name not in weights or name not in expected:
-            raise misfit(f"{files.shown(name)} is {'missing' if name in expected else 'unknown'}")
-        wanted, found = ((w.dtype, w.layout, tuple(w.shape)) for w in (expected[name], weights[name]))
-        if found != wanted:
-            raise misfit(f"{name} is {found}, expected {wanted}")
-        is_of_router = ".router." in name and name not in parameters  # its own business: see state_problem
-        if not is_of_router and not weights[name].isfinite().all():
-            raise misfit(f"{name} has numbers that are not finite")
-=======
     """The model with these weights. RuntimeError or TypeError where they do not fit it."""
     with torch.device("meta"):  # compare sizes before memory is taken for a model of the config's size
         GPT(config, vocabulary.size).load_state_dict(weights, assign=True)
->>>>>>> h-small-run
+    if broken := [name for name, weight in weights.items() if weight.is_floating_point() and weight.isnan().any()]:
+        raise RuntimeError(f"{broken[0]} is NaN somewhere")
     model = GPT(config, vocabulary.size)
     model.load_state_dict(weights)
     for layer in model.moe_layers():
