@@ -32,6 +32,7 @@ from support import configurator, console, files, machines
 from support.files import FileError
 from support.options import ConfigError, option
 
+DRAWING = ("report/", "papers/")  # code of ours that draws an analysis, and changes nothing in it
 
 @dataclass(frozen=True)
 class Options:
@@ -97,7 +98,7 @@ def analysis_of(run, options, title):
         "config": config.to_dict(),
         "dataset": run.dataset.describe(),
         "leaky": not config.is_causal,
-        "git": machines.git_state(),
+        "git": machines.git_state([path for path in machines.loaded_code() if not path.startswith(DRAWING)]),
         "machine": machines.describe(run.machine),
         "weights": {"checkpoint": run.checkpoint, "step": run.step},
         "text": {"characters": len(run.ids_N), "whole": run.is_whole},
@@ -181,11 +182,10 @@ def early(analysis, i):
 
 def router_pull(analysis, i):
     found = analysis["router_gradients"][i]
-    return (
-        f"{found['cosine']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
-        if found and found["cosine"] is not None
-        else NONE
-    )
+    if not found or found["cosine"] is None:
+        return NONE
+    interval = "" if found["low"] is None else f" [{found['low']:+.2f}, {found['high']:+.2f}]"  # None from one batch
+    return f"{found['cosine']:+.2f}{interval}"
 
 
 def removal(analysis, i):

@@ -140,7 +140,7 @@ def overridden_cpu_size(script, argv):
     at = next((i for i, name in enumerate(names) if is_cpu_overlay(name)), len(names))
     for name in names[at + 1 :]:
         small, values = (run_file(path).values for path in (CPU_OVERLAY, Path(os.path.abspath(name))))
-        changed = [f"{key}={values[key]}" for key in SIZES if key in values and values[key] != small[key]]
+        changed = [f"{key}={values[key]}" for key in SIZES if key in values and values[key] != small.get(key)]
         if changed:
             overlay = names.pop(at)
             command = shlex.join(["python", os.path.relpath(script), *names, overlay])

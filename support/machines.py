@@ -211,8 +211,8 @@ def keep_freed_memory() -> bool:
 
 def loaded_code() -> list[str]:
     """The files of this project that this process has imported; not config files, which are no modules."""
-    files = filter(None, [getattr(module, "__file__", None) for module in list(sys.modules.values())])
-    paths = {Path(file).resolve() for file in files}
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    paths = {Path(file).resolve() for file in files if file and os.path.isabs(file)}  # torch has modules of no file
     ours = (path.relative_to(ROOT) for path in paths if path.is_relative_to(ROOT))
     return sorted(str(path) for path in ours if not {"site-packages", "dist-packages"} & set(path.parts))
 
