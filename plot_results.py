@@ -38,25 +38,16 @@ def gather_results(folder: Path) -> Results:
     benches, of_benches = bench_records.read_all(folder)
     analysed, of_analyses = analyses.read_all(folder)
     left_out += of_benches + of_analyses
-    hashes = {
-        row.config_at(scale).hash()
-        for table in papers.TABLES.values()
-        for scale in SCALES
-        for row in table.rows_at(scale)
-    }
+    rows = [(row, scale) for table in papers.TABLES.values() for scale in SCALES for row in table.rows_at(scale)]
+    hashes = {row.config_at(scale).hash() for row, scale in rows}
     in_no_table = "no table has a row of its config"
-    found = []
-    for path, record in pairs:
-        if config_hash(record) in hashes:
-            found.append(record)
-        else:
-            left_out.append(f"{path.relative_to(folder.parent)}: {in_no_table}")
+    named = [(path.relative_to(folder.parent), record) for path, record in pairs]
+    named += [(f"{folder.name}/{records.ANALYSIS}: {analysis['title']}", analysis) for analysis in analysed]
+    left_out += [f"{name}: {in_no_table}" for name, record in named if config_hash(record) not in hashes]
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*/*.json")]):
         place = f"{folder.name}/TABLE/ROW-sSEED.json"
         left_out.append(f"{path.relative_to(folder.parent)}: not in a table's folder, {place}")
-    for analysis in analysed:
-        if config_hash(analysis) not in hashes:
-            left_out.append(f"{folder.name}/{records.ANALYSIS}: {analysis['title']}: {in_no_table}")
+    found = [record for _, record in pairs if config_hash(record) in hashes]
     if not (left_out or found or benches or analysed):
         left_out = [f"{folder} holds no records yet"]
     return results_of(found, analysed, [record for _, record in benches], list(map(one_line, left_out)))
@@ -127,15 +118,13 @@ def tell_left_out(lines):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
-        prog="python plot_results.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python plot_results.py", description=__doc__, formatter_class=as_written)
     parser.add_argument("--results", metavar="DIR", type=Path, default=ROOT / "results", help="the folder of records")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something is stale")
     parser.add_argument("--latest", nargs="+", metavar="OUT_DIR", help="draw these local runs instead of results/")
-    parser.add_argument(
-        "--output", metavar="FILE", default="curves.png", help="where --latest draws (default: curves.png)"
-    )
+    where = "where --latest draws (default: curves.png)"
+    parser.add_argument("--output", metavar="FILE", default="curves.png", help=where)
     options = parser.parse_args(argv)
     if options.latest:
         draw_latest(options.latest, options.output)

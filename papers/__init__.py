@@ -6,7 +6,8 @@ a source's TABLES, for example papers/ours.py, and its claims into CLAIMS beside
 
 from papers import a, b, c, d, ours
 
-SOURCES = tuple(source.SOURCE for source in (a, b, c, d, ours))
+# The letter of a claim -> its source.
+SOURCES = {"A": a.SOURCE, "B": b.SOURCE, "C": c.SOURCE, "D": d.SOURCE, "E": ours.SOURCE}
 # The order of both is that of the report.
 TABLES = {table.name: table for source in (b, a, c, d, ours) for table in source.TABLES}
 CLAIMS = tuple(claim for source in (a, b, c, d, ours) for claim in source.CLAIMS)

@@ -51,36 +51,24 @@ TABLES = (
 def _claims_on(dataset, where, first, scales):
     """The three claims about loss on one text, numbered from `first`."""
     dense, total, moe = (f"{dataset}_notes_{name}" for name in ("dense", "dense_total", "moe8"))
-    shared = {
-        "source": SOURCE,
-        "table": "D",
-        "scales": scales,
-    }
-    yield Claim(
-        id=f"D{first}",
-        sentence=f"{where}, 8 experts with top-2 have a lower loss than a dense model of equal FLOPs.",
-        pairs=((moe, dense),),
-        holds=BELOW_0,
-        **shared,
+    claims = (  # sentence, pair, bounds, their reason
+        ("8 experts with top-2 have a lower loss than a dense model of equal FLOPs", (moe, dense), BELOW_0, ""),
+        (
+            "the perplexity of 8 experts with top-2 is at least 15% lower than that of a dense model of equal FLOPs",
+            (moe, dense),
+            (-math.inf, math.log(0.85)),
+            "ln 0.85",
+        ),
+        (
+            "a dense model with as many parameters as 8 experts does no worse, so the gain comes from parameters",
+            (total, moe),
+            (-math.inf, 0.005),
+            "a difference up to 0.005 nats counts as none",
+        ),
     )
-    yield Claim(
-        id=f"D{first + 1}",
-        sentence=f"{where}, the perplexity of 8 experts with top-2 is at least 15% lower than that of a dense model of "
-        "equal FLOPs.",
-        pairs=((moe, dense),),
-        holds=(-math.inf, math.log(0.85)),
-        why="ln 0.85",
-        **shared,
-    )
-    yield Claim(
-        id=f"D{first + 2}",
-        sentence=f"{where}, a dense model with as many parameters as 8 experts does no worse, so the gain comes "
-        "from parameters.",
-        pairs=((total, moe),),
-        holds=(-math.inf, 0.005),
-        why="a difference up to 0.005 nats counts as none",
-        **shared,
-    )
+    for number, (sentence, pair, holds, why) in enumerate(claims, first):
+        sentence = f"{where}, {sentence}."
+        yield Claim(id=f"D{number}", sentence=sentence, table="D", pairs=(pair,), holds=holds, why=why, scales=scales)
 
 
 CLAIMS = (
@@ -88,22 +76,18 @@ CLAIMS = (
     Claim(
         id="D4",
         sentence="Without a balancing loss, routing collapses.",
-        source=SOURCE,
         table="experts",
         pairs=(("shakespeare_moe4_aux0", ""),),
         measures=("lowest_utilisation",),
-        effect="value",
         holds=(-math.inf, COLLAPSED_BELOW),
         why="a layer uses less than a quarter of what it could, (exp H − k) / (E − k)",
     ),
     Claim(
         id="D5",
         sentence="Too strong a balancing loss makes routing essentially random.",
-        source=SOURCE,
         table="experts",
         pairs=(("shakespeare_moe4_aux01", ""),),
         measures=("above_frozen",),
-        effect="value",
         holds=(-math.inf, 0.02),
         why="at ten times the usual weight, the character tells at most 0.02 more about its expert than about a "
         "random router's",
@@ -111,22 +95,18 @@ CLAIMS = (
     Claim(
         id="D6",
         sentence="Experts specialise along frequency.",
-        source=SOURCE,
         table="experts",
         pairs=(("shakespeare_moe4", ""), ("shakespeare_moe8", "")),
         measures=("frequency_above_frozen",),
-        effect="value",
         holds=ABOVE_0,
         why="the frequency band tells a larger part of what the character tells than for a random router",
     ),
     Claim(
         id="D7",
         sentence="Specialisation is there within a few hundred steps and stays.",
-        source=SOURCE,
         table="experts",
         pairs=(("shakespeare_moe4", ""), ("shakespeare_moe8", "")),
         measures=("early_agreement",),
-        effect="value",
         holds=(0.8, math.inf),
         why="after 15% of the updates four fifths of the characters have their final expert",
     ),

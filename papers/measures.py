@@ -17,9 +17,7 @@ def _field(*path):
 
     def read(record):
         for key in path:
-            if record is None:
-                return None
-            record = record[key]
+            record = None if record is None else record[key]
         return record
 
     return read
@@ -43,7 +41,6 @@ class Measure:
     unit: str
     digits: int  # after the point
     read: Callable[[dict], float | None]  # record -> the number; None where it has none
-    lower_is_better: bool = True
     timed: bool = False  # counts only where the run had its hardware to itself
     # Estimated from random batches, which depend on seed and step alone. Rows of one seed share them, and with them
     # most of the noise, so differences are paired over seeds.
@@ -85,15 +82,12 @@ MEASURES = {
         "final train, train mode + auxiliary losses", "nats", 4, _field("train_mode", "objective"), shares_batches=True
     ),
     "train_seconds": Measure("training", "s", 1, _field("seconds", "train"), timed=True),
-    "tokens_per_second": Measure(
-        "training speed", "characters/s", 0, _field("tokens_per_second"), lower_is_better=False, timed=True
-    ),
+    "tokens_per_second": Measure("training speed", "characters/s", 0, _field("tokens_per_second"), timed=True),
     "inference_speed": Measure(
         "inference, the papers' protocol",
         "characters/s",
         1,
         _field("inference", "tokens_per_second"),
-        lower_is_better=False,
         timed=True,
         # Records made before inference had a watch of its own do not say.
         is_exclusive=lambda record: record["inference"].get("exclusive", False),
@@ -104,13 +98,11 @@ MEASURES = {
     "epochs": Measure("epochs", "", 2, _field("epochs")),
     "load_cv2": Measure("squared CV of the router's choices", "", 3, _mean_over_layers("load_cv2")),
     "drop_rate": Measure("choices dropped", "", 4, _mean_over_layers("drop_rate")),
-    "entropy": Measure("router entropy", "nats", 3, _mean_over_layers("entropy"), lower_is_better=False),
+    "entropy": Measure("router entropy", "nats", 3, _mean_over_layers("entropy")),
     # Read from an analysis.
     "analysed_nats": Measure("full validation of the last weights", "nats", 4, _field("nats")),
-    "utilisation": Measure("experts used (0 to 1)", "", 3, analyses.utilisation, lower_is_better=False),
-    "lowest_utilisation": Measure(
-        "experts used, worst layer", "", 3, analyses.lowest_utilisation, lower_is_better=False
-    ),
+    "utilisation": Measure("experts used (0 to 1)", "", 3, analyses.utilisation),
+    "lowest_utilisation": Measure("experts used, worst layer", "", 3, analyses.lowest_utilisation),
     "largest_load": Measure("E × largest load", "", 2, analyses.largest_load),
     "about_character": Measure("information from the character", _SHARE, 3, analyses.about("character")),
     "above_frozen": Measure(
@@ -137,7 +129,6 @@ MEASURES = {
         "",
         3,
         analyses.frequency_above_frozen,
-        lower_is_better=False,
     ),
     "gain": Measure(
         "information from the character, end − start of training", _SHARE, 3, analyses.gain_of_specialisation

@@ -3,6 +3,7 @@
 Table "experts" is here too, though claims of every source are decided on it.
 """
 
+import itertools
 import math
 
 from papers.measures import COSTS, LOSSES
@@ -19,29 +20,24 @@ ROUTER = Table(
     "and it has no balancing loss. A learned router's gate is its probability, and it has a balancing loss; so two "
     "more rows have a gate of 1, and two no balancing loss.",
     rows=(
-        Row("shakespeare_moe4", "learned", "shakespeare_moe4"),
+        Row("shakespeare_moe4", "learned"),
         Row(
             "shakespeare_moe4_aux0",
             "learned, no balance",
             "shakespeare_moe4",
-            {"aux_loss_coef": 0.0},
+            options={"aux_loss_coef": 0.0},
             baseline="shakespeare_moe4",
         ),
-        Row(
-            "shakespeare_moe4_straight_through",
-            "learned, gate 1",
-            "shakespeare_moe4_straight_through",
-            baseline="shakespeare_moe4",
-        ),
+        Row("shakespeare_moe4_straight_through", "learned, gate 1", baseline="shakespeare_moe4"),
         Row(
             "shakespeare_moe4_straight_through_aux0",
             "learned, gate 1, no balance",
             "shakespeare_moe4_straight_through",
-            {"aux_loss_coef": 0.0},
+            options={"aux_loss_coef": 0.0},
             baseline="shakespeare_moe4",
         ),
-        Row("shakespeare_hash4", "table of characters", "shakespeare_hash4", baseline="shakespeare_moe4"),
-        Row("shakespeare_dense", "dense", "shakespeare_dense", baseline="shakespeare_moe4"),
+        Row("shakespeare_hash4", "table of characters", baseline="shakespeare_moe4"),
+        Row("shakespeare_dense", "dense", baseline="shakespeare_moe4"),
     ),
     views=(View("Loss", LOSSES), View("Cost", COSTS), View("Routing", ("load_cv2", "entropy"))),
     figures=("loss_curves",),
@@ -55,7 +51,7 @@ EQUAL = Table(
     "one has their total parameters. The long one makes 1.3 times as many steps, which takes about as long on a CPU: "
     "compare the training times.",
     rows=(
-        Row("shakespeare_dense", "dense, equal active FLOPs", "shakespeare_dense", baseline="shakespeare_moe4"),
+        Row("shakespeare_dense", "dense, equal active FLOPs", baseline="shakespeare_moe4"),
         Row(
             "shakespeare_dense_wide",
             "dense, equal total parameters",
@@ -70,7 +66,7 @@ EQUAL = Table(
             options_at={"paper": {"max_iters": 6500}, "cpu": {"max_iters": 2600}},
             baseline="shakespeare_moe4",
         ),
-        Row("shakespeare_moe4", "4 experts, top-1", "shakespeare_moe4"),
+        Row("shakespeare_moe4", "4 experts, top-1"),
     ),
     views=(View("Loss", LOSSES), View("Cost", (*COSTS, "training_flops"))),
     figures=("loss_curves", "loss_against_cost"),
@@ -79,27 +75,19 @@ EQUAL = Table(
 
 def _rows_of_boundary():
     """Dense and 4 experts over width × unique characters. Every run reads equally many, so epochs follow."""
-    grid = {
-        "cpu": ((64, 128, 256), (30_000, 100_000, 300_000, 0)),
-        "paper": ((96, 192, 384), (30_000, 100_000, 300_000, 0)),
-    }
-    rows = []
-    for scale, (widths, sizes) in grid.items():
-        for width in widths:
-            for size in sizes:
-                tag = f"w{width}_{f'{size // 1000}k' if size else 'all'}"
-                for name, label in {"dense": "dense", "moe4": "4 experts"}.items():
-                    rows.append(
-                        Row(
-                            name=f"{tag}_{name}",
-                            label=f"{width} wide, {f'{size:,}' if size else 'all'} characters, {label}",
-                            config=f"shakespeare_{name}",
-                            options={"n_embd": width, "train_characters": size},
-                            baseline="" if name == "dense" else f"{tag}_dense",
-                            scales=(scale,),
-                        )
-                    )
-    return tuple(rows)
+    widths = {"cpu": (64, 128, 256), "paper": (96, 192, 384)}
+    places = [(scale, width) for scale, of_scale in widths.items() for width in of_scale]
+    for (scale, width), size in itertools.product(places, (30_000, 100_000, 300_000, 0)):
+        tag = f"w{width}_{f'{size // 1000}k' if size else 'all'}"
+        for name, label in {"dense": "dense", "moe4": "4 experts"}.items():
+            yield Row(
+                name=f"{tag}_{name}",
+                label=f"{width} wide, {f'{size:,}' if size else 'all'} characters, {label}",
+                config=f"shakespeare_{name}",
+                options={"n_embd": width, "train_characters": size},
+                baseline="" if name == "dense" else f"{tag}_dense",
+                scales=(scale,),
+            )
 
 
 BOUNDARY = Table(
@@ -108,7 +96,7 @@ BOUNDARY = Table(
     source=SOURCE,
     text="Every run reads as many characters as any other of its scale, so fewer unique ones mean more epochs. "
     "Paper A says that there is a scale below which sparsity harms.",
-    rows=_rows_of_boundary(),
+    rows=tuple(_rows_of_boundary()),
     views=(View("Loss", ("clean", "paper", "epochs", "total_parameters")),),
     figures=("boundary_map",),
 )
@@ -122,17 +110,17 @@ EXPERTS = Table(
     "character, when routing settles, which gradients pull at the router, and what experts are worth. Numbers are "
     "means over the layers of a model; information is beyond chance.",
     rows=(  # those of the other tables that differ in how they route, and segments and whole sequences
-        Row("shakespeare_dense", "dense", "shakespeare_dense"),
-        Row("shakespeare_moe4", "4 experts", "shakespeare_moe4"),
-        Row("shakespeare_moe4_aux0", "4 experts, no balance", "shakespeare_moe4", {"aux_loss_coef": 0.0}),
-        Row("shakespeare_moe4_aux01", "4 experts, balance 0.1", "shakespeare_moe4_aux01"),
-        Row("shakespeare_moe8", "8 experts", "shakespeare_moe8"),
-        Row("shakespeare_moe4_frozen", "4 experts, frozen router", "shakespeare_moe4_frozen"),
-        Row("shakespeare_hash4", "4 experts, table of characters", "shakespeare_hash4"),
-        Row("shakespeare_moe4_segment", "4 experts, by segment", "shakespeare_moe4_segment"),
-        Row("shakespeare_moe4_sequence", "4 experts, by sequence", "shakespeare_moe4_sequence"),
-        Row("shakespeare_top2", "4 linear experts, top-2", "shakespeare_top2"),
-        Row("shakespeare_top2_cap05", "the same, capacity 0.5", "shakespeare_top2_cap05"),
+        Row("shakespeare_dense", "dense"),
+        Row("shakespeare_moe4", "4 experts"),
+        Row("shakespeare_moe4_aux0", "4 experts, no balance", "shakespeare_moe4", options={"aux_loss_coef": 0.0}),
+        Row("shakespeare_moe4_aux01", "4 experts, balance 0.1"),
+        Row("shakespeare_moe8", "8 experts"),
+        Row("shakespeare_moe4_frozen", "4 experts, frozen router"),
+        Row("shakespeare_hash4", "4 experts, table of characters"),
+        Row("shakespeare_moe4_segment", "4 experts, by segment"),
+        Row("shakespeare_moe4_sequence", "4 experts, by sequence"),
+        Row("shakespeare_top2", "4 linear experts, top-2"),
+        Row("shakespeare_top2_cap05", "the same, capacity 0.5"),
     ),
     views=(
         View("Load", ("analysed_nats", "utilisation", "lowest_utilisation", "largest_load")),
@@ -161,7 +149,6 @@ CLAIMS = (
     Claim(
         id="E1",
         sentence="At equal active FLOPs, 4 experts beat the dense model.",
-        source=SOURCE,
         table="equal",
         pairs=(("shakespeare_moe4", "shakespeare_dense"),),
         holds=BELOW_0,
@@ -169,7 +156,6 @@ CLAIMS = (
     Claim(
         id="E2",
         sentence="At equal total parameters, the dense model beats 4 experts.",
-        source=SOURCE,
         table="equal",
         pairs=(("shakespeare_dense_wide", "shakespeare_moe4"),),
         holds=BELOW_0,
@@ -177,7 +163,6 @@ CLAIMS = (
     Claim(
         id="E3",
         sentence="4 experts beat a dense model that makes 1.3 times as many steps.",
-        source=SOURCE,
         table="equal",
         pairs=(("shakespeare_moe4", "shakespeare_dense_long"),),
         holds=BELOW_0,
@@ -186,11 +171,9 @@ CLAIMS = (
         id="E4",
         sentence="At weight 0.01, the auxiliary loss, if it is counted in, raises the validation loss of a 6-layer "
         "model by half of A's gap or more.",
-        source=SOURCE,
         table="A",
         pairs=(("shakespeare_moe4", ""),),
         measures=("aux_per_layer",),
-        effect="value",
         holds=(0.035 / 6, math.inf),
         why="half of 1.53 − 1.46, over 6 layers; from fewer layers that is an extrapolation",
     ),
@@ -198,18 +181,15 @@ CLAIMS = (
         id="E5",
         sentence="At weight 0.1, the auxiliary loss, if it is counted in, raises the validation loss of a 6-layer "
         "model by five times A's gap or more.",
-        source=SOURCE,
         table="A",
         pairs=(("shakespeare_moe4_aux01", ""),),
         measures=("aux_per_layer",),
-        effect="value",
         holds=(0.35 / 6, math.inf),
         why="five times 1.53 − 1.46, over 6 layers",
     ),
     Claim(
         id="E6",
         sentence="The gradients of two characters agree more within one expert than within a dense MLP.",
-        source=SOURCE,
         table="experts",
         pairs=(("shakespeare_moe4", "shakespeare_dense"),),
         measures=("token_cosine",),
@@ -219,7 +199,6 @@ CLAIMS = (
     Claim(
         id="E7",
         sentence="4 experts filled by a fixed table of characters end at a lower loss than with a learned router.",
-        source=SOURCE,
         table="router",
         pairs=(("shakespeare_hash4", "shakespeare_moe4"),),
         holds=BELOW_0,
@@ -229,7 +208,6 @@ CLAIMS = (
         id="E8",
         sentence="The fixed table also ends lower than learned routers with a gate of 1, without a balancing loss, or "
         "with both changes.",
-        source=SOURCE,
         table="router",
         pairs=(
             ("shakespeare_hash4", "shakespeare_moe4_aux0"),

@@ -158,12 +158,12 @@ def state_of(run, kept) -> State:
     if run.key in kept.counted:
         path, record = kept.counted[run.key]
         unclean = "" if records.is_clean(record) else " (uncommitted changes)"
-        return State("finished", f"{shown_path(path)}{unclean}", run.config.max_iters)
+        return State("finished", shown_path(path) + unclean, run.config.max_iters)
     if run.key in kept.aside:  # one more record would not tell which of them counts
         names = ", ".join(map(shown_path, kept.aside[run.key]))
         return State("cannot be run", f"{names}: left out; keep one, named …-s{run.config.seed}.json")
     state = state_of_folder(run)
-    problem = data_problem(run.config) if state.kind in ("missing", "cut") else ""
+    problem = state.kind in ("missing", "cut") and data_problem(run.config)
     return State("cannot be run", problem, state.step) if problem else state
 
 
@@ -188,9 +188,12 @@ def state_of_folder(run) -> State:
         return holds(f"a run of another machine ({machine})" if is_ours else f"another experiment ({run_id})")
     if not held & {"ckpt.pt", "ckpt.previous.pt", "best.pt"}:  # stopped before its first checkpoint: nothing is lost
         return State("missing", words=("--overwrite=True",) if held else ())
-    run_id = run_id_in(run.folder / "config.json")
+    try:
+        run_id = Config.from_dict(json.loads((run.folder / "config.json").read_text())).run_id
+    except (OSError, ValueError):
+        return holds("another experiment (its config.json cannot be read)")
     if run_id != run.config.run_id:
-        return holds(f"another experiment ({run_id or 'its config.json cannot be read'})")
+        return holds(f"another experiment ({run_id})")
     if not held & {"ckpt.pt", "ckpt.previous.pt"}:
         return holds("a best.pt, but no ckpt.pt to resume from")
     step, _ = last_logged(run.folder / "metrics.jsonl")
@@ -202,19 +205,11 @@ def running_elsewhere(run) -> State:
     return State("running elsewhere", f"step {step:,}", step)
 
 
-def run_id_in(path):
-    """The run_id of a config.json; None where it cannot be read."""
-    try:
-        return Config.from_dict(json.loads(path.read_text())).run_id
-    except (OSError, ValueError):
-        return None
-
-
 def last_logged(metrics):
     """(step, loss in nats) of the last complete line of a metrics.jsonl that may be growing; (0, None) without one."""
     try:
         lines = metrics.read_bytes().splitlines()
-    except OSError:
+    except OSError:  # also where it goes between two looks
         lines = []
     for line in reversed(lines):
         with contextlib.suppress(ValueError, KeyError, TypeError):

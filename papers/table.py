@@ -27,22 +27,11 @@ FIRST_SEED = 1337
 SEEDS_FOR_A_VERDICT = 5  # a verdict from fewer is called provisional
 
 
-@dataclass(frozen=True)
-class Scale:
-    """A size at which every table can be run. Numbers of two scales never share a table."""
-
-    name: str
-    overlay: str  # a file in config/ that is applied after the row's own; "" for none
-    title: str
-
-
+# The sizes at which every table can be run. Each but the paper's applies the file config/SCALE.py after the row's own.
+# Numbers of two scales never share a table.
 SCALES = {
-    "paper": Scale("paper", "", "paper size: 6 layers, 384 wide, context 256, where no row says otherwise"),
-    "cpu": Scale(
-        "cpu",
-        "cpu",
-        "CPU size: 4 layers, 128 wide, context 64, 2,000 steps of 768 characters, where no row says otherwise",
-    ),
+    "paper": "paper size: 6 layers, 384 wide, context 256, where no row says otherwise",
+    "cpu": "CPU size: 4 layers, 128 wide, context 64, 2,000 steps of 768 characters, where no row says otherwise",
 }
 
 
@@ -52,24 +41,20 @@ class Row:
 
     name: str  # its records are <name>[-cpu]-s<seed>.json
     label: str
-    config: str  # a file in config/
+    config: str = ""  # a file in config/; "" for the one of the same name
     options: Mapping[str, Any] = field(default_factory=dict)  # set on top of the config and the scale's overlay
     options_at: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # scale -> further options
     baseline: str = ""  # the row that it is compared with; "" for a baseline itself
     published: Mapping[str, float] = field(default_factory=dict)  # measure -> the number that the paper prints
     scales: tuple[str, ...] = ("paper", "cpu")
 
-    def stem(self, scale: str) -> str:
-        overlay = SCALES[scale].overlay
-        return f"{self.name}-{overlay}" if overlay else self.name
-
     def cell(self, scale: str, seed: int) -> str:
         """The name of one run's folder under out/ and of its record."""
-        return f"{self.stem(scale)}-s{seed}"
+        return f"{self.name}{'' if scale == 'paper' else f'-{scale}'}-s{seed}"
 
     def arguments(self, scale: str, seed: int) -> list[str]:
         """The words after `python train.py`, called from the root of the project."""
-        files = [f"config/{name}.py" for name in (self.config, SCALES[scale].overlay) if name]
+        files = [f"config/{name}.py" for name in (self.config or self.name, scale) if name != "paper"]
         options = {**self.options, **self.options_at.get(scale, {})}
         if options:
             options["title"] = self.label
@@ -131,6 +116,11 @@ class Table:
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
 
+    def published_pair(self, row: Row, measure: str) -> tuple[float, float] | None:
+        """The paper's numbers for a row and for its baseline, where it has both."""
+        pair = tuple(of.published.get(measure) for of in (row, self.row(row.baseline)))
+        return None if None in pair else pair
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Claims
@@ -148,16 +138,20 @@ class Claim:
     where one lies wholly outside, and stays undecided otherwise.
     """
 
-    id: str
+    id: str  # its letter names its source, see papers.SOURCES
     sentence: str
-    source: str
     table: str  # the name of the table with its rows
     pairs: tuple[tuple[str, str], ...]  # (row, the row that it is compared with); the second is "" for a value
     holds: tuple[float, float]
     measures: tuple[str, ...] = ("clean", "paper")  # the first decides; the others are told where they disagree
-    effect: str = "difference"  # row - other; "ratio": row / other; "value": of the row alone
+    is_ratio: bool = False  # the effect is row / other, not row - other
     why: str = ""  # where the bounds come from
     scales: tuple[str, ...] = ("paper", "cpu")
+
+    @property
+    def effect(self) -> str:
+        """difference, ratio, or value (of the row alone)."""
+        return "value" if not self.pairs[0][1] else "ratio" if self.is_ratio else "difference"
 
 
 def each_against(rows: Iterable[str], other: str) -> tuple[tuple[str, str], ...]:
@@ -222,10 +216,6 @@ def config_hash(record: dict) -> str:
 
 def most_common_text(found, hash):
     """The SHA-256 of the text that most of a row's records were trained on; on a tie, the published one's."""
-    counts: dict[str, tuple[int, bool, str]] = {}
-    for record in found:
-        if config_hash(record) == hash and records.is_clean(record):
-            data = record["dataset"]
-            number = counts.get(data["sha256"], (0, False, ""))[0] + 1
-            counts[data["sha256"]] = (number, data["canonical"], data["sha256"])
-    return max(counts.values(), default=(0, False, ""))[2]
+    counted = [record["dataset"] for record in found if config_hash(record) == hash and records.is_clean(record)]
+    texts = [(data["canonical"], data["sha256"]) for data in counted]
+    return max(texts, key=lambda text: (texts.count(text), text), default=(False, ""))[1]

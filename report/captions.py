@@ -7,12 +7,12 @@ the machine. A dagger (†) marks numbers that cannot be compared with the other
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from papers.table import SCALES, Comparison, Row
 from report.style import Style, row_style
 from run import records
+from speed.bench_records import from_to
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
@@ -27,11 +27,9 @@ class Cell(NamedTuple):
 
     @property
     def label_with_n(self) -> str:
-        """The label with the number of seeds, and of those whose times count."""
-        n, timed = len(self.runs), len(exclusive(self.runs))
-        return self.labelled(f"(n = {n}{'' if timed == n else f', {timed} timed'})")
-
-    def labelled(self, note) -> str:
+        """The label with the number of seeds, and of those whose times count (an analysis has none)."""
+        n, timed = len(self.runs), sum(run.get("exclusive", True) for run in self.runs)
+        note = f"(n = {n}{'' if timed == n else f', {timed} timed'})"
         return f"{self.label} {note.replace(' ', NO_BREAK)}"
 
 
@@ -80,23 +78,17 @@ def baseline_label(comparison, cells) -> str:
     return labels.pop() if len(labels) == 1 else "its baseline"
 
 
-def range_of(counts: Sequence[int]) -> str:
-    """'3', or '1 to 3'."""
-    low, high = min(counts), max(counts)
-    return f"{high:,}" if low == high else f"{low:,} to {high:,}"
-
-
 def caption_of_table(comparison, cells, *sentences, missing="Not run") -> str:
     """The table's title before the first sentence; after the last: seeds, missing rows, daggers, size and machine."""
     counts = [len(cell.runs) for cell in cells]
-    parts = [f"n = {range_of(counts)} {'seed' if max(counts) == 1 else 'seeds'} per row."]
+    parts = [f"n = {from_to(counts)} {'seed' if max(counts) == 1 else 'seeds'} per row."]
     absent = [row.label for row in comparison.table.rows_at(comparison.scale) if not comparison.cells[row.name]]
     if absent:
         parts.append(f"{missing}: {'; '.join(absent)}.")
     reasons = dagger_reasons([run for cell in cells for run in cell.runs])
     if reasons:
         parts.append(f"† {'; '.join(reasons)}.")
-    size = SCALES[comparison.scale].title
+    size = SCALES[comparison.scale]
     parts.append(f"{size[0].upper()}{size[1:]}; {comparison.machine}.")
     return f"{comparison.table.title}: {' '.join([*filter(None, sentences), *parts])}"
 
@@ -108,7 +100,7 @@ def caption_of_rows(comparison, cells, *sentences, passes=False) -> str:
     """
     read = [run["passes"] if passes else run["text"]["characters"] for cell in cells for run in cell.runs]
     names = ", ".join(sorted({run["dataset"]["name"] for cell in cells for run in cell.runs}))
-    text = f"Text: {names}, {range_of(read)} characters of validation, from its start."
+    text = f"Text: {names}, {from_to(read)} characters of validation, from its start."
     return caption_of_table(comparison, cells, *sentences, text, missing="Not analysed")
 
 

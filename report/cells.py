@@ -94,9 +94,8 @@ def relative_cell(comparison, row, measure):
 def published_ratio_cell(table, row, measure):
     if not row.baseline:
         return "1"
-    if measure not in row.published:
-        return NOTHING
-    return f"{row.published[measure] / table.row(row.baseline).published[measure]:.3f}"
+    pair = table.published_pair(row, measure)
+    return f"{pair[0] / pair[1]:.3f}" if pair else NOTHING
 
 
 def distance_cell(comparison, row, measure):
@@ -114,9 +113,7 @@ def notes_of(comparison, view):
         notes.append(f"{DAGGER} a text that is not the published data set, or routing that sees later characters")
     if view.relative:
         notes.append("ratio of geometric means, with its 95% interval")
-    for measure in view.measures:
-        note = note_on_times(comparison, MEASURES[measure])
-        notes += [note] if note else []
+    notes += filter(None, (note_on_times(comparison, MEASURES[measure]) for measure in view.measures))
     for row in rows:
         for record, why in comparison.apart[row.name]:
             seed = record["config"]["seed"]
@@ -135,9 +132,8 @@ def note_on_times(comparison, entry):
         return ""
     runs = [record for of_row in comparison.cells.values() for record in of_row if entry.read(record) is not None]
     left = sum(not entry.is_exclusive(record) for record in runs)
-    return (
-        f"{entry.heading}: {left} of {len(runs)} runs not known to be alone on their cores are left out" if left else ""
-    )
+    left_out = f"{left} of {len(runs)} runs not known to be alone on their cores are left out"
+    return f"{entry.heading}: {left_out}" if left else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,19 +165,10 @@ def latex(grid: Grid) -> str:
     def line(cells):
         return " & ".join("".join(LATEX.get(letter, letter) for letter in cell) for cell in cells) + r" \\"
 
-    return "\n".join(
-        [
-            f"% {grid.title}",
-            *(f"% {note}" for note in grid.notes),
-            rf"\begin{{tabular}}{{l{'r' * (len(grid.columns) - 1)}}}",
-            r"\toprule",
-            line(grid.columns),
-            r"\midrule",
-            *(line(row) for row in grid.rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-    )
+    comments = [f"% {text}" for text in (grid.title, *grid.notes)]
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(grid.columns) - 1)}}}"
+    body = [r"\toprule", line(grid.columns), r"\midrule", *map(line, grid.rows), r"\bottomrule"]
+    return "\n".join([*comments, begin, *body, r"\end{tabular}"])
 
 
 CSV_COLUMNS = (
@@ -194,28 +181,17 @@ def csv_of(comparisons: list[Comparison]) -> str:
     lines = []
     for comparison in comparisons:
         table = comparison.table
+        place = table.name, comparison.scale, comparison.machine
         measures = dict.fromkeys(measure for view in table.views for measure in view.measures)
         for row in table.rows_at(comparison.scale):
             found = comparison.cells[row.name]
             comparable = all(records.is_comparable(record) for record in found) if found else ""
             for measure in measures:
                 values = list(comparison.values(row.name, measure).values())
-                lines.append(
-                    [
-                        table.name,
-                        comparison.scale,
-                        comparison.machine,
-                        row.name,
-                        row.label,
-                        measure,
-                        MEASURES[measure].unit,
-                        f"{statistics.fmean(values):.10g}" if values else "",
-                        f"{statistics.stdev(values):.10g}" if len(values) > 1 else "",
-                        len(values),
-                        row.published.get(measure, ""),
-                        comparable,
-                    ]
-                )
+                mean = f"{statistics.fmean(values):.10g}" if values else ""
+                sd = f"{statistics.stdev(values):.10g}" if len(values) > 1 else ""
+                subject = *place, row.name, row.label, measure, MEASURES[measure].unit
+                lines.append([*subject, mean, sd, len(values), row.published.get(measure, ""), comparable])
     return csv_text(CSV_COLUMNS, lines)
 
 

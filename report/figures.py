@@ -9,16 +9,8 @@ from report.figures_of_differences import aux_decomposition, boundary_map, diffe
 from report.figures_of_rows import ablation_by_row, information_by_row, load_by_row, stability_by_row
 from report.figures_of_table import load_over_training, loss_against_cost, loss_curves
 
-FIGURES = {
-    "loss_curves": loss_curves,
-    "loss_against_cost": loss_against_cost,
-    "load_over_training": load_over_training,
-    "relative_cost": relative_cost,
-    "aux_decomposition": aux_decomposition,
-    "boundary_map": boundary_map,
-    "differences": differences,
-    "information_by_row": information_by_row,
-    "stability_by_row": stability_by_row,
-    "ablation_by_row": ablation_by_row,
-    "load_by_row": load_by_row,
-}
+DRAW = (
+    loss_curves, loss_against_cost, load_over_training, relative_cost, aux_decomposition, boundary_map, differences,
+    information_by_row, stability_by_row, ablation_by_row, load_by_row,
+)  # fmt: skip
+FIGURES = {draw.__name__: draw for draw in DRAW}

@@ -15,18 +15,9 @@ from matplotlib.patches import Patch, Rectangle
 
 from papers.measures import MEASURES
 from papers.table import Comparison
-from report.axes import (
-    legend_mark,
-    new_figure,
-    row_axes,
-    row_axis,
-    rows_height,
-    text_above,
-    text_beside,
-    whiskers,
-    x_axis,
-)
+from report import layout
 from report.captions import baseline_label, caption_of_table, cells_of, interval_text, note_of_times, number, unit_of
+from report.layout import legend_mark
 from report.style import BOUND, ERROR_BARS, INK, ZERO, Drawing, styled
 from report.verdicts import effect_of
 from support.intervals import Effect
@@ -36,17 +27,12 @@ PUBLISHED = {"color": INK, "marker": "D", "linestyle": "", "fillstyle": "none", 
 MEASURED = PUBLISHED | {"fillstyle": "full"}
 
 
-def difference(comparison, row, measure) -> Effect | None:
+def difference_to_baseline(comparison, row, measure) -> Effect | None:
     """The row minus its baseline; None for a baseline, and where one of them has no run."""
     return effect_of(comparison, measure, row.name, row.baseline, "difference") if row.baseline else None
 
 
-def published_pair(comparison, row, measure) -> tuple[float, float] | None:
-    """The paper's numbers for the row and for its baseline, where it has both."""
-    pair = tuple(of.published.get(measure) for of in (row, comparison.table.row(row.baseline)))
-    return None if None in pair else pair
-
-
+NEAR_1 = (0.9, 1.1)  # which axes of ratios include, so that a small difference looks small
 RATIOS = {  # measure -> label of its axis, name in the caption
     "train_seconds": ("training time / baseline's\n(right of 1: slower)", "training time"),
     "inference_speed": (
@@ -64,14 +50,14 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
         for measure in RATIOS if row.baseline else ():
             if effect := effect_of(comparison, measure, row.name, row.baseline, "ratio"):
                 ours[row.name, measure] = effect
-            if pair := published_pair(comparison, row, measure):
+            if pair := comparison.table.published_pair(row, measure):
                 theirs[row.name, measure] = pair[0] / pair[1]
     cells = [cell for cell in cells_of(comparison) if any((cell.row.name, measure) in ours for measure in RATIOS)]
     if not cells:
         return None
     shown = [m for m in RATIOS if any((cell.row.name, m) in {**ours, **theirs} for cell in cells)]
     labels = [cell.label_with_n for cell in cells]
-    figure = new_figure(1.2 + rows_height(labels))
+    figure = layout.new_figure(1.2 + layout.rows_height(labels))
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, measure in zip(panels, shown):
         panel.axvline(1, **ZERO)
@@ -80,11 +66,11 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
             if key in theirs:
                 panel.plot(theirs[key], y, **PUBLISHED)
             if effect := ours.get(key):
-                bars = {"xerr": whiskers(*effect[:3]), **ERROR_BARS}
+                bars = {"xerr": layout.whiskers(*effect[:3]), **ERROR_BARS}
                 panel.errorbar(effect.mean, y, **bars, **cell.style.mark, markersize=6)
-                text_beside(panel, number(effect.mean), y)
-        x_axis(panel, RATIOS[measure][0], ticks=4, margin=0.1, reach=(0.9, 1.1))  # a small difference looks small
-    row_axes(panels, labels)
+                layout.text_beside(panel, number(effect.mean), y)
+        layout.x_axis(panel, RATIOS[measure][0], ticks=4, margin=0.1, reach=NEAR_1)
+    layout.row_axes(panels, labels)
     has_published = any((cell.row.name, measure) in theirs for cell in cells for measure in shown)
     if has_published:
         handles = [legend_mark(**PUBLISHED), legend_mark(**MEASURED)]
@@ -110,7 +96,9 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
     """The difference to the baseline with auxiliary losses counted in, split into the model's and theirs."""
     parts = []
     for cell in cells_of(comparison):
-        model, whole = (difference(comparison, cell.row, measure) for measure in ("paper", "paper_with_aux"))
+        model, whole = (
+            difference_to_baseline(comparison, cell.row, measure) for measure in ("paper", "paper_with_aux")
+        )
         if model:
             parts.append((cell, model, whole.mean - model.mean))
     if not parts:
@@ -118,26 +106,27 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
     cells = [cell for cell, _, _ in parts]
     baseline = baseline_label(comparison, cells)
     labels = [cell.label for cell in cells]
-    figure = new_figure(1.5 + rows_height(labels, least=0.55))
+    figure = layout.new_figure(1.5 + layout.rows_height(labels, least=0.55))
     axes = figure.subplots()
     axes.axvline(0, **ZERO)
     axes.use_sticky_edges = False  # which would put the longest bar on the edge
     counted = {"facecolor": ORANGE, "edgecolor": INK, "hatch": "////", "linewidth": 0.5}
     for y, (_, model, aux) in enumerate(parts):
         axes.barh(y - 0.18, model.mean, height=0.32, color=BLUE)
-        axes.errorbar(model.mean, y - 0.18, xerr=whiskers(*model[:3]), color=INK, **ERROR_BARS)
+        axes.errorbar(model.mean, y - 0.18, xerr=layout.whiskers(*model[:3]), color=INK, **ERROR_BARS)
         axes.barh(y + 0.18, aux, left=model.mean, height=0.32, **counted)
         axes.plot(model.mean + aux, y + 0.18, **MEASURED)
-        text_beside(axes, f"{number(model.mean)} + {number(aux)}", y)  # no sum: rounding would often make it wrong
-    pairs = [pair for cell in cells if (pair := published_pair(comparison, cell.row, "paper"))]
+        # No sum: rounding would often make it wrong.
+        layout.text_beside(axes, f"{number(model.mean)} + {number(aux)}", y)
+    pairs = [pair for cell in cells if (pair := comparison.table.published_pair(cell.row, "paper"))]
     gaps = sorted({round(ours - theirs, 6) for ours, theirs in pairs})
     minus = [f"{gap:g}".replace("-", "−") for gap in gaps]
     at_their_size = "" if comparison.scale == "paper" else ", at the paper's size"
     for place, (gap, text) in enumerate(zip(gaps, minus)):
         axes.axvline(gap, **BOUND)
-        text_above(axes, f"published: {text}{at_their_size}".replace("-", "−"), gap, offset=3 + 13 * place)
-    row_axis(axes, labels)
-    x_axis(axes, f"validation loss minus that of {baseline},\nnats per {unit_of(cells)}", ticks=6)
+        layout.text_above(axes, f"published: {text}{at_their_size}".replace("-", "−"), gap, offset=3 + 13 * place)
+    layout.row_axis(axes, labels)
+    layout.x_axis(axes, f"validation loss minus that of {baseline},\nnats per {unit_of(cells)}", ticks=6)
     handles = [Patch(color=BLUE), Patch(**counted), legend_mark(**MEASURED)]
     names = ["the model's own", "auxiliary loss counted in", "sum"]
     figure.legend(handles, names, loc="outside lower center", ncols=3)
@@ -164,14 +153,14 @@ def boundary_map(comparison: Comparison) -> Drawing | None:
         for row in comparison.table.rows_at(comparison.scale)
         if row.baseline and {"n_embd", "train_characters"} <= set(row.options)
     }
-    effects = {place: difference(comparison, row, "clean") for place, row in rows.items()}
+    effects = {place: difference_to_baseline(comparison, row, "clean") for place, row in rows.items()}
     if not any(effects.values()):
         return None
     widths, sizes = (sorted({place[axis] for place in rows}) for axis in (0, 1))
     limit = max(0.005, *(abs(effect.mean) for effect in effects.values() if effect))
     colour_map = LinearSegmentedColormap.from_list("signs", (BLUE, "#f4f4f4", VERMILION), N=15)
     colours = ScalarMappable(Normalize(-limit, limit), colour_map)
-    figure = new_figure(1.2 + 0.8 * len(widths))
+    figure = layout.new_figure(1.2 + 0.8 * len(widths))
     axes = figure.subplots()
     for (width, size), effect in effects.items():
         place = sizes.index(size), widths.index(width)
@@ -196,7 +185,7 @@ def boundary_map(comparison: Comparison) -> Drawing | None:
     bar.solids.set_edgecolor("face")  # no seams
     caption = caption_of_table(
         comparison,
-        [cell for cell in cells_of(comparison) if difference(comparison, cell.row, "clean")],
+        [cell for cell in cells_of(comparison) if difference_to_baseline(comparison, cell.row, "clean")],
         "best validation loss of 4 experts minus that of the dense model with equal active FLOPs, on the full "
         "validation split, with its 95% interval. Every run reads equally many characters, so fewer unique characters "
         "mean more epochs.",
@@ -227,26 +216,29 @@ def text_colour_on(colour) -> str:
 @styled
 def differences(comparison: Comparison) -> Drawing | None:
     """Each row's best loss on the full validation split minus its baseline's, with the published difference."""
-    effects = {row.name: difference(comparison, row, "clean") for row in comparison.table.rows_at(comparison.scale)}
+    effects = {
+        row.name: difference_to_baseline(comparison, row, "clean") for row in comparison.table.rows_at(comparison.scale)
+    }
     cells = [cell for cell in cells_of(comparison) if effects[cell.row.name]]
     if not cells:
         return None
     measure, labels = MEASURES["clean"], [cell.label for cell in cells]
-    figure = new_figure(1.15 + rows_height(labels))
+    figure = layout.new_figure(1.15 + layout.rows_height(labels))
     axes = figure.subplots()
     axes.axvline(0, **ZERO)
     spoken, handles = [], []
     for y, cell in enumerate(cells):
-        if pair := published_pair(comparison, cell.row, "paper"):
+        if pair := comparison.table.published_pair(cell.row, "paper"):
             handles = axes.plot(pair[0] - pair[1], y, **PUBLISHED)
         mean, low, high, n, _ = effects[cell.row.name]
         look = {"color": cell.style.colour, "marker": cell.style.marker}
-        axes.errorbar(mean, y, xerr=whiskers(mean, low, high), **look, **ERROR_BARS, markersize=6)
+        axes.errorbar(mean, y, xerr=layout.whiskers(mean, low, high), **look, **ERROR_BARS, markersize=6)
         text = f"{number(mean, sign='+')}{interval_text(low, high)}, n = {n}"
-        text_beside(axes, text, y)
+        layout.text_beside(axes, text, y)
         spoken.append(f"{cell.label} {text}")
-    row_axis(axes, labels)
-    x_axis(axes, f"{measure.heading}, minus baseline's, {measure.unit}\n(left of 0: better)", ticks=5, margin=0.08)
+    layout.row_axis(axes, labels)
+    name = f"{measure.heading}, minus baseline's, {measure.unit}\n(left of 0: better)"
+    layout.x_axis(axes, name, ticks=5, margin=0.08)
     if handles:
         figure.legend(handles, ["published"], loc="outside upper right")
     caption = caption_of_table(

@@ -12,19 +12,10 @@ from collections.abc import Callable
 
 from analysis import analyses
 from analysis.annotation import TOPIC
-from report.axes import (
-    legend_below,
-    legend_mark,
-    new_figure,
-    row_axes,
-    rows_height,
-    text_above,
-    text_beside,
-    updates_axis,
-    x_axis,
-)
+from report import layout
 from report.captions import Cell, caption_of_rows, cells_of, number
 from report.figures_of_run import INTERVENTIONS
+from report.layout import legend_mark
 from report.style import BOUND, CHANCE, CONTROL, INK, ONE_SEED, ZERO, Drawing, styled
 from run import records
 
@@ -41,16 +32,12 @@ def with_numbers(comparison, read: Callable) -> list[Cell]:
     return cells
 
 
-def label_of(cell) -> str:
-    return cell.labelled(f"(n = {len(cell.runs)})")
-
-
 def panels_of_rows(cells, count):
     """-> a figure and its panels side by side, whose rows are the cells"""
-    labels = [label_of(cell) for cell in cells]
-    figure = new_figure(1.15 + rows_height(labels, 0.46))
+    labels = [cell.label_with_n for cell in cells]
+    figure = layout.new_figure(1.15 + layout.rows_height(labels, 0.46))
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-    row_axes(panels, labels)
+    layout.row_axes(panels, labels)
     return figure, panels
 
 
@@ -86,26 +73,22 @@ ASKED = {  # title of a panel -> annotations: of several, the one that explains 
 }
 
 
-def explained_percent(names) -> Callable:
-    """analysis -> percent of H(expert) that the annotations explain, mean over layers."""
-    return as_percent(
-        analyses.about("character") if names == ("character",) else analyses.about_given_character(*names)
-    )
+def explained_percent(names) -> tuple[Callable, Callable]:
+    """Two functions: analysis -> percent of H(expert) that the annotations explain, mean over layers.
 
-
-def frozen_percent(names) -> Callable:
-    """analysis -> the same with a frozen random router instead of the learned one."""
+    The second one is of a frozen random router instead of the learned one.
+    """
     if names == ("character",):
-        return as_percent(analyses.over_layers(lambda layer: layer["frozen"]["about"]["character"]["mean"]))
-    return as_percent(analyses.over_layers(lambda layer: analyses.most_of_frozen(layer, names)))
+        learned = analyses.about("character")
+        frozen = analyses.over_layers(lambda layer: layer["frozen"]["about"]["character"]["mean"])
+    else:
+        learned = analyses.about_given_character(*names)
+        frozen = analyses.over_layers(lambda layer: analyses.most_of_frozen(layer, names))
+    return as_percent(learned), as_percent(frozen)
 
 
 def as_percent(read) -> Callable:
-    def percent(analysis):
-        value = read(analysis)
-        return None if value is None else 100 * value
-
-    return percent
+    return lambda analysis: None if (share := read(analysis)) is None else 100 * share
 
 
 @styled
@@ -115,26 +98,23 @@ def information_by_row(comparison) -> Drawing | None:
     if not cells:
         return None
     analysed = [run for cell in cells for run in cell.runs]
-    asked = {
-        title: names
-        for title, names in ASKED.items()
-        if any(explained_percent(names)(run) is not None for run in analysed)
-    }
+    asked = {title: explained_percent(names) for title, names in ASKED.items()}
+    asked = {title: of for title, of in asked.items() if any(of[0](run) is not None for run in analysed)}
     figure, panels = panels_of_rows(cells, len(asked))
     spoken = [[] for _ in cells]
-    for panel, (title, names) in zip(panels, asked.items()):
+    for panel, (title, (learned, frozen)) in zip(panels, asked.items()):
         panel.axvline(0, **ZERO)
-        for texts, mean in zip(spoken, draw_seeds(panel, cells, explained_percent(names), -0.12)):
+        for texts, mean in zip(spoken, draw_seeds(panel, cells, learned, -0.12)):
             if mean is not None:
                 texts.append(f"{title.replace(chr(10), ' ')} {number(mean, 1)}%")
         for y, cell in enumerate(cells):
-            if values := seed_values(cell, frozen_percent(names)):
+            if values := seed_values(cell, frozen):
                 panel.plot(statistics.fmean(values), y + 0.2, **CONTROL)
         panel.set_title(title)
-        x_axis(panel, "% of H(expert)", ticks=3, margin=0.1, reach=(0, 0))
+        layout.x_axis(panel, "% of H(expert)", ticks=3, margin=0.1, reach=(0, 0))
     mark = {"color": INK, "marker": "o", "linestyle": ""}
     handles = [legend_mark(**mark, markersize=MEAN_SIZE), legend_mark(**mark | ONE_SEED), legend_mark(**CONTROL)]
-    legend_below(figure, handles, ["mean", "one seed", "random router instead"], grow=True)
+    layout.legend_below(figure, handles, ["mean", "one seed", "random router instead"], grow=True)
     annotations = {name for run in analysed for name in run["layers"][0]["about_given_character"]}
     topics = " and ".join(name for name in TOPIC if name in annotations)
     caption = caption_of_rows(
@@ -146,9 +126,8 @@ def information_by_row(comparison) -> Drawing | None:
         "Large: mean over seeds; small: one seed; hollow: frozen random routers on the same inputs, also beyond "
         "chance. Each panel has its own axis.",
     )
-    return Drawing(
-        figure, caption, f"Dots of how much annotations explain of the choice of expert. {spoken_rows(cells, spoken)}."
-    )
+    told = spoken_rows(cells, spoken)
+    return Drawing(figure, caption, f"Dots of how much annotations explain of the choice of expert. {told}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +140,7 @@ def stability_by_row(comparison) -> Drawing | None:
     cells = with_numbers(comparison, lambda run: run["stability"] and run["stability"]["steps"] or None)
     if not cells:
         return None
-    figure = new_figure(2.9)
+    figure = layout.new_figure(2.9)
     agreement, character = figure.subplots(1, 2, sharey=True)
     spoken, handles, last = [], {}, 0
     for cell in cells:
@@ -176,20 +155,20 @@ def stability_by_row(comparison) -> Drawing | None:
                 axes.plot(steps, values, color=cell.style.colour, linewidth=0.7, alpha=0.45)
             means[name] = [statistics.fmean(at) for at in zip(*seeds)]
             every = {"markersize": 4, "markevery": max(1, len(steps) // 6)}
-            (handles[label_of(cell)],) = axes.plot(steps, means[name], **cell.style.curve, **every)
+            (handles[cell.label_with_n],) = axes.plot(steps, means[name], **cell.style.curve, **every)
         chance = [[100 * analyses.of_stability("chance", step)(run) for step in steps] for run in cell.runs]
         agreement.plot(steps, [statistics.fmean(at) for at in zip(*chance)], color=cell.style.colour, **CHANCE)
         told = (f"{number(means['agreement'][i], 0)}% at step {steps[i]:,}" for i in (0, len(steps) // 2))
         spoken.append(f"{cell.label} {', '.join(told)}")
     for axes in (agreement, character):
-        updates_axis(axes, last)
+        layout.updates_axis(axes, last)
         axes.set_xlabel("updates")
     agreement.set_ylim(0, 104)
     agreement.set_title("characters that have their final expert, %")
     character.set_title("H(expert) that the character explains, %")
     if not handles:
         return None
-    legend_below(figure, list(handles.values()), list(handles), grow=True)
+    layout.legend_below(figure, list(handles.values()), list(handles), grow=True)
     caption = caption_of_rows(
         comparison,
         cells,
@@ -221,7 +200,7 @@ def ablation_by_row(comparison) -> Drawing | None:
             if mean is not None:
                 texts.append(f"{name} {number(mean, 3, '+')}")
         panel.set_title(name)
-        x_axis(panel, "nats", ticks=2, margin=0.15, reach=(-0.01, 0.01))  # a small cost looks small
+        layout.x_axis(panel, "nats", ticks=2, margin=0.15, reach=(-0.01, 0.01))  # a small cost looks small
     what = "; ".join(f"{short}: {label}" for label, short in (INTERVENTIONS[key] for key in shown))
     caption = caption_of_rows(
         comparison,
@@ -230,9 +209,8 @@ def ablation_by_row(comparison) -> Drawing | None:
         f"{what[0].upper()}{what[1:]}. Large: mean over seeds; small: one seed. Each panel has its own axis.",
         passes=True,
     )
-    return Drawing(
-        figure, caption, f"Dots of the rise in loss, in nats, after each intervention. {spoken_rows(cells, spoken)}."
-    )
+    told = spoken_rows(cells, spoken)
+    return Drawing(figure, caption, f"Dots of the rise in loss, in nats, after each intervention. {told}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,7 +225,7 @@ def load_by_row(comparison) -> Drawing | None:
         return None
     figure, (axes,) = panels_of_rows(cells, 1)
     axes.axvline(records.COLLAPSED_BELOW, **BOUND)
-    text_above(axes, f"left of {records.COLLAPSED_BELOW:g}: collapsed", records.COLLAPSED_BELOW)
+    layout.text_above(axes, f"left of {records.COLLAPSED_BELOW:g}: collapsed", records.COLLAPSED_BELOW)
     spoken = []
     for y, cell in enumerate(cells):
         layers = [layer for run in cell.runs for layer in run["layers"]]
@@ -256,7 +234,7 @@ def load_by_row(comparison) -> Drawing | None:
         look = cell.style.mark | {"markersize": 5.5, "alpha": 0.6, "markeredgewidth": 0}
         axes.plot(used, [y] * len(used), **look, clip_on=False)
         text = f"{number(min(used), 2)} to {number(max(used), 2)}"
-        text_beside(axes, text, y, x=1.03)
+        layout.text_beside(axes, text, y, x=1.03)
         spoken.append(f"{cell.label} {text}")
     axes.set_xlim(0, 1)
     axes.set_xlabel("experts in use (0: all characters go to the same, 1: equal shares)")

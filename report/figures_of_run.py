@@ -15,22 +15,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from analysis import analyses
-from report.axes import (
-    block_panels,
-    legend_below,
-    legend_height,
-    legend_mark,
-    new_figure,
-    row_axis,
-    rows_height,
-    rows_of_panels,
-    text_beside,
-    updates_axis,
-    whiskers,
-    x_axis,
-)
+from report import layout
 from report.captions import add_heading, block_name, caption_of_run, interval_text, number, percent
 from report.figures_of_specialisation import expert_map, information_bars
+from report.layout import legend_mark
 from report.style import BOUND, CHANCE, CONTROL, ERROR_BARS, INK, SMALL, ZERO, Drawing, expert_styles, row_style, styled
 from run import records
 from support.palette import BLUE, GREEN, VERMILION
@@ -67,10 +55,10 @@ def load_curves(analysis) -> Drawing | None:
     has_choice = any(values is not None for values in used)
     styles = expert_styles(max(layer["n_expert"] for layer in layers))
     names = expert_names(len(styles))
-    heights = [0.65 + 1.35 * rows_of_panels(len(layers)) + legend_height(names), *[2.0] * has_choice]
-    figure = new_figure(sum(heights))
+    heights = [0.65 + 1.35 * layout.rows_of_panels(len(layers)) + layout.legend_height(names), *[2.0] * has_choice]
+    figure = layout.new_figure(sum(heights))
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    panels = block_panels(parts[0], len(layers), "" if has_choice else "updates", sharex=True, sharey=True)
+    panels = layout.block_panels(parts[0], len(layers), "" if has_choice else "updates", sharex=True, sharey=True)
     for panel, layer, of_layer in zip(panels, layers, loads):
         panel.axhline(100 / layer["n_expert"], color=INK, linewidth=0.8, alpha=0.5)
         for expert, style in enumerate(expert_styles(layer["n_expert"])):
@@ -78,10 +66,10 @@ def load_curves(analysis) -> Drawing | None:
             panel.plot(steps, [100 * at[expert] for at in of_layer], **look, linewidth=1.3)
         panel.set_title(block_name(layer))
     panels[0].set_ylim(bottom=0)
-    updates_axis(panels[0], steps[-1])
+    layout.updates_axis(panels[0], steps[-1])
     panels[0].yaxis.set_major_locator(MaxNLocator(3))
     parts[0].supylabel("share of choices, %", fontsize=10.5)
-    legend_below(parts[0], [legend_mark(color=style.colour, linestyle=style.line) for style in styles], names)
+    layout.legend_below(parts[0], [legend_mark(color=style.colour, linestyle=style.line) for style in styles], names)
     if has_choice:
         draw_utilisation(parts[1], layers, steps, used)
     add_heading(figure, analysis)
@@ -126,7 +114,7 @@ def draw_utilisation(figure, layers, steps, used) -> None:
         if values is not None:
             handles += axes.plot(steps, values, **row_style(index).curve, markersize=3.5, label=block_name(layer))
     axes.set_ylim(0, 1.04)
-    updates_axis(axes, steps[-1])
+    layout.updates_axis(axes, steps[-1])
     axes.set(xlabel="updates", ylabel="experts in use\n(1: equal shares)")
     if len(handles) <= MOST_NAMED:
         place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "labelspacing": 0.25}
@@ -140,7 +128,7 @@ def stability_curves(analysis) -> Drawing | None:
     if not found or not found["steps"] or not layers:
         return None
     steps = found["steps"]
-    figure = new_figure(5.0)
+    figure = layout.new_figure(5.0)
     agreement, churn, character, corner = figure.subplots(2, 2).flat
     styles = [row_style(index) for index in range(len(layers))]
     for values, style in zip(found["layers"], styles):
@@ -152,7 +140,7 @@ def stability_curves(analysis) -> Drawing | None:
             churn.plot(*zip(*changed), **look)
         character.plot(steps, [100 * value for value in values["character"]], **look)
     for axes in (agreement, churn, character):
-        updates_axis(axes, steps[-1])
+        layout.updates_axis(axes, steps[-1])
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_locator(MaxNLocator(5))
     agreement.set_ylim(0, 104)
@@ -201,10 +189,9 @@ def ablation_costs(analysis) -> Drawing | None:
     if not removed and not everywhere:
         return None
     names = expert_names(max(len(of) for _, of in removed)) if removed else []
-    heights = ([0.75 + 1.5 * rows_of_panels(len(removed)) + legend_height(names)] if removed else []) + (
-        [0.75 + rows_height(everywhere, least=0.3)] if everywhere else []
-    )
-    figure = new_figure(sum(heights))
+    heights = [0.75 + 1.5 * layout.rows_of_panels(len(removed)) + layout.legend_height(names)] if removed else []
+    heights += [0.75 + layout.rows_height(everywhere, least=0.3)] if everywhere else []
+    figure = layout.new_figure(sum(heights))
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     if removed:
         draw_removals(parts[0], removed, names)
@@ -242,7 +229,7 @@ def in_all_layers(ablations) -> dict[str, dict]:
 
 
 def draw_removals(figure, removed, names) -> None:
-    panels = block_panels(figure, len(removed), "its share, %", sharex=True, sharey=True)
+    panels = layout.block_panels(figure, len(removed), "its share, %", sharex=True, sharey=True)
     for panel, (layer, of) in zip(panels, removed):
         panel.axhline(0, color=INK, linewidth=0.9)
         for style, one in zip(expert_styles(layer["n_expert"]), of):
@@ -254,7 +241,7 @@ def draw_removals(figure, removed, names) -> None:
     panels[0].xaxis.set_major_locator(MaxNLocator(3))
     panels[0].yaxis.set_major_locator(MaxNLocator(4))
     figure.supylabel("cost of removal, nats", fontsize=10.5)
-    legend_below(figure, [legend_mark(**style.mark, markersize=6) for style in expert_styles(len(names))], names)
+    layout.legend_below(figure, [legend_mark(**style.mark, markersize=6) for style in expert_styles(len(names))], names)
 
 
 def draw_interventions(figure, costs) -> None:
@@ -262,9 +249,10 @@ def draw_interventions(figure, costs) -> None:
     axes.axvline(0, **ZERO)
     for y, cost in enumerate(costs.values()):
         axes.errorbar(cost["nats"], y, xerr=cost["se"], color=BLUE, marker="o", markersize=6, **ERROR_BARS)
-        text_beside(axes, number(cost["nats"], 3, "+") + ("" if cost["se"] is None else f" ± {cost['se']:.3f}"), y)
-    row_axis(axes, list(costs))
-    x_axis(axes, "cost in all layers at once, nats per character", ticks=5, margin=0.06)
+        error = "" if cost["se"] is None else f" ± {cost['se']:.3f}"
+        layout.text_beside(axes, number(cost["nats"], 3, "+") + error, y)
+    layout.row_axis(axes, list(costs))
+    layout.x_axis(axes, "cost in all layers at once, nats per character", ticks=5, margin=0.06)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,14 +275,14 @@ def gradient_cosines(analysis) -> Drawing | None:
     ]
     if not pulls and not blocks:
         return None
-    figure = new_figure(1.25 + 0.4 * max(len(pulls), len(blocks), 2))
+    figure = layout.new_figure(1.25 + 0.4 * max(len(pulls), len(blocks), 2))
     panels = figure.subplots(1, bool(pulls) + bool(blocks), squeeze=False)[0]
     handles = {}  # by label
     if pulls:
         handles |= draw_router_cosines(panels[0], pulls)
     if blocks:
         handles |= draw_token_cosines(panels[-1], blocks)
-    legend_below(figure, list(handles.values()), list(handles), grow=True)
+    layout.legend_below(figure, list(handles.values()), list(handles), grow=True)
     add_heading(figure, analysis)
     left, right = ("Left: the", "Right: the") if pulls and blocks else ("The", "The")
     caption = caption_of_run(
@@ -333,9 +321,10 @@ def draw_router_cosines(axes, pulls) -> dict:
                 look = {"color": INK, "alpha": alpha, "linewidth": 0}
                 axes.barh(y, null["high"] - null["low"], left=null["low"], height=height, **look)
                 handles[f"chance, {name}"] = Patch(**look)
-        axes.errorbar(one["cosine"], y, xerr=whiskers(one["cosine"], one["low"], one["high"]), **ROUTER, **ERROR_BARS)
-    row_axis(axes, [block_name(one) for one in pulls])
-    x_axis(axes, "router's cosine: cross-entropy\nand balancing loss", ticks=5, margin=0.08)
+        whiskers = layout.whiskers(one["cosine"], one["low"], one["high"])
+        axes.errorbar(one["cosine"], y, xerr=whiskers, **ROUTER, **ERROR_BARS)
+    layout.row_axis(axes, [block_name(one) for one in pulls])
+    layout.x_axis(axes, "router's cosine: cross-entropy\nand balancing loss", ticks=5, margin=0.08)
     return handles
 
 
@@ -350,8 +339,8 @@ def draw_token_cosines(axes, blocks) -> dict:
         if mean["chance"]:
             axes.plot(mean["chance"]["mean"], y, **CONTROL)
             handles["chance, errors"] = legend_mark(**CONTROL)
-    row_axis(axes, [block_name(one) for one in blocks])
-    x_axis(axes, "cosine of two characters' gradients", ticks=4, margin=0.08)
+    layout.row_axis(axes, [block_name(one) for one in blocks])
+    layout.x_axis(axes, "cosine of two characters' gradients", ticks=4, margin=0.08)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
     return handles
 

@@ -16,17 +16,9 @@ from matplotlib.transforms import ScaledTranslation
 
 from analysis.analyses import net
 from analysis.annotation import TOPIC
-from report.axes import (
-    WIDTH,
-    block_panels,
-    legend_below,
-    legend_height,
-    legend_mark,
-    new_figure,
-    row_axis,
-    rows_of_panels,
-)
+from report import layout
 from report.captions import add_heading, block_name, caption_of_run, number, percent
+from report.layout import legend_mark
 from report.style import CONTROL, INK, SMALL, Drawing, styled
 from run import records
 from support.palette import SKY, VERMILION
@@ -94,8 +86,8 @@ def expert_map(analysis) -> Drawing | None:
     rows, columns = len(order.symbols), sum(layer["n_expert"] for layer in layers)
     gap = 0.5  # rows, between classes
     places = [row + gap * i for i, (_, first, n) in enumerate(order.classes) for row in range(first, first + n)]
-    width = min(WIDTH, max(4.2, 2.0 + 0.36 * columns))
-    figure = new_figure(max(2.6, 1.1 + 0.165 * (places[-1] + 1)), width)
+    width = min(layout.WIDTH, max(4.2, 2.0 + 0.36 * columns))
+    figure = layout.new_figure(max(2.6, 1.1 + 0.165 * (places[-1] + 1)), width)
     panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
     told = []
     for panel, layer in zip(panels, layers):
@@ -201,8 +193,9 @@ def information_bars(analysis) -> Drawing | None:
     alone = sum(label in ALONE.values() for label in labels)
     handles = [Patch(color=SKY), legend_mark(**CONTROL), legend_mark(**TABLE), legend_mark(**DOTTED)]
     names = ["learned router", "random router", "table of characters", "left open"]
-    figure = new_figure(0.5 + (0.55 + 0.24 * len(labels)) * rows_of_panels(len(explained)) + legend_height(names))
-    panels = block_panels(figure, len(explained), "% of H(expert)", sharex=True, sharey=True)
+    panel_heights = (0.55 + 0.24 * len(labels)) * layout.rows_of_panels(len(explained))
+    figure = layout.new_figure(0.5 + panel_heights + layout.legend_height(names))
+    panels = layout.block_panels(figure, len(explained), "% of H(expert)", sharex=True, sharey=True)
     for panel, (layer, entries) in zip(panels, explained):
         panel.axhline(alone - 0.5, color=INK, linewidth=0.7)
         left = 100 * layer["entropy_given_character"] / layer["entropy"]
@@ -217,12 +210,12 @@ def information_bars(analysis) -> Drawing | None:
             aside = {"xytext": (33, 0), "textcoords": "offset points", "xycoords": ("axes fraction", "data")}
             panel.annotate(text, (1, y), **aside, ha="right", va="center", fontsize=SMALL)
         panel.set_title(block_name(layer))
-        row_axis(panel, labels)
+        layout.row_axis(panel, labels)
         panel.set_ylim(len(labels) - 0.5, -0.5)
         panel.tick_params(axis="y", labelsize=10)
     panels[0].set_xlim(min(0, *(100 * one.learned for _, entries in explained for one in entries)), 100)
     panels[0].set_xticks([0, 50, 100])
-    legend_below(figure, handles, names)
+    layout.legend_below(figure, handles, names)
     add_heading(figure, analysis)
     draws = [control["draws"] for layer, _ in explained for control in layer["frozen"]["about"].values()]
     caption = caption_of_run(
@@ -239,8 +232,5 @@ def information_bars(analysis) -> Drawing | None:
         + ", ".join(f"{one.label} {percent(one.learned)} (random {percent(one.random)})" for one in entries)
         for layer, entries in explained
     )
-    return Drawing(
-        figure,
-        caption,
-        f"Bars of how much annotations explain of the choice of expert, as a share of its entropy. {spoken}.",
-    )
+    what = "Bars of how much annotations explain of the choice of expert, as a share of its entropy"
+    return Drawing(figure, caption, f"{what}. {spoken}.")

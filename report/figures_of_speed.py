@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 
-from report.axes import panels_of, row_axis, rows_height, text_above, text_beside, whiskers
+from report import layout
 from report.captions import number
-from report.speed_cells import PUBLISHED, bench_headline, published_ratios
+from report.speed_cells import PUBLISHED, bench_headline
 from report.style import ERROR_BARS, INK, ZERO, Drawing, row_style, styled
 from run import records
 from speed import bench_records
@@ -33,16 +33,13 @@ MOST_TICKS = 6
 def relative_time(bench: dict) -> Drawing | None:
     """Time divided by the dense model's in the same bench: for an update, and for a step of decoding by batch size."""
     places = [(task, batch) for task in ("train", "decode") for batch in bench_records.batch_sizes(bench, task)]
-    found = {
-        key: one["ratio"]
-        for key, one in bench_records.measurements_of(bench).items()
-        if one["ratio"] and key[1:] in places
-    }
+    timed = bench_records.measurements_of(bench)
+    found = {key: one["ratio"] for key, one in timed.items() if one["ratio"] and key[1:] in places}
     names = [name for name in bench["models"] if name in {key[0] for key in found}]
     if not names:
         return None
     labels = [bench["models"][name]["title"] for name in names]
-    figure, panels, _ = panels_of(len(places), height=1.1 + rows_height(labels, least=0.32))
+    figure, panels, _ = layout.panels_of(len(places), height=1.1 + layout.rows_height(labels, least=0.32))
     beyond = False
     for panel, (task, batch) in zip(panels, places):
         ratio_axis(panel, [*edges_of(found, task), *published_times(task)])
@@ -53,7 +50,7 @@ def relative_time(bench: dict) -> Drawing | None:
                 style = row_style(list(bench["models"]).index(name))
                 beyond |= draw_ratio(panel, y, found[name, task, batch], style)
         panel.set_xlabel(f"{place_of(task, batch)}: time / dense's\n(right of 1: slower)")
-        row_axis(panel, labels)
+        layout.row_axis(panel, labels)
     n = bench_records.from_to(ratio["n"] for ratio in found.values())
     sentences = [
         f"Time divided by that of {bench['models'][bench_records.DENSE]['title']} (the line at 1) in the same bench: "
@@ -79,23 +76,21 @@ def place_of(task, batch) -> str:
 
 def edges_of(found, task) -> list[float]:
     """Ratios that the panels of one task have room for. References may be far slower and get an arrow instead."""
-    ratios = [
-        ratio for key, ratio in found.items() if key[1] == task and not key[0].startswith(bench_records.REFERENCE)
-    ]
-    return [ratio[end] for ratio in ratios for end in ("p10", "p90")]
+    keys = [key for key in found if key[1] == task and not key[0].startswith(bench_records.REFERENCE)]
+    return [found[key][end] for key in keys for end in ("p10", "p90")]
 
 
 def published_times(task) -> list[float]:
     """MoE divided by baseline, from the paper that prints times."""
-    if task == "train":
-        return list(published_ratios("train_seconds").values())
-    return [1 / ratio for ratio in published_ratios("inference_speed").values()]
+    measure = "train_seconds" if task == "train" else "inference_speed"
+    pairs = [PUBLISHED.published_pair(row, measure) for row in PUBLISHED.rows if row.baseline]
+    return [ours / theirs if task == "train" else theirs / ours for ours, theirs in pairs]
 
 
 def draw_published(axes, ratios) -> None:
     low, high = min(ratios), max(ratios)
     axes.axvspan(low, high, **BAND)
-    text_above(axes, f"published: {number(low, 2)}–{number(high, 2)}", math.sqrt(low * high))
+    layout.text_above(axes, f"published: {number(low, 2)}–{number(high, 2)}", math.sqrt(low * high))
 
 
 def draw_ratio(axes, y, ratio, style) -> bool:
@@ -106,9 +101,9 @@ def draw_ratio(axes, y, ratio, style) -> bool:
         edge, marker = (0.03, "<") if ratio["median"] < low else (0.97, ">")
         axes.plot(edge, y, color=style.colour, marker=marker, markersize=7, transform=axes.get_yaxis_transform())
     else:
-        bars = {"xerr": whiskers(ratio["median"], ratio["p10"], ratio["p90"]), **ERROR_BARS}
+        bars = {"xerr": layout.whiskers(ratio["median"], ratio["p10"], ratio["p90"]), **ERROR_BARS}
         axes.errorbar(ratio["median"], y, color=style.colour, marker=style.marker, markersize=6, **bars)
-    text_beside(axes, bench_records.significant(ratio["median"]), y)
+    layout.text_beside(axes, bench_records.significant(ratio["median"]), y)
     return beyond
 
 

@@ -18,7 +18,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from papers.measures import MEASURES
 from papers.table import Comparison
-from report.axes import bits_axis, legend_in, legend_mark, new_figure, panels_of, thousands, x_axis
+from report import layout
 from report.captions import caption_of_table, cells_of, exclusive, note_of_times, number, unit_of
 from report.style import ERROR_BARS, INK, ONE_SEED, Drawing, row_style, styled
 
@@ -77,7 +77,7 @@ def loss_curves(comparison: Comparison) -> Drawing | None:
     timed = [curve_of(exclusive(cell.runs)) if exclusive(cell.runs) else None for cell in cells]
     unit = unit_of(cells)
     names = ["updates", f"{unit_of(cells, plural='s')} read, millions", "training time, s"][: 3 if any(timed) else 2]
-    figure, panels, corner = panels_of(len(names))
+    figure, panels, corner = layout.panels_of(len(names))
     handles = []
     for cell, curve, by_clock in zip(cells, curves, timed):
         config = cell.runs[0]["config"]
@@ -87,14 +87,14 @@ def loss_curves(comparison: Comparison) -> Drawing | None:
         if by_clock:
             draw_curve(panels[2], by_clock.seconds, by_clock, cell.style)
     for panel, name in zip(panels, names):
-        x_axis(panel, name, ticks=5)
+        layout.x_axis(panel, name, ticks=5)
         panel.set_xlim(left=0)
-    panels[0].xaxis.set_major_formatter(thousands)
+    panels[0].xaxis.set_major_formatter(layout.thousands)
     panels[0].set_ylim(loss_limits((curve.steps, edge) for curve in curves for edge in (curve.low, curve.high)))
     for panel in panels[::2]:
         panel.set_ylabel(f"validation loss,\nnats per {unit}")
-    bits_axis(panels[1], unit)
-    legend_in(figure, corner, handles, [cell.label_with_n for cell in cells])
+    layout.bits_axis(panels[1], unit)
+    layout.legend_in(figure, corner, handles, [cell.label_with_n for cell in cells])
     caption = caption_of_table(
         comparison,
         cells,
@@ -108,16 +108,12 @@ def loss_curves(comparison: Comparison) -> Drawing | None:
 
 
 @styled
-def curves_of_runs(labelled: Mapping[str, Sequence[dict]]) -> Drawing | None:
+def curves_of_runs(labelled: Mapping[str, Sequence[dict]]) -> Drawing:
     """Loss curves of local runs, which may still train. {label: runs}, of which only evaluations are read.
 
     Thin: one seed; thick: mean; dotted: training batches. The caption stands in the picture: nothing else shows it.
     """
-    labelled = {label: [run for run in runs if run["evaluations"]] for label, runs in labelled.items()}
-    labelled = {label: runs for label, runs in labelled.items() if runs}
-    if not labelled:
-        return None
-    figure, (axes,), _ = panels_of(1, height=4.3)
+    figure, (axes,), _ = layout.panels_of(1, height=4.3)
     handles, drawn = [], []
     for index, runs in enumerate(labelled.values()):
         style, mean = row_style(index), curve_of(runs)
@@ -129,8 +125,8 @@ def curves_of_runs(labelled: Mapping[str, Sequence[dict]]) -> Drawing | None:
         drawn.append((mean.steps, mean.train))
     axes.set(xlabel="updates", ylabel="validation loss, nats per character", ylim=loss_limits(drawn))
     axes.set_xlim(left=0)
-    bits_axis(axes, "character")
-    legend_in(figure, None, handles, [f"{label} (n = {len(runs)})" for label, runs in labelled.items()])
+    layout.bits_axis(axes, "character")
+    layout.legend_in(figure, None, handles, [f"{label} (n = {len(runs)})" for label, runs in labelled.items()])
     caption = "Cross-entropy on the full validation split. Thin: one seed; thick: mean; dotted: on training batches."
     axes.set_title(caption, fontsize=8.5, loc="left")
     return Drawing(figure, caption, "Curves of validation loss against updates.")
@@ -158,14 +154,14 @@ def loss_against_cost(comparison: Comparison) -> Drawing | None:
     }
     if not any(exclusive(cell.runs) for cell in cells):
         del names["train_seconds"]
-    figure, panels, corner = panels_of(len(names))
+    figure, panels, corner = layout.panels_of(len(names))
     for panel, (measure, name) in zip(panels, names.items()):
         draw_cost(panel, comparison, cells, measure)
-        x_axis(panel, name, ticks=5)
+        layout.x_axis(panel, name, ticks=5)
     for panel in panels[::2]:
         panel.set_ylabel(f"best validation loss,\nnats per {unit_of(cells)}")
-    handles = [legend_mark(**cell.style.mark, markersize=6) for cell in cells]
-    legend_in(figure, corner, handles, [cell.label_with_n for cell in cells])
+    handles = [layout.legend_mark(**cell.style.mark, markersize=6) for cell in cells]
+    layout.legend_in(figure, corner, handles, [cell.label_with_n for cell in cells])
     caption = caption_of_table(
         comparison,
         cells,
@@ -239,7 +235,7 @@ def load_over_training(comparison: Comparison) -> Drawing | None:
         return None
     evaluations = [cell.runs[0]["evaluations"] for cell in cells]
     ends = [lines[-1]["load"] for lines in evaluations]  # [row][layer][expert]
-    figure = new_figure(1.0 + 1.15 * len(cells))
+    figure = layout.new_figure(1.0 + 1.15 * len(cells))
     panels = figure.subplots(len(cells), max(map(len, ends)), sharex=True, sharey=True, squeeze=False)
     for cell, lines, end, of_row in zip(cells, evaluations, ends, panels):
         of_row[0].set_title(" ")  # room for the label, which may be wider than its panel
@@ -258,7 +254,7 @@ def load_over_training(comparison: Comparison) -> Drawing | None:
     panels[0, 0].set(xlim=(0, None), ylim=(0, None))
     last = max(lines[-1]["step"] for lines in evaluations)
     panels[0, 0].set_xticks([0, last / 2, last])
-    panels[0, 0].xaxis.set_major_formatter(thousands)
+    panels[0, 0].xaxis.set_major_formatter(layout.thousands)
     panels[0, 0].yaxis.set_major_locator(MaxNLocator(3))
     figure.supxlabel("updates", fontsize=10.5)
     figure.supylabel("share of choices, %", fontsize=10.5)

@@ -13,6 +13,7 @@ import itertools
 import re
 from collections import Counter
 from html import escape
+from pathlib import Path
 
 from report.blocks import Grid, Paragraph, Passage, Picture, Ruling, Section
 from report.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
@@ -23,31 +24,19 @@ from support.palette import EXPERT_COLOURS, PAPER, PAPER_ON_DARK
 
 # Text in any of these colours on `paper` or on `panel` has a contrast of 4.5 or more (WCAG AA; tests/test_page.py).
 # The verdicts' hues are of those that colour-blind readers tell apart; their words and shapes do not need them.
-LIGHT = {
-    "paper": PAPER,
-    "panel": "#f3f5f6",
-    "line": "#ccd3d8",
-    "ink": "#1a1d20",
-    "quiet": "#535b63",
-    "link": "#0b57a4",
-    "held": "#00664b",
-    "failed": "#a33a00",
-    "undecided": "#5f3f97",
-    "unrun": "#535b63",
+PALETTE = {  # in light and in dark mode
+    "paper": (PAPER, PAPER_ON_DARK),
+    "panel": ("#f3f5f6", "#1e2327"),
+    "line": ("#ccd3d8", "#3d464d"),
+    "ink": ("#1a1d20", "#e6e8ea"),
+    "quiet": ("#535b63", "#aab2b9"),
+    "link": ("#0b57a4", "#8fbcf2"),
+    "held": ("#00664b", "#5fcba5"),
+    "failed": ("#a33a00", "#ff9d66"),
+    "undecided": ("#5f3f97", "#c5b0f2"),
+    "unrun": ("#535b63", "#aab2b9"),
 }
-DARK = {
-    "paper": PAPER_ON_DARK,
-    "panel": "#1e2327",
-    "line": "#3d464d",
-    "ink": "#e6e8ea",
-    "quiet": "#aab2b9",
-    "link": "#8fbcf2",
-    "held": "#5fcba5",
-    "failed": "#ff9d66",
-    "undecided": "#c5b0f2",
-    "unrun": "#aab2b9",
-}
-
+LIGHT, DARK = ({name: colours[mode] for name, colours in PALETTE.items()} for mode in (0, 1))
 
 # status -> (its colour, its shape in a box of 16 × 16)
 LOOKS = {
@@ -84,144 +73,7 @@ COLOURS = f"""
 """
 
 # Nothing is smaller than 15 px on a screen. Code breaks anywhere, so that no command is wider than a phone.
-LAYOUT = """* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; scroll-padding-top: 1rem; }
-body {
-  margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 78rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  overflow-wrap: break-word;
-}
-h1, h2, h3 { line-height: 1.25; }
-h1, h2 { text-wrap: balance; }
-h1 { font-size: 1.9rem; margin: 0 0 1rem; }
-h2 { font-size: 1.4rem; margin: 3rem 0 1rem; padding-top: .75rem; border-top: 2px solid var(--line); }
-p, .notes { max-width: 44rem; margin: 0 0 1rem; }
-a { color: var(--link); text-underline-offset: .15em; }
-code {
-  font: max(.9375rem, .9em)/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  background: var(--panel); border-radius: .2rem; padding: .05em .25em; overflow-wrap: anywhere;
-  box-decoration-break: clone; -webkit-box-decoration-break: clone;
-}
-code span, .interval { white-space: nowrap; }
-.passage { margin: 0 0 1.5rem; }
-.passage h3 { font-size: 1rem; margin: 0 0 .35rem; }
-.passage pre {
-  font: .9375rem/1.7 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .35rem;
-}
-.passage [class] { color: #000; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-.legend span { padding: .1em .5em; margin-right: .5em; }
-ul, ol { margin: 0; padding: 0; list-style: none; }
-.notes, .source, .caption { font-size: .9375rem; color: var(--quiet); }
-.notes li + li, .details li + li { margin-top: .3rem; }
-small { font-size: .9375rem; font-weight: 400; color: var(--quiet); }
-
-.counts { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1.25rem 0 0; }
-.counts b { font-size: 1.4rem; }
-.counts small { display: block; }
-.verdict { color: var(--status); font-weight: 600; white-space: nowrap; }
-.verdict svg { width: .95em; height: .95em; margin-right: .4em; vertical-align: -.1em; }
-
-nav { margin: 2rem 0; font-size: .9375rem; }
-nav li a { display: block; padding: .3rem 0; text-decoration: none; }
-nav li a:hover { text-decoration: underline; }
-
-table { border-collapse: collapse; font-size: .9375rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-caption { text-align: left; }
-caption, .overview td, .overview .group { overflow-wrap: anywhere; }
-th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-thead th { border-bottom: 2px solid var(--quiet); vertical-align: bottom; }
-tbody th { font-weight: 400; }
-
-.grid, figure { margin: 1.5rem 0 2rem; }
-.grid .notes { margin: .6rem 0 0; }
-/* A wide table scrolls by itself; a shade at its edge says that there is more. */
-.scroll {
-  overflow-x: auto; container-type: inline-size;
-  background:
-    linear-gradient(to left, var(--paper) 40%, transparent) right / 2.5rem 100% no-repeat local,
-    linear-gradient(to left, var(--line), transparent) right / .9rem 100% no-repeat scroll;
-}
-.grid table { min-width: min(100%, 30rem); }
-.grid caption span { display: block; position: sticky; left: 0; width: fit-content; max-width: 100cqw; }
-.grid caption { padding-bottom: .5rem; font-weight: 600; background: var(--paper); }
-.grid th { white-space: pre-line; }
-.grid thead th { font-weight: 600; color: var(--quiet); }
-.grid thead span { display: inline-block; max-width: 9rem; }
-.grid td { white-space: pre; }
-.grid td, .grid thead th:not(:first-child) { text-align: right; }
-.grid tr > :first-child {
-  position: sticky; left: 0; background: var(--paper); padding-left: 0; min-width: 7.5rem; max-width: 18rem;
-}
-
-img { display: block; max-width: 100%; height: auto; }
-figcaption { max-width: 44rem; margin-top: .6rem; }
-.caption b { color: var(--ink); }
-@media screen and (prefers-color-scheme: dark) { .plate { background: #fff; padding: .5rem; border-radius: .3rem; } }
-
-.overview { width: 100%; }
-.overview th:first-child { padding-left: 0; white-space: nowrap; }
-.overview small { display: block; font-size: inherit; }
-.overview .group th { padding-top: 1.4rem; font-weight: 600; white-space: normal; }
-
-.ruling { margin: 0 0 1.75rem; padding-left: .9rem; border-left: .25rem solid var(--status); }
-.ruling h3 { font-size: 1.0625rem; margin: 0 0 .35rem; }
-.ruling h3 a { margin-right: .35em; }
-.ruling p, .ruling ul { margin: 0 0 .35rem; font-variant-numeric: tabular-nums; }
-.ruling .verdict { margin-right: .6em; }
-.ruling .effect { display: inline-block; max-width: 100%; }
-.details { font-size: .9375rem; }
-.details li { padding-left: 1rem; text-indent: -1rem; }
-
-:target { background: var(--panel); }
-
-@media (max-width: 40rem) {
-  h1 { font-size: 1.6rem; }
-  h2 { font-size: 1.3rem; }
-  .counts { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem 1rem; }
-  .grid tr > :first-child { max-width: 9.5rem; padding-right: .5rem; border-right: 1px solid var(--line); }
-}
-@media screen and (max-width: 40rem) {
-  /* Four columns do not fit: number and verdict, then the claim, then its effect. */
-  .overview thead { display: none; }
-  .overview, .overview tbody { display: block; }
-  .overview tr {
-    display: grid; grid-template-columns: 3.5rem 1fr; padding: .6rem 0; border-bottom: 1px solid var(--line);
-  }
-  .overview th, .overview td { border: 0; padding: .1rem 0; }
-  .overview .group th, .overview .claim, .overview .effect { grid-column: 1 / -1; }
-  .overview .verdict { grid-row: 1; grid-column: 2; }
-  .overview small { display: inline; }
-}
-@media screen and (min-width: 68rem) {
-  body { display: grid; grid-template-columns: 14rem minmax(0, 1fr); column-gap: 3rem; padding: 2.5rem 2rem 4rem; }
-  header, main { grid-column: 2; }
-  nav {
-    grid-column: 1; grid-row: 1 / span 2; position: sticky; top: 2.5rem; align-self: start; margin: 0;
-    max-height: calc(100vh - 5rem); overflow-y: auto;
-  }
-}
-
-@page { margin: 15mm 14mm; }
-@media print {
-  html { font-size: 10pt; }
-  body { padding: 0; max-width: none; }
-  a { color: inherit; text-decoration: none; }
-  nav ul { columns: 2; }
-  h2, h3, caption, .group { break-after: avoid; page-break-after: avoid; }
-  figure, tr, .ruling, .counts { break-inside: avoid; page-break-inside: avoid; }
-  .notes { break-before: avoid; page-break-before: avoid; }
-  p, li { orphans: 3; widows: 3; }
-  .scroll { overflow: visible; container-type: normal; background: none; }
-  .grid table, .overview { width: 100%; font-size: 8pt; }
-  .grid td { white-space: pre-line; }
-  .grid tr > :first-child { position: static; min-width: 0; max-width: 11rem; border-right: 0; }
-  .grid caption span { position: static; max-width: none; }
-  th, td { padding: .25rem .35rem; }
-  img { max-height: 200mm; margin: 0; }
-  :target { background: none; }
-}
-"""
+LAYOUT = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,12 +132,10 @@ def _grid(block, sheet):
     assert all(len(row) == len(block.columns) for row in block.rows), f"{block.title}: a row has other columns"
     caption = sheet.anchor(f"table {block.title}")
     heads = "".join(f'<th scope="col"><span>{_inline(column)}</span></th>' for column in block.columns)
-    rows = "".join(
-        f'<tr><th scope="row">{_inline(label)}</th>'
-        + "".join(f"<td>{_inline(cell)}</td>" for cell in cells)
-        + "</tr>\n"
-        for label, *cells in block.rows
-    )
+    rows = ""
+    for label, *cells in block.rows:
+        numbers = "".join(f"<td>{_inline(cell)}</td>" for cell in cells)
+        rows += f'<tr><th scope="row">{_inline(label)}</th>{numbers}</tr>\n'
     return (
         f'<div class="grid"><div class="scroll" tabindex="0" role="region" aria-labelledby="{caption}">\n'
         f'<table><caption id="{caption}"><span>{_inline(block.title)}</span></caption>\n'
@@ -328,13 +178,14 @@ def _ruling(block, sheet):
 
 
 def _passage(block, sheet):
+    def coloured(expert, text):
+        return f'<span class="e{expert % len(EXPERT_COLOURS)}">{text}</span>'
+
     pieces = []
     for expert, group in itertools.groupby(zip(block.text, block.experts), key=lambda pair: pair[1]):
         text = escape("".join("⏎\n" if character == "\n" else character for character, _ in group))
-        pieces.append(text if expert is None else f'<span class="e{expert % len(EXPERT_COLOURS)}">{text}</span>')
-    legend = "".join(
-        f'<span class="e{expert % len(EXPERT_COLOURS)}">expert {expert}</span>' for expert in range(block.n_expert)
-    )
+        pieces.append(text if expert is None else coloured(expert, text))
+    legend = "".join(coloured(expert, f"expert {expert}") for expert in range(block.n_expert))
     return (
         f'<div class="passage"><h3>{_inline(block.title)}</h3>\n<pre>{"".join(pieces)}</pre>\n'
         f'<p class="legend">{legend}</p></div>\n'

@@ -58,8 +58,8 @@ class TableSection(NamedTuple):
 
     @property
     def title(self) -> str:
-        table, scale = self.comparison.table, SCALES[self.comparison.scale]
-        return f"{table.title} ({table.name}, {scale.title.partition(':')[0]})"
+        table = self.comparison.table
+        return f"{table.title} ({table.name}, {speed_cells.size_title(self.comparison.scale)})"
 
     @property
     def description(self) -> str:
@@ -71,11 +71,7 @@ class TableSection(NamedTuple):
             "unique characters": [record["dataset"]["splits"]["train"] for record in found],
             "parameters": [record["parameters"]["total"] for record in of_records],
         }
-        regime = ", ".join(
-            f"{min(values):,}{f' to {max(values):,}' if max(values) > min(values) else ''} {name}"
-            for name, values in ranges.items()
-            if values
-        )
+        regime = ", ".join(f"{bench_records.from_to(values)} {name}" for name, values in ranges.items() if values)
         regime = regime or "no run that counts"
         return f"{table.text} Source: {table.source}. Regime: {regime}. Machine: {self.comparison.machine}."
 
@@ -160,24 +156,21 @@ class BenchSection(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"Speed ({speed_cells.size_title(self.record)}, {self.record['machine']['device']})"
+        return f"Speed ({speed_cells.size_title(self.record['size'])}, {self.record['machine']['device']})"
 
     @property
     def description(self) -> str:
         """How it was measured and what weakens it."""
         record, ceilings = self.record, self.record["ceilings"]
-        doubts = [f"**{sentence}**" for sentence in bench_records.doubts(record)]
+        doubts = "".join(f"**{sentence}** " for sentence in bench_records.doubts(record))
         limits = f"{rate(ceilings['flops_per_second'], 'FLOP/s')} and {rate(ceilings['bytes_per_second'], 'B/s')}"
-        return " ".join(
-            [
-                *doubts,
-                f"{speed_cells.bench_headline(record)}. Every model is timed in turn with the others, in one process. "
-                "A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is the median of the "
-                "ratios of paired timings, above 1 where a model is slower. Floor ÷ time: the least time in which the "
-                "necessary numbers can be computed and moved, at the ceilings measured in the same bench "
-                f"({limits}), over the measured time.",
-                f"Machine: {records.machine_of(record)}. The bench took {console.duration(record['seconds'])}.",
-            ]
+        return (
+            f"{doubts}{speed_cells.bench_headline(record)}. Every model is timed in turn with the others, in one "
+            "process. A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is the median of the "
+            "ratios of paired timings, above 1 where a model is slower. Floor ÷ time: the least time in which the "
+            "necessary numbers can be computed and moved, at the ceilings measured in the same bench "
+            f"({limits}), over the measured time. Machine: {records.machine_of(record)}. The bench took "
+            f"{console.duration(record['seconds'])}."
         )
 
 

@@ -70,21 +70,15 @@ def papers_grid(bench):
     theirs = ("characters/s", "speed ÷ baseline's", "training time ÷ baseline's")
     columns += [f"published: {column}{size}" for column in theirs]
     row_of = {name: published_row(model) for name, model in bench["models"].items()}
-    rows = [
-        [model["title"], *papers_cells(found, name), *published_cells(row_of[name])]
-        for name, model in bench["models"].items()
-    ]
-    there = [row.name for row in row_of.values() if row]
-    alone = [row for row in PUBLISHED.rows if row.name not in there]
+    titles = {name: model["title"] for name, model in bench["models"].items()}
+    rows = [[title, *papers_cells(found, name), *published_cells(row_of[name])] for name, title in titles.items()]
+    alone = [row for row in PUBLISHED.rows if row not in row_of.values()]
     rows += [[f"{row.label}, published", *[NOTHING] * 3, *published_cells(row)] for row in alone]
-    counts = [one["seconds"]["n"] for one in found.values() if one["task"] == "papers"]
-    lengths = [one["tokens"] for one in found.values() if one["task"] == "papers"]
-    notes = [
-        f"n = {bench_records.from_to(counts)} texts of {bench_records.from_to(lengths)} characters; "
-        "training time is that of the updates"
-    ]
+    timings = [(one["seconds"]["n"], one["tokens"]) for one in found.values() if one["task"] == "papers"]
+    counts, lengths = map(bench_records.from_to, zip(*timings))
+    notes = [f"n = {counts} texts of {lengths} characters; training time is that of the updates"]
     notes += [f"published: {PUBLISHED.source}, one machine, number of runs not given"]
-    notes += [f"{bench['models'][name]['title']}: published as {row.label}" for name, row in row_of.items() if row]
+    notes += [f"{titles[name]}: published as {row.label}" for name, row in row_of.items() if row]
     title = "Speed. Inference by the papers' protocol: eagerly, without a cache, one text at a time"
     return Grid(title, ["model", *columns], rows, notes)
 
@@ -126,16 +120,11 @@ def what_ran_grid(bench):
     notes = []
     for what, of in checks.items():
         worst = max(of, key=lambda check: check["error"] / check["limit"] if check["limit"] else 0)
-        notes.append(
-            f"checked, {what}: largest error {worst['error']:.1e}, allowed {worst['limit']:.0e} (n = {len(of)})"
-        )
+        errors = f"largest error {worst['error']:.1e}, allowed {worst['limit']:.0e} (n = {len(of)})"
+        notes.append(f"checked, {what}: {errors}")
     columns = ["model", "parameters", "active per character", "training ran on", "decoding ran on"]
-    return Grid(
-        "Speed. Models, backends and checks",
-        [*columns, "compiling: training / decoding, s", "checks passed"],
-        rows,
-        notes,
-    )
+    columns += ["compiling: training / decoding, s", "checks passed"]
+    return Grid("Speed. Models, backends and checks", columns, rows, notes)
 
 
 SPEED_COLUMNS = (
@@ -149,23 +138,18 @@ def speed_csv(benches: list[dict]) -> str:
     """Every measurement, unrounded; unknown values are empty."""
     lines = []
     for bench in benches:
-        git, machine = bench["git"], records.machine_of(bench)
+        git, alone = bench["git"], bench_records.is_undisturbed(bench)
+        place = bench["size"], records.machine_of(bench), git["commit"], git["dirty"], alone
         for one in bench["measurements"]:
             ratio = one["ratio"] or dict.fromkeys(("median", "p10", "p90", "n"))
+            title = bench["models"][one["model"]]["title"]
+            spreads = [spread[key] for spread in (one["seconds"], ratio) for key in ("median", "p10", "p90", "n")]
+            subject = one["model"], title, one["task"], one["batch_size"], one["tokens"]
             lines.append(
                 [
-                    bench["size"],
-                    machine,
-                    git["commit"],
-                    git["dirty"],
-                    bench_records.is_undisturbed(bench),
-                    one["model"],
-                    bench["models"][one["model"]]["title"],
-                    one["task"],
-                    one["batch_size"],
-                    one["tokens"],
-                    *(one["seconds"][key] for key in ("median", "p10", "p90", "n")),
-                    *(ratio[key] for key in ("median", "p10", "p90", "n")),
+                    *place,
+                    *subject,
+                    *spreads,
                     one["tokens_per_second"],
                     one["floor"]["seconds"],
                     one["peak_memory_bytes"],
@@ -191,20 +175,14 @@ def kind_of(config):
     return config.n_expert, config.expert_kind, config.router, config.expert_top_k, config.capacity_factor
 
 
-def published_ratios(measure) -> dict[str, float]:
-    """Row name -> its published value divided by its baseline's."""
-    rows = [row for row in PUBLISHED.rows if row.baseline]
-    return {row.name: row.published[measure] / PUBLISHED.row(row.baseline).published[measure] for row in rows}
-
-
 def bench_headline(record) -> str:
     """A bench in one line: "CPU size: 4 layers, 128 wide, context 64, commit 0123456"."""
-    size, config, commit = size_title(record), config_of(record["models"][DENSE]), record["git"]["commit"]
+    size, commit = size_title(record["size"]), record["git"]["commit"]
+    config = config_of(record["models"][DENSE])
     shape = f"{config.n_layer} layers, {config.n_embd} wide, context {config.block_size}"
     return f"{size[0].upper()}{size[1:]}: {shape}, " + (f"commit {commit[:7]}" if commit else "commit not known")
 
 
-def size_title(record) -> str:
+def size_title(size) -> str:
     """'CPU size'"""
-    size = record["size"]
-    return SCALES[size].title.partition(":")[0] if size in SCALES else f"size {size}"
+    return SCALES[size].partition(":")[0] if size in SCALES else f"size {size}"

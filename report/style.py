@@ -54,13 +54,8 @@ ERROR_BARS = {"elinewidth": 1.1, "capsize": 2.5}
 SMALL = 9.5  # points
 ZERO = {"color": INK, "linewidth": 0.9}  # the line where nothing differs: at 0, or at 1 for ratios
 ONE_SEED = {"linestyle": "", "markersize": 3.5, "alpha": 0.75, "markeredgewidth": 0}  # small beside a mean's mark
-CONTROL = {
-    "color": INK,
-    "marker": "o",
-    "linestyle": "",
-    "fillstyle": "none",
-    "markersize": 5.5,
-}  # random router, chance
+# A random router, or chance.
+CONTROL = {"color": INK, "marker": "o", "linestyle": "", "fillstyle": "none", "markersize": 5.5}
 CHANCE = {"linewidth": 0.8, "dashes": (3, 2)}  # agreement by chance, beside a curve
 BOUND = {"color": INK, "linewidth": 1.1, "linestyle": (0, (4, 2))}  # a published gap, the threshold of a collapse
 

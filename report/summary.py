@@ -1,5 +1,6 @@
 """The two pages of results/: summary.md for GitHub and report.html for a browser."""
 
+import papers
 from report import cells, wording
 from report.blocks import Paragraph, Passage, Ruling, Section
 from report.page import page
@@ -44,10 +45,8 @@ def report_html(results: Results) -> str:
     """report.html: the same with every effect behind a verdict, and text on the colours of its experts."""
     sections = []
     for section in results.sections:
-        blocks = [Paragraph(section.description)]
-        if section.comparison.table.of == "analyses":
-            blocks += [Paragraph(text) for text in HOW_EXPERTS_ARE_READ]
-        blocks += [*section.grids, *section.pictures.values()]
+        texts = section.description, *(HOW_EXPERTS_ARE_READ if section.comparison.table.of == "analyses" else ())
+        blocks = [*map(Paragraph, texts), *section.grids, *section.pictures.values()]
         blocks += [passage for analysis in section.shown for passage in passages_of(analysis)]
         blocks += [ruling_of(verdict) for verdict in section.verdicts]
         sections.append(Section(section.title, blocks))
@@ -58,12 +57,8 @@ def report_html(results: Results) -> str:
         sections.append(Section("Not run yet", [ruling_of(verdict) for verdict in not_run]))
     if results.left_out:
         sections.append(Section("Records left out", [Paragraph(why) for why in results.left_out]))
-    lead = [
-        Paragraph(wording.headline(results.n_runs, results.machines)),
-        Paragraph(HOW_TO_READ),
-        Paragraph(CLAIMS_BY_SOURCE),
-    ]
-    return page("charmoe: what was measured", lead, sections)
+    lead = wording.headline(results.n_runs, results.machines), HOW_TO_READ, CLAIMS_BY_SOURCE
+    return page("charmoe: what was measured", list(map(Paragraph, lead)), sections)
 
 
 def passages_of(analysis):
@@ -79,13 +74,14 @@ def passages_of(analysis):
 def ruling_of(verdict):
     """A verdict as a block of the page."""
     claim, table = verdict.claim, verdict.comparison.table
+    source, was_run = papers.SOURCES.get(claim.id[0], table.source), verdict.comparison.machine
     return Ruling(
         claim.id,
         verdict.status,
         claim.sentence,
         wording.deciding_text(verdict),
-        source="" if claim.source == table.source and verdict.comparison.machine else claim.source,
-        details=wording.detail_lines(verdict) if verdict.comparison.machine else [],
+        source="" if source == table.source and was_run else source,
+        details=wording.detail_lines(verdict) if was_run else [],
         notes=[wording.rule_text(claim)],
         provisional=verdict.is_provisional,
     )

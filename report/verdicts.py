@@ -8,6 +8,7 @@ share, use the paired t interval over the seeds that both rows have. Ratios are 
 ratios of geometric means. Intervals are not corrected for the number of claims.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -54,12 +55,10 @@ class Verdict(NamedTuple):
 
 def decide(claim: Claim, comparison: Comparison) -> Verdict:
     """The verdict on a claim from the records of its table at one scale on one kind of machine."""
-    findings = {}
-    for measure in claim.measures:
-        effects = [effect_of(comparison, measure, *pair, claim.effect) for pair in claim.pairs]
-        findings[measure] = [
-            Finding(*pair, effect, status_of(effect, claim.holds)) for pair, effect in zip(claim.pairs, effects)
-        ]
+    findings = {measure: [] for measure in claim.measures}
+    for measure, pair in itertools.product(claim.measures, claim.pairs):
+        effect = effect_of(comparison, measure, *pair, claim.effect)
+        findings[measure].append(Finding(*pair, effect, status_of(effect, claim.holds)))
     statuses = {measure: joint_status([finding.status for finding in of]) for measure, of in findings.items()}
     return Verdict(claim, comparison, statuses[claim.measures[0]], findings, statuses)
 
@@ -104,7 +103,4 @@ def status_of(effect: Effect | None, holds: tuple[float, float]) -> str:
 
 def joint_status(statuses: list[str]) -> str:
     """The status of a claim about several pairs: all must hold, and one that contradicts it is enough."""
-    for status in (NOT_HELD, NOT_RUN, UNDECIDED):
-        if status in statuses:
-            return status
-    return HELD
+    return next((status for status in (NOT_HELD, NOT_RUN, UNDECIDED) if status in statuses), HELD)

@@ -20,7 +20,8 @@ HOW_TO_READ = (
     "Intervals are not corrected for the number of claims. Times count only from runs that had their GPU, or 95% of "
     "their cores' time, to themselves."
 )
-CLAIMS_BY_SOURCE = f"The letter of a claim names its source. {'. '.join(papers.SOURCES[:-1])}. E: {papers.SOURCES[-1]}."
+*_PAPERS, _OURS = papers.SOURCES.values()
+CLAIMS_BY_SOURCE = f"The letter of a claim names its source. {'. '.join(_PAPERS)}. E: {_OURS}."
 
 HOW_EXPERTS_ARE_READ = (
     "A Mixture-of-Experts layer has several MLPs, its experts, and a router that sends each character to one or a few "
@@ -41,17 +42,16 @@ HOW_EXPERTS_ARE_READ = (
 def rule_text(claim: Claim) -> str:
     """The bounds of a claim as a sentence."""
     lowest, highest = claim.holds
-    what = {"difference": "the difference", "ratio": "the ratio", "value": "the value"}[claim.effect]
-    unit = MEASURES[claim.measures[0]].unit if claim.effect != "ratio" else ""
+    unit = "" if claim.is_ratio else MEASURES[claim.measures[0]].unit
     if highest == math.inf:
         bounds = f"is above {lowest:g}"
-    elif lowest == -math.inf or (claim.effect == "ratio" and lowest == 0):
+    elif lowest == -math.inf or (claim.is_ratio and lowest == 0):
         bounds = f"is below {highest:.4g}"
     else:
         bounds = f"lies between {lowest:g} and {highest:g}"
     every = "every interval" if len(claim.pairs) > 1 else "the interval"
     reason = f" ({claim.why})" if claim.why else ""
-    return f"Holds where {every} of {what} {bounds}{f' {unit}' if unit else ''}{reason}."
+    return f"Holds where {every} of the {claim.effect} {bounds}{f' {unit}' if unit else ''}{reason}."
 
 
 def effect_text(effect: Effect | None, measure: str, kind: str) -> str:
@@ -71,24 +71,20 @@ def effect_text(effect: Effect | None, measure: str, kind: str) -> str:
 
 def effect_lines(verdict: Verdict, measure: str) -> list[str]:
     """The effects on one measure, a line per pair of rows."""
-    claim, comparison = verdict.claim, verdict.comparison
-    table, lines = comparison.table, []
+    kind, comparison, lines = verdict.claim.effect, verdict.comparison, []
     for finding in verdict.findings[measure]:
-        names = marked_label(comparison, table.row(finding.row))
-        if finding.against:
-            sign = {"difference": "−", "ratio": "÷"}[claim.effect]
-            names += f" {sign} {marked_label(comparison, table.row(finding.against))}"
-        lines.append(f"{names}: {effect_text(finding.effect, measure, claim.effect)}")
+        rows = [comparison.table.row(name) for name in (finding.row, finding.against) if name]
+        names = (" ÷ " if kind == "ratio" else " − ").join(marked_label(comparison, row) for row in rows)
+        lines.append(f"{names}: {effect_text(finding.effect, measure, kind)}")
     return lines
 
 
 def detail_lines(verdict: Verdict) -> list[str]:
     """All effects on the measure that decides, and those of measures that disagree."""
-    headings = {measure: MEASURES[measure].heading for measure in verdict.findings}
     first = verdict.claim.measures[0]
-    lines = [f"{headings[first]}:", *effect_lines(verdict, first)]
+    lines = [f"{MEASURES[first].heading}:", *effect_lines(verdict, first)]
     for measure, status in verdict.dissent.items():
-        lines += [f"but {status} by {headings[measure]}:", *effect_lines(verdict, measure)]
+        lines += [f"but {status} by {MEASURES[measure].heading}:", *effect_lines(verdict, measure)]
     return lines
 
 

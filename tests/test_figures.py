@@ -160,8 +160,6 @@ def test_without_the_baseline_nothing_is_compared_with_it():
 def test_without_records_there_is_no_picture():
     empty = comparison("A", {})._replace(machine="")
     assert [draw(empty) for draw in FIGURES.values()] == [None] * len(FIGURES)
-    assert figures_of_table.curves_of_runs({}) is None
-    assert figures_of_table.curves_of_runs({"a": [{"evaluations": []}]}) is None
 
 
 def test_curves_are_means_with_a_band_from_lowest_to_highest_seed():

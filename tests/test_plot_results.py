@@ -54,7 +54,6 @@ def better(id, label, row, **changes):
     return Claim(
         id=id,
         sentence=f"{label} are better.",
-        source=SOURCE,
         table="T",
         pairs=((row, "dense"),),
         holds=BELOW_0,
@@ -421,7 +420,6 @@ def analyse(results, monkeypatch):
     claim = Claim(
         id="R1",
         sentence="More is told.",
-        source=SOURCE,
         table="R",
         pairs=(("moe4", "moe4_aux01"),),
         measures=("about_character",),

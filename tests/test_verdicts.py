@@ -35,15 +35,14 @@ def comparison(**losses):
     return Comparison(TABLE, "cpu", "a machine", cells, {row.name: [] for row in TABLE.rows})
 
 
-def claim(holds, effect="difference", pairs=(("new", "base"),), measures=("clean",)):
+def claim(holds, is_ratio=False, pairs=(("new", "base"),), measures=("clean",)):
     return Claim(
         id="X1",
         sentence="A sentence.",
-        source=SOURCE,
         table="T",
         pairs=pairs,
         measures=measures,
-        effect=effect,
+        is_ratio=is_ratio,
         holds=holds,
     )
 
