@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from data.common import DataError
-from run.trained import CHECKPOINTS, load
+from run.trained import CHECKPOINTS, load_trained
 from speed import decoding
 from support import configurator, console, files, machines
 from support.files import FileError
@@ -138,7 +138,7 @@ def expert_legend(trained, layer, in_colour):
 
 def load_model(config, device):
     """(model in eval mode, its vocabulary, its Config). Raises ConfigError for a model that is not causal."""
-    model, vocabulary, trained = load(config.out_dir, CHECKPOINTS[config.checkpoint], device)
+    model, vocabulary, trained = load_trained(config.out_dir, CHECKPOINTS[config.checkpoint], device)
     if not trained.is_causal:
         leaks, causal = (", ".join(words) for words in (trained.leaks, trained.leaks.values()))
         reason = f"{leaks}: its experts depend on later characters or on other sequences"

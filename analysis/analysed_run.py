@@ -14,7 +14,7 @@ from model import IGNORED
 from routing import mix_seeds
 from run import run_folder
 from run.checkpoint import CheckpointError
-from run.trained import CHECKPOINTS, model_in, read
+from run.trained import CHECKPOINTS, model_in, read_checkpoint
 
 # Batches of an analysis come from another stream than those of training and of evaluation with the same seed.
 ANALYSIS_STREAM = 2**33
@@ -32,7 +32,7 @@ class AnalysedRun:
     def __init__(self, folder, options, machine):
         self.folder, self.machine, self.checkpoint = folder, machine, CHECKPOINTS[options.checkpoint]
         path = folder / self.checkpoint
-        saved = read(folder, self.checkpoint)
+        saved = read_checkpoint(folder, self.checkpoint)
         state = saved.get("progress", saved)  # ckpt.pt keeps its step there
         if "dataset" not in saved or "step" not in state:
             raise CheckpointError(f"{path}: lacks the text or the step of its run; was it written by another program?")

@@ -20,7 +20,7 @@ from routing import hash_table, mix_seeds
 from run import records
 from run.checkpoint import CheckpointError
 from run.evaluate import drop_rate_by_class
-from run.trained import load
+from run.trained import load_trained
 from speed import decoding
 from support import files
 
@@ -185,7 +185,7 @@ def measure_stability(run, seen, snapshots, progress):
     layers = [{name: [] for name in ("agreement", "chance", "churn", *told)} for _ in seen.first]
     steps, before = [], None
     for step, path in snapshots:
-        model, _, config = load(run.folder, path.relative_to(run.folder), run.machine.device)
+        model, _, config = load_trained(run.folder, path.relative_to(run.folder), run.machine.device)
         if config.run_id != run.config.run_id:
             raise CheckpointError(f"{path} belongs to another experiment than {run.checkpoint}")
         model.set_step(step)

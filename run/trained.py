@@ -1,6 +1,6 @@
 """Load a run's weights as a model, for sample.py and analyze.py.
 
-model, vocabulary, config = load("out/run", "best.pt", "cpu")
+model, vocabulary, config = load_trained("out/run", "best.pt", "cpu")
 """
 
 from pathlib import Path
@@ -25,12 +25,12 @@ class Trained(NamedTuple):
     config: Config
 
 
-def load(out_dir, name, device) -> Trained:
+def load_trained(out_dir, name, device) -> Trained:
     """The model in out_dir/name. ConfigError or CheckpointError if it is missing or does not fit its config."""
-    return model_in(read(out_dir, name), Path(out_dir) / name, device)
+    return model_in(read_checkpoint(out_dir, name), Path(out_dir) / name, device)
 
 
-def read(out_dir, name) -> dict:
+def read_checkpoint(out_dir, name) -> dict:
     """The contents of the checkpoint out_dir/name."""
     folder = Path(out_dir)
     if not str(out_dir):
