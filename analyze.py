@@ -63,8 +63,8 @@ def analysis_of(run, options, title):
     """The whole analysis, as in analyses.SCHEMA. title: of the progress bar."""
     started, config, model = time.perf_counter(), run.config, run.model
     snapshots = run_folder.snapshots_in(run.folder) if model.moe_layers() else []
-    has_ablation = options.ablation and bool(model.moe_layers())
-    passes = 4 + len(snapshots) + (ablation.count(model) if has_ablation else 0)
+    n_ablations = ablation.count(model) if options.ablation else 0
+    passes = 4 + len(snapshots) + n_ablations
     bar = tqdm(total=passes, desc=title, unit="pass", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     with bar:
         bar.set_postfix_str("reading the text")
@@ -80,7 +80,7 @@ def analysis_of(run, options, title):
         bar.update()
         bar.set_postfix_str("ablation")
         ablated = None
-        if has_ablation:
+        if n_ablations:
             n, (classes_N, names) = len(passed.nats_N), run.classes
             ablated = ablation.ablations(
                 model, run.pass_windows, run.machine, passed, run.ids_N[:n], (classes_N[:n], names),

@@ -19,7 +19,6 @@ and bytes/s measured here. Exit codes: 0 done, 2 a mistake in the options, 3 a m
 
 import functools
 import os
-import re
 import sys
 import tempfile
 import time
@@ -38,7 +37,7 @@ from speed import bench_records, bench_screen, kernels, timing
 from speed.timing import Candidate, Decoding, Unit, is_right, percentiles
 from support import configurator, console, files, machines
 from support.files import FileError
-from support.options import ConfigError, nearest, option
+from support.options import ConfigError, option
 
 SIZES = {"paper": (), "cpu": ("cpu",)}  # size -> config files applied after the model's own
 MODELS = {  # name -> title, config file, changes to it
@@ -56,6 +55,7 @@ MODELS = {  # name -> title, config file, changes to it
 USUAL = 6  # the first so many of MODELS are measured by default
 ALL = "all"
 BATCH_SIZES = (1, 8, 32)  # of prefill and decode
+MOST_ROUNDS, MOST_TEXTS = 100, 10  # the latter of the task `papers`
 
 
 class Effort(NamedTuple):
@@ -63,8 +63,6 @@ class Effort(NamedTuple):
 
     seconds: dict[str, float]  # of a task at one batch size, all models together
     characters: int  # of a text of the task `papers`
-    texts: int = 10  # at most, of that task
-    rounds: int = 100  # at most, of the other tasks
     at_least: int = bench_records.FEWEST  # rounds
 
 
@@ -92,9 +90,7 @@ class BenchConfig:
         for key, known in (("models", (*MODELS, ALL)), ("tasks", bench_records.TASKS)):
             for word in words_in(getattr(self, key)):
                 if word not in known:
-                    guess = nearest(word, known)
-                    hint = f"; nearest: {guess}" if guess else ""
-                    yield (key,), f"{word!r} is none of {', '.join(known)}{hint}"
+                    yield (key,), f"{word!r} is none of {', '.join(known)}"
         if self.json and Path(self.json).is_dir():
             yield ("json",), f"{self.json} is a folder; expected a file, as {os.path.join(self.json, 'bench.json')}"
 
@@ -128,23 +124,12 @@ def model_config(name, size, machine, seed) -> Config:
 def machine_notes(machine):
     """What this machine lacks, a line each."""
     device = machine.device
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (9, 0):
-            name = "sm{}{}".format(*capability)
-            yield f"This GPU is {name}: below sm90 there is no fast grouped product, and experts use a slower backend."
-        if not kernels.AVAILABLE:
-            yield "Triton is not installed: nothing is compiled, and no kernels decode experts."
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        yield "Below sm90, as on this GPU, there is no fast grouped product, and experts use a slower backend."
+    if device.type == "cuda" and not kernels.AVAILABLE:
+        yield "Triton is not installed: nothing is compiled, and no kernels decode experts."
     if device.type == "mps":
-        compiled = "" if machine.compile else "nothing is compiled, "
-        yield f"On MPS {compiled}decoding has no fast path, and peak memory is not measured."
-
-
-def check_writable(path):
-    """FileError where a record could not be written there, before minutes are spent on measuring it."""
-    with files.writing(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
+        yield "On MPS decoding has no fast path, and peak memory is not measured."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,11 +154,8 @@ class Bench:
             self.decode(batch_size, tasks)
         if "papers" in tasks:
             count = self.effort.characters
-            units = {
-                candidate: Unit(functools.partial(candidate.sample_without_cache, count))
-                for candidate in self.candidates
-            }
-            self.measure("papers", 1, count, units)
+            texts = {one: functools.partial(one.sample_without_cache, count) for one in self.candidates}
+            self.measure("papers", 1, count, {candidate: Unit(text) for candidate, text in texts.items()})
 
     def train(self):
         for candidate in self.candidates:
@@ -181,8 +163,7 @@ class Bench:
             if failure:
                 print(f"{candidate.title} is not compiled, for torch.compile failed: {failure}")
         self.keep_right(timing.check_training)
-        config = self.candidates[0].config
-        units = {candidate: Unit(candidate.train) for candidate in self.candidates}
+        config, units = self.candidates[0].config, {candidate: Unit(candidate.train) for candidate in self.candidates}
         self.measure("train", config.batch_size, config.batch_size * config.block_size, units)
 
     def decode(self, batch_size, tasks):
@@ -218,7 +199,7 @@ class Bench:
         units: {candidate: Unit}; tokens: of one unit; held: {candidate: bytes of device memory besides its weights}.
         """
         effort, by_name = self.effort, {candidate.name: unit for candidate, unit in units.items()}
-        at_most = effort.texts if task == "papers" else effort.rounds
+        at_most = MOST_TEXTS if task == "papers" else MOST_ROUNDS
         times = timing.timings(by_name, self.machine, effort.seconds[task], effort.at_least, at_most, task)
         rows = []
         for candidate, unit in units.items():
@@ -261,8 +242,8 @@ def bench_record(bench, candidates, config, size, machine, other_load, seconds):
                 "parameters": accounting.count_parameters(candidate.model),
                 "flops_per_token": accounting.training_flops_per_token(candidate.model),
                 "backend": candidate.backends(),
-                "checks": list(candidate.checks),
-                "compile_seconds": dict(candidate.compile_seconds),
+                "checks": candidate.checks,
+                "compile_seconds": candidate.compile_seconds,
             }
             for candidate in candidates
             if candidate.name in measured
@@ -316,7 +297,9 @@ def main(argv):
     print("\n".join([f"{size} size; {machine.reason}", *machine_notes(machine)]))
     dataset = Dataset.open(find_dataset("shakespeare_char"), machine.device)
     if config.json:
-        check_writable(config.json)
+        with files.writing(config.json):  # before minutes are spent on measuring
+            Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=Path(config.json).parent).close()
 
     other_load = machines.OtherLoad(machine)
     names = config.chosen_models()
@@ -342,8 +325,7 @@ def main(argv):
         files.write_json(Path(config.json), record)
         print(f"written to {config.json}")
     elif not config.quick:
-        name = re.sub("[^a-z0-9]+", "-", f"{record['machine']['device']}-{record['machine']['threads']}-{size}".lower())
-        print(f"To have plot_results.py draw this bench, write it to --json=results/bench/{name}.json.")
+        print("To have plot_results.py draw this bench, write it with --json=results/bench/NAME.json.")
     for message in bench.wrong:
         print(message, file=sys.stderr)
     return 3 if bench.wrong else 0

@@ -10,10 +10,10 @@ expert with its largest gate; without a terminal, or with NO_COLOR set, expert n
 block_size characters, the model goes on from the last half window (see `model.Decoder`).
 """
 
+import functools
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -26,29 +26,27 @@ from support.files import FileError
 from support.options import ConfigError, option
 from support.palette import EXPERT_COLOURS
 
+model_key, text_key, expert_key = (functools.partial(option, group=group) for group in ("Model", "Text", "Experts"))
+
 
 @dataclass(frozen=True)
 class SampleConfig:
-    out_dir: str = option("", "the run to sample from", group="Model")
-    checkpoint: Literal["best", "last"] = option("best", "best.pt (lowest validation loss) or ckpt.pt", group="Model")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="Model")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "precision of matrix products", group="Model")
-    start: str = option(
-        "", "prompt, or FILE:path; empty = a newline, or a space where the vocabulary has none", group="Text"
+    out_dir: str = model_key("", "the run to sample from")
+    checkpoint: Literal["best", "last"] = model_key("best", "best.pt (lowest validation loss) or ckpt.pt")
+    device: str = model_key("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "float32", "bfloat16"] = model_key("auto", "precision of matrix products")
+    start: str = text_key("", "prompt, or FILE:path; empty = a newline, or a space where the vocabulary has none")
+    num_samples: int = text_key(1, "number of samples", at_least=1)
+    max_new_tokens: int = text_key(500, "characters of each sample", at_least=1, at_most=10**7)
+    temperature: float = text_key(
+        0.8, "below 1 safer, above 1 wilder; 0 = always the most likely character", at_least=0
     )
-    num_samples: int = option(1, "number of samples", group="Text", at_least=1)
-    max_new_tokens: int = option(500, "characters of each sample", group="Text", at_least=1, at_most=10**7)
-    temperature: float = option(
-        0.8, "below 1 safer, above 1 wilder; 0 = always the most likely character", group="Text", at_least=0
+    top_k: int = text_key(200, "sample among the k most likely characters; 0 = all", at_least=0)
+    seed: int = text_key(
+        1337, "seed of the first sample; the next one has the next seed", at_least=0, at_most=2**32 - 1
     )
-    top_k: int = option(200, "sample among the k most likely characters; 0 = all", group="Text", at_least=0)
-    seed: int = option(
-        1337, "seed of the first sample; the next one has the next seed", group="Text", at_least=0, at_most=2**32 - 1
-    )
-    show_experts: bool = option(False, "colour characters by their expert", group="Experts")
-    layer: int = option(
-        -1, "the block whose experts are shown; -1 = the last with experts", group="Experts", at_least=-1
-    )
+    show_experts: bool = expert_key(False, "colour characters by their expert")
+    layer: int = expert_key(-1, "the block whose experts are shown; -1 = the last with experts", at_least=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,10 +54,7 @@ class SampleConfig:
 
 
 class PlainWriter:
-    """Prints the text alone, as its tokens come.
-
-    expert: the number of a token's expert, None where experts are not shown or the model has not read the token.
-    """
+    """Prints the text alone, as its tokens come. expert: of a token; None where not shown, or not read by the model."""
 
     def __init__(self, vocabulary):
         self.decode = vocabulary.decoder()
@@ -81,15 +76,12 @@ class PlainWriter:
 
 
 class ColourWriter(PlainWriter):
-    """Prints each character on the colour of its expert.
-
-    A newline is shown as ⏎ first, because a coloured line feed would paint the rest of the row.
-    """
+    """Prints each character on the colour of its expert; a coloured line feed would paint the rest of the row."""
 
     def show(self, character, expert):
-        is_newline = character == "\n"
-        visible = "⏎" if is_newline else character
-        print(visible if expert is None else coloured(visible, expert), end="\n" * is_newline, flush=True)
+        visible = "⏎" if character == "\n" else character
+        end = "\n" if character == "\n" else ""
+        print(visible if expert is None else coloured(visible, expert), end=end, flush=True)
 
 
 class NumberWriter(PlainWriter):
@@ -114,9 +106,8 @@ class NumberWriter(PlainWriter):
 def make_writer(vocabulary, layer):
     if layer is None:
         return PlainWriter(vocabulary)
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        return ColourWriter(vocabulary)
-    return NumberWriter(vocabulary)
+    has_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return (ColourWriter if has_colour else NumberWriter)(vocabulary)
 
 
 def coloured(text, expert):
@@ -149,15 +140,13 @@ def load_model(config, device):
 def prompt_text(start, vocabulary):
     """The prompt that --start means. Raises DataError for a file that is not UTF-8, OSError for an unreadable one."""
     if start.startswith("FILE:"):
-        path = Path(start.removeprefix("FILE:"))
+        path = start.removeprefix("FILE:")
         try:
             start = files.read_whole(path).decode().replace("\r\n", "\n")
         except UnicodeDecodeError:
             raise DataError(f"{path} is not UTF-8 text") from None
-    if start:
-        return start
-    newline = "\n" if vocabulary.unit == "character" else ord("\n")
-    return "\n" if newline in vocabulary.symbols else " "
+    has_newline = {"\n", ord("\n")} & set(vocabulary.symbols)
+    return start or ("\n" if has_newline else " ")
 
 
 def shown_layer(config, trained):
@@ -174,7 +163,7 @@ def shown_layer(config, trained):
     return blocks.index(config.layer)
 
 
-def write_sample(decoder, prompt, config, device, writer, layer, seed):
+def print_sample(decoder, prompt, config, device, writer, layer, seed):
     """Write the prompt and its continuation.
 
     Writing stays one character behind the model, because a character's expert is known once the model has read it.
@@ -194,9 +183,8 @@ def write_sample(decoder, prompt, config, device, writer, layer, seed):
 
 
 def main(argv):
-    config = configurator.parse(
-        SampleConfig, argv, usage="python sample.py --out_dir=… [--key=value …]", description=__doc__
-    )
+    usage = "python sample.py --out_dir=… [--key=value …]"
+    config = configurator.parse(SampleConfig, argv, usage=usage, description=__doc__)
     machine = machines.choose(config.device, config.dtype, compile=False)
     model, vocabulary, trained = load_model(config, machine.device)
     layer = shown_layer(config, trained)
@@ -208,7 +196,7 @@ def main(argv):
         writer = make_writer(vocabulary, layer)
         if layer is not None:
             print(expert_legend(trained, layer, isinstance(writer, ColourWriter)))
-        write_sample(decoder, prompt, config, machine.device, writer, layer, config.seed + i)
+        print_sample(decoder, prompt, config, machine.device, writer, layer, config.seed + i)
     return 0
 
 

@@ -52,23 +52,15 @@ SET_HERE = ("out_dir", "init_from", "overwrite", "eval_only", "title")  # keys o
 POLL_SECONDS = 0.5
 SECONDS_TO_START = 60  # with less of the budget left, a run would hardly get beyond its start
 CHARACTERS_WRITTEN = 500  # in each text of inference_samples
-# Run in a process of its own: a CUDA context of ours would be memory that others hold, to the runs that we measure.
-DESCRIBE = """
-import json
-import sys
-from support import machines
-
-try:
-    print(json.dumps(machines.describe(machines.choose(*json.loads(sys.argv[1])))))
-except (ValueError, RuntimeError) as error:
-    sys.exit(str(error).partition("\\n")[0])
-"""
-# In a process of its own as well: importing train loads the code that trains, and not that of tables and sweeps.
+# Each runs in a process of its own: a CUDA context of ours would be memory that others hold, to the runs that we
+# measure, and importing train loads the code that trains, and not that of tables and sweeps.
+MACHINE_OF_TRAINING = """import json, sys; from support import machines
+print(json.dumps(machines.describe(machines.choose(*json.loads(sys.argv[1])))))"""
 CODE_OF_TRAINING = "import json, train; from support import machines; print(json.dumps(machines.git_state()))"
 
 
 @dataclass(frozen=True)
-class Options:
+class SweepOptions:
     """Keys that may follow the names of tables; further keys are train.py's."""
 
     seeds: int = option(SEEDS_FOR_A_VERDICT, f"number of seeds, counted from {FIRST_SEED}", at_least=1, at_most=1000)
@@ -84,17 +76,16 @@ class Options:
 # The command line
 
 
-def read_arguments(argv):
+def parse_command(argv):
     """(names of tables, scale, options, Setup)"""
     names, ours, passed_on = split_words(argv)
     options = configurator.parse(
-        Options,
+        SweepOptions,
         ours,
         usage="python sweep.py TABLE … [--key=value …] [-- --key=value of train.py …]",
         description=f"{__doc__.rstrip()}\n\nTables: {', '.join(TABLES)}, or all",
     )
-    out = Path(options.out).resolve() if options.out else ROOT / "out"
-    results = Path(options.results).resolve() if options.results else ROOT / "results"
+    out, results = (Path(getattr(options, name) or ROOT / name).resolve() for name in ("out", "results"))
     changes = changes_of(passed_on)
     setup = Setup(out, results, passed_on, changes, machine_here(changes))
     scale = options.scale if options.scale != "auto" else "paper" if setup.machine["device_type"] == "cuda" else "cpu"
@@ -105,17 +96,10 @@ def read_arguments(argv):
 def split_words(argv):
     """(names of tables, words for sweep.py, words for train.py)"""
     cut = argv.index("--") if "--" in argv else len(argv)
-    names, ours, theirs, before = [], [], argv[cut + 1 :], ""
+    names, ours, theirs = [], [], argv[cut + 1 :]
     for word in argv[:cut]:
-        # in "--seeds 3" the 3 is no table: the configurator explains; a flag such as --list takes no value
-        key = options_of(Options).get(before.removeprefix("--"))
-        may_be_value = before.startswith("-") and "=" not in before and not (key and bool in key.kinds)
-        if word in (*TABLES, "all") or not (word.startswith("-") or may_be_value):
-            names.append(word)
-        else:
-            is_theirs = word.startswith("--") and word[2:].partition("=")[0] in options_of(Config)
-            (theirs if is_theirs else ours).append(word)
-        before = word
+        is_theirs = word.startswith("--") and word[2:].partition("=")[0] in options_of(Config)
+        (theirs if is_theirs else ours if word.startswith("-") else names).append(word)
     return list(dict.fromkeys(names)), ours, theirs
 
 
@@ -149,11 +133,21 @@ def check_tables(names, scale):
 
 def machine_here(changes):
     """The description of the machine that train.py would choose with these changes."""
-    keys = json.dumps([changes.get(key, "auto") for key in ("device", "dtype", "compile")])
-    done = subprocess.run([sys.executable, "-c", DESCRIBE, keys], cwd=ROOT, capture_output=True, text=True)
+    keys = [changes.get(key, "auto") for key in ("device", "dtype", "compile")]
+    return output_of(MACHINE_OF_TRAINING, json.dumps(keys))
+
+
+def git_of_training():
+    """machines.git_state() of the code that trains: what the records of the runs will say."""
+    return output_of(CODE_OF_TRAINING)
+
+
+def output_of(code, *arguments):
+    """The JSON that the code prints in a process of its own. ConfigError where it fails."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        problem = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ConfigError([f"what train.py would run on: {problem}"])
+        kind, _, problem = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].partition(": ")
+        raise ConfigError([f"train.py would not start here: {problem or kind}"])
     return json.loads(done.stdout)
 
 
@@ -177,11 +171,8 @@ def warn_of_records(states, kept):
         print(f"left out: {line}", file=sys.stderr)
     unclean = sum(not records.is_clean(kept.counted[run.key][1]) for run in states if run.key in kept.counted)
     if unclean:
-        print(
-            f"{how_many(unclean, 'run')} finished with uncommitted changes, so in no mean; --list names them; to make "
-            "one again, delete its record and its folder",
-            file=sys.stderr,
-        )
+        told = "finished with uncommitted changes, so in no mean; --list names them; to make one again, delete its"
+        print(f"{how_many(unclean, 'run')} {told} record and its folder", file=sys.stderr)
     run_ids = {run.config.run_id for run in states}
     others = [key[1] for key in kept.counted.keys() - {run.key for run in states} if key[0] in run_ids]
     if others:
@@ -225,7 +216,7 @@ def estimates(states, kept, scale):
     for (run_id, machine), (_, record) in kept.counted.items():
         hash = run_id.partition("-")[0]
         if hash in rows and machine in machines_here and records.is_clean(record):
-            rate = seconds_of(record) / training_flops(rows[hash][1].config_at(scale))
+            rate = run_seconds(record) / training_flops(rows[hash][1].config_at(scale))
             rates.setdefault(hash, []).append(rate)
     overall, times = [statistics.median(of_one) for of_one in rates.values()], {}
     for run, state in states.items():
@@ -237,7 +228,7 @@ def estimates(states, kept, scale):
     return times
 
 
-def seconds_of(record):
+def run_seconds(record):
     """Seconds of a whole run, with the texts written at its end, which are not in the record's total."""
     samples, speed = record["inference"]["samples"], record["inference"]["tokens_per_second"]
     return record["seconds"]["total"] + (samples * CHARACTERS_WRITTEN / speed if speed else 0)
@@ -269,7 +260,7 @@ def command_of(run, state, python):
     return [python, from_root(TRAIN), *run.arguments, *state.words]
 
 
-class Screen:
+class Overview:
     """Progress: on a terminal a bar over the steps of all runs; elsewhere a line when a run starts or ends."""
 
     def __init__(self, states):
@@ -284,10 +275,8 @@ class Screen:
         )
 
     def say(self, text):
-        if self.bar.disable:
-            print(text, flush=True)
-        else:
-            self.bar.write(text)
+        self.bar.write(text)
+        sys.stdout.flush()
 
     def start(self, run, state):
         self.bar.set_postfix_str(run.name)
@@ -311,25 +300,16 @@ class Screen:
 
 
 def check_can_run(setup):
-    if planned_runs.fcntl is None:
+    if files.fcntl is None:
         raise ConfigError(["sweep.py needs file locks, which Windows lacks; --print_commands works there"])
     for key, folder in (("out", setup.out), ("results", setup.results)):
-        try:
+        with files.writing(folder, way_out=f"--{key}=… names another folder"):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            message = f"{shown_path(folder)} cannot be written ({error.strerror}); --{key}=… names another folder"
-            raise ConfigError([message]) from None
-
-
-def git_of_training():
-    """machines.git_state() of the code that trains: what the records of the runs will say."""
-    command = [sys.executable, "-c", CODE_OF_TRAINING]
-    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
 def run_all(states, budget_minutes, argv):
-    """-> exit code"""
+    """Runs what can be run, and prints the outcome. -> exit code"""
     dirty = git_of_training()["dirty"]
     if dirty is not False:
         why = "There are uncommitted changes" if dirty else "git knows no commit of this code"
@@ -339,7 +319,15 @@ def run_all(states, budget_minutes, argv):
     deadline = time.monotonic() + 60 * budget_minutes if budget_minutes else math.inf
     with collected_signals() as signals:
         run_queue(states, deadline, signals)
-    return conclude(states, signals, argv)
+    kinds = {state.kind for state in states.values()}
+    print(totals(states))
+    if kinds & {"cut", "missing", "to be copied"}:
+        why = f"Stopped by {signal.Signals(signals[0]).name}" if signals else "The time is over"
+        print(f"{why}. To go on: {shlex.join(['python', os.path.relpath(__file__), *argv])}", flush=True)
+    print_reasons(states, sys.stderr)
+    if signals:
+        return 128 + signals[0]
+    return 1 if kinds & {"failed", "cannot be run"} else 0
 
 
 @contextlib.contextmanager
@@ -357,7 +345,7 @@ def run_queue(states, deadline, signals):
     """Runs everything that can be run until the deadline or a signal, and keeps `states` up to date."""
     queue = [run for run, state in states.items() if state.kind not in ("finished", "cannot be run")]
     postponed = []  # runs of other processes get a second look at the end: they may be finished, or cut
-    screen = Screen(states)
+    screen = Overview(states)
     with screen.bar:
         for run in itertools.chain(queue, postponed):
             if signals or time.monotonic() > deadline - SECONDS_TO_START:
@@ -386,8 +374,7 @@ def run_train(run, state, lock, screen, deadline, signals):
     screen.start(run, state)
     log = run.folder.with_name(f"{run.name}.log")
     with open(log, "ab") as output:
-        # A session of its own keeps the terminal's Ctrl-C from train.py, which would be ended by a second signal before
-        # it has saved.
+        # A session of its own keeps the terminal's Ctrl-C from train.py, which a second signal would end unsaved.
         process = subprocess.Popen(
             command_of(run, state, sys.executable),
             cwd=ROOT,
@@ -436,24 +423,11 @@ def keep_record(run):
     return State("finished", f"{text}, kept as {shown_path(path)}", run.config.max_iters)
 
 
-def conclude(states, signals, argv):
-    """Prints the outcome. -> exit code"""
-    kinds = {state.kind for state in states.values()}
-    print(totals(states))
-    if kinds & {"cut", "missing", "to be copied"}:
-        why = f"Stopped by {signal.Signals(signals[0]).name}" if signals else "The time is over"
-        print(f"{why}. To go on: {shlex.join(['python', os.path.relpath(__file__), *argv])}", flush=True)
-    print_reasons(states, sys.stderr)
-    if signals:
-        return 128 + signals[0]
-    return 1 if kinds & {"failed", "cannot be run"} else 0
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv):
-    names, scale, options, setup = read_arguments(argv)
+    names, scale, options, setup = parse_command(argv)
     kept = planned_runs.read_results(setup.results)
     states = planned_runs.states_of(planned_runs.plan(TABLES, names, scale, options.seeds, setup), kept)
     warn_of_records(states, kept)

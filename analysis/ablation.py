@@ -1,6 +1,6 @@
 """The loss when experts are removed, merged, shuffled, replaced by a table, or used in other numbers. No training.
 
-    with removed(model, layer=0, experts=[2]):
+    with removed(model, {0: [2]}):
         after = see(model, windows, machine)
     cost(before, after, block_size, classes_N, names)         # nats per character, with a standard error
 
@@ -8,10 +8,10 @@ Every cost is a difference to the intact model on the same characters, so the di
 `ablations` runs them all. Layers are counted among the MoE layers. Letters as in `moe.py` and `probe.py`.
 """
 
-import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from analysis.annotation import name_of
-from analysis.probe import Wrapper, altered, first_choice, rerouted, see
+from analysis.probe import Wrapper, altered, choices_by_symbol, first_choice, rerouted, see
 from model import GPT, IGNORED
 from routing import ROUTERS, hash_table, mix_seeds
 from selection import Routing
@@ -71,34 +71,19 @@ def suffering(before, after, ids_N, vocabulary, most=5, at_least=100):
 # Other logits
 
 
-def removed(model, layer, experts):
-    """A context without these experts of a layer. Their logits are -inf, so their tokens go to the next best expert
-    and softmax gates are shared out among those left (sigmoid gates stay as they are).
+def removed(model, experts):
+    """A context without some experts: {layer: [experts]}, not all of a layer. Their logits are -inf, so their tokens go
+    to the next best expert and softmax gates are shared out among those left (sigmoid gates stay as they are).
 
-    A router by symbol has no next best: tokens of a removed expert get none and pass the layer by. ValueError where no
-    expert would be left.
+    A router by symbol has no next best: tokens of a removed expert get none and pass the layer by.
     """
-    return removed_all(model, {layer: experts})
 
+    def without(gone):
+        return lambda logits_BTE, ids_BT: logits_BTE.index_fill(
+            -1, torch.tensor(gone, device=logits_BTE.device), -math.inf
+        )
 
-def removed_all(model, experts):
-    """`removed` in several layers at once: {layer: experts}."""
-    return altered(model, {layer: without(model.moe_layers()[layer].config, gone) for layer, gone in experts.items()})
-
-
-def without(config, experts):
-    """The change of logits that removes these experts of a layer with this config."""
-    gone = sorted(set(experts))
-    if not set(gone) <= set(range(config.n_expert)):
-        raise ValueError(f"experts {gone} cannot be removed: the layer's are 0 to {config.n_expert - 1}")
-    if len(gone) == config.n_expert:
-        raise ValueError(f"all {config.n_expert} experts of a layer cannot be removed: none would be left to go to")
-
-    def change(logits_BTE, ids_BT):
-        index = torch.tensor(gone, dtype=torch.int64, device=logits_BTE.device)
-        return logits_BTE.index_fill(-1, index, -math.inf)
-
-    return change
+    return altered(model, {layer: without(gone) for layer, gone in experts.items()})
 
 
 @contextlib.contextmanager
@@ -184,12 +169,9 @@ def hash_tables(model, layers, counts_V, seed):
 def favourite_tables(model, layers, seen, ids_N, vocab_size):
     """{layer: (V,)}: each symbol's most frequent first choice in the intact model (`seen`); the lowest of several, 0
     for a symbol that does not occur."""
-    tables = {}
-    for layer in layers:
-        E = model.moe_layers()[layer].config.n_expert
-        counts_VE = np.bincount(ids_N * E + seen.first[layer], minlength=vocab_size * E).reshape(vocab_size, E)
-        tables[layer] = torch.from_numpy(counts_VE.argmax(axis=1))
-    return tables
+    sizes = [layer.config.n_expert for layer in model.moe_layers()]
+    counts = {layer: choices_by_symbol(ids_N, seen.first[layer], vocab_size, sizes[layer]) for layer in layers}
+    return {layer: torch.from_numpy(counts_VE.argmax(axis=1)) for layer, counts_VE in counts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,13 +182,9 @@ def with_top_k(model, k):
     """A copy of the model that uses k experts a token (0 = all that its router allows).
 
     Gates follow the config: without gate_renormalize they no longer add up to the sum of training. Under a capacity
-    each expert's room grows with k. ValueError where k means nothing: see `other_top_ks`.
+    each expert's room grows with k.
     """
     config, largest = model.config, max(model.config.expert_counts())
-    if not 0 <= k <= largest:
-        raise ValueError(f"{k} experts a token cannot be used: the model has {largest}")
-    if config.expert_top_k != k and not top_k_matters(config):
-        raise ValueError(f"{k} experts a token: this model's routing is made for {config.expert_top_k} alone")
     k = k or (largest if config.capacity_factor else 0)  # a capacity is so many times k
     weight = model.token_embedding.weight
     with torch.random.fork_rng(devices=[]):  # the first weights are drawn, and then overwritten
@@ -215,21 +193,12 @@ def with_top_k(model, k):
     return other.eval()
 
 
-def top_k_matters(config):
-    """Whether a token can use another number of experts: not where the router or the gate is made for one."""
-    return largest_top_k(config) > 1 and not config.gate_straight_through
-
-
-def largest_top_k(config):
-    """The most experts that a token can go to in any block; 0 for a dense model."""
-    router = ROUTERS[config.router]
-    return max((router.largest_top_k(config.of_block(i)) for i in config.moe_layers), default=0)
-
-
 def other_top_ks(config):
-    """The powers of two below the largest possible k, and 0 for all, without the trained k."""
-    largest = largest_top_k(config)
-    if not top_k_matters(config):
+    """The powers of two below the largest possible k, and 0 for all, without the trained k; [] where the router or the
+    gate is made for one expert a token."""
+    router = ROUTERS[config.router]
+    largest = max((router.largest_top_k(config.of_block(i)) for i in config.moe_layers), default=0)
+    if largest <= 1 or config.gate_straight_through:
         return []
     trained = 0 if config.expert_top_k >= largest else config.expert_top_k
     return [k for k in (*(2**i for i in range(15) if 2**i < largest), 0) if k != trained]
@@ -243,8 +212,6 @@ def merged(model, layer, a, b, loads_E):
     et al. 2023, "Git Re-Basin", section 3.2). Units of linear_sum already have the order of the shared output layer.
     Where layers share their experts, only this layer's are merged.
     """
-    if a == b:
-        raise ValueError(f"expert {a} cannot be merged with itself")
     model = copy.deepcopy(model)
     moe_layer = model.moe_layers()[layer]
     moe_layer.experts = experts = copy.deepcopy(moe_layer.experts)
@@ -288,19 +255,16 @@ def heir(before, after, layer, expert):
 
 
 def count(model):
-    """The number of passes over the text that `ablations` makes."""
+    """The number of passes over the text that `ablations` makes; 0 where no layer has several experts."""
     sizes = [layer.config.n_expert for layer in model.moe_layers() if layer.config.n_expert > 1]
-    if not sizes:
-        return 0
-    per_layer, at_once = sum(sizes) + 3 * len(sizes), 5
-    return per_layer + at_once + len(other_top_ks(model.config))
+    return sum(sizes) + 3 * len(sizes) + 5 + len(other_top_ks(model.config)) if sizes else 0
 
 
-def ablations(model, windows, machine, seen, ids_N, classes, vocabulary, counts_V, seed, progress=None) -> dict:
+def ablations(model, windows, machine, seen, ids_N, classes, vocabulary, counts_V, seed, progress) -> dict:
     """Every intervention on every layer, as plain JSON values.
 
     seen: see(model, windows, machine); ids_N: the N characters; classes: (classes_N, names), as `cost` takes them;
-    counts_V: the symbols' counts in training; progress() is called after each pass, `count(model)` times.
+    counts_V: the symbols' counts in training; progress() is called after each pass, `count(model)` > 0 times.
 
     A Cost is {"nats", "se", "by_class"}. A list has an entry per MoE layer, None where an intervention makes no sense:
     layers with one expert, other k for a router by symbol.
@@ -317,8 +281,7 @@ def ablations(model, windows, machine, seen, ids_N, classes, vocabulary, counts_
 
     def passed(model):
         after = see(model, windows, machine)
-        if progress:
-            progress()
+        progress()
         return after
 
     def cost_of(after):
@@ -331,53 +294,33 @@ def ablations(model, windows, machine, seen, ids_N, classes, vocabulary, counts_
     def per_layer(cost_of_layer):
         return [cost_of_layer(number) if number in several else None for number in range(len(layers))]
 
-    def together(cost_of_all):
-        return cost_of_all() if several else None
-
-    heirs = collections.defaultdict(dict)
+    heirs = {}
 
     def removal(layer, expert):
-        with removed(model, layer, [expert]):
+        with removed(model, {layer: [expert]}):
             after = passed(model)
-        heirs[layer][expert] = heir(seen, after, layer, expert)
+        heirs[layer, expert] = heir(seen, after, layer, expert)
         share = float((seen.experts[layer] == expert).mean())
         return cost_of(after) | {"share": share, "suffer": suffering(seen, after, ids_N, vocabulary)}
 
     removals = per_layer(lambda layer: [removal(layer, expert) for expert in range(layers[layer].config.n_expert)])
-    cheapest = per_layer(
-        lambda layer: min(range(len(removals[layer])), key=lambda expert: removals[layer][expert]["nats"])
-    )
-    hashes = hash_tables(model, several, counts_V, seed)
+    cheapest = per_layer(lambda layer: int(np.argmin([one["nats"] for one in removals[layer]])))
+    merges = per_layer(lambda layer: {"into": heirs[layer, cheapest[layer]], "expert": cheapest[layer]})
     favourites = favourite_tables(model, several, seen, ids_N, vocabulary.size)
 
     def merge(model, layer):
-        expert = cheapest[layer]
-        return merged(model, layer, heirs[layer][expert], expert, seen.stats[layer].load)
+        return merged(model, layer, merges[layer]["into"], merges[layer]["expert"], seen.stats[layer].load)
 
-    def merge_all():
-        other = model
-        for layer in several:
-            other = merge(other, layer)
-        return other
-
+    removed_all = removed(model, {layer: [cheapest[layer]] for layer in several})
     return {
         "removed": removals,
-        "removed_all": together(
-            lambda: (
-                {"experts": cheapest} | cost_within(removed_all(model, {layer: [cheapest[layer]] for layer in several}))
-            )
-        ),
-        "merged": per_layer(
-            lambda layer: (
-                {"into": heirs[layer][cheapest[layer]], "expert": cheapest[layer]}
-                | cost_of(passed(merge(model, layer)))
-            )
-        ),
-        "merged_all": together(lambda: cost_of(passed(merge_all()))),
+        "removed_all": {"experts": cheapest} | cost_within(removed_all),
+        "merged": per_layer(lambda layer: merges[layer] | cost_of(passed(merge(model, layer)))),
+        "merged_all": cost_of(passed(functools.reduce(merge, several, model))),
         "shuffled": per_layer(lambda layer: cost_within(shuffled(model, [layer], seed))),
-        "shuffled_all": together(lambda: cost_within(shuffled(model, several, seed))),
-        "hashed_all": together(lambda: cost_within(tabled(model, hashes))),
+        "shuffled_all": cost_within(shuffled(model, several, seed)),
+        "hashed_all": cost_within(tabled(model, hash_tables(model, several, counts_V, seed))),
         "tabulated": per_layer(lambda layer: cost_within(tabled(model, {layer: favourites[layer]}))),
-        "tabulated_all": together(lambda: cost_within(tabled(model, favourites))),
+        "tabulated_all": cost_within(tabled(model, favourites)),
         "top_k": {str(k): cost_of(passed(with_top_k(model, k))) for k in other_top_ks(model.config)} or None,
     }

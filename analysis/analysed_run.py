@@ -1,7 +1,7 @@
 """A trained run that is analysed: its weights, and the text on which they are measured.
 
     run = AnalysedRun("out/shakespeare_moe4-cpu-s1337", options, machine)
-    run.model, run.windows, run.annotations["speaker"].labels
+    run.model, run.windows, run.annotations["speaker"]
 
 Shapes: N characters of the text; V vocabulary size.
 """
@@ -9,12 +9,13 @@ Shapes: N characters of the text; V vocabulary size.
 import numpy as np
 
 from analysis.annotation import annotate
+from data.characters import CLASSES
 from data.common import Dataset, find_dataset
 from model import IGNORED
 from routing import mix_seeds
 from run import run_folder
 from run.checkpoint import CheckpointError
-from run.trained import CHECKPOINTS, model_in, read_checkpoint
+from run.trained import CHECKPOINTS, model_in, read_weights
 
 # Batches of an analysis come from another stream than those of training and of evaluation with the same seed.
 ANALYSIS_STREAM = 2**33
@@ -32,7 +33,7 @@ class AnalysedRun:
     def __init__(self, folder, options, machine):
         self.folder, self.machine, self.checkpoint = folder, machine, CHECKPOINTS[options.checkpoint]
         path = folder / self.checkpoint
-        saved = read_checkpoint(folder, self.checkpoint)
+        saved = read_weights(folder, self.checkpoint)
         state = saved.get("progress", saved)  # ckpt.pt keeps its step there
         if "dataset" not in saved or "step" not in state:
             raise CheckpointError(f"{path}: lacks the text or the step of its run; was it written by another program?")
@@ -40,19 +41,25 @@ class AnalysedRun:
         self.model, self.vocabulary, self.config = model_in(saved, path, machine.device)
         self.model.set_step(self.step)
         self.seed = mix_seeds(options.seed, self.config.seed) % 2**31  # runs of other seeds draw other controls
-        self.dataset = self._dataset(saved)
-        windows = list(self.dataset.windows("val", self.config.block_size, self.config.batch_size))
+        dataset = Dataset.open(find_dataset(self.config.dataset), machine.device)
+        self.dataset = dataset = dataset.train_on_first(self.config.train_characters)
+        if saved["dataset"] != dataset.describe() or saved["vocabulary"] != dataset.vocabulary.to_dict():
+            differing = run_folder.texts(saved["dataset"], dataset.describe())
+            raise CheckpointError(
+                f"{folder} was trained on another text than {self.config.dataset} is now: {differing}"
+            )
+        windows = list(dataset.windows("val", self.config.block_size, self.config.batch_size))
         self.windows = self._first(windows, options.characters)  # [(x, y)], (B, T) each
         self.pass_windows = self._first(self.windows, options.pass_characters)  # for what reads them many times
         self.is_whole = len(self.windows) == len(windows)
         self.ids_N = np.concatenate([x[y != IGNORED].cpu().numpy() for x, y in self.windows])
-        self.counts_V = self.dataset.symbol_counts("train")
+        self.counts_V = dataset.symbol_counts("train")
         self.annotations = annotate(self.ids_N, self.vocabulary, self.counts_V, self.config.block_size)
 
     @property
     def classes(self):
         """(each character's class (N,), the names of the classes)"""
-        return self.annotations["class"].labels, self.annotations["class"].names
+        return self.annotations["class"], CLASSES
 
     def training_batches(self, count):
         """Batches drawn as for training, but none that training has drawn."""
@@ -66,16 +73,3 @@ class AnalysedRun:
         """As many batches of windows as `characters` fill, at least one; 0: all."""
         count = characters // (self.config.batch_size * self.config.block_size)
         return windows[: max(1, count)] if characters else windows
-
-    def _dataset(self, saved):
-        """The data set that the run was trained on. CheckpointError where another text has its name now."""
-        config = self.config
-        dataset = Dataset.open(find_dataset(config.dataset), self.machine.device).train_on_first(
-            config.train_characters
-        )
-        if saved["dataset"] != dataset.describe() or saved["vocabulary"] != dataset.vocabulary.to_dict():
-            differing = run_folder.texts(saved["dataset"], dataset.describe())
-            raise CheckpointError(
-                f"{self.folder} was trained on another text than {config.dataset} is now: {differing}"
-            )
-        return dataset

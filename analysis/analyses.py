@@ -93,11 +93,11 @@ def problems(analysis) -> list[str]:
     config, wrong = records.config_in(analysis["config"], "config")
     if wrong:
         return wrong
-    found = analysis["run_id"], [layer["block"] for layer in analysis["layers"]]
-    if found[0] != config.run_id:
-        wrong.append(f"run_id is {found[0]!r}, but its config's is {config.run_id}")
-    if found[1] != list(config.moe_layers):
-        wrong.append(f"layers are of blocks {found[1]}; expected {list(config.moe_layers)}")
+    blocks = [layer["block"] for layer in analysis["layers"]]
+    if analysis["run_id"] != config.run_id:
+        wrong.append(f"run_id is {analysis['run_id']!r}, but its config's is {config.run_id}")
+    if blocks != list(config.moe_layers):
+        wrong.append(f"layers are of blocks {blocks}; expected {list(config.moe_layers)}")
     return wrong
 
 
@@ -182,9 +182,11 @@ def net(found, layer):
     return (found["nats"] - found["chance_mean"]) / layer["entropy"] if layer["entropy"] else None
 
 
-@over_layers
-def utilisation(layer):
+def utilisation_of(layer):
     return records.utilisation(layer["load"]["load"], layer["k"])
+
+
+utilisation = over_layers(utilisation_of)
 
 
 @over_layers
@@ -193,15 +195,9 @@ def largest_load(layer):
     return layer["n_expert"] * max(layer["load"]["load"])
 
 
-@over_layers
-def effective_experts(layer):
-    return layer["load"]["effective"]
-
-
 def lowest_utilisation(analysis):
     """The utilisation of the layer that uses the least of its experts."""
-    used = [records.utilisation(layer["load"]["load"], layer["k"]) for layer in analysis["layers"]]
-    return min((value for value in used if value is not None), default=None)
+    return min((used for layer in analysis["layers"] if (used := utilisation_of(layer)) is not None), default=None)
 
 
 @functools.cache

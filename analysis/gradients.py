@@ -1,10 +1,10 @@
 """Gradients of a trained model: what moves its routers, and whether tokens of one expert agree.
 
     router_gradients(model, batches, machine)      cross-entropy against the balancing loss, for each MoE layer
-    conflicts(model, batches, machine, classes_V, class_names)      between tokens of an MLP or expert, for each block
+    conflicts(model, batches, machine, classes_V, n_classes)      between tokens of an MLP or expert, for each block
 
-`batches`: [(x, y)], (B, T) int64 each, of the training split. The model is measured in eval mode (no dropout, jitter or
-masked experts) and left unchanged: nothing is trained, no `.grad` is written, no random stream of others is read.
+`batches`: [(x, y)], (B, T) int64 each, of the training split. The model is measured in eval mode: no dropout, jitter or
+masked experts. Nothing is trained, no `.grad` is written, no random stream of others is read.
 
 A token's gradient is its own contribution to the gradient of the batch's summed cross-entropy, through this one
 application of the MLP or expert. It acts on the token's own loss, and through attention on those of later tokens.
@@ -15,7 +15,6 @@ themselves are never computed. A bias is a weight whose input is always 1, or th
 Letters as in `moe.py`; n tokens of a group, S sequences.
 """
 
-import contextlib
 import math
 import statistics
 from collections import defaultdict
@@ -35,23 +34,11 @@ from support.intervals import interval_of_mean
 FEWEST_TOKENS = 20  # of a class, for a mean over its pairs
 
 
-@contextlib.contextmanager
-def eval_with_gradients(model):
-    """A context in eval mode with gradients; afterwards each module has its former mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Routers
 
 
+@torch.enable_grad()
 def router_gradients(model, batches, machine, draws=200, seed=0):
     """How cross-entropy and the balancing loss pull each MoE layer's router weight (E, D): one dict for each layer.
 
@@ -70,36 +57,32 @@ def router_gradients(model, batches, machine, draws=200, seed=0):
 
     chance: three controls, each {mean, sd, low, high (95% quantiles), n values}, or None without values.
         features        the mean cosine with the D columns of the balancing gradient in random order, the same order in
-                        all batches. Norms and what each expert gets stay; any common direction is lost. The mean is
-                        D · Σ_e (mean of row e of the one)(of the other) / norms, near 0 behind a LayerNorm. Too narrow
-                        for a claim of conflict: both gradients are sums over the same tokens of (a number for each
-                        expert) × (the router's input), share the mean input's direction, and so lie outside this
-                        interval, on either side, even where they have nothing else in common.
+                        all batches. Too narrow for a claim of conflict: both gradients share the direction of the mean
+                        input, and so lie outside this interval even where they have nothing else in common.
         experts         the same with the rows in random order: shared inputs stay, and which expert each loss favours
-                        is lost. This is the control for conflict. Its mean is 0 for a softmax, whose rows add up to 0.
-                        There are E! orders, so with 2 experts it shows only the sign, which flips.
+                        is lost. This is the control for conflict. There are E! orders, so with 2 experts it shows only
+                        the sign, which flips.
         other_batches   the cross-entropy gradient of one batch with the balancing gradient of another. Not strictly
                         chance: what holds in every batch, a lasting conflict too, stays. Where `cosine` differs from
                         it, the tokens of the batch itself make the difference.
     """
+    model.eval()
     generator = torch.Generator().manual_seed(seed)
     blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, moe.MoE)]
     weights = [getattr(layer.router, "weight", None) for layer in model.moe_layers()]
     trained = [i for i, weight in enumerate(weights) if weight is not None and weight.requires_grad]
     pulls = [[] for _ in weights]  # of each layer: [(gradient of the cross-entropy, of the balancing loss)]
-    with eval_with_gradients(model):
-        for x, y in batches if trained else ():
-            with machine.autocast():
-                out = model(x, y)
-            balance = balancing_loss(out, model.config)
-            of_layers = [weights[i] for i in trained]
-            gradients = (
-                torch.autograd.grad(loss, of_layers, retain_graph=True, materialize_grads=True)
-                for loss in (out.loss, balance)
-            )
-            for i, ours, theirs in zip(trained, *gradients):
-                if has_balance(out.routing[i:], model.config) and ours.any() and theirs.any():
-                    pulls[i].append((ours.cpu().double(), theirs.cpu().double()))
+    for x, y in batches if trained else ():
+        with machine.autocast():
+            out = model(x, y)
+        of_layers = [weights[i] for i in trained]
+        gradients = (
+            torch.autograd.grad(loss, of_layers, retain_graph=True, materialize_grads=True)
+            for loss in (out.loss, balancing_loss(out, model.config))
+        )
+        for i, ours, theirs in zip(trained, *gradients):
+            if has_balance(out.routing[i:], model.config) and ours.any() and theirs.any():
+                pulls[i].append((ours.cpu().double(), theirs.cpu().double()))
     coefficient = model.aux_loss_coef.item() if model.config.balances else 0.0
     loss = {"none": "switch"}.get(model.config.aux_loss, model.config.aux_loss)
     return [
@@ -186,7 +169,6 @@ class Tokens(NamedTuple):
     gate_N: torch.Tensor  # 1 where nothing gates it
     sequence_N: torch.Tensor  # int64, counted over all batches
     class_N: torch.Tensor  # int64
-    label_N: torch.Tensor  # int64
 
 
 class Layer(NamedTuple):
@@ -206,14 +188,14 @@ class Similarity(NamedTuple):
     classes: torch.Tensor
 
 
-def conflicts(model, batches, machine, classes_V, class_names, limit=1024, draws=20, seed=0, labels=None):
+@torch.enable_grad()
+def conflicts(model, batches, machine, classes_V, n_classes, limit=1024, draws=20, seed=0):
     """How similar the gradients are that the tokens of an MLP, or of an expert, send to its weights.
 
     One dict for each block; weights and biases of both layers together.
 
-    classes_V: each symbol's class, an index into class_names. limit: tokens of a group that are compared, drawn at
-    random and evenly from the batches. labels: (N,) int64 of the tokens with a target, in order, or (blocks, N):
-    another split of a dense MLP's tokens, for example by class, by a hash, or by another model's routing.
+    classes_V: each symbol's class, below n_classes. limit: tokens of a group that are compared, drawn at random and
+    evenly from the batches.
 
         block, kind     dense or experts
         groups          one for each expert, or one for a dense MLP with `expert` None
@@ -221,7 +203,6 @@ def conflicts(model, batches, machine, classes_V, class_names, limit=1024, draws
         mean            over the groups, weighted by the tokens that each served: what a token meets on average
         classes         mean cosine between and within classes of the current token (pairs within an expert, pooled over
                         experts); None where a class has fewer than 20 tokens
-        labelled        dense, with labels: {cosine of pairs with equal labels, pairs, chance: with shuffled labels}
 
     A group, or None where it has fewer than 2 tokens:
         expert, tokens  its index; the tokens with a target that it served (kept, with whatever gate)
@@ -229,11 +210,10 @@ def conflicts(model, batches, machine, classes_V, class_names, limit=1024, draws
         cosine          mean over pairs of tokens of the cosine of their gradients
         negative        the share of pairs whose gradients point away from each other: conflict
         signal          mean ⟨g_t, g_s⟩ over pairs / mean |g|²: the part of a gradient that survives averaging over very
-                        many tokens, an unbiased |E g|² / E |g|². |mean g|² / mean |g|² is larger by about 1/n, so that
-                        an expert would beat a dense MLP only because it has fewer tokens.
+                        many tokens, an unbiased |E g|² / E |g|², whatever the number of tokens
         cosine_between_sequences, error   the same over pairs of different sequences, which alone are nearly
                         independent; its standard error by leaving out one sequence at a time (jackknife; None from
-                        fewer than 3). `classes` and `labelled` use these pairs too.
+                        fewer than 3). `classes` uses these pairs too.
         chance          {mean, sd} of `cosine` when the errors δ go to other tokens of the group at random, in both
                         layers alike: the part due to similar inputs, and similar errors, by themselves. The rest of
                         `cosine` comes from tokens with similar inputs that have similar errors.
@@ -247,59 +227,46 @@ def conflicts(model, batches, machine, classes_V, class_names, limit=1024, draws
     losses are left out. linear_sum has no groups: there an expert is one matrix before a GELU and a second layer that
     all share, so its number would not be comparable.
     """
+    model.eval()
     generator = torch.Generator().manual_seed(seed)
-    with eval_with_gradients(model):
-        served, groups = collect_tokens(model, batches, machine, torch.as_tensor(classes_V), labels, limit, generator)
-        n_sequences = sum(len(x) for x, _ in batches)
-        found = []
-        for i, block in enumerate(model.blocks):
-            of_block, on_labels = {}, None
-            for name, tokens in groups[i].items():
-                layers, tokens = without_zero_gradients(linear_layers(block.mlp, name, tokens), tokens)
-                cosines = cosines_of(layers)
-                of_block[name] = similarity(
-                    name, served[i][name], layers, cosines, tokens, n_sequences, len(class_names), draws, generator
-                )
-                if name is None and labels is not None:
-                    on_labels = compare_labels(cosines, tokens, draws, generator)
-            shared = of_block.pop(SHARED, None)
-            found.append(
-                {
-                    "block": i,
-                    "kind": "experts" if isinstance(block.mlp, moe.MoE) else "dense",
-                    "groups": [one.group for one in of_block.values()],
-                    "shared": shared and shared.group,
-                    "mean": weighted_mean(list(of_block.values())),
-                    "classes": class_means(list(of_block.values())),
-                    "labelled": on_labels,
-                }
-            )
+    served, groups = collect_tokens(model, batches, machine, torch.as_tensor(classes_V), limit, generator)
+    n_sequences, found = sum(len(x) for x, _ in batches), []
+    for i, block in enumerate(model.blocks):
+        of_block = {}
+        for name, tokens in groups[i].items():
+            layers, tokens = without_zero_gradients(linear_layers(block.mlp, name, tokens), tokens)
+            of_block[name] = similarity(name, served[i][name], layers, tokens, n_sequences, n_classes, draws, generator)
+        shared, of_groups = of_block.pop(SHARED, None), list(of_block.values())
+        found.append(
+            {
+                "block": i,
+                "kind": "experts" if isinstance(block.mlp, moe.MoE) else "dense",
+                "groups": [one.group for one in of_groups],
+                "shared": shared and shared.group,
+                "mean": weighted_mean(of_groups),
+                "classes": class_means(of_groups),
+            }
+        )
     return found
 
 
-def collect_tokens(model, batches, machine, classes_V, labels, limit, generator):
+def collect_tokens(model, batches, machine, classes_V, limit, generator):
     """Two lists over blocks: [{group: number of tokens served}], [{group: Tokens, about `limit` at most}]."""
-    served, pieces = ([defaultdict(list) for _ in model.blocks] for _ in range(2))
-    quota, n_sequences, n_tokens = max(1, limit // max(1, len(batches))), 0, 0
+    served, pieces = [defaultdict(int) for _ in model.blocks], [defaultdict(list) for _ in model.blocks]
+    quota, n_sequences = max(1, limit // max(1, len(batches))), 0
     for x, y in batches:
         is_counted = y.flatten() != IGNORED
         sequence_N = torch.arange(n_sequences, n_sequences + len(x), device=x.device).repeat_interleave(x.size(1))
-        label_LN = x.new_zeros(len(model.blocks), x.numel())
-        n_sequences, begin, n_tokens = n_sequences + len(x), n_tokens, n_tokens + int(is_counted.sum())
-        if labels is not None:
-            label_LN[:, is_counted] = torch.as_tensor(labels).to(x)[..., begin:n_tokens]
-        about = sequence_N, classes_V.to(x.device)[x.flatten()]
+        class_N = classes_V.to(x.device)[x.flatten()]
+        n_sequences += len(x)
         for i, (x_ND, slope_ND, routing) in enumerate(applications(model, x, y, machine)):
             for name, gate_N, is_served in groups_of(model.blocks[i].mlp, x_ND, routing):
                 tokens = torch.where(is_served & is_counted)[0]
                 drawn = tokens[torch.randperm(len(tokens), generator=generator)[:quota].to(x.device)]
-                columns = x_ND, slope_ND, gate_N, *about, label_LN[i]
-                served[i][name].append(len(tokens))
+                served[i][name] += len(tokens)
+                columns = x_ND, slope_ND, gate_N, sequence_N, class_N
                 pieces[i][name].append(Tokens(*(column[drawn] for column in columns)))
-    counts = [{name: sum(of) for name, of in groups.items()} for groups in served]
-    return counts, [
-        {name: Tokens(*(torch.cat(column) for column in zip(*of))) for name, of in groups.items()} for groups in pieces
-    ]
+    return served, [{name: Tokens(*map(torch.cat, zip(*of))) for name, of in groups.items()} for groups in pieces]
 
 
 def applications(model, x, y, machine):
@@ -343,24 +310,20 @@ def groups_of(mlp, x_ND, routing):
 
 def linear_layers(mlp, name, tokens):
     """The two Layers of a group, from its inputs and the gradient at its outputs."""
+    gate_N1 = tokens.gate_N[:, None]
     if name in (None, SHARED):
-        dense = mlp.shared if name == SHARED else mlp
-        fc, proj = dense.fc, dense.proj
-        return two_layers(tokens, fc.weight, fc.bias, proj.weight.t(), proj.bias is not None, activate=F.gelu)
-    experts, gate_N1 = mlp.experts, tokens.gate_N[:, None]
-    bias_in = None if experts.bias_in is None else experts.bias_in[name]
-    has_bias_out = "bias_out" in experts.per_expert and experts.bias_out is not None
-    return two_layers(
-        tokens,
-        experts.w_in[name],
-        bias_in,
-        experts.w_out[name],
-        has_bias_out,
-        lambda up: hidden_units(up, gate_N1, experts.activate, experts.gate_after),
-    )
+        dense, activate = (mlp.shared if name == SHARED else mlp), F.gelu
+        w_in_HD, bias_in, w_out_HD = dense.fc.weight, dense.fc.bias, dense.proj.weight.t()
+        has_bias_out = dense.proj.bias is not None
+    else:
+        experts = mlp.experts
+        w_in_HD, w_out_HD = experts.w_in[name], experts.w_out[name]
+        bias_in = None if experts.bias_in is None else experts.bias_in[name]
+        has_bias_out = "bias_out" in experts.per_expert and experts.bias_out is not None
 
+        def activate(up_NH):
+            return hidden_units(up_NH, gate_N1, experts.activate, experts.gate_after)
 
-def two_layers(tokens, w_in_HD, bias_in, w_out_HD, has_bias_out, activate):
     up_NH = F.linear(tokens.x_ND, w_in_HD, bias_in).detach().requires_grad_()
     hidden_NH = activate(up_NH)
     (delta_NH,) = torch.autograd.grad(hidden_NH, up_NH, tokens.slope_ND @ w_out_HD.detach().t())
@@ -368,7 +331,7 @@ def two_layers(tokens, w_in_HD, bias_in, w_out_HD, has_bias_out, activate):
     if bias_in is not None:
         first = F.pad(first, (0, 1), value=1)
     if has_bias_out:
-        second = torch.cat((second, tokens.gate_N[:, None]), dim=1)
+        second = torch.cat((second, gate_N1), dim=1)
     return [Layer(first, delta_NH), Layer(second, tokens.slope_ND)]
 
 
@@ -393,8 +356,9 @@ def cosines_of(layers):
     return sum((a @ a.t()) * ((delta / norm_N1) @ (delta / norm_N1).t()) for a, delta in layers)
 
 
-def similarity(name, served, layers, cosines_NN, tokens, n_sequences, n_classes, draws, generator) -> Similarity:
-    n, norm_N = len(cosines_NN), norms_of(layers)
+def similarity(name, served, layers, tokens, n_sequences, n_classes, draws, generator) -> Similarity:
+    cosines_NN, norm_N = cosines_of(layers), norms_of(layers)
+    n = len(norm_N)
     is_between = tokens.sequence_N[:, None] != tokens.sequence_N
     between_NN = cosines_NN * is_between
     size_S = torch.bincount(tokens.sequence_N, minlength=n_sequences)
@@ -484,18 +448,3 @@ def class_means(found):
     shown = (enough[:, None] & enough & (pairs > 0)).tolist()
     means = (sums / pairs).tolist()
     return [[value if there else None for value, there in zip(*row)] for row in zip(means, shown)]
-
-
-def compare_labels(cosines_NN, tokens, draws, generator):
-    """The entry "labelled" in `conflicts`; None where no pair of tokens has equal labels."""
-    is_between = tokens.sequence_N[:, None] != tokens.sequence_N
-
-    def alike(label_N):
-        same = (label_N[:, None] == label_N) & is_between
-        pairs = int(same.sum())
-        return (cosines_NN * same).sum().item() / pairs if pairs else None, pairs // 2
-
-    cosine, pairs = alike(tokens.label_N)
-    orders = [torch.randperm(len(cosines_NN), generator=generator).to(cosines_NN.device) for _ in range(draws)]
-    shuffled = [value for value, _ in (alike(tokens.label_N[order]) for order in orders) if value is not None]
-    return {"cosine": cosine, "pairs": pairs, "chance": distribution(shuffled)} if pairs else None

@@ -64,15 +64,6 @@ def joined(*labels) -> np.ndarray:
     return codes_N
 
 
-def _counted(codes_N) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct values, ascending, and their counts."""
-    if int(codes_N.max(initial=0)) >= ROOM * len(codes_N):
-        return np.unique(codes_N, return_counts=True)
-    counts = np.bincount(codes_N)
-    values = np.flatnonzero(counts)
-    return values, counts[values]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Entropies
 
@@ -98,8 +89,9 @@ def conditional_entropy(labels_N, given_N) -> float:
     labels_N, values = dense(np.asarray(labels_N))
     given_N, contexts = dense(np.asarray(given_N))
     assert len(labels_N) == len(given_N) > 0
-    cells, counts = _counted(given_N * values + labels_N)
-    of = cells // values
+    cells_N, cells = dense(given_N * values + labels_N)
+    counts, of = np.bincount(cells_N), np.empty(cells, dtype=np.int64)
+    of[cells_N] = given_N
     n_X = np.bincount(of, counts, contexts)
     k_X = np.bincount(of, minlength=contexts)
     plugin_X = np.log(n_X) - np.bincount(of, counts * np.log(counts), contexts) / n_X
@@ -123,7 +115,7 @@ def information(labels_N, about_N, given_N=None) -> float:
 # Against chance
 
 
-def measured(labels_N, about_N, given_N=None, draws=5, seed=0, null=None, block=64) -> Measured:
+def measured(labels_N, about_N, given_N=None, draws=5, seed=0, null=SHUFFLED, block=64) -> Measured:
     """`information`, and the same estimate on `draws` >= 2 texts without such a relation: the null.
 
     null "shuffled": the labels are permuted at random; with `given`, among characters with equal given, so that
@@ -143,20 +135,18 @@ def measured(labels_N, about_N, given_N=None, draws=5, seed=0, null=None, block=
     null "blocks": `about` is cut into pieces of `block` characters, which are rearranged at random. The control for
     annotations with longer pieces, where labels in different blocks are related only through the topic: routing that
     starts anew with each window of that size.
-
-    Default: "shuffled" where given is None, else "shifted".
     """
-    null = null or (SHUFFLED if given_N is None else SHIFTED)
-    if null not in NULLS or draws < 2:
-        raise ValueError(f"null {null!r} and draws {draws}; expected one of {NULLS} and at least 2 draws")
+    assert null in NULLS and draws >= 2
     labels_N, about_N = np.asarray(labels_N), np.asarray(about_N)
     generator = np.random.Generator(np.random.PCG64(seed))
-    if null == BLOCKS:
-        chances = [information(labels_N, rearranged(about_N, block, generator), given_N) for _ in range(draws)]
-    elif null == SHIFTED:
-        chances = [information(labels_N, shifted(about_N, generator), given_N) for _ in range(draws)]
-    else:
-        chances = [information(shuffled(labels_N, generator, given_N), about_N, given_N) for _ in range(draws)]
+
+    def draw():
+        if null == SHUFFLED:
+            return information(shuffled(labels_N, generator, given_N), about_N, given_N)
+        moved_N = rearranged(about_N, block, generator) if null == BLOCKS else shifted(about_N, generator)
+        return information(labels_N, moved_N, given_N)
+
+    chances = [draw() for _ in range(draws)]
     nats, total = information(labels_N, about_N, given_N), entropy(labels_N)
     share = nats / total if total else 0.0
     return Measured(nats, share, float(np.mean(chances)), float(np.std(chances, ddof=1)), dense(about_N)[1], draws)
@@ -194,7 +184,8 @@ def effective_number(counts) -> float:
     From 1 to len(counts), the latter for equal counts; 0.0 where nothing was counted.
     """
     counts = np.asarray(counts, dtype=np.float64)
-    return math.exp(_plugin(counts[counts > 0])) if counts.any() else 0.0
+    counts, total = counts[counts > 0], counts.sum()
+    return math.exp(max(0.0, float(np.log(total) - counts @ np.log(counts) / total))) if total else 0.0
 
 
 def agreement(labels_N, others_N) -> float:
@@ -210,9 +201,3 @@ def chance_agreement(labels_N, others_N) -> float:
     size = int(max(np.max(labels_N), np.max(others_N))) + 1
     p, q = (np.bincount(of, minlength=size) / len(of) for of in (labels_N, others_N))
     return float(p @ q)
-
-
-def _plugin(counts) -> float:
-    """counts: all above 0."""
-    total = counts.sum()
-    return max(0.0, float(np.log(total) - counts @ np.log(counts) / total))

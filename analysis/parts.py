@@ -16,6 +16,7 @@ import torch
 import balance
 from analysis import analyses, gradients, information, probe
 from analysis.annotation import CONTEXT, SYNTAX, TOPIC, class_of
+from data.characters import CLASSES
 from routing import hash_table, mix_seeds
 from run import records
 from run.checkpoint import CheckpointError
@@ -58,7 +59,7 @@ def measure_layers(run, seen):
     per_batch = tokens_per_batch(run)
     for number, (block, layer) in enumerate(zip(config.moe_layers, model.moe_layers())):
         n_expert = layer.config.n_expert
-        chosen_N, character_N = seen.first[number], run.annotations["character"].labels
+        chosen_N, character_N = seen.first[number], run.annotations["character"]
         seeds = [mix_seeds(run.seed, block, draw) for draw in range(DRAWS)]
         hashed = [hash_table(run.counts_V, n_expert, seed).numpy()[run.ids_N] for seed in seeds]
         load = balance.summarize(seen.stats[number], in_detail=True)
@@ -71,7 +72,7 @@ def measure_layers(run, seen):
                 "k": 1 if config.router_top_p else layer.config.expert_top_k or n_expert,
                 "load": load,
                 "tokens_per_batch": per_batch[number],
-                "counts": first_choices(run.ids_N, chosen_N, run.vocabulary.size, n_expert),
+                "counts": probe.choices_by_symbol(run.ids_N, chosen_N, run.vocabulary.size, n_expert).tolist(),
                 "entropy": information.entropy(chosen_N),
                 "entropy_given_character": information.conditional_entropy(chosen_N, character_N),
                 "about": informations(run, chosen_N),
@@ -87,11 +88,6 @@ def measure_layers(run, seen):
     return layers
 
 
-def first_choices(ids_N, labels_N, n_symbols, n_expert):
-    """[[count for each expert] for each symbol]: how often the expert is the symbol's first choice."""
-    return np.bincount(ids_N * n_expert + labels_N, minlength=n_symbols * n_expert).reshape(n_symbols, -1).tolist()
-
-
 def informations(run, labels_N, given_N=None, draws=DRAWS):
     """{annotation: information.Measured as a dict}, about the expert labels_N of each character.
 
@@ -101,7 +97,7 @@ def informations(run, labels_N, given_N=None, draws=DRAWS):
     found, seed, size = run.annotations, run.seed, run.config.block_size
     return {
         name: information.measured(
-            labels_N, found[name].labels, given_N, draws, seed, NULLS.get(name, information.SHUFFLED), size
+            labels_N, found[name], given_N, draws, seed, NULLS.get(name, information.SHUFFLED), size
         )._asdict()
         for name in names
         if name in found
@@ -144,19 +140,17 @@ def tokens_per_batch(run):
     for x, y in run.training_batches(LOAD_BATCHES):
         with run.machine.autocast():
             loads.append([layer.load.cpu().numpy() for layer in run.model(x, y).stats])
-    found = []
-    for of_layer in zip(*loads):
-        loads_BE = np.stack(of_layer)
-        found.append(
-            {
-                "batches": len(loads_BE),
-                "characters": config.batch_size * config.block_size,
-                "mean": loads_BE.mean(axis=0).tolist(),
-                "sd": loads_BE.std(axis=0, ddof=1).tolist(),
-                "none": float((loads_BE == 0).mean()),
-            }
-        )
-    return found
+    size = config.batch_size * config.block_size
+    return [
+        {
+            "batches": len(loads_BE),
+            "characters": size,
+            "mean": loads_BE.mean(axis=0).tolist(),
+            "sd": loads_BE.std(axis=0, ddof=1).tolist(),
+            "none": float((loads_BE == 0).mean()),
+        }
+        for loads_BE in map(np.stack, zip(*loads))
+    ]
 
 
 def measure_gradients(run, n_batches):
@@ -166,8 +160,9 @@ def measure_gradients(run, n_batches):
         return [None] * len(model.moe_layers()), []
     batches = run.training_batches(n_batches)
     pulls = gradients.router_gradients(model, batches, run.machine, seed=run.seed)
-    classes_V, names = class_of(run.vocabulary)
-    return pulls, gradients.conflicts(model, batches, run.machine, classes_V, names, seed=run.seed)
+    return pulls, gradients.conflicts(
+        model, batches, run.machine, class_of(run.vocabulary), len(CLASSES), seed=run.seed
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +176,7 @@ def measure_stability(run, seen, snapshots, progress):
     """
     if not snapshots:
         return None
-    told = {name: run.annotations[name].labels[: len(seen.nats_N)] for name in ("character", "frequency band")}
+    told = {name: run.annotations[name][: len(seen.nats_N)] for name in ("character", "frequency band")}
     layers = [{name: [] for name in ("agreement", "chance", "churn", *told)} for _ in seen.first]
     steps, before = [], None
     for step, path in snapshots:
@@ -244,18 +239,16 @@ def write_sample(run, n_characters):
     newline = next((i for i, symbol in enumerate(run.vocabulary.symbols) if symbol in ("\n", 10)), 0)
     decoder = decoding.fastest(model, 1, run.machine, 0.8, 200)
     generator = torch.Generator().manual_seed(run.seed)
-    layers = range(len(model.moe_layers()))
-    unread, tokens, experts = [newline], [], [[] for _ in layers]
+    unread, tokens, experts = [newline], [], []
     for step in decoder.write(torch.tensor([unread], device=run.machine.device), n_characters + 1, [generator]):
-        for layer in layers:  # the last token read; where the window moved, half of it was read again before
-            experts[layer].append(int(step.experts(layer)[0, -1]))
+        # the last token read; where the window moved, half of it was read again before
+        experts.append([int(step.experts(layer)[0, -1]) for layer in range(len(model.moe_layers()))])
         tokens += unread
         unread = step.tokens.tolist()
-    decode, text, of_text = run.vocabulary.decoder(), "", [[] for _ in layers]
-    for i, token in enumerate(tokens):
+    decode, text, of_text = run.vocabulary.decoder(), "", [[] for _ in model.moe_layers()]
+    for token, chosen in zip(tokens, experts):
         piece = decode([token])
         text += piece
-        for layer in layers:
-            expert = experts[layer][i]
-            of_text[layer] += [None if expert < 0 else expert] * len(piece)
+        for of_layer, expert in zip(of_text, chosen):
+            of_layer += [None if expert < 0 else expert] * len(piece)
     return {"text": text, "experts": of_text}

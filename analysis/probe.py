@@ -30,7 +30,6 @@ class Seen(NamedTuple):
     experts: list[np.ndarray]  # per MoE layer (N,) int64: the expert with the largest gate, -1 where none serves it
     first: list[np.ndarray]  # per MoE layer (N,) int64: the router's first choice, before capacity
     stats: list[balance.RoutingStats]  # per MoE layer, over these characters
-    loads_BE: list[np.ndarray]  # per MoE layer (batches of windows, E): the choices per expert in each
 
     @property
     def nats(self):
@@ -39,10 +38,9 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def see(model, windows, machine, progress=None) -> Seen:
-    """model: a GPT. progress() is called after each batch of windows. Raises ValueError without a character."""
+def see(model, windows, machine) -> Seen:
     model.eval()
-    nats, experts, first, loads, stats = [], [], [], [], None
+    nats, experts, first, stats = [], [], [], None
     for x, y in windows:
         with machine.autocast():
             out = model(x, y)
@@ -51,18 +49,12 @@ def see(model, windows, machine, progress=None) -> Seen:
         nats.append(loss[real].cpu())
         experts.append([main_expert(routing)[real].cpu() for routing in out.routing])
         first.append([first_choice(r, layer.router)[real].cpu() for r, layer in zip(out.routing, model.moe_layers())])
-        loads.append([layer.load.cpu() for layer in out.stats])
         stats = balance.add_stats(stats, out.stats)
-        if progress:
-            progress()
-    if not sum(map(len, nats)):
-        raise ValueError("there is no character to predict in this text")
     return Seen(
         nats_N=torch.cat(nats).double().numpy(),
         experts=[torch.cat(batches).numpy() for batches in zip(*experts)],
         first=[torch.cat(batches).numpy() for batches in zip(*first)],
         stats=stats,
-        loads_BE=[torch.stack(batches).numpy() for batches in zip(*loads)],
     )
 
 
@@ -74,6 +66,11 @@ def first_choice(routing, router):
     if not router.tokens_choose:
         return routing.probs.argmax(dim=1)
     return routing.probs.masked_fill(choices_per_expert(routing) == 0, -1).argmax(dim=1)
+
+
+def choices_by_symbol(ids_N, first_N, vocab_size, n_expert) -> np.ndarray:
+    """(V, E): how often the expert is the symbol's first choice."""
+    return np.bincount(ids_N * n_expert + first_N, minlength=vocab_size * n_expert).reshape(vocab_size, n_expert)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,8 +87,7 @@ def random_routers(model, windows, machine, draws, seed) -> list[list[np.ndarray
     for number, layer in enumerate(model.moe_layers()):
         E, D = layer.config.n_expert, layer.config.n_embd
         generators = [torch.Generator().manual_seed(mix_seeds(seed, number, draw)) for draw in range(draws)]
-        drawn = [torch.randn(E, D, generator=generator, device="cpu") * 0.02 for generator in generators]
-        weights.append([weight.to(machine.device) for weight in drawn])
+        weights.append([(torch.randn(E, D, generator=generator) * 0.02).to(machine.device) for generator in generators])
     labels = [[[] for _ in layer] for layer in weights]
     for inputs in router_inputs(model, windows, machine):
         for x_ND, layer_weights, layer_labels in zip(inputs, weights, labels):
@@ -127,29 +123,17 @@ def router_inputs(model, windows, machine):
 
 
 class Wrapper(Router):
-    """A router around another one, `inner`, to which it passes everything that a subclass does not change."""
+    """A router around another one, `inner`, that ranks and chooses as it does. A subclass has the logits."""
 
     def __init__(self, inner):
         super().__init__(inner.config, inner.layer, None)
         self.inner, self.tokens_choose, self.needs_history = inner, inner.tokens_choose, inner.needs_history
-
-    def forward(self, x_BTD, ids_BS):
-        return self.inner(x_BTD, ids_BS)
-
-    def set_step(self, step):
-        self.inner.set_step(step)
 
     def preference(self, logits_NE):
         return self.inner.preference(logits_NE)
 
     def select(self, probs_NE, preference_NE, n_sequences):
         return self.inner.select(probs_NE, preference_NE, n_sequences)
-
-    def experts_per_token(self):
-        return self.inner.experts_per_token()
-
-    def flops_per_token(self):
-        return self.inner.flops_per_token()
 
 
 class AlteredRouter(Wrapper):
@@ -182,9 +166,6 @@ def altered(model, changes):
 def rerouted(model, makers):
     """A context that gives some MoE layers other routers: {layer: maker(MoE) -> Router}."""
     layers = model.moe_layers()
-    unknown = sorted(set(makers) - set(range(len(layers))))
-    if unknown:
-        raise ValueError(f"there is no MoE layer {unknown[0]}: the model has {len(layers)}, counted from 0")
     routers = {number: layers[number].router for number in makers}
     try:
         for number, maker in makers.items():

@@ -1,12 +1,6 @@
 """Read a prepared data set: its vocabulary, random batches, and whole splits in order.
 
-- Vocabulary: text <-> ids, by character or by byte, with a streaming decoder.
-- Dataset.open: verifies meta.json and every bin before the first batch.
-- Dataset.batch: random windows as a pure function of (split, seed, step).
-- Dataset.windows: a whole split in order, each symbol predicted exactly once.
-- find_dataset: a config's `dataset` -> the folder that holds it.
-
-    data = Dataset.open(find_dataset("shakespeare_char"), device="cuda")
+    data = Dataset.open(find_dataset("shakespeare_char"), device="cuda")    # verified before the first batch
     x, y = data.batch("train", seed=1337, step=0, batch_size=64, block_size=256)
 
 Shapes: B batch_size, T block_size. `data/build.py` writes the folders that are read here.
@@ -16,11 +10,10 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import difflib
 import hashlib
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +22,8 @@ import numpy as np
 import torch
 
 from support.files import ROOT, is_utf8, one_line, read_json, shown
+from support.options import nearest
+from support.schema import FLAG, LINE, LIST, POSITIVE, SHA256, mismatches
 
 FORMAT_VERSION = 1
 CHARACTER, BYTE = "character", "byte"
@@ -37,8 +32,10 @@ TOKEN = np.dtype("<u2")  # what nanoGPT reads too
 CHUNK = 1 << 22  # tokens handled at a time, so that a large split never needs its size in memory
 CPU_RESIDENT_LIMIT = 1 << 30  # bytes
 CUDA_RESIDENT_SHARE = 0.25  # of the free memory; the model needs the rest
-META_TYPES = {"name": str, "canonical": bool, "unit": str, "vocabulary": list, "vocab_size": int, "source": dict,
-              "splits": dict}  # fmt: skip
+VOCABULARY = {"unit": {CHARACTER, BYTE}, "vocabulary": LIST, "vocab_size": POSITIVE}
+SPLIT = {"tokens": POSITIVE, "sha256": SHA256}
+META = {"format_version": POSITIVE, "name": LINE, "canonical": FLAG, "source": {"bytes": POSITIVE, "sha256": SHA256},
+        "splits": {"train": SPLIT, "val": SPLIT, "test?": SPLIT}}  # fmt: skip
 
 
 class DataError(ValueError):
@@ -63,15 +60,11 @@ class Vocabulary:
     symbols: tuple[str, ...] | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.unit not in (CHARACTER, BYTE):
-            raise DataError(f"vocabulary: unit is {shown(self.unit)}, expected {CHARACTER!r} or {BYTE!r}")
-        if not 0 < len(self.symbols) <= 1 << 16:
-            raise DataError(f"vocabulary: {len(self.symbols):,} symbols, expected 1 to 65,536 (ids are 16 bits wide)")
         for symbol in self.symbols:
             if not _is_symbol(symbol, self.unit):
                 raise DataError(f"vocabulary: {shown(symbol)} is not a single {self.unit}")
-        if any(a >= b for a, b in zip(self.symbols, self.symbols[1:])):
-            raise DataError("vocabulary: symbols are not sorted and distinct")
+        if not self.symbols or list(self.symbols) != sorted(set(self.symbols)):
+            raise DataError("vocabulary: symbols are not sorted and distinct, or there are none")
 
     @property
     def size(self) -> int:
@@ -84,17 +77,11 @@ class Vocabulary:
     @classmethod
     def from_dict(cls, values: Mapping) -> Vocabulary:
         """Inverse of `to_dict`; a whole meta.json will do too. Raises DataError if the values are no vocabulary."""
-        if not isinstance(values, Mapping):
-            raise DataError(f"vocabulary: expected a mapping, found {shown(values)}")
-        missing = [key for key in ("unit", "vocabulary", "vocab_size") if key not in values]
-        if missing:
-            raise DataError(f"vocabulary: {', '.join(missing)} missing")
-        symbols, size = values["vocabulary"], values["vocab_size"]
-        if not isinstance(symbols, (list, tuple)):
-            raise DataError(f"vocabulary: expected a list of symbols, found {type(symbols).__name__}")
-        vocabulary = cls(values["unit"], tuple(symbols))
-        if type(size) is not int or size != vocabulary.size:
-            raise DataError(f"vocabulary: vocab_size is {shown(size)}, but there are {vocabulary.size} symbols")
+        for problem in mismatches(values, VOCABULARY, "vocabulary"):
+            raise DataError(problem)
+        vocabulary = cls(values["unit"], tuple(values["vocabulary"]))
+        if values["vocab_size"] != vocabulary.size:
+            raise DataError(f"vocab_size is {values['vocab_size']}, but the vocabulary has {vocabulary.size} symbols")
         return vocabulary
 
     def encode(self, text: str) -> np.ndarray:
@@ -106,11 +93,9 @@ class Vocabulary:
             raise DataError(self._unknown_message(codes, np.flatnonzero(~known)))
         return ids.astype(np.int64)
 
-    def decode(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises DataError for ids outside the vocabulary."""
-        if self.unit == BYTE:
-            return self._bytes_of(ids).decode("utf-8", errors="replace")
-        return "".join([self.symbols[i] for i in self._checked(ids)])
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self.decoder()(ids, final=True)
 
     def decoder(self) -> Callable[..., str]:
         """A streaming `decode(ids, final=False)`, which holds back the bytes of an unfinished character.
@@ -118,34 +103,14 @@ class Vocabulary:
         The last call passes `final=True` (ids may be empty) to release the rest.
         """
         if self.unit == CHARACTER:
-            return lambda ids, final=False: self.decode(ids)
+            return lambda ids, final=False: "".join([self.symbols[i] for i in ids])
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda ids, final=False: utf8.decode(self._bytes_of(ids), final)
+        return lambda ids, final=False: utf8.decode(bytes([self.symbols[i] for i in ids]), final)
 
     @cached_property
     def _codes(self) -> np.ndarray:
         codes = self.symbols if self.unit == BYTE else [ord(symbol) for symbol in self.symbols]
         return np.array(codes, dtype=np.uint32)
-
-    def _bytes_of(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> bytes:
-        return self._codes[self._checked(ids)].astype(np.uint8).tobytes()
-
-    def _checked(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
-        try:
-            array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-        except ValueError:
-            raise DataError("decode: ids are lists of different lengths, expected integers") from None
-        if array.size == 0:
-            return np.zeros(0, dtype=np.int64)
-        if array.dtype.kind not in "iu":
-            raise DataError(f"decode: ids are {array.dtype}, expected integers")
-        array = array.reshape(-1)
-        wrong = np.flatnonzero((array < 0) | (array >= self.size))
-        if wrong.size:
-            raise DataError(
-                f"decode: id {array[wrong[0]]} at {wrong[0]} is outside the vocabulary, 0 to {self.size - 1}"
-            )
-        return array.astype(np.int64)
 
     def _unknown_message(self, codes: np.ndarray, positions: np.ndarray) -> str:
         _, first = np.unique(codes[positions], return_index=True)
@@ -153,9 +118,8 @@ class Vocabulary:
         quoted = [chr(code) if self.unit == CHARACTER else bytes([code]) for code in codes[first[:8]]]
         unknown = ", ".join(f"{symbol!r} at {position}" for symbol, position in zip(quoted, first))
         more = f" and {len(first) - 8} more" if len(first) > 8 else ""
-        start = self.symbols[:256]
-        known = repr("".join(start) if self.unit == CHARACTER else bytes(start)) + "…" * (len(start) < self.size)
-        return f"not in the vocabulary: {unknown}{more}; it has {self.size} {self.unit}s: {known}"
+        known = "".join(self.symbols) if self.unit == CHARACTER else bytes(self.symbols)
+        return f"not in the vocabulary: {unknown}{more}; it has {self.size} {self.unit}s: {known[:256]!r}"
 
 
 def _is_symbol(symbol: object, unit: str) -> bool:
@@ -180,20 +144,14 @@ def _codes_of(text: str, unit: str) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A verified data set. Make one with `Dataset.open`.
+    """A verified data set. Make one with `Dataset.open`."""
 
-    name        as in records and tables; a partial text has another name than the published one
-    canonical   whether the text's SHA-256 is the published one
-    sizes       tokens of each split
-    resident    whether the tokens lie in the device's memory (else they are read from disk)
-    """
-
-    name: str
-    canonical: bool
+    name: str  # as in records and tables; a partial text has another name than the published one
+    canonical: bool  # whether the text's SHA-256 is the published one
     vocabulary: Vocabulary
-    sizes: dict[str, int]
+    sizes: dict[str, int]  # tokens of each split
     source_sha256: str
-    resident: bool
+    resident: bool  # whether the tokens lie in the device's memory (else they are read from disk)
     device: torch.device
     _tokens: dict[str, torch.Tensor | np.ndarray] = field(repr=False)
 
@@ -204,10 +162,10 @@ class Dataset:
         Raises DataError naming the file, what was found, what was expected, and the command that makes it again.
         """
         folder, device = Path(folder), torch.device(device)
-        meta = _read_meta(folder)
-        vocabulary = Vocabulary.from_dict(meta)
-        tokens = {split: _read_bin(folder, split, entry, vocabulary.size) for split, entry in meta["splits"].items()}
-        _check_text(folder, meta["source"], vocabulary, [tokens[split] for split in SPLITS if split in tokens])
+        meta, vocabulary = _read_meta(folder)
+        entries = {split: meta["splits"][split] for split in SPLITS if split in meta["splits"]}
+        tokens = {split: _read_bin(folder, split, entry, vocabulary.size) for split, entry in entries.items()}
+        _check_text(folder, meta["source"], vocabulary, tokens.values())
         sizes = {split: len(array) for split, array in tokens.items()}
         dtype = np.dtype(np.uint8 if vocabulary.size <= 256 else np.int32)
         if resident is None:
@@ -216,8 +174,8 @@ class Dataset:
             resident = sum(sizes.values()) * dtype.itemsize <= limit
         if resident:
             tokens = {split: torch.from_numpy(array.astype(dtype)).to(device) for split, array in tokens.items()}
-        source_sha256 = meta["source"]["sha256"]
-        return cls(meta["name"], meta["canonical"], vocabulary, sizes, source_sha256, resident, device, tokens)
+        sha256 = meta["source"]["sha256"]
+        return cls(meta["name"], meta["canonical"], vocabulary, sizes, sha256, resident, device, tokens)
 
     @property
     def unit(self) -> str:
@@ -255,10 +213,8 @@ class Dataset:
 
         Each (B, T) int64 on the device; after the end of the split x is 0 and y is -1, which the loss ignores.
         """
-        if self._size(split) < 2:
-            raise DataError(f"{self.name}: {split} has {self._size(split)} tokens; predicting needs at least 2")
         per_batch = batch_size * block_size
-        for start in range(0, self.sizes[split] - 1, per_batch):
+        for start in range(0, self._size(split) - 1, per_batch):
             stretch = self._stretch(split, start, start + per_batch + 1)
             count = len(stretch) - 1
             x = torch.zeros(per_batch, dtype=torch.int64, device=self.device)
@@ -268,9 +224,8 @@ class Dataset:
 
     def symbol_counts(self, split: str) -> torch.Tensor:
         """How often each symbol occurs in the split: (vocabulary size,) int64, on the CPU."""
-        self._size(split)
         counts = torch.zeros(self.vocabulary.size, dtype=torch.int64)
-        for start in range(0, self.sizes[split], CHUNK):
+        for start in range(0, self._size(split), CHUNK):
             piece = self._stretch(split, start, start + CHUNK)
             counts += torch.bincount(piece, minlength=self.vocabulary.size).cpu()
         return counts
@@ -318,21 +273,21 @@ def window_starts(split: str, seed: int, step: int, batch_size: int, positions: 
 # Reading and verifying a prepared folder
 
 
-def _read_meta(folder: Path) -> dict:
+def _read_meta(folder: Path) -> tuple[dict, Vocabulary]:
     path = folder / "meta.json"
     try:
         meta = read_json(path)
+        for problem in mismatches(meta, META):
+            raise DataError(problem)
+        if meta["format_version"] != FORMAT_VERSION:
+            raise DataError(f"format_version is {meta['format_version']}, expected {FORMAT_VERSION}")
+        return meta, Vocabulary.from_dict(meta)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DataError(f"{_why_no_meta(folder)}; run {prepare_command(folder)}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        problem = f"not JSON ({error})"
-    else:
-        problem = _meta_problem(meta)
-    if problem:
-        raise DataError(f"{path}: {problem}; make it again with {prepare_command(folder)}")
-    return meta
+    except ValueError as error:  # a DataError, or not JSON
+        raise DataError(f"{path}: {error}; make it again with {prepare_command(folder)}") from error
 
 
 def _why_no_meta(folder: Path) -> str:
@@ -345,93 +300,39 @@ def _why_no_meta(folder: Path) -> str:
     return f"{folder}: not prepared yet (no meta.json)"
 
 
-def _meta_problem(meta: object) -> str | None:
-    if not isinstance(meta, dict):
-        return f"expected a JSON object, found {type(meta).__name__}"
-    if type(meta.get("format_version")) is not int or meta["format_version"] != FORMAT_VERSION:
-        return f"format_version is {shown(meta.get('format_version'))}, expected {FORMAT_VERSION}"
-    for key, kind in META_TYPES.items():
-        if type(meta.get(key)) is not kind:  # exact, because a bool passes for an int
-            return f"{key} is {shown(meta.get(key))}, expected {kind.__name__}"
-    name, splits, source = meta["name"], meta["splits"], meta["source"]
-    if not name.strip() or not is_utf8(name):
-        return f"name is {shown(name)}, expected some text" if name.strip() else "name is empty"
-    if not {"train", "val"} <= splits.keys() <= set(SPLITS):
-        return f"splits are {shown(sorted(splits))}, expected train, val and perhaps test"
-    entries = [("source", "bytes", source), *((f"splits.{split}", "tokens", splits[split]) for split in splits)]
-    for where, count_key, entry in entries:
-        if problem := _entry_problem(where, count_key, entry):
-            return problem
-    tokens, size = sum(entry["tokens"] for entry in splits.values()), source["bytes"]
-    if tokens > size or (meta["unit"] == BYTE and tokens != size):
-        return f"the splits have {tokens:,} tokens, but the text has {size:,} bytes"
-    try:
-        Vocabulary.from_dict(meta)
-    except DataError as error:
-        return str(error)
-    return None
-
-
-def _entry_problem(where: str, count_key: str, entry: object) -> str | None:
-    if not isinstance(entry, dict):
-        return f"{where} is {shown(entry)}, expected an object"
-    count, digest = entry.get(count_key), entry.get("sha256")
-    if type(count) is not int or count < 1:
-        return f"{where}.{count_key} is {shown(count)}, expected a positive integer"
-    if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        return f"{where}.sha256 is {shown(digest)}, expected 64 hexadecimal digits"
-    return None
-
-
 def _read_bin(folder: Path, split: str, entry: dict, vocab_size: int) -> np.ndarray:
     """The split's tokens, mapped from disk. Raises DataError when they are not those that meta.json describes."""
     path, expected = folder / f"{split}.bin", entry["tokens"] * TOKEN.itemsize
     try:
         size = path.stat().st_size
-        if size == expected:
-            tokens = np.memmap(path, dtype=TOKEN, mode="r")
-            digest, largest = _digest_and_largest(tokens)
+        tokens = np.memmap(path, dtype=TOKEN, mode="r") if size == expected else None
     except OSError as error:
-        problem = f"missing or unreadable ({error.strerror}), expected {expected:,} bytes"
-        raise DataError(f"{path}: {problem}; make it again with {prepare_command(folder)}") from error
-    problem = None
-    if size != expected:
-        state = "empty" if size == 0 else "cut short" if size < expected else "too long"
-        problem = f"{state}, {size:,} bytes, meta.json expects {expected:,}"
-    elif digest != entry["sha256"]:
-        problem = f"its SHA-256 is {digest}, meta.json expects {entry['sha256']}: changed, or of another data set"
-    elif largest >= vocab_size:
-        problem = f"holds id {largest}, the vocabulary has {vocab_size} symbols (0 to {vocab_size - 1})"
-    if problem:
-        raise DataError(f"{path}: {problem}; make it again with {prepare_command(folder)}")
-    return tokens
+        problem = f"missing or unreadable ({error.strerror})"
+    else:
+        if tokens is None:
+            problem = f"cut short or too long: {size:,} bytes, meta.json expects {expected:,}"
+        elif (digest := hashlib.sha256(tokens).hexdigest()) != entry["sha256"]:
+            problem = f"its SHA-256 is {digest}, meta.json expects {entry['sha256']}: changed, or of another data set"
+        elif tokens.max() >= vocab_size:
+            problem = f"holds id {tokens.max()}, the vocabulary has {vocab_size} symbols (0 to {vocab_size - 1})"
+        else:
+            return tokens
+    raise DataError(f"{path}: {problem}; make it again with {prepare_command(folder)}")
 
 
-def _digest_and_largest(tokens: np.ndarray) -> tuple[str, int]:
-    digest, largest = hashlib.sha256(), 0
-    for start in range(0, len(tokens), CHUNK):
-        chunk = tokens[start : start + CHUNK]
-        digest.update(chunk)
-        largest = max(largest, int(chunk.max()))
-    return digest.hexdigest(), largest
-
-
-def _check_text(folder: Path, source: dict, vocabulary: Vocabulary, splits: list[np.ndarray]) -> None:
+def _check_text(folder: Path, source: dict, vocabulary: Vocabulary, splits: Iterable[np.ndarray]) -> None:
     """Raises DataError unless the bins, decoded with the vocabulary, are the text that was prepared."""
-    digest, size = hashlib.sha256(), 0
-    is_ascii = vocabulary._codes[-1] < 128
-    table = vocabulary._codes.astype(np.uint8 if vocabulary.unit == BYTE or is_ascii else "<u4")
+    digest = hashlib.sha256()
+    is_bytewise = vocabulary.unit == BYTE or vocabulary._codes[-1] < 128
+    table = vocabulary._codes.astype(np.uint8 if is_bytewise else "<u4")
     for tokens in splits:
         for start in range(0, len(tokens), CHUNK):
             piece = table[tokens[start : start + CHUNK]].tobytes()
-            piece = piece if table.itemsize == 1 else piece.decode("utf-32-le").encode()
-            digest.update(piece)
-            size += len(piece)
-    if (size, digest.hexdigest()) != (source["bytes"], source["sha256"]):
+            digest.update(piece if is_bytewise else piece.decode("utf-32-le").encode())
+    if digest.hexdigest() != source["sha256"]:
         raise DataError(
-            f"{folder / 'meta.json'}: its vocabulary and the bins make a text of {size:,} bytes with SHA-256 "
-            f"{digest.hexdigest()}, but its source has {source['bytes']:,} bytes, {source['sha256']}: one of them was "
-            f"changed; make them again with {prepare_command(folder)}"
+            f"{folder / 'meta.json'}: its vocabulary and the bins make a text with SHA-256 {digest.hexdigest()}, its "
+            f"source has {source['sha256']}: one of them was changed; make them again with {prepare_command(folder)}"
         )
 
 
@@ -453,8 +354,8 @@ def find_dataset(dataset: str) -> Path:
     known = known_datasets()
     if dataset in known:
         return ROOT / "data" / dataset
-    near = difflib.get_close_matches(dataset, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'};"
+    near = nearest(dataset, known)
+    hint = f"did you mean {near}?" if near else f"known: {', '.join(known)};"
     raise DataError(f"dataset {shown(dataset)}: unknown under {ROOT / 'data'}; {hint} A path needs a '/' in it.")
 
 
@@ -465,16 +366,14 @@ def is_prepared(folder: Path) -> bool:
 
 def known_datasets() -> list[str]:
     """The folders in data/ that can be prepared, or are."""
-    folders = sorted(path for path in (ROOT / "data").glob("*") if path.is_dir())
-    return [path.name for path in folders if any(os.path.exists(path / name) for name in ("prepare.py", "train.bin"))]
+    found = [*(ROOT / "data").glob("*/prepare.py"), *(ROOT / "data").glob("*/train.bin")]
+    return sorted({path.parent.name for path in found})
 
 
 def prepare_command(folder: Path) -> str:
-    """The shell command that prepares `folder`, as far as the folder's name tells."""
+    """The shell command that prepares `folder`: its own prepare.py, or one of data/ with --out."""
     folder = Path(os.path.abspath(folder))
     script = folder / "prepare.py"
     if os.path.isfile(script):
         return shlex.join(["python", str(script.relative_to(ROOT) if script.is_relative_to(ROOT) else script)])
-    known = [name for name in known_datasets() if folder.name.startswith(name)]
-    name = max(known, key=len) if known else "NAME"
-    return shlex.join(["python", f"data/{name}/prepare.py", "--out", str(folder)])
+    return shlex.join(["python", "data/NAME/prepare.py", "--out", str(folder)])

@@ -22,12 +22,8 @@ from papers.table import FIRST_SEED
 from run import checkpoint, records
 from run.records import RecordError
 from run.settings import Config
+from support import files
 from support.files import ROOT, shown_path
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there nothing keeps two sweeps apart
-    fcntl = None
 
 # "to be copied": complete in out/, but its record is not in results/ yet. "cannot be run": its data set is not
 # prepared, or running it would destroy another run.
@@ -242,14 +238,10 @@ def data_problem(config):
 
 def is_locked(path):
     """Whether a sweep, or a run, holds a lock on the file."""
-    if fcntl is None or not path.exists():
+    if not path.exists():
         return False
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that two processes that look do not collide
-        except BlockingIOError:
-            return True
-    return False
+    with open(path, "rb") as file:  # shared, so that two processes that look do not collide
+        return files.lock(file, is_shared=True) is False
 
 
 def take_lock(path):
@@ -259,8 +251,6 @@ def take_lock(path):
     locked. Lock files are never removed, for then two sweeps could each hold a lock of the same name.
     """
     file = open(path, "ab")
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if files.lock(file) is not False:
         return file
     file.close()
-    return None

@@ -138,7 +138,7 @@ def speed_csv(benches: list[dict]) -> str:
     """Every measurement, unrounded; unknown values are empty."""
     lines = []
     for bench in benches:
-        git, alone = bench["git"], bench_records.is_exclusive(bench)
+        git, alone = bench["git"], bench_records.is_undisturbed(bench)
         place = bench["size"], records.machine_of(bench), git["commit"], git["dirty"], alone
         for one in bench["measurements"]:
             ratio = one["ratio"] or dict.fromkeys(("median", "p10", "p90", "n"))

@@ -10,6 +10,7 @@ with weights_only=True: a file from a stranger runs no code.
 
 import hashlib
 import io
+import os
 import re
 from pathlib import Path
 
@@ -30,14 +31,12 @@ class Unreadable(CheckpointError):
     """The system cannot read the checkpoint at the moment; it may be good."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
 def save(path: Path, state: dict, previous: Path | None = None) -> None:
     """Write a checkpoint. state: nested dicts and lists of tensors, numbers, strings, None; previous: the path under
     which the old file is kept."""
-    write_atomically(path, sealed(packed({"format": FORMAT, **state})), previous)
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomically(path, sealed(buffer.getvalue()), previous)
 
 
 def load(path: Path) -> dict:
@@ -46,42 +45,26 @@ def load(path: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 128))
-            end = file.read(128)
-            seal = SEAL.search(end)
+            seal = SEAL.search(file.read())
             file.seek(0)
-            content = file.read(size) if seal else b""
+            content = file.read() if seal else b""
     except OSError as error:
         raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
     if not seal:
-        if end[-22:].startswith(b"PK\5\6"):  # a zip archive without a comment
-            raise CheckpointError(f"{path} has no checksum of this program: another, or an older version, wrote it")
         reason = f"it was cut short, or something else wrote it ({size:,} bytes)"
-        raise CheckpointError(f"{path} is not a whole checkpoint: {reason}")
-    found = seal[1].decode()
-    if found != FORMAT:
-        raise CheckpointError(f"{path}: its format is {found!r}, expected {FORMAT!r}")
+        raise CheckpointError(f"{path} has no checksum of this program: {reason}")
+    if seal[1].decode() != FORMAT:
+        raise CheckpointError(f"{path}: its format is {seal[1].decode()!r}, expected {FORMAT!r}")
     if hashlib.sha256(memoryview(content)[: -len(seal[0])]).hexdigest().encode() != seal[2]:
         raise CheckpointError(f"{path} is damaged: its content does not have its checksum")
     try:
-        return unpacked(content)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for what it does not allow
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {first_line(error)}"
-        ) from error
-
-
-def packed(state) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def unpacked(content: bytes):
-    """The packed state, on the CPU. No code in the bytes is run."""
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {why}") from error
 
 
 def sealed(archive: bytes) -> bytes:

@@ -10,6 +10,7 @@ inference_speed   characters a second, timed as the papers time it but for waiti
 
 import math
 import time
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -78,10 +79,9 @@ def sampled_loss(model, dataset, split, config, machine, step, processes=ONE_PRO
     """Mean over config.eval_iters random batches, shared among the processes; they depend on seed and step alone."""
     model.eval()
     losses, objectives = torch.zeros(2, config.eval_iters, device=machine.device)
+    seed, first, size = config.seed + EVALUATION_STREAM, step * config.eval_iters, config.batch_size
     for i in filter(processes.owns, range(config.eval_iters)):
-        x, y = dataset.batch(
-            split, config.seed + EVALUATION_STREAM, step * config.eval_iters + i, config.batch_size, config.block_size
-        )
+        x, y = dataset.batch(split, seed, first + i, size, config.block_size)
         with machine.autocast():
             out = model(x, y)
         losses[i], objectives[i] = out.loss, out.objective
@@ -112,11 +112,11 @@ def drop_rate_by_class(stats: balance.RoutingStats, vocabulary) -> dict:
     """{"drop_rate_by_class": {class: share of its choices that capacity dropped}}; {} where nothing can be dropped."""
     if not stats.dropped_by_symbol.numel():
         return {}
-    totals = {}
+    dropped, made = Counter(), Counter()
     for symbol, counts in zip(vocabulary.symbols, stats.dropped_by_symbol.t().tolist()):
-        total = totals.setdefault(character_class(symbol), [0.0, 0.0])
-        total[:] = (a + b for a, b in zip(total, counts))
-    return {"drop_rate_by_class": {name: dropped / made for name, (dropped, made) in totals.items() if made}}
+        name = character_class(symbol)
+        dropped[name], made[name] = dropped[name] + counts[0], made[name] + counts[1]
+    return {"drop_rate_by_class": {name: dropped[name] / count for name, count in made.items() if count}}
 
 
 @torch.no_grad()
@@ -124,8 +124,7 @@ def inference_speed(model, config, machine, characters=500) -> list[float]:
     """Characters a second of each of config.inference_samples texts, written as the papers' scripts do.
 
     Batch 1, temperature 0.8, top-k 200, eager, no cache: each character costs a pass over the whole context. Unlike the
-    papers' scripts, the clock waits for the device, before and after. Empty where routing looks at later characters, so
-    that no text can be written.
+    papers' scripts, the clock waits for the device. Empty where routing looks at later characters.
     """
     if not config.is_causal:
         return []

@@ -34,15 +34,8 @@ class Processes:
 
     @classmethod
     def from_environment(cls):
-        """The group that torchrun describes in the environment, not yet connected: see `join`. ConfigError where the
-        variables contradict each other."""
-        found = {name: os.environ.get(name, str(default)) for name, default in TORCHRUN.items()}
-        group = cls(*(int(text) if text.isdecimal() else -1 for text in found.values()))
-        are_local = 0 <= group.local_rank < group.local_world_size <= group.world_size
-        if not (are_local and 0 <= group.rank < group.world_size):
-            told = ", ".join(f"{name}={text}" for name, text in found.items())
-            raise ConfigError([f"{told} in the environment: not as torchrun sets them, which starts several processes"])
-        return group
+        """The group that torchrun describes in the environment, not yet connected: see `join`."""
+        return cls(*(int(os.environ.get(name, default)) for name, default in TORCHRUN.items()))
 
     @property
     def is_first(self):
@@ -50,28 +43,22 @@ class Processes:
 
     def check(self, config):
         """Refuse a config whose batches cannot be divided among the processes: ConfigError."""
-        if self.world_size == 1:
+        count, problems = self.world_size, []
+        if count == 1:
             return
-        problems = []
         if config.device not in ("auto", "cuda", "cpu"):
-            problems.append(
-                f"device={config.device!r} is one device for {self.world_size} processes; expected auto, cuda or cpu: "
-                "each process takes the GPU of its own number"
-            )
+            problems.append(f"device={config.device!r} is one device for {count} processes; expected auto, cuda or cpu")
         if config.eval_only:
             problems.append("eval_only evaluates in one process: start it without torchrun")
-        if self.splits_batches(config):
-            if config.batch_size % self.world_size:
-                problems.append(
-                    f"{self.world_size} processes can share neither gradient_accumulation_steps = "
-                    f"{config.gradient_accumulation_steps} nor batch_size = {config.batch_size} evenly; expected one "
-                    "of them to be a multiple of their number"
-                )
-            if "capacity_group=batch" in config.leaks:
-                problems.append(
-                    "capacity_group=batch lets the whole batch share a capacity, so a batch cannot be divided; "
-                    f"set capacity_group=sequence, or gradient_accumulation_steps to a multiple of {self.world_size}"
-                )
+        if self.splits_batches(config) and config.batch_size % count:
+            steps = f"gradient_accumulation_steps = {config.gradient_accumulation_steps}"
+            sizes = f"neither {steps} nor batch_size = {config.batch_size} evenly"
+            problems.append(f"{count} processes can share {sizes}; one must be a multiple of {count}")
+        if self.splits_batches(config) and "capacity_group=batch" in config.leaks:
+            problems.append(
+                "capacity_group=batch lets the whole batch share a capacity, so a batch cannot be divided; "
+                f"set capacity_group=sequence, or gradient_accumulation_steps to a multiple of {count}"
+            )
         if problems:
             raise ConfigError(problems)
 
@@ -85,10 +72,8 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
         except (ValueError, RuntimeError) as error:
-            reason = files.first_line(error)
-            raise ConfigError(
-                [f"the {self.world_size} processes cannot meet ({reason}); is this started by torchrun?"]
-            ) from error
+            why = f"the {self.world_size} processes cannot meet ({files.first_line(error)})"
+            raise ConfigError([f"{why}; is this started by torchrun?"]) from error
 
     def leave(self):
         if self.control is not None:
@@ -153,16 +138,12 @@ class Processes:
         return value + (mean / self.world_size - value).detach()
 
     def all_gather(self, state):
-        """[each process's state], in every process. state: nested lists and dicts of tensors and numbers."""
+        """[each process's state], in every process. state: nested lists and dicts of CPU tensors and numbers."""
         if self.world_size == 1:
             return [state]
-        own = torch.frombuffer(bytearray(checkpoint.packed(state)), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(own)]), group=self.control)
-        longest = max(map(int, sizes))
-        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
-        dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - len(own))), group=self.control)
-        return [checkpoint.unpacked(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes)]
+        states = [None] * self.world_size
+        dist.all_gather_object(states, state, group=self.control)
+        return states
 
     def barrier(self):
         """Wait for all processes."""
@@ -170,13 +151,13 @@ class Processes:
             dist.barrier(self.control)
 
     def check_agreement(self, numbers):
-        """CheckpointError where the processes read different values of one of these {name: number}."""
-        for name, number in numbers.items():
-            if self.all_reduce_max(number) != -self.all_reduce_max(-number):
-                raise checkpoint.CheckpointError(
-                    f"the {self.world_size} processes see different numbers of {name}s, here {number}: out_dir and the "
-                    "data set must be the same on every machine"
-                )
+        """CheckpointError where the processes read different values of {name: number}."""
+        if any(theirs != numbers for theirs in self.all_gather(numbers)):
+            told = ", ".join(f"{name} {number}" for name, number in numbers.items())
+            raise checkpoint.CheckpointError(
+                f"the {self.world_size} processes see different runs or texts ({told} here): out_dir and the data set "
+                "must be the same on every machine"
+            )
 
 
 ONE_PROCESS = Processes()

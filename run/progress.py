@@ -120,11 +120,9 @@ def not_finite_text(error, config):
 
 def lost_process_text(error, config, processes, command):
     """What happened where another process of the run is gone. command: which resumes the run."""
-    reason = files.first_line(error)[:120]
-    return (
-        f"another of the {processes.world_size} processes of this run has ended, or is lost ({reason}): torchrun says "
-        f"more below. What was saved is in {config.out_dir}; to go on: {command}"
-    )
+    lost = f"another of the {processes.world_size} processes of this run has ended, or is lost"
+    reason = f"({files.first_line(error)[:120]}): torchrun says more below"
+    return f"{lost} {reason}. What was saved is in {config.out_dir}; to go on: {command}"
 
 
 def cpu_size_hint(script, argv):
@@ -167,11 +165,8 @@ def start_wandb(config, say):
         import wandb
 
         wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.title, config=config.to_dict())
-    except ImportError:
-        say("wandb_log=True, but wandb is not installed (pip install wandb): metrics go to metrics.jsonl only")
-        return None
-    except Exception as error:  # not logged in, no network, …
-        say(f"wandb_log=True, but wandb says: {files.first_line(error)}; metrics go to metrics.jsonl only")
+    except Exception as error:  # not installed, not logged in, no network, …
+        say(f"wandb_log=True, but wandb cannot be used ({files.first_line(error)}): metrics go to metrics.jsonl only")
         return None
     is_well = True
 
@@ -190,10 +185,6 @@ def start_wandb(config, say):
 
 def flattened(line):
     """{"clean": {"nats": 1.5}} -> {"clean/nats": 1.5}; lists are left out."""
-    numbers = {}
-    for key, value in line.items():
-        if isinstance(value, dict):
-            numbers |= {f"{key}/{name}": inner for name, inner in value.items()}
-        elif not isinstance(value, list):
-            numbers[key] = value
-    return numbers
+    numbers = {key: value for key, value in line.items() if not isinstance(value, (dict, list))}
+    nested = {key: value for key, value in line.items() if isinstance(value, dict)}
+    return numbers | {f"{key}/{name}": value for key, inner in nested.items() for name, value in inner.items()}

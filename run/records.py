@@ -11,7 +11,6 @@ Needs no torch, so that tables can be drawn where it is not installed.
 """
 
 import math
-import re
 import statistics
 from collections.abc import Iterator
 from itertools import pairwise
@@ -24,7 +23,6 @@ from support.options import ConfigError
 from support.schema import COMMIT, COUNT, FLAG, LOSS_NUMBER, NUMBER, OBJECT, POSITIVE, SHA256, SHARE, TEXT, mismatches
 
 FORMAT = "charmoe record 2"
-MAKERS = {"charmoe record": "train.py", "charmoe bench": "bench.py", "charmoe analysis": "analyze.py"}  # by format
 BENCH, ANALYSIS = "bench", "analysis"  # folders of results/ that hold no records of runs
 # Times of a run count only if other programs took at most this share of the cores' time on a CPU, or at most this much
 # memory on CUDA, which is more than the CUDA context of the run's own process takes.
@@ -141,10 +139,10 @@ def record_of(config, dataset, model, state, test, writing, peak_memory) -> dict
 
     evaluations, description = state.evaluations, state.machine
     said = derived(config, evaluations)
-    seconds, others = state.seconds, state.others
+    seconds, others, kept = state.seconds, state.others, [key.removesuffix("?") for key in EVALUATION]
+    device_type, speeds, others_then = description["device_type"], writing["speeds"], writing["others"]
     share = cpu_share(others, seconds["total"], description)
-    speeds, share_of_writing = writing["speeds"], cpu_share(writing["others"], writing["seconds"], description)
-    device_type = description["device_type"]
+    share_then = cpu_share(others_then, writing["seconds"], description)
     return {
         "format": FORMAT,
         **said,
@@ -166,15 +164,11 @@ def record_of(config, dataset, model, state, test, writing, peak_memory) -> dict
         "inference": {
             "samples": len(speeds),
             "tokens_per_second": statistics.mean(speeds) if speeds else None,
-            "exclusive": bool(speeds)
-            and is_exclusive(device_type, share_of_writing, writing["others"]["device_bytes"]),
+            "exclusive": bool(speeds) and is_exclusive(device_type, share_then, others_then["device_bytes"]),
         },
         "peak_memory_bytes": peak_memory,
         "routing": evaluations[-1]["routing"],
-        "evaluations": [
-            {key: line[key] for key in (key.removesuffix("?") for key in EVALUATION) if key in line}
-            for line in evaluations
-        ],
+        "evaluations": [{key: line[key] for key in kept if key in line} for line in evaluations],
     }
 
 
@@ -280,18 +274,11 @@ def problems(record) -> list[str]:
 
 def kind_problems(record, expected, schema) -> list[str]:
     """Why a value read from a file is no record of the expected format and schema, a line each."""
-    kind, version = expected.rsplit(" ", 1)
     if not isinstance(record, dict):
-        return [f"{shown(record)} is no record of {MAKERS[kind]}; expected {OBJECT}"]
-    found = record.get("format")
-    if found == expected:
-        return list(mismatches(record, schema))
-    told = f"has no format {expected!r}" if found is None else f"its format is {shown(found)}, expected {expected!r}"
-    match = re.fullmatch(r"(.+) (\d{1,9})", found) if isinstance(found, str) else None
-    if match and match[1] == kind:
-        return [f"{told}: {'older' if int(match[2]) < int(version) else 'newer'} code made it"]
-    maker = MAKERS.get(match[1]) if match else None
-    return [f"{told}: it is {f'a record of {maker}, and ' if maker else ''}no record of {MAKERS[kind]}"]
+        return [f"{shown(record)} is no record; expected {OBJECT}"]
+    if record.get("format") != expected:
+        return [f"its format is {shown(record.get('format'))}, expected {expected!r}"]
+    return list(mismatches(record, schema))
 
 
 def config_in(values, origin) -> tuple[Config | None, list[str]]:
@@ -317,16 +304,16 @@ def contradictions(record, config) -> Iterator[str]:
     summary["test"] = test and {"bpc": test["nats"] / math.log(2), "step": summary["clean"]["best"]["step"]}
     if not config.n_expert or config.leaks_of_any_router:  # else it is up to the router's class, which needs torch
         summary["leaky"] = bool(config.leaks_of_any_router)
-    yield from differences(record, summary)
+    yield from deviations(record, summary)
     for i, line in enumerate(evaluations):
-        yield from differences(line["clean"], {"bpc": line["clean"]["nats"] / math.log(2)}, f"evaluations[{i}].clean")
+        yield from deviations(line["clean"], {"bpc": line["clean"]["nats"] / math.log(2)}, f"evaluations[{i}].clean")
 
 
-def differences(found, expected, where="") -> Iterator[str]:
-    """Each field in which `found` is not `expected`, floats within 1e-9."""
+def deviations(found, expected, where="") -> Iterator[str]:
+    """Yields each field in which `found` is not `expected`, floats within 1e-9."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for name, inner in expected.items():
-            yield from differences(found[name], inner, f"{where}.{name}" if where else name)
+            yield from deviations(found[name], inner, f"{where}.{name}" if where else name)
     elif isinstance(expected, float) and isinstance(found, (int, float)):
         if not math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12):
             yield f"{where} is {found}, but the rest of the record makes it {expected}"

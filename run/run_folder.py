@@ -28,11 +28,6 @@ from run.settings import Config
 from support import files
 from support.options import ConfigError
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 REFUSED = "ckpt.refused.pt"  # the new name of a damaged ckpt.pt, kept for inspection
 AGAIN = "--init_from=scratch --overwrite=True makes the run again"
 STATE = ("config", "dataset", "vocabulary", "model", "optimizer", "best", "progress", "processes")  # of a checkpoint
@@ -70,22 +65,20 @@ class RunFolder:
             raise ConfigError([f"out_dir={config.out_dir} is a file; expected a folder, or a name for a new one"])
         has_checkpoint = "ckpt.pt" in held or "ckpt.previous.pt" in held
         if config.init_from != "scratch" and config.overwrite:
-            raise ConfigError(
-                [f"--init_from={config.init_from} goes on with a run and --overwrite=True throws it away: choose one"]
-            )
+            going_on = f"--init_from={config.init_from} goes on with a run"
+            raise ConfigError([f"{going_on} and --overwrite=True throws it away: choose one"])
         if has_checkpoint and config.init_from != "scratch":
             return self.newest_good()
         if config.init_from == "resume":
-            raise CheckpointError(
-                f"{self} holds no ckpt.pt to resume from; start the run with --init_from=scratch"
-                + (" --overwrite=True" if held else "")
-            )
+            words = "--init_from=scratch --overwrite=True" if held else "--init_from=scratch"
+            raise CheckpointError(f"{self} holds no ckpt.pt to resume from; start the run with {words}")
         if config.init_from == "auto" and set(held) <= {"config.json", "metrics.jsonl"}:
             return None  # an empty folder, or a run that was stopped before its first checkpoint
         if held and not config.overwrite and not config.eval_only:
+            kind = "a complete" if "summary.json" in held else "an unfinished"
             raise ConfigError(
                 [
-                    f"{self} holds {self.description()}; nothing was changed. Choose one of:",
+                    f"{self} holds {kind} run; nothing was changed. Choose one of:",
                     *(["--init_from=resume goes on with it;"] if has_checkpoint else []),
                     "--out_dir=… or another --seed=… makes this run elsewhere;",
                     "--overwrite=True throws it away and starts again",
@@ -123,20 +116,8 @@ class RunFolder:
         metrics, known = self / "metrics.jsonl", saved["progress"]["metrics_bytes"]
         length = metrics.stat().st_size if metrics.exists() else 0
         if length < known and not self.config.eval_only:
-            raise CheckpointError(
-                f"{metrics} is shorter than when {self.read} was written ({length:,} bytes, {known:,} then): "
-                "something else changed it"
-            )
-
-    def description(self):
-        """The run in this folder, in words."""
-        try:
-            title = json.loads((self / "config.json").read_text()).get("title") or "a run"
-        except (OSError, ValueError, AttributeError):
-            title = "a run"
-        if (self / "summary.json").exists():
-            return f"a complete run ({title})"
-        return f"an unfinished run ({title})"
+            sizes = f"{length:,} bytes, {known:,} when {self.read} was written"
+            raise CheckpointError(f"{metrics} is shorter than it was: something else changed it ({sizes})")
 
     # -----------------------------------------------------------------------------------------------------------------
     # During the run
@@ -152,7 +133,10 @@ class RunFolder:
             files.sync_folder(self.path.parent)
             file = open(self / "metrics.jsonl", "ab", buffering=0)
         with file:
-            self.file, self.is_locked = file, lock(file, self)
+            locked = files.lock(file)
+            if locked is False:
+                raise CheckpointError(f"{self} is in use by another run that has not ended")
+            self.file, self.is_locked = file, bool(locked)
             # Another run may have written here while this one got ready.
             if saved and version_of(self / self.read) != self.version or not saved and self.open():
                 raise CheckpointError(f"another run has been at work in {self} meanwhile; nothing was changed")
@@ -164,7 +148,7 @@ class RunFolder:
                 gone = ["summary.json"] if saved else [name for name in checkpoint.RUN_FILES if name != "metrics.jsonl"]
                 for name in [*gone, *(f"{name}.partial" for name in checkpoint.RUN_FILES)]:
                     (self / name).unlink(missing_ok=True)
-                for step, path in self.snapshots():
+                for step, path in snapshots_in(self.path):
                     if not saved or step > saved["progress"]["step"]:
                         path.unlink()
                 file.truncate(saved["progress"]["metrics_bytes"] if saved else 0)  # later lines are made again
@@ -175,10 +159,9 @@ class RunFolder:
 
     def save(self, state, is_best):
         """Write ckpt.pt, and keep the old one as ckpt.previous.pt. is_best: also write best.pt, from state["best"]."""
-        if version_of(self / "metrics.jsonl", is_growing=True) != version_of(self.file.fileno(), is_growing=True):
-            raise CheckpointError(
-                f"{self} was deleted or replaced while this run went on: nothing more is written there"
-            )
+        metrics = self / "metrics.jsonl"
+        if not metrics.exists() or not os.path.samestat(os.stat(metrics), os.fstat(self.file.fileno())):
+            raise CheckpointError(f"{self} was deleted or replaced while this run went on: nothing more is written")
         checkpoint.save(self / "ckpt.pt", state, previous=self / "ckpt.previous.pt")
         if is_best:
             self.save_best(state)
@@ -197,10 +180,6 @@ class RunFolder:
             (self / "snapshots").mkdir(exist_ok=True)
         self.save_weights(f"snapshots/step-{weights['step']:06}.pt", about, weights)
 
-    def snapshots(self):
-        """[(step, path)] of its snapshots, by step."""
-        return snapshots_in(self.path)
-
     def complete(self, record):
         """Write the record of the complete run, its last file."""
         (self / "ckpt.previous.pt").unlink(missing_ok=True)
@@ -213,28 +192,12 @@ def snapshots_in(folder):
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def lock(file, folder) -> bool:
-    """Take an exclusive lock until the file is closed; CheckpointError where another run has it. -> whether the system
-    and the file system support locks"""
-    if not fcntl:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(f"{folder} is in use by another run that has not ended") from None
-    except OSError:
-        return False
-    return True
-
-
-def version_of(file, is_growing=False):
-    """A value that changes when a file (a path or a descriptor) is replaced or, unless is_growing, written to. None
-    where there is no file."""
-    try:
-        status = os.stat(file)
-    except OSError:
+def version_of(path):
+    """A value that changes when the file is replaced or written to; None where there is none."""
+    if not path.exists():
         return None
-    return (status.st_dev, status.st_ino, *(() if is_growing else (status.st_mtime_ns, status.st_size)))
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 class Metrics:
@@ -276,14 +239,11 @@ def check_resumable(saved, config, dataset):
             + "\nResume with the same settings, or choose another --out_dir."
         )
     if saved["dataset"] != dataset.describe():
-        raise CheckpointError(
-            f"{config.out_dir} was trained on another text: {texts(saved['dataset'], dataset.describe())}"
-        )
+        differing = texts(saved["dataset"], dataset.describe())
+        raise CheckpointError(f"{config.out_dir} was trained on another text: {differing}")
     if saved["progress"]["step"] > config.max_iters:
-        made = f"{saved['progress']['step']:,}"
-        raise CheckpointError(
-            f"{config.out_dir} has already made {made} updates, more than max_iters={config.max_iters}"
-        )
+        made = f"{saved['progress']['step']:,} updates"
+        raise CheckpointError(f"{config.out_dir} has already made {made}, more than max_iters={config.max_iters}")
     return config.differences(theirs, ("schedule",))
 
 

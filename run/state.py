@@ -38,13 +38,6 @@ class TrainingState:
         default_factory=lambda: {"train": 0.0, "eval": 0.0, "save": 0.0, "compile": 0.0, "total": 0.0}
     )
 
-    def to_dict(self):
-        return dict(vars(self))
-
-    @classmethod
-    def from_dict(cls, saved):
-        return cls(**saved)
-
     @property
     def evaluated(self):
         """The step of the last evaluation, -1 before any."""
@@ -63,11 +56,8 @@ class TrainingState:
 
 def identity_of(config, dataset):
     """What saved weights belong to, as every checkpoint says it."""
-    return {
-        "config": config.to_dict(),
-        "dataset": dataset.describe(),
-        "vocabulary": dataset.vocabulary.to_dict(),
-    }
+    vocabulary = dataset.vocabulary.to_dict()
+    return {"config": config.to_dict(), "dataset": dataset.describe(), "vocabulary": vocabulary}
 
 
 def checkpoint_of(config, dataset, model, optimizer, state, best, totals, processes):
@@ -77,7 +67,7 @@ def checkpoint_of(config, dataset, model, optimizer, state, best, totals, proces
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "best": best,  # {"step", "model"}
-        "progress": state.to_dict(),
+        "progress": dict(vars(state)),
         "processes": processes.all_gather({"interval": totals.to_dict(), "random": random_state()}),
     }
 
@@ -87,12 +77,12 @@ def restore(saved, model, optimizer, git):
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state = TrainingState.from_dict(saved["progress"])
+        state = TrainingState(**saved["progress"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint does not fit its own config: {files.first_line(error)}") from error
     before = state.git
-    is_clean = before["dirty"] is False and git["dirty"] is False
-    is_clean = is_clean and machines.same_code(before["commit"], git["commit"])
+    are_clean = before["dirty"] is False and git["dirty"] is False
+    is_clean = are_clean and machines.same_code(before["commit"], git["commit"])
     # A record names one commit: sessions of different code make it dirty.
     return dataclasses.replace(state, resumed=state.resumed + 1, git={"commit": git["commit"], "dirty": not is_clean})
 

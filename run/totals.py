@@ -30,21 +30,16 @@ class RunningTotals:
 
     def add(self, out, share):
         """Add a forward pass. out: its model.Output; share: its part of one update."""
-        terms = {
-            "loss": out.loss,
-            "objective": out.objective,
-            **{f"aux_{name}": term.raw for name, term in out.aux.items()},
-        }
+        terms = {f"aux_{name}": term.raw for name, term in out.aux.items()}
+        terms = {"loss": out.loss, "objective": out.objective} | terms
         terms = {name: value.detach().float() * share for name, value in terms.items()}
         if not self.terms:
             self.terms = terms
             self.stats = [balance.RoutingStats(*(value.clone() for value in layer)) for layer in out.stats]
             return
         # One call for all of them: adding tensors of a few numbers costs its launch.
-        torch._foreach_add_(
-            self.tensors(),
-            [*(terms[name] for name in self.terms), *(value for layer in out.stats for value in layer)],
-        )
+        added = [*(terms[name] for name in self.terms), *(value for layer in out.stats for value in layer)]
+        torch._foreach_add_(self.tensors(), added)
 
     def exclude(self, seconds):
         """Do not count this time, which went into something else than training."""
@@ -70,8 +65,8 @@ class RunningTotals:
         return {
             "steps": self.steps,
             "seconds": time.perf_counter() - self.started,
-            "sums": self.terms,
-            "stats": [list(layer) for layer in self.stats],
+            "sums": {name: value.cpu() for name, value in self.terms.items()},
+            "stats": [[value.cpu() for value in layer] for layer in self.stats],
         }
 
     @classmethod

@@ -27,10 +27,10 @@ class Trained(NamedTuple):
 
 def load_trained(out_dir, name, device) -> Trained:
     """The model in out_dir/name. ConfigError or CheckpointError if it is missing or does not fit its config."""
-    return model_in(read_checkpoint(out_dir, name), Path(out_dir) / name, device)
+    return model_in(read_weights(out_dir, name), Path(out_dir) / name, device)
 
 
-def read_checkpoint(out_dir, name) -> dict:
+def read_weights(out_dir, name) -> dict:
     """The contents of the checkpoint out_dir/name."""
     folder = Path(out_dir)
     if not str(out_dir):
@@ -46,47 +46,30 @@ def read_checkpoint(out_dir, name) -> dict:
 
 
 def model_in(saved, path, device) -> Trained:
-    """saved: the contents of the checkpoint at `path`."""
+    """saved: the contents of the checkpoint at `path`. CheckpointError where they do not fit together."""
     config = Config.from_dict(saved["config"], origin=str(path))
     if problems := [f"{path}: {message}" for _, message in config.problems()]:
         raise ConfigError(problems)
     try:
         vocabulary = Vocabulary.from_dict(saved["vocabulary"])
         model = model_of(config, vocabulary, saved["model"])
-    except (DataError, RuntimeError) as error:
+    except DataError as error:
         raise CheckpointError(f"{path}: {files.first_line(error)}") from None
+    except (RuntimeError, TypeError) as error:
+        why = " ".join(line.strip() for line in str(error).splitlines()[:2])  # the headline, and the first misfit
+        raise CheckpointError(f"{path}: its weights do not fit its own config: {why}") from None
     return Trained(model.to(device).eval(), vocabulary, config)
 
 
 def model_of(config, vocabulary, weights):
-    """The model with these weights. RuntimeError if they do not fit; sizes are compared before memory is taken."""
-
-    def misfit(reason):
-        return RuntimeError(f"its weights do not fit its own config: {reason}")
-
-    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
-        raise misfit("they are no tensors")
-    held, rows = sum(weight.numel() for weight in weights.values()), (config.block_size, *config.expert_counts())
-    if held < config.n_embd * max(rows):
-        raise misfit(f"they are {held:,} numbers, fewer than n_embd = {config.n_embd} times {max(rows)}")
-    try:
-        with torch.device("meta"):
-            empty = GPT(config, vocabulary.size)
-    except (RuntimeError, TypeError) as error:  # beyond what 64 bits can count
-        raise misfit(files.first_line(error)) from None
-    expected, parameters = empty.state_dict(), dict(empty.named_parameters())
-    for name in [*expected, *weights]:
-        if name not in weights or name not in expected:
-            raise misfit(f"{files.shown(name)} is {'missing' if name in expected else 'unknown'}")
-        wanted, found = ((w.dtype, w.layout, tuple(w.shape)) for w in (expected[name], weights[name]))
-        if found != wanted:
-            raise misfit(f"{name} is {found}, expected {wanted}")
-        is_of_router = ".router." in name and name not in parameters  # its own business: see state_problem
-        if not is_of_router and not weights[name].isfinite().all():
-            raise misfit(f"{name} has numbers that are not finite")
+    """The model with these weights. RuntimeError or TypeError where they do not fit it."""
+    with torch.device("meta"):  # compare sizes before memory is taken for a model of the config's size
+        GPT(config, vocabulary.size).load_state_dict(weights, assign=True)
+    if broken := [name for name, weight in weights.items() if weight.is_floating_point() and weight.isnan().any()]:
+        raise RuntimeError(f"{broken[0]} is NaN somewhere")
     model = GPT(config, vocabulary.size)
     model.load_state_dict(weights)
     for layer in model.moe_layers():
         if problem := layer.router.state_problem():
-            raise misfit(f"the router of block {layer.router.layer}: {problem}")
+            raise RuntimeError(f"the router of block {layer.router.layer}: {problem}")
     return model

@@ -31,7 +31,6 @@ class Update(NamedTuple):
 class Compiled(NamedTuple):
     """The outcome of torch.compile."""
 
-    model: torch.nn.Module  # the compiled form, or the model itself where that failed
     seconds: float
     failure: str | None  # why it is not compiled, in one line
 
@@ -69,9 +68,10 @@ class Updater:
         batches = list(zip(processes.own_batches(x, config), processes.own_batches(y, config)))
         if self.parallel is None and processes.world_size > 1:
             self.parallel = self.make_parallel(*batches[0])
-        objective, stats = 0.0, None
+        run_model, objective, stats = self.parallel or self.run_model, 0.0, None
         for i, (x_part, y_part) in enumerate(batches):
-            with self.gradient_exchange(is_last=i == len(batches) - 1) as run_model:
+            is_last = i == len(batches) - 1  # its backward pass averages the gradients over processes
+            with contextlib.nullcontext() if is_last or not self.parallel else self.parallel.no_sync():
                 with self.machine.autocast():
                     out = run_model(x_part, y_part)
                 part = out.objective / len(batches)
@@ -82,7 +82,7 @@ class Updater:
         loads = [layer.load for layer in stats] if config.router_bias_rate else []
         # The sum over processes is finite only where each process's objective is.
         objective, *loads = processes.all_reduce_sum([objective, *loads])
-        gradient_norm = clip_gradients(list(model.parameters()), config.grad_clip or math.inf)
+        gradient_norm = clip_gradients(model.parameters(), config.grad_clip or math.inf)
         self.guard.check(step, objective, gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -105,22 +105,27 @@ class Updater:
         return parallel
 
     def compile(self, x, y) -> Compiled:
-        """Run the compiled model from now on, where it compiles. x, y: all sequences of an update."""
-        config = self.config
-        own = (self.processes.own_batches(rows, config)[0] for rows in (x, y))
-        evaluated = x[: config.batch_size], y[: config.batch_size]
-        compiled = compile_model(self.model, *own, self.machine, evaluated)
-        self.run_model, self.machine = compiled.model, self.machine._replace(compile=not compiled.failure)
-        return compiled
+        """Run the compiled model from now on, where it compiles. x, y: all sequences of an update.
 
-    @contextlib.contextmanager
-    def gradient_exchange(self, is_last):
-        """Gives the callable for a micro-batch; the last one's backward pass averages the gradients over processes."""
-        if self.processes.world_size == 1:
-            yield self.run_model
-            return
-        with contextlib.nullcontext() if is_last else self.parallel.no_sync():
-            yield self.parallel
+        Training and evaluation are each run once, without side effects.
+        """
+        machine, size, failure, started = self.machine, self.config.batch_size, None, time.perf_counter()
+        own = (self.processes.own_batches(rows, self.config)[0] for rows in (x, y))
+        compiled = machines.compiled(self.model)
+        with without_side_effects(self.model):
+            try:
+                with machine.autocast():
+                    objective = compiled.train()(*own).objective
+                objective.backward()
+                with machine.autocast(), torch.no_grad():
+                    compiled.eval()(x[:size], y[:size])
+            except torch.OutOfMemoryError:
+                raise  # would not fit without compiling either
+            except Exception as error:  # whatever a compiler raises, training can go on without it
+                compiled, failure = self.model, f"{type(error).__name__}: {files.first_line(error)}"
+        machine.synchronize()
+        self.run_model, self.machine = compiled, machine._replace(compile=failure is None)
+        return Compiled(time.perf_counter() - started, failure)
 
 
 def learning_rate(step, config):
@@ -142,6 +147,7 @@ def clip_gradients(parameters, max_norm):
 
     As torch.nn.utils.clip_grad_norm_, but on a CPU, where reading the norm is free, short gradients are left alone.
     """
+    parameters = list(parameters)
     gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not gradient_norm.is_cpu or not gradient_norm <= max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, gradient_norm)
@@ -151,10 +157,10 @@ def clip_gradients(parameters, max_norm):
 def make_optimizer(model, config):
     """AdamW with weight decay on matrices and embeddings only. Stacked biases of experts are matrices by shape, and get
     none."""
-    named = list(model.named_parameters())
-    decayed = [p for name, p in named if p.dim() >= 2 and not name.rpartition(".")[2].startswith("bias")]
-    taken = {id(p) for p in decayed}
-    rest = [p for _, p in named if id(p) not in taken]
+    decayed, rest = [], []
+    for name, parameter in model.named_parameters():
+        is_decayed = parameter.dim() >= 2 and not name.rpartition(".")[2].startswith("bias")
+        (decayed if is_decayed else rest).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
@@ -174,42 +180,11 @@ class FiniteGuard:
         self.bad_step = torch.where((self.bad_step < 0) & bad, float(step), self.bad_step)
         self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()
 
-    def first_bad_step(self):
-        """The first step that was skipped, or None. Waits for the device."""
-        step = int(self.bad_step.item())
-        return step if step >= 0 else None
-
     def raise_if_skipped(self):
         """NotFinite where an update was skipped. Waits for the device."""
-        step = self.first_bad_step()
-        if step is not None:
+        step = int(self.bad_step.item())
+        if step >= 0:
             raise NotFinite(f"the loss or a gradient of step {step:,}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Compilation
-
-
-def compile_model(model, x, y, machine, evaluated=None) -> Compiled:
-    """Compile a model for training and evaluation by running each once on x, y (B, T), without side effects.
-
-    evaluated: (x, y) of evaluations, where they have another shape.
-    """
-    started = time.perf_counter()
-    compiled, failure = machines.compiled(model), None
-    with without_side_effects(model):
-        try:
-            with machine.autocast():
-                objective = compiled.train()(x, y).objective
-            objective.backward()
-            with machine.autocast(), torch.no_grad():
-                compiled.eval()(*(evaluated or (x, y)))
-        except torch.OutOfMemoryError:
-            raise  # would not fit without compiling either
-        except Exception as error:  # whatever a compiler raises, training can go on without it
-            compiled, failure = model, f"{type(error).__name__}: {files.first_line(error)}"
-    machine.synchronize()
-    return Compiled(compiled, time.perf_counter() - started, failure)
 
 
 @contextlib.contextmanager

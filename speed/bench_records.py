@@ -2,7 +2,7 @@
 
     pairs, left_out = read_all("results")                   # results/bench/*.json
     record = read("bench.json")                             # RecordError where it is not a valid record
-    slower(read("results/bench/epyc-cpu.json"), record)     # a line each; not_compared lists the rest
+    compare(read("results/bench/epyc-cpu.json"), record)    # what became slower, and what cannot be compared
 
 A unit of a task is one update, one prompt read, one decoding step or one text. Every number is a number; an unknown one
 is null. `ratio` is a model's time over the dense model's, in pairs timed one after the other: above 1 is slower.
@@ -12,14 +12,14 @@ Needs no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from run import records
 from run.records import machine_of
 from run.settings import Config
 from support.files import shown
-from support.options import EXPERIMENT, nearest, options_of
+from support.options import EXPERIMENT, options_of
 from support.schema import ABOVE_ZERO, COMMIT, COUNT, FITS, FLAG, LINE, NAME, NUMBER, OBJECT, POSITIVE, TEXT, mismatches
 
 FORMAT = "charmoe bench 1"
@@ -27,7 +27,7 @@ WAY_OUT = "make it again with bench.py"
 DENSE = "dense"  # the model that ratios are to
 REFERENCE = "reference"  # begins the names of models that run as in a plain eager script
 TASKS = {"train": "training", "prefill": "reading the prompt", "decode": "decoding", "papers": "the papers' protocol"}
-WORSE_RATIO, WORSE_TIME = 1.10, 1.25  # a median that grew by such a factor may count as slower: see slower
+WORSE_RATIO, WORSE_TIME = 1.10, 1.25  # a median that grew by such a factor may count as slower: see compare
 FEWEST = 10  # timings of a measurement that can be compared
 SIZE_OF_A_BATCH = ("batch_size", "block_size", "gradient_accumulation_steps")
 
@@ -90,13 +90,12 @@ def inverse_ratio(ratio) -> dict:
 
 def doubts(record) -> list[str]:
     """Reasons to trust a bench less, a sentence each."""
-    found, machine, held = [], record["machine"], record["others"]["device_bytes"]
+    found, held = [], record["others"]["device_bytes"]
     if not records.is_clean(record):
         found.append("The code had uncommitted changes." if record["git"]["dirty"] else "No commit says what code ran.")
-    if not is_exclusive(record):
-        share = None if machine["device_type"] == "cuda" else cpu_share(record)
-        why = "It is not known whether others used the machine"
-        if share is not None:
+    if not is_undisturbed(record):
+        share, why = others_share(record), "It is not known whether others used the machine"
+        if record["machine"]["device_type"] != "cuda" and share is not None:
             why = f"Others took {share:.0%} of the cores' time"
         elif held is not None:
             why = f"Others held up to {held / 2**30:.1f} GiB of the device's memory"
@@ -106,13 +105,9 @@ def doubts(record) -> list[str]:
 
 def note_of_references(record) -> list[str]:
     """A sentence on the references, which decode without a cache, if any were measured."""
-    measured_too = {one["model"] for one in record["measurements"] if one["task"] == "decode"}
-    titles = [
-        model["title"]
-        for name, model in record["models"].items()
-        if name.startswith(REFERENCE) and name in measured_too
-    ]
-    return [f"Without a cache, the whole window again for each character: {'; '.join(titles)}."] if titles else []
+    names = {name for name, task, _ in measurements_of(record) if task == "decode" and name.startswith(REFERENCE)}
+    titles = "; ".join(model["title"] for name, model in record["models"].items() if name in names)
+    return [f"Without a cache, the whole window again for each character: {titles}."] if titles else []
 
 
 def from_to(numbers) -> str:
@@ -139,13 +134,13 @@ def digits_of(value):
     return max(0, 2 - math.floor(math.log10(value))) if value else 0
 
 
-def is_exclusive(record) -> bool:
+def is_undisturbed(record) -> bool:
     """Whether other programs left the hardware to the bench; false where it is unknown."""
     machine, others = record["machine"], record["others"]
-    return records.is_exclusive(machine["device_type"], cpu_share(record), others["device_bytes"])
+    return records.is_exclusive(machine["device_type"], others_share(record), others["device_bytes"])
 
 
-def cpu_share(record):
+def others_share(record):
     """Share of all cores' time that other programs took; None where it is unknown."""
     return records.cpu_share(record["others"], record["seconds"], record["machine"])
 
@@ -168,38 +163,21 @@ def problems(record) -> list[str]:
         wrong += mismatches(model, MODEL, f"models.{name}")
     for name, model in models if not wrong else ():
         wrong += records.config_in(model["config"], f"models.{name}.config")[1]
-    return wrong or [message for holds, message in [*model_rules(record), *measurement_rules(record)] if not holds]
+    return wrong or [message for holds, message in rules(record) if not holds]
 
 
-def model_rules(record):
-    """(whether it holds, what to say if not) of each rule for the models."""
-    yield DENSE in record["models"], f"models has no {DENSE!r}, which ratios are to"
-    for name, model in record["models"].items():
-        for number, check in enumerate(model["checks"]):
-            error, limit = check["error"], check["limit"]
-            where = f"models.{name}.checks[{number}]"
-            yield error <= limit, f"{where}.error is {error}, above its limit, {limit}: {check['what']}"
-
-
-def measurement_rules(record):
-    """(whether it holds, what to say if not) of each rule for the measurements."""
+def rules(record):
+    """(whether it holds, what to say if not) of each rule that the tables and comparisons rely on."""
     found = measurements_of(record)
+    yield DENSE in record["models"], f"models has no {DENSE!r}, which ratios are to"
     yield len(found) == len(record["measurements"]) > 0, "measurements: expected one or more, no two of them alike"
     for number, one in enumerate(record["measurements"]):
-        where, name, task, ratio = f"measurements[{number}]", one["model"], one["task"], one["ratio"]
+        where, name, task = f"measurements[{number}]", one["model"], one["task"]
         for key, value, known in (("model", name, record["models"]), ("task", task, TASKS)):
-            guess = nearest(value, known)
-            hint = f"; nearest: {guess}" if guess else ""
-            yield value in known, f"{where}.{key} is {shown(value)}; expected {' or '.join(known)}{hint}"
-        yield (name == DENSE) == (ratio is None), f"{where}.ratio: expected null for {DENSE}, and only for it"
+            yield value in known, f"{where}.{key} is {shown(value)}; expected {' or '.join(known)}"
+        yield (name == DENSE) == (one["ratio"] is None), f"{where}.ratio: expected null for {DENSE}, and only for it"
         missing = f"{where}: {DENSE} was not measured at {task}, batch {one['batch_size']}, so there is no ratio to it"
         yield (DENSE, task, one["batch_size"]) in found, missing
-        for key in ("seconds", "ratio"):
-            low, median, high = ((one[key] or {}).get(end, 1) for end in ("p10", "median", "p90"))
-            yield low <= median <= high, f"{where}.{key}: p10 {low}, median {median}, p90 {high} do not rise"
-        speed, rate = one["tokens_per_second"], one["tokens"] / one["seconds"]["median"]
-        message = f"{where}.tokens_per_second is {speed}, but tokens / seconds.median is {rate}"
-        yield math.isclose(speed, rate, rel_tol=1e-3), message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,102 +210,71 @@ def read_all(folder) -> tuple[list[tuple[Path, dict]], list[str]]:
 # What became slower
 
 
-def slower(old, new) -> list[str]:
-    """What became slower in the new bench, a line each. not_compared lists what this cannot tell.
+class Compared(NamedTuple):
+    """An older and a newer bench, a line each."""
+
+    slower: list[str]  # in the newer one
+    not_compared: list[str]  # and why
+
+
+def compare(old, new) -> Compared:
+    """What became slower in the new bench, and what this cannot tell.
 
     A number is worse if its two p10–p90 ranges do not overlap and its median grew by more than 10% (ratios) or 25%
     (times), each from at least 10 timings. A model is judged by its ratio to the dense model, and the dense model by
     its ratio to the eager reference, since a disturbance of the machine reaches both of a pair. A slowdown that all
     models share shows only in times, which are compared only if both benches had the same machine to themselves.
 
-    Why these limits: 16 processes timed unchanged code (train and decode, one thread) on a core that others used too.
-    Of their 240 ordered pairs, this rule calls no ratio slower from 40 or 20 timings, at most 2% from 10, and up to 8%
-    from 5. Without the ranges, the 10% alone would call up to 9% slower from 40 timings and 24% from 5. Medians of
-    seconds differed fourfold: a quarter of the pairs would be called slower, whatever the limit. The price: a slowdown
-    smaller than the spread is not seen. Ranges of ratios were 12% to 22% wide in training, and 24% to 41% in decoding.
+    Why these limits: 16 processes timed unchanged code on a core that others used too. Of their 240 ordered pairs, this
+    rule calls no ratio slower from 20 timings, at most 2% from 10, and up to 8% from 5; without the ranges, up to 24%.
+    Medians of seconds differed fourfold. The price: a slowdown smaller than the spread, 12% to 41%, is not seen.
     """
-    lines = []
-    for key in comparable_keys(old, new):
-        name, task, batch_size = key
-        worse = [
-            f"{spread_with_unit(after, unit)}, was {spread_with_unit(before, unit)}"
-            for before, after, unit, margin in compared_numbers(old, new, key)
-            if after["p10"] > before["p90"] and after["median"] > margin * before["median"]
-        ]
-        if worse:
-            lines.append(f"{name}, {TASKS[task]}, batch {batch_size}: {'; '.join(worse)}")
-    return lines
-
-
-def not_compared(old, new) -> list[str]:
-    """What cannot be compared between two benches, and why, a line each."""
-    whole = why_nothing_is_compared(old, new)
-    if whole:
-        return [f"nothing is compared: {whole}"]
-    reason, lines = why_times_are_not_compared(old, new), []
-    for name in dict.fromkeys([*old["models"], *new["models"]]):
-        changes = config_changes(old, new, name)
-        lines += [f"{name}: {'; '.join(changes)}"] if changes else []
-    models = {}  # (task, batch size, why) -> of which
-    for key in dict.fromkeys([*measurements_of(old), *measurements_of(new)]):
-        name, task, batch_size = key
-        why = "" if config_changes(old, new, name) else why_not_compared(old, new, key)
-        if why:
-            models.setdefault((TASKS[task], batch_size, why), []).append(name)
-    lines += [f"{task}, batch {batch}: {why} ({', '.join(names)})" for (task, batch, why), names in models.items()]
-    return [*lines, f"times: {reason}"] if reason else lines
-
-
-def comparable_keys(old, new) -> list[tuple[str, str, int]]:
-    """(model, task, batch size) of each comparable measurement. Without the references, which nobody makes faster."""
-    if why_nothing_is_compared(old, new):
-        return []
-    return [
-        key
-        for key in measurements_of(old)
-        if not key[0].startswith(REFERENCE)
-        and not config_changes(old, new, key[0])
-        and not why_not_compared(old, new, key)
-    ]
-
-
-def compared_numbers(old, new, key) -> Iterator[tuple[dict, dict, str, float]]:
-    """(spread before, spread after, unit, factor from which it is worse) of each number to compare of a measurement."""
-    name, *where = key
-    was, now, reference = measurements_of(old), measurements_of(new), (REFERENCE, *where)
-    if name != DENSE:
-        yield was[key]["ratio"], now[key]["ratio"], "× dense", WORSE_RATIO
-    elif reference in was and reference in now:
-        yield (
-            inverse_ratio(was[reference]["ratio"]),
-            inverse_ratio(now[reference]["ratio"]),
-            "× the reference",
-            WORSE_RATIO,
-        )
-    if not why_times_are_not_compared(old, new):
-        yield was[key]["seconds"], now[key]["seconds"], "ms", WORSE_TIME
-
-
-def spread_with_unit(spread, unit):
-    return f"{spread_text(spread, 1000 if unit == 'ms' else 1)} {unit}"
-
-
-def why_nothing_is_compared(old, new) -> str:
-    """Why two benches cannot be compared at all; "" where they can."""
     for what, before, after in (
         ("size", old["size"], new["size"]),
         ("device", old["machine"]["device_type"], new["machine"]["device_type"]),
     ):
         if before != after:
-            return f"the {what} is {after}, was {before}"
-    return ""
+            return Compared([], [f"nothing is compared: the {what} is {after}, was {before}"])
+    was, now, why_no_times = measurements_of(old), measurements_of(new), why_times_are_not_compared(old, new)
+    changes = {name: config_changes(old, new, name) for name in {**old["models"], **new["models"]}}
+    slower, models = [], {}  # a reason -> the models that are not compared for it
+    for name, task, batch_size in [key for key in {**was, **now} if not changes[key[0]]]:
+        key, where = (name, task, batch_size), f"{TASKS[task]}, batch {batch_size}"
+        why = why_not_compared(was.get(key), now.get(key))
+        numbers = [] if why else ratios_of(was, now, key)
+        if not (why or why_no_times):
+            numbers.append((was[key]["seconds"], now[key]["seconds"], "ms", 1000, WORSE_TIME))
+        if not numbers:
+            why = why or f"without {REFERENCE} in both, nothing tells of it but times"
+            models.setdefault(f"{where}: {why}", []).append(name)
+        worse = [
+            f"{spread_text(after, scale)} {unit}, was {spread_text(before, scale)} {unit}"
+            for before, after, unit, scale, margin in numbers
+            if after["p10"] > before["p90"] and after["median"] > margin * before["median"]
+        ]
+        if worse and not name.startswith(REFERENCE):  # nobody makes those faster
+            slower.append(f"{name}, {where}: {'; '.join(worse)}")
+    missing = [f"{name}: {'; '.join(lines)}" for name, lines in changes.items() if lines]
+    missing += [f"{why} ({', '.join(names)})" for why, names in models.items()]
+    return Compared(slower, missing + ([f"times: {why_no_times}"] if why_no_times else []))
+
+
+def ratios_of(was, now, key):
+    """[(ratio before, ratio after, unit, scale, factor from which it is worse)] of a measurement, or [] without one."""
+    name, *where = key
+    reference = (REFERENCE, *where)
+    if name != DENSE:
+        return [(was[key]["ratio"], now[key]["ratio"], "× dense", 1, WORSE_RATIO)]
+    if reference not in was or reference not in now:
+        return []
+    return [(*(inverse_ratio(found[reference]["ratio"]) for found in (was, now)), "× the reference", 1, WORSE_RATIO)]
 
 
 def why_times_are_not_compared(old, new) -> str:
     """Why the times of two benches cannot be compared; "" where they can."""
     if machine_of(old) != machine_of(new):
         return f"the machine is {machine_of(new)}, was {machine_of(old)}"
-    busy = [which for which, record in (("old", old), ("new", new)) if not is_exclusive(record)]
+    busy = [which for which, record in (("old", old), ("new", new)) if not is_undisturbed(record)]
     return f"others used the machine during the {' and the '.join(busy)} bench, or may have" if busy else ""
 
 
@@ -344,13 +291,10 @@ def config_changes(old, new, name) -> list[str]:
     ]
 
 
-def why_not_compared(old, new, key) -> str:
-    """Why one measurement cannot be compared; "" where it can."""
-    was, now = measurements_of(old), measurements_of(new)
-    if key not in was or key not in now:
-        return f"not measured {'before' if key not in was else 'now'}"
-    if was[key]["tokens"] != now[key]["tokens"]:
-        return f"{now[key]['tokens']} characters, was {was[key]['tokens']}"
-    if min(found[key]["seconds"]["n"] for found in (was, now)) < FEWEST:
-        return f"timed fewer than {FEWEST} times"
-    return "" if any(compared_numbers(old, new, key)) else f"without {REFERENCE} in both, nothing tells of it but times"
+def why_not_compared(before, now) -> str:
+    """Why two measurements cannot be compared, None where there is none; "" where they can."""
+    if before is None or now is None:
+        return f"not measured {'now' if before else 'before'}"
+    if before["tokens"] != now["tokens"]:
+        return f"{now['tokens']} characters, was {before['tokens']}"
+    return f"timed fewer than {FEWEST} times" if min(one["seconds"]["n"] for one in (before, now)) < FEWEST else ""

@@ -1,6 +1,6 @@
 """The tables that bench.py prints, and the lines under them. Needs no torch."""
 
-from speed.bench_records import DENSE, cpu_share, is_exclusive, not_compared, significant, slower
+from speed.bench_records import DENSE, compare, is_undisturbed, others_share, significant
 
 HEADINGS = {
     "train": "training step, {B} × {T} characters",
@@ -54,20 +54,19 @@ def legend_lines(record):
 
 def other_load_text(record):
     """Which part of the machine other programs took."""
-    share, held = cpu_share(record), record["others"]["device_bytes"]
+    share, held = others_share(record), record["others"]["device_bytes"]
     if record["machine"]["device_type"] == "cuda":
         found = "not known" if held is None else f"held up to {gb(held)} of the device's memory"
     else:
         found = "not known" if share is None else f"took {share:.1%} of the cores' time"
-    return found + ("" if is_exclusive(record) else "; trust the ratios, which are paired, and not the times")
+    return found + ("" if is_undisturbed(record) else "; trust the ratios, which are paired, and not the times")
 
 
 def comparison_lines(path, old, new):
     """What became slower than in the record at `path`, and what cannot be compared."""
-    worse = slower(old, new)
+    worse, missing = compare(old, new)
     yield f"Slower than {path}:" if worse else f"Nothing became slower than in {path}, as far as it can be compared."
     yield from (f"  {line}" for line in worse)
-    missing = not_compared(old, new)
     if missing:
         yield "Not compared:"
         yield from (f"  {line}" for line in missing)

@@ -80,20 +80,17 @@ class Candidate:
         """One update on a real batch."""
         x, y = self.batch(self.steps_made)
         if self.is_reference:
-            self._plain_update(x, y)
+            self.model.train()
+            with self.machine.autocast():
+                objective = self.model(x, y).objective
+            objective.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         else:
             self.model.set_step(self.steps_made)
             self.updater.update(self.steps_made, x, y, self.totals)
         self.steps_made += 1
-
-    def _plain_update(self, x, y):
-        self.model.train()
-        with self.machine.autocast():
-            objective = self.model(x, y).objective
-        objective.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def decoder(self, batch_size):
         """The fastest decoder of batch_size texts at once; for a reference, one without a cache."""
@@ -173,9 +170,8 @@ class Decoding:
         self.bytes_held = allocated(machine) - held
         candidate.decoders_used[batch_size] = self.decoder.how
         if re.search("compiled|graph", self.decoder.how):
-            candidate.compile_seconds["decode"] = (
-                (candidate.compile_seconds["decode"] or 0) + time.perf_counter() - started
-            )
+            seconds = time.perf_counter() - started
+            candidate.compile_seconds["decode"] = (candidate.compile_seconds["decode"] or 0) + seconds
 
     def prefill(self):
         return Unit(lambda: self._read(self.prompt), self.decoder.clear)
@@ -272,9 +268,8 @@ def check_decoding(candidate, decoder, batch_size):
         plainly = plain(text).logits[:, half - 1 :]
     exactly = exact(text.to(exact.token_embedding.weight.device)).logits[:, half - 1 :]
     results = [[logits] for logits in (torch.stack(found, dim=1), plainly, exactly)]
-    return worst_error(
-        f"decoding at batch {batch_size}, logits against the model without a cache", *results, machine.dtype
-    )
+    what = f"decoding at batch {batch_size}, logits against the model without a cache"
+    return worst_error(what, *results, machine.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,11 +351,8 @@ def ceilings(machine, model):
         flops.append(best_rate(lambda a=a, b=b: a @ b, 2 * side**3, machine))
     x = torch.ones(sum(p.numel() for p in model.parameters()), device=machine.device, dtype=machine.dtype)
     y, moved = torch.empty_like(x), x.numel() * x.element_size()
-    copying = best_rate(lambda: y.copy_(x), 2 * moved, machine)
-    return {
-        "flops_per_second": max(flops),
-        "bytes_per_second": max(copying, best_rate(lambda: x.sum(), moved, machine)),
-    }
+    rates = best_rate(lambda: y.copy_(x), 2 * moved, machine), best_rate(lambda: x.sum(), moved, machine)
+    return {"flops_per_second": max(flops), "bytes_per_second": max(rates)}
 
 
 def best_rate(call, amount, machine, seconds=0.5):

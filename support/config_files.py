@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import ast
 import builtins
-import functools
+import traceback
 import types
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,20 @@ def run_file(path: Path, importers: tuple[Path, ...] = ()) -> ConfigFile:
         raise ConfigError([f"{name}: imports itself by way of {shown_path(importers[-1])}; expected plain bases"])
     tree, code = compile_file(path)
     bases: dict[str, ConfigFile] = {}
-    import_ = functools.partial(import_base, path, importers, bases)
+
+    def import_(dotted, globals=None, locals=None, fromlist=(), level=0):
+        """`config.NAME` is a file of this project, other names are looked for beside `path`; both run again."""
+        ours = dotted.partition(".")[0] == "config" and level == 0
+        base = (ROOT if ours else path.parent) / (dotted.replace(".", "/") + ".py")
+        if ours and not (fromlist and base.is_file()):
+            raise ImportError(f"expected `from config.NAME import *`{nearest_file(base)}")
+        if level or not base.is_file() or ("." in dotted and not fromlist):
+            return builtins.__import__(dotted, globals, locals, fromlist, level)
+        bases[dotted] = run_file(base, (*importers, path))
+        module = types.ModuleType(dotted)
+        vars(module).update(bases[dotted].values)
+        return module
+
     namespace = {
         "__name__": path.stem,
         "__file__": str(path),
@@ -50,8 +62,9 @@ def run_file(path: Path, importers: tuple[Path, ...] = ()) -> ConfigFile:
     except ConfigError:
         raise  # the problem of a base, which already has its line
     except (Exception, SystemExit) as error:
-        problem = f"{name}:{failing_line(error, path)}: {type(error).__name__}: {error}"
-        raise ConfigError([problem]) from None
+        frames = traceback.walk_tb(error.__traceback__)
+        line = [line for frame, line in frames if frame.f_code.co_filename == str(path)][-1]
+        raise ConfigError([f"{name}:{line}: {type(error).__name__}: {error}"]) from None
     title = (ast.get_docstring(tree) or "").partition("\n")[0]
     values = {key: value for key, value in namespace.items() if not key.startswith("_")}
     return ConfigFile(path, title, values, assignment_origins(tree, path, bases))
@@ -64,47 +77,15 @@ def compile_file(path: Path) -> tuple[ast.Module, types.CodeType]:
         tree = ast.parse(read_whole(path), filename=str(path))
         # Without dont_inherit the file would get this module's `from __future__ import annotations`.
         return tree, compile(tree, str(path), "exec", dont_inherit=True)
-    except FileNotFoundError:
-        problem = f"{name}: no such file; expected the path of a config file{nearest_file(path)}"
-    except IsADirectoryError:
-        problem = f"{name}: is a folder; expected the path of a config file{nearest_file(path)}"
     except OSError as error:
-        problem = f"{name}: cannot be read ({error.strerror}); expected the path of a config file"
+        problem = f"{name}: {error.strerror}; expected the path of a config file{nearest_file(path)}"
     except SyntaxError as error:
         line = f":{error.lineno}" if error.lineno else ""
         text = f": {error.text.strip()}" if error.text else ""
         problem = f"{name}{line}: syntax error, {error.msg}{text}; expected Python"
-    except ValueError as error:  # not UTF-8, or NUL in it
-        problem = f"{name}: syntax error, {error}; expected Python"
-    except (RecursionError, MemoryError):
-        problem = f"{name}: syntax error, its expressions are nested too deep; expected plain assignments"
+    except (ValueError, RecursionError, MemoryError) as error:  # not UTF-8, NUL in it, nested too deep
+        problem = f"{name}: syntax error, {str(error) or 'nested too deep'}; expected Python"
     raise ConfigError([problem])
-
-
-def import_base(
-    path: Path,
-    importers: tuple[Path, ...],
-    bases: dict[str, ConfigFile],
-    name: str,
-    globals: dict | None = None,
-    locals: dict | None = None,
-    fromlist: Iterable[str] | None = (),
-    level: int = 0,
-) -> types.ModuleType:
-    """The `__import__` of the config file at `path`: config files run again, all else is imported as usual.
-
-    `config.NAME` is a file of this project, whatever the current folder; other names are looked for beside `path`.
-    """
-    ours = name.partition(".")[0] == "config" and level == 0
-    base = (ROOT if ours else path.parent) / (name.replace(".", "/") + ".py")
-    if ours and not (fromlist and base.is_file()):
-        raise ImportError(f"expected `from config.NAME import *`{nearest_file(base)}")
-    if level or not base.is_file() or ("." in name and not fromlist):
-        return builtins.__import__(name, globals, locals, fromlist, level)
-    bases[name] = run_file(base, (*importers, path))
-    module = types.ModuleType(name)
-    module.__dict__.update(bases[name].values)
-    return module
 
 
 def assignment_origins(tree: ast.Module, path: Path, bases: dict[str, ConfigFile]) -> dict[str, str]:
@@ -117,16 +98,6 @@ def assignment_origins(tree: ast.Module, path: Path, bases: dict[str, ConfigFile
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 origins[node.id] = f"{shown_path(path)}:{node.lineno}"
     return origins
-
-
-def failing_line(error: BaseException, path: Path) -> int:
-    """The line of the file that raised the error."""
-    line, step = 0, error.__traceback__
-    while step is not None:
-        if step.tb_frame.f_code.co_filename == str(path):
-            line = step.tb_lineno
-        step = step.tb_next
-    return line
 
 
 def nearest_file(path: Path) -> str:

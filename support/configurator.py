@@ -2,12 +2,10 @@
 
     config = parse(Config, sys.argv[1:])      # train.py config/shakespeare_moe4.py config/cpu.py --seed=2
 
-- Files and options apply from left to right; the last value of a key counts.
-- Config files are Python with plain assignments: see `support/config_files.py`.
-- All problems are collected and told at once: unknown keys, wrong types, values out of range, impossible combinations,
-  each with its origin (`config/foo.py:12`, `--n_head=5`), the expected value and the nearest key.
+- Files (`support/config_files.py`) and options apply from left to right; the last value of a key counts.
+- All problems are told at once, each with its origin (`config/foo.py:12`, `--n_head=5`), what was expected and the
+  nearest key.
 - `parse` works for any dataclass whose fields are made with `option`; `settings.Config` is the one for training.
-- `--help` and `--print-config` are raised as a `Message`, which a script prints before it exits 0.
 """
 
 from __future__ import annotations
@@ -56,8 +54,7 @@ def parse(
 
     Every field of `cls` is made with `option`. The class may have
     - `takes_files = True` (a ClassVar): arguments without `--` are config files;
-    - `problems(self)`: yields (keys, message) for each impossible combination of keys, unless `problems_of`
-      is given to do so;
+    - `problems(self)`: yields (keys, message) for each impossible combination of keys; `problems_of` replaces it;
     - `completed(self, files)`: the instance with the values derived from its ConfigFiles.
 
     Raises ConfigError with all problems at once, and Message for --help and --print-config.
@@ -65,7 +62,7 @@ def parse(
     if "--help" in argv or "-h" in argv:
         raise Message(help_page(cls, usage, description))
     reading = Reading(options_of(cls))
-    read_arguments(reading, [a for a in argv if a != "--print-config"], getattr(cls, "takes_files", False))
+    apply_arguments(reading, [a for a in argv if a != "--print-config"], getattr(cls, "takes_files", False))
     instance = reading.finish(cls, problems_of)
     completed = instance.completed(reading.files) if hasattr(cls, "completed") else instance
     if "--print-config" in argv:
@@ -131,7 +128,7 @@ class Reading:
         return ", ".join(origins) or "default"
 
 
-def read_arguments(reading: Reading, argv: list[str], takes_files: bool) -> None:
+def apply_arguments(reading: Reading, argv: list[str], takes_files: bool) -> None:
     """Apply the arguments to the reading, from left to right."""
     waiting = list(argv)
     while waiting:
@@ -155,25 +152,14 @@ def read_bare(reading: Reading, name: str, waiting: list[str]) -> None:
     if option is None:
         reading.refuse_unknown(name, f"--{name}")
         return
-    following = waiting[0] if waiting and not waiting[0].startswith("--") else None
-    if following is not None and is_meant_as_value(option, following):
+    following = waiting[0] if waiting else "--"
+    if not (following.startswith("--") or following.endswith(".py")):
         waiting.pop(0)
         reading.refuse(f"--{name} {following}: expected --{name}={following}", name)
     elif bool in option.kinds:
         reading.assign(name, True, f"--{name}", accept_value)
     else:
         reading.refuse(f"--{name}: has no value; expected --{name}=VALUE, {expectation(option)}", name)
-
-
-def is_meant_as_value(option: Option, following: str) -> bool:
-    """Whether the argument after a bare --key is its value; after a flag, only if the flag accepts it."""
-    if bool not in option.kinds:
-        return not following.endswith(".py")
-    try:
-        fitted(option, following, accept_text)
-    except (ValueError, OverflowError):
-        return False
-    return True
 
 
 def read_file(reading: Reading, path: Path) -> None:
@@ -197,8 +183,6 @@ def read_file(reading: Reading, path: Path) -> None:
 
 def help_page(cls: type, usage: str, description: str) -> str:
     """The page of --help: every key with its default, type and one line of help, by group."""
-    takes_files = getattr(cls, "takes_files", False)
-    usage = usage or ("[config/FILE.py ...] " if takes_files else "") + "[--key=value ...]"
     options = options_of(cls)
     settings = {name: f"  --{name}={option.default or repr(option.default)}" for name, option in options.items()}
     setting_width = max(map(len, settings.values())) + 2
@@ -214,16 +198,10 @@ def help_page(cls: type, usage: str, description: str) -> str:
         lines += ["", group]
         for option in members:
             start = settings[option.name].ljust(setting_width) + type_name(option).ljust(type_width)
-            lines += help_rows(start, option)
+            choices = choices_of(option) if len(option.kinds) == 1 else []
+            text = option.help + (f" {{{', '.join(choices)}}}" if choices else "")
+            lines += textwrap.wrap(text, PAGE_WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
     return "\n".join(lines)
-
-
-def help_rows(start: str, option: Option) -> list[str]:
-    """The lines of one key: `start`, then its help wrapped in a column of its own."""
-    choices = choices_of(option) if len(option.kinds) == 1 else []
-    text = option.help + (f" {{{', '.join(choices)}}}" if choices else "")
-    rows = textwrap.wrap(text, PAGE_WIDTH - len(start))
-    return [(start if i == 0 else " " * len(start)) + row for i, row in enumerate(rows)]
 
 
 def type_name(option: Option) -> str:

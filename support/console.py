@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from support.configurator import Message
-from support.files import one_line
+from support.files import first_line, one_line
 
 MISTAKE = 2  # exit codes; stopped by signal number n: 128 + n
 NOT_FINITE = 3
@@ -38,11 +38,10 @@ def run(main, mistakes=(), out_of_memory="take something smaller"):
     for a run that does not fit into memory.
     """
     name = Path(sys.argv[0]).name
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed by whoever started us
-            setattr(sys, stream, open(os.devnull, "w"))
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # where closed
+    for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
-            getattr(sys, stream).reconfigure(errors="backslashreplace")  # a terminal may lack a name's letters
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a name's letters
     try:
         code = main(sys.argv[1:])
     except Message as message:
@@ -63,7 +62,7 @@ def run(main, mistakes=(), out_of_memory="take something smaller"):
         is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if not is_memory and not any(words in str(error) for words in MEMORY_WORDS):
             raise
-        reason = (str(error).strip().splitlines() or ["none is left"])[0]
+        reason = first_line(error)
         code = tell(f"{name}: out of memory ({reason}); {out_of_memory}", sys.stderr, MISTAKE)
     try:
         sys.stdout.flush()

@@ -1,9 +1,4 @@
-"""Files and messages: the project's root, atomic writes, safe reads, and text that any terminal can show.
-
-write_atomically("out/run/ckpt.pt", content)     # leaves the old file or the new one, never half of one
-read_json("out/run/summary.json")                # OSError or ValueError, also for pipes, huge files, repeated fields
-one_line(text)                                   # printable, on one line
-"""
+"""Files and messages: the project's root, atomic writes, safe reads, and text that any terminal can show."""
 
 import contextlib
 import errno
@@ -11,9 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 LONGEST_LINE = 1900  # characters of a message, whatever it quotes
@@ -78,16 +77,13 @@ def read_whole(path: str | Path, largest: int = LARGEST_TEXT) -> bytes:
     Raises OSError, also for pipes and devices, which may never end, and for a file of more than `largest` bytes.
     """
     try:
-        status = os.stat(path)
+        size = os.stat(path).st_size
     except ValueError:  # the name has NUL or a lone surrogate
         raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
-    problem = None
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        problem = "it is a pipe or a device, not a file"
-    elif status.st_size > largest:
-        problem = f"it has {status.st_size:,} bytes; at most {largest:,} are read"
-    if problem:
-        raise OSError(errno.EINVAL, problem, str(path))
+    if not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    if size > largest:
+        raise OSError(errno.EINVAL, f"it has {size:,} bytes; at most {largest:,} are read", str(path))
     return Path(path).read_bytes()  # IsADirectoryError for a folder
 
 
@@ -125,8 +121,9 @@ def writing(path, size=None, way_out="what was saved before is untouched"):
     try:
         yield
     except OSError as error:
-        needed = f" ({size:,} bytes were needed)" if size else ""
-        reason = DISK_FAULTS.get(error.errno, error.strerror) + (needed if error.errno in DISK_FAULTS else "")
+        reason = DISK_FAULTS.get(error.errno, error.strerror)
+        if size and error.errno in DISK_FAULTS:
+            reason += f" ({size:,} bytes were needed)"
         raise FileError(one_line(f"{path} could not be written: {reason}; {way_out}")) from error
 
 
@@ -189,3 +186,14 @@ def sync_folder(folder):
 
 def write_json(path: Path, value) -> None:
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def lock(file, is_shared=False) -> bool | None:
+    """Lock an open file until it is closed. -> False where another process holds it, None without locks"""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (AttributeError, OSError):  # a system, or a file system, without locks
+        return None
+    return True

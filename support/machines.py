@@ -1,9 +1,4 @@
-"""The machine and the code of a run: device, precision, compilation, memory, load of others, and git's commit.
-
-machine = choose("auto", "auto", "auto")      # machine.reason says what was chosen, and why
-machines.describe(machine)                    # as records name it
-machines.git_state()                          # the commit of the code that this process has loaded
-"""
+"""The machine and the code of a run: device, precision, compilation, memory, load of others, and git's commit."""
 
 import contextlib
 import ctypes
@@ -63,37 +58,31 @@ def choose(device="auto", dtype="auto", compile="auto", number=None) -> Machine:
 
 
 def _device(asked):
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [name for name in found if found[name]]
     if asked == "auto":
-        name = next(name for name in there if there[name])
-        return torch.device(name), "auto: no GPU found" if name == "cpu" else "auto: found"
+        return torch.device(there[0]), "auto: no GPU found" if there == ["cpu"] else "auto: found"
     try:
         device = torch.device(asked)
     except RuntimeError:
         raise ConfigError([f"device={asked!r}: not a device; expected auto, cpu, cuda, cuda:N or mps"]) from None
-    if not there.get(device.type, False):
-        found = [name for name in there if there[name]]
-        raise ConfigError(
-            [
-                f"device={asked!r}: this machine has no {device.type} device that torch {torch.__version__} can use; "
-                f"it has {' and '.join(found)} (device=auto takes the best)"
-            ]
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            [f"device={asked!r}: this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0"]
-        )
+    problem = None
+    if device.type not in there:
+        problem = f"no {device.type} device that torch {torch.__version__} can use; it has {' and '.join(there)}"
+        problem += " (device=auto takes the best)"
+    elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        problem = f"{torch.cuda.device_count()} CUDA device(s), counted from 0"
+    if problem:
+        raise ConfigError([f"device={asked!r}: this machine has {problem}"])
     return device, "asked for"
 
 
 def _dtype(asked, device):
-    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    is_cuda = device.type == "cuda"
+    if is_cuda and asked != "float32" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float32, f"{asked}: this GPU has no bfloat16 units"
     if asked == "auto":
-        if device.type == "cuda" and not native:
-            return torch.float32, "auto: this GPU has no bfloat16 units"
-        return (torch.bfloat16, "auto: on CUDA") if native else (torch.float32, f"auto: on {device.type}")
-    if asked == "bfloat16" and device.type == "cuda" and not native:
-        return torch.float32, "bfloat16 was asked for, but this GPU has no units for it"
+        return (torch.bfloat16, "auto: on CUDA") if is_cuda else (torch.float32, f"auto: on {device.type}")
     return getattr(torch, asked), "asked for"
 
 
@@ -115,20 +104,17 @@ def describe(machine: Machine) -> dict:
 
 
 def _cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    with contextlib.suppress(OSError):
+        if name := re.search("^model name.*?: *(.*?) *$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return name[1]
+    return platform.processor() or platform.machine()
 
 
 class OtherLoad:
     """How much other processes use the hardware of this one: a time counts only where they use little.
 
-    On a CPU: their processor time (and what a hypervisor withheld) on the cores that this process may use. On CUDA: the
-    memory in use outside of torch here. CUDA does not say whose it is, so device_bytes includes this process's own
-    context of some hundred MB, which records.OTHERS_DEVICE_BYTES allows for.
+    On a CPU: processor time, theirs and a hypervisor's, on the cores that this process may use. On CUDA: memory in use
+    outside of torch here, which includes this process's own context of some hundred MB (records.OTHERS_DEVICE_BYTES).
     """
 
     def __init__(self, machine: Machine, before: dict | None = None):
@@ -148,9 +134,8 @@ class OtherLoad:
         if busy is None or self.busy is None:
             return None
         others = busy - self.busy - own
-        if others < -(0.02 * own + 0.1):  # more than rounding: the system counts other cores
-            return None
-        return max(0.0, others)
+        # Below 0 by more than rounding, the system counts other cores.
+        return max(0.0, others) if others >= -(0.02 * own + 0.1) else None
 
     def _device_bytes(self):
         if self.machine.device.type != "cuda":
@@ -199,10 +184,9 @@ def peak_memory(machine: Machine) -> int | None:
 def compiled(function):
     """torch.compile into a single graph, or an error; gradients are those of the function without compilation.
 
-    Several models share their code, so the limit on recompilations counts for each model apart. Numbers in which they
-    differ, such as a capacity, stay constants of the graph (dynamic=False): shapes that depend on unknowns cannot be
-    compiled. The backward pass runs outside of autocast, as in eager mode, else the router's gradients would be in
-    bfloat16; torch has that setting only for a whole process.
+    The limit on recompilations counts for each model apart, since several models share their code. Numbers in which
+    they differ, such as a capacity, stay constants of the graph (dynamic=False). The backward pass runs outside of
+    autocast, as in eager mode, else the router's gradients would be in bfloat16; torch sets that for a whole process.
     """
     torch._functorch.config.backward_pass_autocast = "off"
     options = dict(fullgraph=True, dynamic=False)
@@ -215,8 +199,7 @@ def compiled(function):
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for the next step needs as much. -> whether glibc does so
 
-    Pages that come anew from the system are zeroed first. On one CPU core that took 2 of 80 ms of a training step with
-    4 experts, and 6 of 124 with two experts a token.
+    Pages that come anew from the system are zeroed first: on one CPU core 2 of 80 ms of a training step with 4 experts.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -228,8 +211,8 @@ def keep_freed_memory() -> bool:
 
 def loaded_code() -> list[str]:
     """The files of this project that this process has imported; not config files, which are no modules."""
-    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    paths = {Path(file).resolve() for file in files if file}
+    files = filter(None, [getattr(module, "__file__", None) for module in list(sys.modules.values())])
+    paths = {Path(file).resolve() for file in files}
     ours = (path.relative_to(ROOT) for path in paths if path.is_relative_to(ROOT))
     return sorted(str(path) for path in ours if not {"site-packages", "dist-packages"} & set(path.parts))
 
@@ -246,10 +229,9 @@ def git_state(paths: list[str] | None = None) -> dict:
 
 def same_code(before: str | None, now: str | None, paths: list[str] | None = None) -> bool:
     """Whether these files, by default loaded_code(), are the same in two commits; an unknown commit counts as no."""
-    if not all(re.fullmatch("[0-9a-f]{40,64}", commit or "") for commit in (before, now)):
-        return False
+    are_known = all(re.fullmatch("[0-9a-f]{40,64}", commit or "") for commit in (before, now))
     paths = loaded_code() if paths is None else paths
-    return git("--literal-pathspecs", "diff", "--quiet", before, now, "--", *paths) is not None
+    return are_known and git("--literal-pathspecs", "diff", "--quiet", before, now, "--", *paths) is not None
 
 
 def git(*arguments):

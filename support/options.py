@@ -1,8 +1,6 @@
 """Options of a dataclass: their types and ranges, reading of values, and words for what was expected.
 
-    steps: int = option(5000, "training steps", at_least=1)     # a field; its annotation gives the type
-
-`configurator.py` reads files and command lines into such dataclasses; `run/settings.py` is the one for training.
+steps: int = option(5000, "training steps", at_least=1)     # a field; its annotation gives the type
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -21,6 +20,8 @@ from support.files import one_line
 
 # The limits of int64 and float32 tensors (below the smallest float, a value becomes 0).
 LARGEST_INT, LARGEST_FLOAT, SMALLEST_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127, 2.0**-126
+
+BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # on the command line
 
 # The scope of a key tells what a different value changes:
 EXPERIMENT = "experiment"  # the result: in the hash, must match when a run is resumed
@@ -45,44 +46,31 @@ class Option:
     kinds: tuple
     default: Any
     help: str
-    group: str
-    scope: str
-    at_least: float | None
-    at_most: float | None
-    below: float | None
+    group: str = "Options"
+    scope: str = MACHINE
+    at_least: float | None = None
+    at_most: float | None = None
+    below: float | None = None
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    group: str = "Options",
-    scope: str = MACHINE,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A dataclass field that `parse` understands; its annotation gives the type, and the choices as a Literal."""
-    assert scope in SCOPES, scope
-    about = dict(help=help, group=group, scope=scope, at_least=at_least, at_most=at_most, below=below)
-    return dataclasses.field(default=default, metadata=about)
+def option(default: Any, help: str, **about: Any) -> Any:
+    """A dataclass field that `parse` understands; its annotation gives the type, and the choices as a Literal.
+
+    about: group, scope, at_least, at_most and below, as in `Option`.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **about})
 
 
 @functools.cache
 def options_of(cls: type) -> dict[str, Option]:
     """The options of a dataclass by name, in the order in which it declares them."""
     hints = typing.get_type_hints(cls)
-    return {
-        field.name: Option(field.name, union_members(hints[field.name]), field.default, **field.metadata)
-        for field in dataclasses.fields(cls)
+    unions = (typing.Union, types.UnionType)  # bool | Literal["auto"] has two kinds, int has one
+    kinds = {
+        name: typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,) for name, hint in hints.items()
     }
-
-
-def union_members(annotation: Any) -> tuple:
-    """The types that an annotation allows: two for `bool | Literal["auto"]`, one for a plain type."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return typing.get_args(annotation)
-    return (annotation,)
+    fields = dataclasses.fields(cls)
+    return {field.name: Option(field.name, kinds[field.name], field.default, **field.metadata) for field in fields}
 
 
 def choices_of(option: Option) -> list[str]:
@@ -129,17 +117,8 @@ def accept_value(kind: Any, value: Any) -> Any:
 
 def accept_text(kind: Any, text: str) -> Any:
     """The value of `kind` that `text` on the command line stands for. Raises as `accept_value` does."""
-    readers = {bool: bool_from_text, int: int_from_text, float: float}
+    readers = {bool: lambda word: BOOLS.get(word.lower()), int: int_from_text, float: float}
     return accept_value(kind, readers.get(kind, unquoted)(text))
-
-
-def bool_from_text(text: str) -> bool:
-    word = text.lower()
-    if word in ("true", "yes", "1"):
-        return True
-    if word in ("false", "no", "0"):
-        return False
-    raise ValueError
 
 
 def int_from_text(text: str) -> int | float:
@@ -161,37 +140,31 @@ def fitted(option: Option, raw: Any, accept: Callable[[Any, Any], Any]) -> Any:
 
     Raises ValueError if none does, OverflowError if the number is only too large or too small for a tensor.
     """
-    overflow = None
+    problem = ValueError()
     for kind in option.kinds:
         try:
             value = accept(kind, raw)
         except OverflowError as error:
-            overflow = error
+            problem = error
         except ValueError:
-            pass
+            continue
         else:
             if in_range(option, value):
                 return value
-    raise overflow or ValueError
+    raise problem
 
 
 def in_range(option: Option, value: Any) -> bool:
     if isinstance(value, (bool, str)):
         return True
-    return (
-        (option.at_least is None or value >= option.at_least)
-        and (option.at_most is None or value <= option.at_most)
-        and (option.below is None or value < option.below)
-    )
+    limits = ((option.at_least, operator.ge), (option.at_most, operator.le), (option.below, operator.lt))
+    return all(limit is None or holds(value, limit) for limit, holds in limits)
 
 
 def expectation(option: Option) -> str:
     """The values that the option accepts, in words."""
-    limits = ", ".join(
-        f"{preposition} {limit}"
-        for preposition, limit in (("from", option.at_least), ("up to", option.at_most), ("below", option.below))
-        if limit is not None
-    )
+    limits = {"from": option.at_least, "up to": option.at_most, "below": option.below}
+    limits = ", ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
     names = {bool: "True or False", int: f"an integer {limits}", float: f"a number {limits}", str: "text without NUL"}
     words = [names[kind].strip() for kind in option.kinds if kind in names]
     words += [repr(choice) for choice in choices_of(option)]

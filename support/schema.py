@@ -76,4 +76,4 @@ def mismatches(value, schema, where="") -> Iterator[str]:
     else:
         expected = OBJECT if isinstance(schema, dict) else LIST if isinstance(schema, list) else schema
         if not FITS[expected](value):
-            yield f"{where} is {shown(value)}; expected {expected}"
+            yield f"{where or 'the record'} is {shown(value)}; expected {expected}"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from alike import HARD
 
-from data.build import TRAIN_VAL_TEST, TextSpec, prepare
+from data.build import TRAIN_VAL_TEST, TextSpec, prepare_dataset
 from run import update
 from run.settings import Config
 
@@ -98,7 +98,7 @@ def prepare_text(folder, text, unit="character", splits=TRAIN_VAL_TEST):
     folder.mkdir(parents=True)
     (folder / "raw.txt").write_text(text, encoding="utf-8")
     spec = TextSpec(name="words", unit=unit, filenames=("raw.txt",), splits=splits)
-    prepare(spec, home=folder, folder=folder / "words", source=str(folder / "raw.txt"))
+    prepare_dataset(spec, home=folder, folder=folder / "words", source=str(folder / "raw.txt"))
     return folder / "words"
 
 

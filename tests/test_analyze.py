@@ -170,7 +170,7 @@ def test_further_kinds_of_layer_are_analysed(words, tmp_path, changes, without_f
 
 def test_a_single_expert_has_no_cost_and_no_empty_sentence(words, tmp_path, capsys):
     analysis = analysed(words, tmp_path / "run", *FAST, "--characters=1000", n_expert=1)
-    assert analysis["ablation"]["shuffled_all"] is None and analyses.about("character")(analysis) is None
+    assert analysis["ablation"] is None and analyses.about("character")(analysis) is None
     said = capsys.readouterr().out
     assert "  block   load   effective" in said and "cost in nats" not in said and "topic" not in said
 
@@ -290,8 +290,7 @@ def changed(analysis, path, value):
 @pytest.mark.parametrize(
     "path, value, why",
     [
-        (["format"], "charmoe record 2", "it is a record of train.py"),
-        (["format"], "charmoe analysis 9", "newer code made it"),
+        (["format"], "charmoe record 2", "its format is 'charmoe record 2', expected 'charmoe analysis"),
         (["run_id"], "0000000000-s1337", "run_id is"),
         (["layers", 0, "block"], 1, "layers are of blocks"),
         (["layers", 0, "entropy"], float("nan"), "entropy is nan"),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from analysis import annotation
 from analysis.annotation import annotate
+from data.characters import CLASSES
 from data.common import Vocabulary
 
 SCENE = """\
@@ -21,6 +22,9 @@ No.
 """
 
 
+BRUTUS, CASSIUS = 0, 1  # labels of speakers: by name
+
+
 def vocabulary_of(text, unit):
     return Vocabulary(unit, tuple(sorted(set(text if unit == "character" else text.encode()))))
 
@@ -31,25 +35,18 @@ def annotated(text, unit="character", context=None):
     return annotate(ids_N, vocabulary, np.bincount(ids_N, minlength=vocabulary.size), context)
 
 
-def called(text, name, unit="character", **options):
-    """The names of a text's characters, one each."""
-    labels, names = annotated(text, unit, **options)[name]
-    return [names[label] for label in labels]
-
-
-def stretches(called):
-    """[(name, how many in a row)]"""
-    edges = [i for i in range(len(called)) if i == 0 or called[i] != called[i - 1]]
-    return [(called[a], b - a) for a, b in zip(edges, [*edges[1:], len(called)])]
+def stretches(labels):
+    """[(label, how many in a row)]"""
+    edges = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist()]
+    return [(int(labels[a]), b - a) for a, b in zip(edges, [*edges[1:], len(labels)])]
 
 
 @pytest.mark.parametrize("unit", ["character", "byte"])
 @pytest.mark.parametrize("text", ["One.", SCENE, "é œ “Ah”\n", "<page>a<page>b"])
-def test_every_character_has_a_label_and_every_label_a_name(text, unit):
+def test_every_character_has_a_label(text, unit):
     length = len(text) if unit == "character" else len(text.encode())
-    for labels, names in annotated(text, unit).values():
+    for labels in annotated(text, unit).values():
         assert labels.shape == (length,) and labels.dtype == np.int64 and labels.min() >= 0
-        assert names is None or (labels.max() < len(names) and len(set(names)) == len(names))
 
 
 def test_annotations_that_do_not_apply_are_left_out_and_the_order_is_fixed():
@@ -61,16 +58,15 @@ def test_annotations_that_do_not_apply_are_left_out_and_the_order_is_fixed():
 
 
 def test_symbols_have_printable_names():
-    assert called("a \n\té̀", "character") == ["a", "space", "newline", "tab", "é", "U+0300"]
-    assert called("aé", "character", "byte") == ["a", "byte 0xC3", "byte 0xA9"]
+    names = ["a", "space", "newline", "tab", "é", "U+0300", "byte 0xC3", "newline"]
+    assert [annotation.name_of(symbol) for symbol in (*"a \n\té\u0300", 0xC3, 10)] == names
 
 
 def test_classes_are_those_of_the_records():
     expected = ["capital", "vowel", "space", "digit", "punctuation", "newline", "consonant", "other"]
-    assert called("Aa 1.\nbé", "class") == expected
-    assert called("Aa 1.\nbé", "class", "byte") == [*expected, "other"]
-    labels_V, names = annotation.class_of(vocabulary_of("ab", "byte"))
-    assert [names[label] for label in labels_V] == ["vowel", "consonant"]
+    for unit, expected_here in (("character", expected), ("byte", [*expected, "other"])):
+        assert [CLASSES[label] for label in annotated("Aa 1.\nbé", unit)["class"]] == expected_here
+    assert [CLASSES[label] for label in annotation.class_of(vocabulary_of("ab", "byte"))] == ["vowel", "consonant"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +101,7 @@ def test_each_band_holds_a_quarter_of_the_text_to_within_a_symbol(counts):
 
 
 def places_in_word(text, unit="character"):
-    return "".join(map(str, annotated(text, unit)["place in the word"].labels))
+    return "".join(map(str, annotated(text, unit)["place in the word"]))
 
 
 def test_places_in_words_by_hand():
@@ -114,14 +110,12 @@ def test_places_in_words_by_hand():
     assert places_in_word("x2y [[Zz]]") == "1010001200"
     assert places_in_word("née") == "123"
     assert places_in_word("née", "byte") == "1234"
-    assert annotation.PLACES_IN_WORD[5] == "fifth or later"
 
 
 def test_places_in_lines_by_hand():
     text = "ab\n\n" + "c" * 50 + "\nd"
-    first, second, third, fourth, last = annotation.PLACES_IN_LINE.values()
-    expected = [(first, 1), (second, 2), (first, 2), (second, 3), (third, 12), (fourth, 24), (last, 11), (first, 1)]
-    assert stretches(called(text, "place in the line")) == expected
+    expected = [(0, 1), (1, 2), (0, 2), (1, 3), (2, 12), (3, 24), (4, 11), (0, 1)]
+    assert stretches(annotated(text)["place in the line"]) == expected
 
 
 @settings(deadline=None)
@@ -132,7 +126,7 @@ def test_syntax_and_context_do_not_depend_on_later_characters(text, data):
     ids_N, counts_V = vocabulary.encode(text), np.ones(vocabulary.size)
     whole, part = (annotate(ids, vocabulary, counts_V) for ids in (ids_N, ids_N[:length]))
     for name in set(part) - set(annotation.TOPIC):
-        whole_N, part_N = whole[name].labels[:length], part[name].labels
+        whole_N, part_N = whole[name][:length], part[name]
         if name in annotation.CONTEXT:  # whose codes are dense: the same partition
             whole_N, part_N = (np.unique(of, return_inverse=True)[1] for of in (whole_N, part_N))
         assert np.array_equal(whole_N, part_N), name
@@ -155,14 +149,9 @@ def test_contexts_are_the_symbols_before_within_the_window(unit, n, name, contex
     symbols = list(text if unit == "character" else text.encode())
     window = context or len(symbols)
     keys = [tuple(symbols[max(i - n, i // window * window) : i]) for i in range(len(symbols))]
-    labels, _ = annotated(text, unit, context)[name]
+    labels = annotated(text, unit, context)[name]
     assert partition(labels.tolist()) == partition(keys)
     assert set(labels.tolist()) == set(range(len(set(keys))))
-
-
-def test_the_previous_character_has_a_name():
-    assert called("ab \na", "previous character") == ["nothing", "a", "b", "space", "newline"]
-    assert called("abba", "previous character", context=2) == ["nothing", "a", "nothing", "b"]
 
 
 def test_contexts_of_the_largest_vocabulary_stay_apart():
@@ -170,7 +159,7 @@ def test_contexts_of_the_largest_vocabulary_stay_apart():
     assert vocabulary.size == 1 << 16
     last = vocabulary.size - 1
     ids_N = np.array([last, last, last, 0, last, last, last, 0, 0])
-    labels = annotate(ids_N, vocabulary, np.ones(vocabulary.size))["previous three"].labels
+    labels = annotate(ids_N, vocabulary, np.ones(vocabulary.size))["previous three"]
     assert partition(labels.tolist()) == [0, 1, 2, 3, 4, 5, 6, 3, 4]
 
 
@@ -182,23 +171,23 @@ def test_contexts_of_the_largest_vocabulary_stay_apart():
 def test_a_speaker_speaks_until_the_next_one(unit):
     text = SCENE.replace("bright", "brîght")
     lengths = [len(part if unit == "character" else part.encode()) for part in text.split("\n\n")]
-    expected = [("BRUTUS", lengths[0] + 2), ("CASSIUS", lengths[1] + 2), ("BRUTUS", lengths[2])]
-    assert stretches(called(text, "speaker", unit)) == expected
+    expected = [(BRUTUS, lengths[0] + 2), (CASSIUS, lengths[1] + 2), (BRUTUS, lengths[2])]
+    assert stretches(annotated(text, unit)["speaker"]) == expected
 
 
 def test_text_before_the_first_speaker_has_none():
-    assert stretches(called("so?\n\n" + SCENE, "speaker"))[:2] == [("before the first speaker", 5), ("BRUTUS", 31)]
+    assert stretches(annotated("so?\n\n" + SCENE)["speaker"])[:2] == [(CASSIUS + 1, 5), (BRUTUS, 31)]
 
 
 @pytest.mark.parametrize("cut", range(1, 12))
 def test_a_split_may_begin_in_the_middle_of_a_speech(cut):
     text = ("A word.\n\n" + SCENE)[cut:]
-    assert called(text, "speaker")[-1] == "BRUTUS"
+    assert annotated(text)["speaker"][-1] == BRUTUS
 
 
 @pytest.mark.parametrize("start", ["", "\n", "\n\n"])
 def test_a_split_may_begin_in_the_blank_line_before_a_speaker(start):
-    assert dict(stretches(called(start + SCENE, "speaker")[len(start) :])).keys() == {"BRUTUS", "CASSIUS"}
+    assert set(annotated(start + SCENE)["speaker"][len(start) :]) == {BRUTUS, CASSIUS}
 
 
 @pytest.mark.parametrize(
@@ -218,7 +207,7 @@ def test_prose_has_no_speakers(text):
 
 def test_a_speaker_may_have_no_words():
     text = "ALL:\n\nFirst Citizen:\n\nALL, &c:\nYes.\n"
-    assert stretches(called(text, "speaker")) == [("ALL", 6), ("First Citizen", 16), ("ALL, &c", 14)]
+    assert stretches(annotated(text)["speaker"]) == [(0, 6), (2, 16), (1, 14)]  # by name
 
 
 def script(*plays):
@@ -228,19 +217,18 @@ def script(*plays):
 @pytest.mark.parametrize("unit", ["character", "byte"])
 def test_plays_are_found_by_their_opening_words(unit):
     plays = list(annotation.PLAYS)
-    assert stretches(called(script(*plays), "play", unit)) == [(play, len(script(play))) for play in plays]
+    assert stretches(annotated(script(*plays), unit)["play"]) == [
+        (i, len(script(play))) for i, play in enumerate(plays)
+    ]
 
 
 def test_text_before_the_first_opening_belongs_to_the_play_before():
     text = "of the shrew.\n\n" + script("The Tempest")
-    expected = [("The Taming of the Shrew", 15), ("The Tempest", len(script("The Tempest")))]
-    assert stretches(called(text, "play")) == expected
+    shrew, tempest = (list(annotation.PLAYS).index(name) for name in ("The Taming of the Shrew", "The Tempest"))
+    assert stretches(annotated(text)["play"]) == [(shrew, 15), (tempest, len(script("The Tempest")))]
     text = "A preface.\n\n" + script("Coriolanus", "Richard III")
-    assert [name for name, _ in stretches(called(text, "play"))] == [
-        "before the first play",
-        "Coriolanus",
-        "Richard III",
-    ]
+    before, *plays = [play for play, _ in stretches(annotated(text)["play"])]
+    assert plays == [0, 1] and before not in plays
 
 
 @pytest.mark.parametrize("text", [script("The Tempest"), "A preface.\n\n" + script("Coriolanus"), SCENE])
@@ -248,35 +236,24 @@ def test_one_play_is_no_topic(text):
     assert "play" not in annotated(text)
 
 
-def test_articles_begin_at_their_page_and_have_its_title():
+def test_articles_begin_at_their_page():
     parts = [
         "<siteinfo/>\n  ",
         "<page>\n    <title>Été</title>\n    <text>a &lt;page&gt; b</text>\n  </page>\n  ",
-        "<page>\n    <title>B</title>",
-        "<page>\n    <tit",
+        "<page>\n",
     ]
-    found = stretches(called("".join(parts), "article", "byte"))
-    names = ["before the first article", "Été", "B", "article 3"]
-    assert found == [(name, len(part.encode())) for name, part in zip(names, parts)]
-
-
-def test_articles_of_the_same_title_stay_apart():
-    labels = annotated("<page><title>A</title>x<page><title>A</title>y")["article"].labels
-    assert labels[0] != labels[-1]
+    before, *articles = stretches(annotated("".join(parts), "byte")["article"])
+    assert [before[1], *articles] == [len(parts[0]), (0, len(parts[1].encode())), (1, len(parts[2]))]
+    assert before[0] not in (0, 1)
 
 
 def test_one_article_is_no_topic():
     assert "article" not in annotated("siteinfo <page><title>A</title>")
 
 
-def test_too_many_articles_have_no_names():
-    labels, names = annotated("<page>" * (annotation.MOST_NAMES + 1))["article"]
-    assert names is None and labels.max() == annotation.MOST_NAMES
-
-
 @pytest.mark.parametrize("length", [5, 16, 33, 1600])
 def test_passages_are_equally_long(length):
-    labels, names = annotated("a" * length)["passage"]
-    assert labels[0] == 0 and (np.diff(labels) >= 0).all() and len(names) == annotation.PASSAGES
+    labels = annotated("a" * length)["passage"]
+    assert labels[0] == 0 and (np.diff(labels) >= 0).all()
     sizes = np.bincount(labels, minlength=annotation.PASSAGES)
     assert sizes.max() - sizes.min() <= 1

@@ -43,7 +43,7 @@ def ending(monkeypatch, capsys, error, **options):
         (OSError(5, "Input/output error"), (2, "", "train.py: a file: Input/output error\n")),
         (KeyboardInterrupt(), (130, "", "train.py: stopped\n")),
         (torch.OutOfMemoryError("too\nbig"), (2, "", "train.py: out of memory (too); take less\n")),
-        (MemoryError(), (2, "", "train.py: out of memory (none is left); take less\n")),
+        (MemoryError(), (2, "", "train.py: out of memory (no reason given); take less\n")),
     ],
     ids=lambda value: type(value).__name__,
 )

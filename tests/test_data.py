@@ -11,12 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy import (
-    CONTENT,
-    OWN,
-    change,
-    prepared,
-)
+from toy import CONTENT, OWN, change, prepared
 
 from data.common import DataError, Dataset, Vocabulary, find_dataset, window_starts
 from support.files import ROOT
@@ -70,12 +65,6 @@ def test_unknown_symbols_are_listed_with_their_positions():
         vocabulary.encode("ABCDEFGHIJ")
     with pytest.raises(DataError, match=r"b'\\xc3' at 1, b'\\xa9' at 2"):
         Vocabulary("byte", (97, 98)).encode("aé")
-
-
-@pytest.mark.parametrize("ids", [[0, 3], [-1], [0.5], np.array([7], dtype=np.uint16)])
-def test_ids_outside_the_vocabulary_are_refused(ids):
-    with pytest.raises(DataError, match="decode"):
-        Vocabulary("character", ("a", "b", "c")).decode(ids)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +197,9 @@ def shorten(path: Path) -> None:
     "damage, problem",
     [
         (Path.unlink, "missing"),
-        (lambda path: path.write_bytes(b""), "empty, 0 bytes, meta.json expects 10,000"),
-        (shorten, "cut short, 9,998 bytes, meta.json expects 10,000"),
-        (lambda path: path.write_bytes(path.read_bytes() * 2), "too long"),
+        (lambda path: path.write_bytes(b""), "cut short or too long: 0 bytes, meta.json expects 10,000"),
+        (shorten, "cut short or too long: 9,998 bytes, meta.json expects 10,000"),
+        (lambda path: path.write_bytes(path.read_bytes() * 2), "cut short or too long: 20,000 bytes"),
         (change, "its SHA-256 is .* meta.json expects .*: changed, or of another data set"),
     ],
 )
@@ -239,7 +228,7 @@ def test_ids_beyond_the_vocabulary_are_refused(toy):
 def test_another_vocabulary_of_the_same_size_is_refused(toy):
     """Bins know ids alone: with one symbol changed for another, all of the text would be another."""
     edit_meta(toy, vocabulary=[chr(97 + i) for i in range(25)] + ["~"])
-    with pytest.raises(DataError, match="its vocabulary and the bins make a text of 100,000 bytes with SHA-256"):
+    with pytest.raises(DataError, match="its vocabulary and the bins make a text with SHA-256"):
         Dataset.open(toy)
 
 
@@ -248,14 +237,14 @@ def test_another_vocabulary_of_the_same_size_is_refused(toy):
     [
         ({"format_version": 2}, "format_version is 2, expected 1"),
         ({"format_version": "1"}, "format_version is '1'"),
-        ({"canonical": 1}, "canonical is 1, expected bool"),
-        ({"name": ""}, "name is empty"),
+        ({"canonical": 1}, "canonical is 1; expected true or false"),
+        ({"name": ""}, "name is ''; expected a line of text"),
         ({"unit": "word"}, "unit is 'word'"),
         ({"vocabulary": []}, "vocabulary"),
         ({"vocab_size": 27}, "vocab_size is 27"),
-        ({"source": {"bytes": 100_000}}, "source.sha256 is None"),
-        ({"source": {"bytes": 5, "sha256": "0" * 64}}, "the splits have 100,000 tokens, but the text has 5 bytes"),
-        ({"splits": {"train": {"tokens": 1, "sha256": "0" * 64}}}, "splits are"),
+        ({"source": {"bytes": 100_000}}, "missing field 'sha256' in source"),
+        ({"source": {"bytes": 5, "sha256": "0" * 64}}, "its source has 000"),
+        ({"splits": {"train": {"tokens": 1, "sha256": "0" * 64}}}, "missing field 'val' in splits"),
         ({"splits": {"train": 5, "val": 5}}, "splits.train is 5"),
         ({"splits": {"train": {"tokens": -2, "sha256": "0" * 64}, "val": {}}}, "tokens is -2"),
     ],
@@ -269,7 +258,7 @@ def test_a_nonsense_meta_is_refused(toy, changes, problem):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
 def test_a_meta_that_is_not_json_is_refused(toy, content):
     (toy / "meta.json").write_bytes(content)
-    with pytest.raises(DataError, match="meta.json: (not JSON|expected a JSON object)"):
+    with pytest.raises(DataError, match="meta.json: .*; make it again with python"):
         Dataset.open(toy)
 
 

@@ -250,21 +250,6 @@ def test_draws_depend_on_the_seed_alone():
         assert same[0] == same[1] != same[2] and same[0].chance_sd > 0
 
 
-def test_the_default_null():
-    character_N, generator = text(length=2000)
-    expert_N, about_N = generator.integers(0, EXPERTS, (2, 2000))
-    assert measured(expert_N, about_N) == measured(expert_N, about_N, null=SHUFFLED)
-    assert measured(expert_N, about_N, character_N) == measured(expert_N, about_N, character_N, null=SHIFTED)
-
-
-def test_wrong_nulls_and_too_few_draws_are_refused():
-    labels_N = np.array([0, 1])
-    with pytest.raises(ValueError, match="sifted"):
-        measured(labels_N, labels_N, null="sifted")
-    with pytest.raises(ValueError, match="draws 1"):
-        measured(labels_N, labels_N, draws=1)
-
-
 def test_slow_drift_needs_shifting():
     """Expert and speaker both go on for long, and know nothing of each other: only the shifted null says so."""
     length, stretch = 40_000, 400

@@ -37,7 +37,7 @@ from toy import (
 )
 
 from data import build, download
-from data.build import TextSpec, prepare
+from data.build import TextSpec, prepare_dataset
 from data.common import DataError, Dataset, find_dataset, prepare_command
 from support.files import ROOT, FileError
 
@@ -103,7 +103,7 @@ def test_a_disk_that_is_full_at_fsync_is_one_message_and_old_data_stays(toy, mon
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FileError, match=f"could not be written: {reason}.*; free some space or choose another --out"):
-        prepare(OTHER_TOY, toy, toy, source=str(toy / "toy.txt"), allow_partial=True)
+        prepare_dataset(OTHER_TOY, toy, toy, source=str(toy / "toy.txt"), allow_partial=True)
     assert files(toy) == before
 
 
@@ -117,10 +117,10 @@ def test_a_file_size_limit_is_one_message_and_old_data_stays(tmp_path, limit, so
     before = files(folder)
     source_path = arguments and str(arguments[1]) or None
     with file_size_limit(limit), pytest.raises(FileError, match="could not be written: File too large; "):
-        prepare(spec, folder, folder, source_path)
+        prepare_dataset(spec, folder, folder, source_path)
     after = files(folder)
     assert after.pop("toy.txt", CONTENT) == CONTENT and after == before
-    assert prepare(spec, folder, folder, source_path)["canonical"] and not list(folder.glob("*.part"))
+    assert prepare_dataset(spec, folder, folder, source_path)["canonical"] and not list(folder.glob("*.part"))
 
 
 def test_a_read_only_disk_is_one_message(tmp_path):
@@ -162,12 +162,12 @@ def test_a_folder_without_permissions_is_one_message():
             os.setgroups([])
             os.setuid(65_534)
         return [
-            message_of(lambda: prepare(TOY, closed, closed / "out")),
-            message_of(lambda: prepare(TOY, unwritable, unwritable)),
-            message_of(lambda: prepare(replace(TOY, rebuild=lambda *_: CONTENT), closed, unwritable)),
-            message_of(lambda: prepare(TOY, unwritable, unwritable / "out")),
-            message_of(lambda: prepare(TOY, unwritable, place / "own", source=str(closed))),
-            message_of(lambda: prepare(TOY, unwritable, place / "own", source=str(closed / "toy.txt"))),
+            message_of(lambda: prepare_dataset(TOY, closed, closed / "out")),
+            message_of(lambda: prepare_dataset(TOY, unwritable, unwritable)),
+            message_of(lambda: prepare_dataset(replace(TOY, rebuild=lambda *_: CONTENT), closed, unwritable)),
+            message_of(lambda: prepare_dataset(TOY, unwritable, unwritable / "out")),
+            message_of(lambda: prepare_dataset(TOY, unwritable, place / "own", source=str(closed))),
+            message_of(lambda: prepare_dataset(TOY, unwritable, place / "own", source=str(closed / "toy.txt"))),
             message_of(lambda: Dataset.open(closed)),
             message_of(lambda: find_dataset(f"{closed}/toy")),
         ]
@@ -256,7 +256,7 @@ def test_a_second_prepare_waits_and_says_so(toy):
     first = in_child(hold)
     assert here.recv() == "held"
     second_here, second_there = multiprocessing.Pipe()
-    second = in_child(lambda: prepare(TOY, toy, toy, say=second_there.send))
+    second = in_child(lambda: prepare_dataset(TOY, toy, toy, say=second_there.send))
     assert second_here.recv() == f"another prepare.py is at work in {toy}; waiting until it has ended"
     assert not second_here.poll(0.05) and second.is_alive()
     here.send("go")
@@ -271,9 +271,9 @@ def test_prepare_works_without_file_locks(toy, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(build.fcntl, "flock", unknown)
-    assert prepare(TOY, toy, toy)["canonical"]
+    assert prepare_dataset(TOY, toy, toy)["canonical"]
     monkeypatch.setattr(build, "fcntl", None)
-    assert prepare(TOY, toy, toy)["canonical"]
+    assert prepare_dataset(TOY, toy, toy)["canonical"]
 
 
 def mend(folder: Path, old: str | None, new: str) -> None:
@@ -338,7 +338,13 @@ def test_prepare_recovers_from_a_kill_at_any_time(tmp_path, n):
 def test_the_real_script_recovers_from_a_kill(tmp_path, n=40):
     (tmp_path / "text").write_bytes(CONTENT)
     folder, environment = tmp_path / "out", {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, str(ROOT / "data" / "text8" / "prepare.py"), "--allow-partial", "--out", str(folder)]
+    command = [
+        sys.executable,
+        str(ROOT / "data" / "text8" / "prepare.py"),
+        "--allow-partial",
+        "--out",
+        str(folder),
+    ]
     command += ["--source", str(tmp_path / "text")]
     for case in range(n):
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as running:

@@ -63,23 +63,12 @@ def test_batches_that_cannot_be_divided_are_refused(count, changes, words):
     Processes().check(tiny(**changes))  # one process can
 
 
-@pytest.mark.parametrize(
-    "told, expected",
-    [
-        (dict(WORLD_SIZE="2", RANK="2"), "RANK=2, WORLD_SIZE=2"),
-        (dict(WORLD_SIZE="two"), "WORLD_SIZE=two"),
-        (dict(WORLD_SIZE="2", LOCAL_RANK="1"), "LOCAL_RANK=1"),
-        (dict(WORLD_SIZE="2"), "cannot meet"),  # nobody says where
-    ],
-)
-def test_a_contradictory_environment_is_one_message(tmp_path, monkeypatch, told, expected):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+def test_processes_that_cannot_meet_are_one_message(tmp_path, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError) as caught:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="cannot meet"):
         train_tiny(tmp_path, tmp_path / "run")
-    assert len(caught.value.problems) == 1 and expected in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -192,31 +192,17 @@ def test_a_record_is_read_with_every_key_of_its_config(dense, tmp_path):
 FILES = {
     "empty": ("", "no record: not valid JSON: Expecting value"),
     "text": ("a summary", "no record: not valid JSON: Expecting value"),
-    "list": ("[1, 2]", "[1, 2] is no record of train.py; expected an object"),
+    "list": ("[1, 2]", "[1, 2] is no record; expected an object"),
     "NaN": ('{"a": NaN}', "NaN is in it, which is no number"),
     "Infinity": ('{"a": [Infinity]}', "Infinity is in it"),
     "-Infinity": ('{"a": -Infinity}', "-Infinity is in it"),
     "twice": ('{"a": {"b": 1, "c": 2, "b": 1}}', "the field 'b' is in one object twice"),
     "deep": ("[" * 100_000, "nested too deep"),
     "many digits": ("9" * 10_000, "digits"),
-    "no format": ("{}", "has no format 'charmoe record 2': it is no record of train.py"),
-    "format 1": (
-        '{"format": "charmoe record 1"}',
-        "'charmoe record 1', expected 'charmoe record 2': older code made it",
-    ),
-    "format 3": (
-        '{"format": "charmoe record 3"}',
-        "'charmoe record 3', expected 'charmoe record 2': newer code made it",
-    ),
-    "a checkpoint's": (
-        '{"format": "charmoe checkpoint 3"}',
-        "'charmoe checkpoint 3', expected 'charmoe record 2': it is",
-    ),
-    "a bench's": (
-        '{"format": "charmoe bench 1"}',
-        "expected 'charmoe record 2': it is a record of bench.py, and no record of train.py",
-    ),
-    "no name": ('{"format": 2}', "its format is 2, expected 'charmoe record 2': it is no record of train.py"),
+    "no format": ("{}", "its format is None, expected 'charmoe record 2'"),
+    "an older record": ('{"format": "charmoe record 1"}', "'charmoe record 1', expected 'charmoe record 2'"),
+    "a bench's": ('{"format": "charmoe bench 1"}', "'charmoe bench 1', expected 'charmoe record 2'"),
+    "no name": ('{"format": 2}', "its format is 2, expected 'charmoe record 2'"),
 }
 
 

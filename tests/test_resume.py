@@ -286,7 +286,7 @@ def test_resume_from_a_truncated_checkpoint_is_refused_and_changes_nothing(words
     path = tmp_path / "run" / "ckpt.pt"
     path.write_bytes(path.read_bytes()[:-1000])
     before = contents(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="ckpt.pt is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="ckpt.pt has no checksum of this program"):
         train_tiny(words, tmp_path / "run", init_from="resume")
     assert contents(tmp_path / "run") == before
 
@@ -392,7 +392,7 @@ def test_the_same_command_twice_is_refused_and_loses_nothing(words, tmp_path, at
         train_tiny(words, tmp_path / "run", title="my run")
     article = "a" if state == "complete" else "an"
     for word in (
-        f"{article} {state} run (my run)",
+        f"holds {article} {state} run;",
         "nothing was changed",
         "--init_from=resume",
         "--out_dir",

@@ -66,10 +66,10 @@ def empty(path):
 
 DAMAGES = {
     "a flipped bit": (flip, "is damaged: its content does not have its checksum"),
-    "cut short": (shorten, "is not a whole checkpoint"),
+    "cut short": (shorten, "has no checksum of this program"),
     "gone": (os.unlink, "there is no such checkpoint"),
     "a stranger's": (forge, "has no checksum of this program"),
-    "a text": (lambda path: path.write_text("no"), "is not a whole checkpoint"),
+    "a text": (lambda path: path.write_text("no"), "has no checksum of this program"),
     "not of a run": (empty, "it lacks config, dataset"),
 }
 
@@ -109,7 +109,7 @@ def test_when_both_are_damaged_both_are_named_and_nothing_is_changed(words, stop
     before = contents(stopped)
     with pytest.raises(CheckpointError) as caught:
         train_tiny(words, stopped, init_from="resume", **HARD)
-    for word in ("ckpt.pt is damaged", "ckpt.previous.pt is not a whole", "--init_from=scratch --overwrite=True"):
+    for word in ("ckpt.pt is damaged", "ckpt.previous.pt has no checksum", "--init_from=scratch --overwrite=True"):
         assert word in str(caught.value)
     assert contents(stopped) == before
 
@@ -134,7 +134,7 @@ def test_resume_with_shortened_metrics_takes_the_checkpoint_that_fits(words, sto
     assert len(content) > known
     (stopped / "metrics.jsonl").write_bytes(content[: known + 3])
     assert train_tiny(words, stopped, init_from="resume", **HARD) == 0
-    assert "metrics.jsonl is shorter than when ckpt.pt was written" in capsys.readouterr().out
+    assert "metrics.jsonl is shorter than it was" in capsys.readouterr().out
     assert_same_run(uninterrupted, stopped)
 
 
@@ -376,7 +376,7 @@ def test_a_file_system_without_locks_is_reported_and_used(words, tmp_path, monke
     def no_locks(*arguments):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    monkeypatch.setattr(run_folder.files.fcntl, "flock", no_locks)
     assert train_tiny(words, tmp_path / "run") == 0
     assert capsys.readouterr().out.count("has no locks") == 1
     assert_same_run(dense_run, tmp_path / "run")

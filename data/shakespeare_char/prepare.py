@@ -11,18 +11,17 @@ HOME = Path(__file__).resolve().parent
 sys.path.insert(0, str(HOME.parent.parent))  # first, so that `data` is ours and not an installed package
 
 from data.build import TRAIN_VAL, Remote, TextSpec, main  # noqa: E402
-from data.shakespeare_char.rebuild import TEXT_SHA256, rebuild  # noqa: E402
+from data.shakespeare_char.rebuild import rebuild  # noqa: E402
+
+TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+INPUT = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 SPEC = TextSpec(
     name="shakespeare_char",
     unit="character",
     filenames=("input.txt", "tinyshakespeare.txt"),
     splits=TRAIN_VAL,
-    remotes=(
-        Remote(
-            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", TEXT_SHA256
-        ),
-    ),
+    remotes=(Remote(INPUT, TEXT_SHA256),),
     size=1_115_394,
     sha256=TEXT_SHA256,
     head_sha256="6ecb14ae69476c437037abfd1a16b348e2ff0dc994c04a08a5f9970a4492034f",

