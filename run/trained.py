@@ -26,7 +26,7 @@ class Trained(NamedTuple):
 
 
 def load_trained(out_dir, name, device) -> Trained:
-    """The model in out_dir/name. ConfigError or CheckpointError where there is none, or it does not fit its config."""
+    """The model in out_dir/name. ConfigError or CheckpointError if it is missing or does not fit its config."""
     return model_in(read_weights(out_dir, name), Path(out_dir) / name, device)
 
 

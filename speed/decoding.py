@@ -88,14 +88,14 @@ class PackedDecoder(AutocastDecoder):
     how = "eager, cached, packed weights"
 
     def __init__(self, model, batch_size, machine, temperature=1.0, top_k=None):
-        super().__init__(packed(model), batch_size, machine, temperature, top_k)
+        super().__init__(pack_weights(model), batch_size, machine, temperature, top_k)
 
 
 def can_pack(dtype):
     return dtype == torch.float32 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, PACK)
 
 
-def packed(model):
+def pack_weights(model):
     """A copy of the model with packed weights, except its routers'."""
     model = copy.deepcopy(model).eval()
     for _, module in model.modules_without_routers():

@@ -147,7 +147,7 @@ def test_no_shortcut_of_decoding_passes_it_by(holder):
     fast, plain = decoding.fastest(holder, 2, CPU), Decoder(holder, 2)
     for part in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):
         torch.testing.assert_close(fast.read(part)[0], plain.read(part)[0], rtol=1e-4, atol=1e-4)
-    assert type(decoding.packed(holder).moe_layers()[0].router.inner[0]) is nn.Linear
+    assert type(decoding.pack_weights(holder).moe_layers()[0].router.inner[0]) is nn.Linear
 
 
 def test_its_traits_are_those_that_a_config_is_checked_by(monkeypatch):
