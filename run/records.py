@@ -291,17 +291,34 @@ def config_in(values, origin) -> tuple[Config | None, list[str]]:
 
 def contradictions(record, config) -> Iterator[str]:
     """Where a record's summary is not what its config and its evaluations make it, a line each."""
-    evaluations, test = record["evaluations"], record["test"]
+    evaluations, test, resumed = record["evaluations"], record["test"], record["resumed"]
     steps = [line["step"] for line in evaluations]
     if [*steps[:1], *steps[-1:]] != [0, config.max_iters] or not all(a < b for a, b in pairwise(steps)):
         yield f"steps of the evaluations are {shown(steps)}; expected them to rise from 0 to {config.max_iters}"
         return
-    found, expected = len(record["routing"]), len(config.moe_layers)
-    if found != expected:
-        yield f"routing is of {found} layers; the config has {expected} MoE layers"
+    if not resumed and any(step % config.eval_interval for step in steps[:-1]):
+        yield f"steps of the evaluations are {shown(steps)}; expected multiples of {config.eval_interval}"
+    if (config.init_from == "resume") != (resumed > 0):
+        yield f"resumed is {resumed}, but config.init_from is {config.init_from!r}"
+    experts = [config.expert_counts()[block] for block in config.moe_layers]
+    for name, loads in {
+        "routing": [layer["load"] for layer in record["routing"]],
+        **{f"evaluations[{i}].load": line["load"] for i, line in enumerate(evaluations)},
+    }.items():
+        if [len(load) for load in loads] != experts:
+            yield f"{name} is of {shown([len(load) for load in loads])} experts; the MoE layers have {shown(experts)}"
+    splits, counts, seconds = record["dataset"]["splits"], record["parameters"], record["seconds"]["train"]
+    if (test is None) != ("test" not in splits):
+        yield f"test is {shown(test)}, but the splits of the text are {', '.join(splits)}"
     summary = derived(config, evaluations)
-    summary["exclusive"] = is_exclusive(record["machine"]["device_type"], **record["others"])
-    summary["test"] = test and {"bpc": test["nats"] / math.log(2), "step": summary["clean"]["best"]["step"]}
+    others = record["others"]
+    summary |= {
+        "exclusive": is_exclusive(record["machine"]["device_type"], others["cpu_share"], others["device_bytes"]),
+        "test": test and {"bpc": test["nats"] / math.log(2), "step": summary["clean"]["best"]["step"]},
+        "parameters": {"total": sum(counts[kind] for kind in KINDS_OF_PARAMETERS)},
+        "epochs": summary["tokens"] / max(1, splits["train"]),
+        "tokens_per_second": summary["tokens"] / (seconds or math.inf),
+    }
     if not config.n_expert or config.leaks_of_any_router:  # else it is up to the router's class, which needs torch
         summary["leaky"] = bool(config.leaks_of_any_router)
     yield from deviations(record, summary)
