@@ -68,7 +68,7 @@ def extended(tmp_path_factory):
     text = settings.read_text()
     assert text.count('"expert_choice"]') == 1
     settings.write_text(text.replace('"expert_choice"]', '"expert_choice", "scaled"]'))
-    (copy / "config" / "shakespeare_moe4_scaled.py").write_text(CONFIG)
+    (copy / "config" / "shakespeare_scaled.py").write_text(CONFIG)
     return copy
 
 
@@ -80,15 +80,13 @@ def run(copy, code, *arguments):
 
 def test_the_recipe_gives_a_router_that_trains_resumes_samples_is_analysed_and_recorded(extended, words):
     options = {**TINY, "dataset": words, "n_expert": 4}
-    done = run(
-        extended, STORY, "config/shakespeare_moe4_scaled.py", *(f"--{key}={value}" for key, value in options.items())
-    )
+    done = run(extended, STORY, "config/shakespeare_scaled.py", *(f"--{key}={value}" for key, value in options.items()))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def test_what_its_class_refuses_is_told_with_all_other_problems_before_training(extended):
     code = "import sys, train\nfrom support.console import *\ntrain.main(sys.argv[1:])"
-    arguments = ["config/shakespeare_moe4_scaled.py", "--router_bias_rate=0.1", "--router_temperature=2", "--n_head=5"]
+    arguments = ["config/shakespeare_scaled.py", "--router_bias_rate=0.1", "--router_temperature=2", "--n_head=5"]
     done = run(extended, code, *arguments)
     told = done.stdout + done.stderr
     assert done.returncode != 0
