@@ -8,8 +8,8 @@
 
 A run lives in its out_dir: config.json, metrics.jsonl (a line a log or evaluation), ckpt.pt (the last state), best.pt
 (the weights with the best validation loss), and summary.json once it is complete. Ctrl-C saves; the same command with
---init_from=resume goes on (--init_from=auto: where there is something to go on with). Exit codes: 0 done, 2 a mistake
-in what was asked, 3 loss or gradient not finite, 4 another process of the run ended, 128 + n stopped by signal n (130
+--init_from=resume goes on (--init_from=auto: where there is something to go on with). Exit codes: 0 done, 2 an invalid
+request, 3 loss or gradient not finite, 4 another process of the run ended, 128 + n stopped by signal n (130
 SIGINT, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP).
 """
 
@@ -48,8 +48,8 @@ def main(argv):
     processes = Processes.from_environment()
     processes.check(config)
     with contextlib.ExitStack() as stack:
-        heard = sys.stdout if processes.is_first else stack.enter_context(open(os.devnull, "w"))
-        stack.enter_context(contextlib.redirect_stdout(console.IgnoreClosedPipe(heard)))
+        stdout = sys.stdout if processes.is_first else stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(console.IgnoreClosedPipe(stdout)))
         number = processes.local_rank if processes.world_size > 1 else None
         machine = machines.choose(config.device, config.dtype, config.compile, number)
         machines.keep_freed_memory()
@@ -190,7 +190,7 @@ def train(config, argv, machine, processes):
 
 
 class Run:
-    """What a run does once in a while, as one process sees it.
+    """Evaluation, logging, saving and stopping of one process.
 
     All processes evaluate, save and stop together. Only the first one writes: elsewhere `metrics` is None.
     started: the perf_counter at which the run would have started without interruption; other_load: a
@@ -213,8 +213,8 @@ class Run:
         return SAVE if self.processes.is_first and 0 < self.config.save_minutes < minutes else 0
 
     def log(self, update):
-        """Write and show the running totals, and begin new ones. update: the last one; None if an earlier session made
-        it."""
+        """Write and show the running totals, and begin new ones. update: the last one; None when resuming
+        between two log lines."""
         config, state, totals = self.config, self.state, self.totals
         rows = config.batch_size * config.gradient_accumulation_steps
         line = {
@@ -306,7 +306,7 @@ class Run:
         return 128 + number
 
     def finish(self, signals):
-        """The test loss, the speed of writing, and the record. -> the exit code"""
+        """The test loss, the sampling speed, and the record. -> the exit code"""
         state, processes, test, writing = self.state, self.processes, None, None
         if "test" in self.dataset.sizes:
             self.screen.doing("reading the test split")
@@ -314,8 +314,9 @@ class Run:
         state.seconds["total"] = time.perf_counter() - self.started
         state.others = self.other_load.so_far()
         if processes.is_first and not signals.caught:
-            self.screen.doing("measuring the speed of writing")
-            writing = signals.unless_stopped(self.speed_of_writing)
+            if self.config.inference_samples:
+                self.screen.say("measuring the sampling speed without a cache (--inference_samples=0 skips this)")
+            writing = signals.unless_stopped(self.measure_sampling_speed)
         action = processes.all_reduce_max(self.pending_action(signals))
         if action > SAVE:
             self.save()
@@ -335,7 +336,7 @@ class Run:
         best.load_state_dict(self.best["model"])
         return evaluate.full_loss(best, self.dataset, "test", self.config, self.machine, self.processes)
 
-    def speed_of_writing(self):
+    def measure_sampling_speed(self):
         """{"speeds": characters a second of each text, "seconds": spent, "others": other_load meanwhile}"""
         load, started = machines.OtherLoad(self.machine), time.perf_counter()
         speeds = evaluate.inference_speed(self.model, self.config, self.machine)

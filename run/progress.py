@@ -82,7 +82,7 @@ def evaluation_text(line, config, is_best=False):
     """One line about an evaluation. line: as evaluate.evaluation makes it."""
     nats, bpc, train = line["clean"]["nats"], line["clean"]["bpc"], line["paper"]["train"]
     best = " (best so far)" if is_best else ""
-    found = f"validation {nats:.4f} nats, {bpc:.4f} bpc{best}; {config.eval_iters} batches of train {train:.4f} nats"
+    found = f"validation {nats:.4f} nats, {bpc:.4f} bpc{best}; train {train:.4f} nats ({config.eval_iters} batches)"
     return f"step {line['step']:,} of {config.max_iters:,}: {found}"
 
 

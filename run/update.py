@@ -36,7 +36,7 @@ class Compiled(NamedTuple):
 
 
 class NotFinite(ArithmeticError):
-    """A loss or a gradient is NaN or infinite: which one."""
+    """A loss or a gradient is NaN or infinite; the message names the step."""
 
 
 class Updater:
@@ -155,8 +155,8 @@ def clip_gradients(parameters, max_norm):
 
 
 def make_optimizer(model, config):
-    """AdamW with weight decay on matrices and embeddings only. Stacked biases of experts are matrices by shape, and get
-    none."""
+    """AdamW with weight decay on matrices and embeddings only; expert biases are stored as matrices, but are not
+    decayed."""
     decayed, rest = [], []
     for name, parameter in model.named_parameters():
         is_decayed = parameter.dim() >= 2 and not name.rpartition(".")[2].startswith("bias")
@@ -166,7 +166,8 @@ def make_optimizer(model, config):
 
 
 class FiniteGuard:
-    """Skips every update from the first one whose loss or gradient is not finite, without waiting for the device.
+    """After the first loss or gradient that is not finite, skips that update and all later ones; never waits for the
+    device.
 
     Fused optimisers skip their update where `found_inf` is 1, an interface made for torch.amp.GradScaler.
     """
@@ -189,7 +190,7 @@ class FiniteGuard:
 
 @contextlib.contextmanager
 def without_side_effects(model):
-    """Computations inside leave no gradients behind, and the random streams as they were."""
+    """Restores gradients (to none), buffers and random streams afterwards."""
     state, buffers = random_state(), [buffer.clone() for buffer in model.buffers()]
     try:
         yield

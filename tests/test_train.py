@@ -400,5 +400,5 @@ def test_the_line_of_an_evaluation_names_both_losses():
     line = {"step": 250, "clean": {"nats": 1.5, "bpc": 2.164}, "paper": {"train": 1.25, "val": 1.75}}
     told = progress.evaluation_text(line, tiny(max_iters=2000, eval_iters=7), is_best=True)
     assert told == (
-        "step 250 of 2,000: validation 1.5000 nats, 2.1640 bpc (best so far); 7 batches of train 1.2500 nats"
+        "step 250 of 2,000: validation 1.5000 nats, 2.1640 bpc (best so far); train 1.2500 nats (7 batches)"
     )
