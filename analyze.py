@@ -34,6 +34,7 @@ from support.options import ConfigError, option
 
 DRAWING = ("report/", "papers/")  # code of ours that draws an analysis, and changes nothing in it
 
+
 @dataclass(frozen=True)
 class Options:
     """Keys that may follow the folders."""
