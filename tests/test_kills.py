@@ -174,7 +174,7 @@ def generator(n):
     return random.Random(seed)
 
 
-@thorough(3, 200)
+@thorough(2, 200)
 def test_resume_after_a_kill_at_any_time_is_bit_identical(runner, uninterrupted, tmp_path, n):
     times = generator(n)
     for kind in kinds(n):

@@ -322,6 +322,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_that_is_kept_is_not_asked_for_again():
     """192 MB a step are 46,875 pages of 4 kB. Without keep_freed_memory some processes ask for all of them in each of

@@ -414,7 +414,7 @@ SHIPPED = {path: structure(configurator.parse(Config, [str(path)])) for path in 
 DISTINCT = list({frozenset(values): path for path, values in reversed(SHIPPED.items())}.values())[::-1]
 # Few configs with every value of every key that a shipped one has.
 TRACED = [
-    tiny(dropout=0.2, **keys)
+    tiny(dropout=0.2, **{"n_layer": 1, **keys})
     for keys in (
         dict(mlp_hidden=24),
         dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", capacity_factor=1.0),
@@ -424,7 +424,7 @@ TRACED = [
         dict(n_expert=4, router="random", router_level="sequence", aux_loss="none"),
         dict(n_expert=4, router="expert_choice", capacity_factor=1.0, aux_loss="none"),
         dict(
-            n_expert=4, router="two_level", share_experts=True, expert_dropout=0.1,
+            n_expert=4, router="two_level", share_experts=True, n_layer=2, expert_dropout=0.1,
             aux_loss_coef_schedule="linear", router_temperature_schedule="linear",
         ),
         dict(n_expert=4, router="frozen", router_level="segment", segment_size=5, aux_loss="none"),
@@ -434,7 +434,7 @@ TRACED = [
         dict(n_expert=4, router_level="prefix", aux_loss="cv2", expert_init="switch", gate_straight_through=True),
         dict(
             n_expert=4, expert_top_k=4, router_top_p=0.5, capacity_factor=0.5, capacity_group="batch", moe_every=2,
-            expert_init="sigma_moe", router_jitter=0.1, z_loss_coef=0.001, bias=True, aux_loss_coef=0.001,
+            n_layer=2, expert_init="sigma_moe", router_jitter=0.1, z_loss_coef=0.001, bias=True, aux_loss_coef=0.001,
         ),
     )
 ]  # fmt: skip

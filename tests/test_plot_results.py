@@ -391,7 +391,10 @@ def test_doubts_about_a_bench_are_told(results):
     [
         (lambda path: changed(path, quick=True), "a quick bench, which is too short to be evidence"),
         (lambda path: path.write_text("{"), "no record: not valid JSON"),
-        (lambda path: shutil.copy(of_cell(path.parents[1]), path), "it is a record of train.py"),
+        (
+            lambda path: shutil.copy(of_cell(path.parents[1]), path),
+            "its format is 'charmoe record 2', expected 'charmoe bench 1'",
+        ),
     ],
     ids=["quick", "truncated", "of a run"],
 )

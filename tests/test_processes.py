@@ -142,7 +142,7 @@ def assert_alike(one, other, tolerance=2e-4):
 
 
 # Losses and capacities over a whole batch are what parts of it must reproduce; whole micro-batches are simpler.
-SHORT = [("switch loss", PARTS), ("cv2 loss", PARTS), ("capacity, z-loss", PARTS), ("balanced by a bias", WHOLE)]
+SHORT = [("switch loss", PARTS), ("capacity, z-loss", PARTS), ("balanced by a bias", WHOLE)]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import soaked, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -215,7 +215,7 @@ def test_weights_decay_and_biases_and_norms_do_not(changes):
 # What can be counted without a clock: see also test_model.py, whose configs compile as one graph, also on CUDA
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["capacity", soaked("dense"), soaked("moe4")])
 def test_a_step_allocates_nothing_that_stays(kind):
     """Every byte that a step takes it gives back, from the second step on (the first makes AdamW's moments)."""
     _, step = stepper(tiny(dropout=0.1, **KINDS[kind]))
