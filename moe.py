@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from backends import BACKENDS, choose_backend, compute_dtype
 from routing import LEVELS, ROUTERS
-from selection import GATES, Routing, capacity, dropped_experts, gates_per_expert, within_capacity
+from selection import GATES, Routing, capacity, expert_dropout_mask, gates_per_expert, within_capacity
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The layer
@@ -86,18 +86,18 @@ class MoE(nn.Module):
             if cache:
                 level_BTD = level_BTD[:, -T:]
             logits_NE = self.router(level_BTD, ids_BS).reshape(B * T, -1)
-            cooled_NE, scores_NE, probs_NE, preference_NE = self.score(logits_NE)
+            scaled_NE, scores_NE, probs_NE, preference_NE = self.score(logits_NE)
 
             # Choices: expert dropout, selection, capacity.
             if self.training and config.expert_dropout_is_used:
-                masked_NE = dropped_experts(logits_NE.shape, self.expert_dropout, logits_NE.device)
+                masked_NE = expert_dropout_mask(logits_NE.shape, self.expert_dropout, logits_NE.device)
                 preference_NE = preference_NE.masked_fill(masked_NE, -math.inf)
             experts_NK, chosen_NK = self.router.select(probs_NE, preference_NE, B)
             kept_NK, room = self.limit_to_capacity(experts_NK, chosen_NK, B, cache)
 
             # Gates of the chosen experts.
             if config.gate_renormalize:
-                _, gates_NK = GATES[config.gate](cooled_NE.gather(1, experts_NK).masked_fill(~chosen_NK, -math.inf))
+                _, gates_NK = GATES[config.gate](scaled_NE.gather(1, experts_NK).masked_fill(~chosen_NK, -math.inf))
             else:
                 gates_NK = scores_NE.gather(1, experts_NK)
             if config.gate_straight_through:
@@ -108,11 +108,11 @@ class MoE(nn.Module):
     def score(self, logits_NE):
         """-> (logits / temperature, scores, probs, preference: experts are chosen by the largest), (N, E) each."""
         config = self.config
-        cooled_NE = logits_NE / self.temperature if config.router_temperature_is_used else logits_NE
-        scores_NE, probs_NE = GATES[config.gate](cooled_NE)
+        scaled_NE = logits_NE / self.temperature if config.router_temperature_is_used else logits_NE
+        scores_NE, probs_NE = GATES[config.gate](scaled_NE)
         biased = config.router_bias_rate > 0
-        preference_NE = scores_NE + self.balance_bias if biased else self.router.preference(cooled_NE)
-        return cooled_NE, scores_NE, probs_NE, preference_NE
+        preference_NE = scores_NE + self.balance_bias if biased else self.router.preference(scaled_NE)
+        return scaled_NE, scores_NE, probs_NE, preference_NE
 
     def limit_to_capacity(self, experts_NK, chosen_NK, n_sequences, cache):
         """-> (kept (N, K) bool, room: the most choices that one expert can have kept)"""

@@ -3,8 +3,8 @@
     x -> level -> router (logits) -> temperature -> gate (scores) -> balancing bias, expert dropout
       -> selection (k experts per token) -> capacity (the choices that find room)
 
-`MoE.route` in `moe.py` takes these steps in order; those after the router are in `selection.py`. LEVELS and ROUTERS are
-tables named by keys of the config; docs/moe-options.md lists them with formula and source.
+`MoE.route` in `moe.py` takes these steps in order; gates, top-k and capacity are in `selection.py`. LEVELS and ROUTERS
+are tables named by keys of the config; docs/moe-options.md lists them with formula and source.
 
 A new router is a subclass of Router with its traits, a line in ROUTERS, and its name among the choices of `router` in
 `run/settings.py`. Everything else (checks of a config, decoding, analysis, accounting) asks its class.
@@ -146,7 +146,7 @@ class Router(nn.Module):
         """(experts (N, K), chosen (N, K)). preference: -inf for an expert that cannot be chosen."""
         config = self.config
         k = config.expert_top_k or config.n_expert
-        experts_NK = top_k_experts(preference_NE, k, in_order=config.router_top_p > 0)
+        experts_NK = top_k_experts(preference_NE, k, best_first=config.router_top_p > 0)
         chosen_NK = preference_NE.gather(1, experts_NK) != -math.inf
         if config.router_top_p:
             share_NK = probs_NE.gather(1, experts_NK)

@@ -27,13 +27,13 @@ class Routing(NamedTuple):
     room: int  # the most choices that one expert can have kept: N, or fewer under a capacity
 
 
-def top_k_experts(scores_NE, k, in_order=False):
-    """(N, k): each token's k best experts, best first; in expert order if k = E, unless in_order.
+def top_k_experts(scores_NE, k, best_first=False):
+    """(N, k): each token's k best experts, best first; in expert order if k = E and not best_first.
 
     Ties go to the lower index, on every device and for every N, so that cached and uncached decoding agree.
     """
     n_expert = scores_NE.size(-1)
-    if k == n_expert and not in_order:
+    if k == n_expert and not best_first:
         return torch.arange(n_expert, device=scores_NE.device).expand_as(scores_NE)
     if k == 1:
         return scores_NE.argmax(dim=-1, keepdim=True)
@@ -62,7 +62,7 @@ def sigmoid_gate(logits_NE):
 GATES: dict[str, Callable] = {"softmax": softmax_gate, "sigmoid": sigmoid_gate}
 
 
-def dropped_experts(shape, rate, device):
+def expert_dropout_mask(shape, rate, device):
     """(N, E) bool: expert masked for a token, with probability `rate` (a 0-d tensor; Csordás et al. 2023). A token that
     would lose all experts keeps all."""
     masked_NE = torch.rand(shape, device=device) < rate

@@ -78,9 +78,9 @@ def route_outputs(x_ND, weight_ED, k):
 def route_twin(x_ND, weight_ED, k, gate, renormalize, temperature):
     with torch.autocast(x_ND.device.type, enabled=False):
         logits_NE = F.linear(x_ND.float(), weight_ED.float())
-        cooled_NE = logits_NE / temperature
-        log_scores_NE = F.log_softmax(cooled_NE, dim=-1) if gate == "softmax" else F.logsigmoid(cooled_NE)
-        experts_NK = top_k_experts(cooled_NE, k)
+        scaled_NE = logits_NE / temperature
+        log_scores_NE = F.log_softmax(scaled_NE, dim=-1) if gate == "softmax" else F.logsigmoid(scaled_NE)
+        experts_NK = top_k_experts(scaled_NE, k)
         chosen_NK = log_scores_NE.gather(1, experts_NK)
         gates_NK = F.softmax(chosen_NK, dim=-1) if renormalize else chosen_NK.exp()
         return logits_NE, F.softmax(log_scores_NE, dim=-1), experts_NK, gates_NK
