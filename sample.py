@@ -35,7 +35,7 @@ class SampleConfig:
     checkpoint: Literal["best", "last"] = model_key("best", "best.pt (lowest validation loss) or ckpt.pt")
     device: str = model_key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = model_key("auto", "precision of matrix products")
-    start: str = text_key("", "prompt, or FILE:path; empty = a newline, or a space where the vocabulary has none")
+    start: str = text_key("", "prompt, or FILE:path; empty = a newline, else a space, else the first symbol")
     num_samples: int = text_key(1, "number of samples", at_least=1)
     max_new_tokens: int = text_key(500, "characters of each sample", at_least=1, at_most=10**7)
     temperature: float = text_key(
@@ -137,16 +137,25 @@ def load_model(config, device):
     return model, vocabulary, trained
 
 
-def prompt_text(start, vocabulary):
-    """The prompt that --start means. Raises DataError for a file that is not UTF-8, OSError for an unreadable one."""
+def prompt_ids(start, vocabulary):
+    """The ids of the prompt that --start means.
+
+    A byte-order mark, the CR of CR LF and a final line feed, which editors add, are left out where the vocabulary lacks
+    them. Raises DataError for other unknown symbols and for a file that is not UTF-8, OSError for an unreadable one.
+    """
     if start.startswith("FILE:"):
         path = start.removeprefix("FILE:")
         try:
-            start = files.read_whole(path).decode().replace("\r\n", "\n")
+            start = files.read_whole(path).decode()
         except UnicodeDecodeError:
             raise DataError(f"{path} is not UTF-8 text") from None
-    has_newline = {"\n", ord("\n")} & set(vocabulary.symbols)
-    return start or ("\n" if has_newline else " ")
+    if not vocabulary.has("\ufeff"):
+        start = start.removeprefix("\ufeff")
+    if not vocabulary.has("\r"):
+        start = start.replace("\r\n", "\n")
+    if not vocabulary.has("\n"):
+        start = start.removesuffix("\n")
+    return vocabulary.encode(start).tolist() or [vocabulary.start]
 
 
 def shown_layer(config, trained):
@@ -188,7 +197,7 @@ def main(argv):
     machine = machines.choose(config.device, config.dtype, compile=False)
     model, vocabulary, trained = load_model(config, machine.device)
     layer = shown_layer(config, trained)
-    prompt = vocabulary.encode(prompt_text(config.start, vocabulary)).tolist()
+    prompt = prompt_ids(config.start, vocabulary)
     decoder = decoding.fastest(model, 1, machine, config.temperature, config.top_k or None)
     for i in range(config.num_samples):
         if i:

@@ -236,10 +236,9 @@ def write_sample(run, n_characters):
     model = run.model
     if not n_characters or not run.config.is_causal or not model.moe_layers():
         return None
-    newline = next((i for i, symbol in enumerate(run.vocabulary.symbols) if symbol in ("\n", 10)), 0)
     decoder = decoding.fastest(model, 1, run.machine, 0.8, 200)
     generator = torch.Generator().manual_seed(run.seed)
-    unread, tokens, experts = [newline], [], []
+    unread, tokens, experts = [run.vocabulary.start], [], []
     for step in decoder.write(torch.tensor([unread], device=run.machine.device), n_characters + 1, [generator]):
         # the last token read; where the window moved, half of it was read again before
         experts.append([int(step.experts(layer)[0, -1]) for layer in range(len(model.moe_layers()))])

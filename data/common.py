@@ -93,6 +93,20 @@ class Vocabulary:
             raise DataError(self._unknown_message(codes, np.flatnonzero(~known)))
         return ids.astype(np.int64)
 
+    def has(self, text: str) -> bool:
+        """Whether `encode` knows every symbol of the text."""
+        return bool(np.isin(_codes_of(text, self.unit), self._codes).all())
+
+    @property
+    def start(self) -> int:
+        """The id that a text without a prompt begins with: a newline, else a space, else the first symbol.
+
+        Of bytes, the first that does not continue a UTF-8 character, if there is one.
+        """
+        codes = self._codes.tolist()
+        begins = [code for code in codes if self.unit == CHARACTER or code & 0xC0 != 0x80]
+        return codes.index(next(code for code in (ord("\n"), ord(" "), *begins, *codes) if code in codes))
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self.decoder()(ids, final=True)

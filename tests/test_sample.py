@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import train_tiny
+from conftest import prepare_text, train_tiny
 
 import sample
 from data.common import DataError, Vocabulary
@@ -126,17 +126,57 @@ def test_an_empty_prompt_is_a_newline(run, dense_run):
 
 
 @pytest.mark.parametrize(
-    "vocabulary, prompt",
+    "unit, symbols, prompt",
     [
-        (Vocabulary("character", ("\n", " ", "a")), "\n"),
-        (Vocabulary("character", (" ", "a")), " "),
-        (Vocabulary("byte", (10, 32, 97)), "\n"),
-        (Vocabulary("byte", (32, 97)), " "),
+        ("character", "\t\n a", "\n"),
+        ("character", "\t a", " "),
+        ("character", "ACGT", "A"),
+        ("character", "天", "天"),
+        ("byte", b"\t\n a", b"\n"),
+        ("byte", b"\t a", b" "),
+        ("byte", b"\x80\xa9\xc3", b"\xc3"),  # a character does not begin with the first two
+        ("byte", b"\x80", b"\x80"),
     ],
 )
-def test_the_default_prompt_is_in_the_vocabulary(vocabulary, prompt):
-    assert sample.prompt_text("", vocabulary) == prompt
-    assert vocabulary.encode(prompt).size == 1
+def test_the_default_prompt_is_in_the_vocabulary(unit, symbols, prompt):
+    vocabulary = Vocabulary(unit, tuple(symbols))
+    (start,) = sample.prompt_ids("", vocabulary)
+    assert vocabulary.symbols[start] == prompt[0]
+
+
+def test_a_text_without_space_and_newline_is_sampled_by_the_printed_command(run, tmp_path, capsys):
+    dataset = prepare_text(tmp_path / "data", "ACGTTGCA" * 500)
+    assert train_tiny(dataset, tmp_path / "run", max_iters=1) == 0
+    command = capsys.readouterr().out.rpartition("sample.py ")[2].split()
+    assert command == [f"--out_dir={tmp_path}/run"]
+    text = run(tmp_path / "run", "--max_new_tokens=5")
+    assert text.startswith("A") and len(text) == 1 + 5 + 1
+
+
+@pytest.mark.parametrize("source", ["file", "option"])
+@pytest.mark.parametrize(
+    "symbols, text, prompt",
+    [
+        ("\nab", "\ufeffa\r\nb\n", "a\nb\n"),
+        ("\n\rab", "\ufeffa\r\nb\n", "a\r\nb\n"),  # trained on CR LF
+        ("\nab\ufeff", "\ufeffa\r\nb\n", "\ufeffa\nb\n"),
+        ("ab", "\ufeffab\r\n", "ab"),  # no line breaks at all, as in text8
+        ("\nab", "\r\n", "\n"),
+        ("ab", "\ufeff\r\n", "a"),
+        (b"\nab", "\ufeffa\r\nb", "a\nb"),
+        (bytes(range(256)), "\ufeffa\r\nb\n", "\ufeffa\r\nb\n"),
+    ],
+)
+def test_marks_of_editors_leave_a_prompt_only_where_the_vocabulary_lacks_them(symbols, text, prompt, source, tmp_path):
+    vocabulary = Vocabulary("byte" if isinstance(symbols, bytes) else "character", tuple(symbols))
+    (tmp_path / "prompt.txt").write_bytes(text.encode())
+    start = f"FILE:{tmp_path}/prompt.txt" if source == "file" else text
+    assert sample.prompt_ids(start, vocabulary) == vocabulary.encode(prompt).tolist()
+
+
+def test_a_carriage_return_alone_is_no_mark_of_an_editor():
+    with pytest.raises(DataError, match=r"'\\r' at 1"):
+        sample.prompt_ids("a\rb", Vocabulary("character", ("\n", "a", "b")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
