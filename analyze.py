@@ -51,7 +51,9 @@ class Options:
     sample_characters: int = option(
         400, "length of a text written by the model, with its experts; 0: none", at_least=0, at_most=100_000
     )
-    results: str = option("", "folder in which to keep the analysis too, as analysis/RUN.json, for plot_results.py")
+    results: str = option(
+        "", "folder in which to keep the analysis too, as analysis/RUN.json, for plot_results.py", is_path=True
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "precision of matrix products")
     seed: int = option(0, "seed of controls, shuffles and the written text", at_least=0, at_most=2**31)
@@ -254,7 +256,7 @@ def main(argv):
         raise ConfigError(["which run? expected python analyze.py OUT_DIR…, the folder that train.py named at its end"])
     machine = machines.choose(options.device, options.dtype, compile=False)
     problems = []
-    for folder in map(Path, folders):
+    for folder in map(files.expanded, folders):
         try:
             run = AnalysedRun(folder, options, machine)
             analysis = analysis_of(run, options, folder.name)

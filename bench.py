@@ -82,8 +82,8 @@ class BenchConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "precision of matrix products", group="Machine")
     compile: bool | Literal["auto"] = option("auto", "torch.compile in training: auto = where it pays", group="Machine")
-    json: str = option("", "write the record to this file", group="Output")
-    compare: str = option("", "say what became slower than in this record", group="Output")
+    json: str = option("", "write the record to this file", group="Output", is_path=True)
+    compare: str = option("", "say what became slower than in this record", group="Output", is_path=True)
     profile: bool = option(False, "trace a training and a decoding step; list their slowest operations", group="Output")
 
     def problems(self):

@@ -25,7 +25,7 @@ from run import records
 from run.records import RecordError
 from speed import bench_records
 from support import console
-from support.files import ROOT, one_line
+from support.files import ROOT, expanded, one_line
 
 DRAWN = ("tables", "figures")  # folders of results/ that are written here; the others hold records
 
@@ -102,7 +102,7 @@ def write_outputs(folder: Path, outputs: dict[str, str]) -> None:
         path.write_bytes(text.encode())
 
 
-def draw_latest(folders: list[str], output: str) -> None:
+def draw_latest(folders: list[Path], output: Path) -> None:
     """One picture of the local runs that have an evaluation; the others are named."""
     runs, left_out = latest.read_runs(folders)
     tell_left_out(left_out)
@@ -120,11 +120,15 @@ def tell_left_out(lines):
 def main(argv):
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python plot_results.py", description=__doc__, formatter_class=as_written)
-    parser.add_argument("--results", metavar="DIR", type=Path, default=ROOT / "results", help="the folder of records")
+    parser.add_argument(
+        "--results", metavar="DIR", type=expanded, default=ROOT / "results", help="the folder of records"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something is stale")
-    parser.add_argument("--latest", nargs="+", metavar="OUT_DIR", help="draw these local runs instead of results/")
+    parser.add_argument(
+        "--latest", nargs="+", metavar="OUT_DIR", type=expanded, help="draw these local runs instead of results/"
+    )
     where = "where --latest draws (default: curves.png)"
-    parser.add_argument("--output", metavar="FILE", default="curves.png", help=where)
+    parser.add_argument("--output", metavar="FILE", type=expanded, default="curves.png", help=where)
     options = parser.parse_args(argv)
     if options.latest:
         draw_latest(options.latest, options.output)

@@ -31,7 +31,7 @@ model_key, text_key, expert_key = (functools.partial(option, group=group) for gr
 
 @dataclass(frozen=True)
 class SampleConfig:
-    out_dir: str = model_key("", "the run to sample from")
+    out_dir: str = model_key("", "the run to sample from", is_path=True)
     checkpoint: Literal["best", "last"] = model_key("best", "best.pt (lowest validation loss) or ckpt.pt")
     device: str = model_key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = model_key("auto", "precision of matrix products")
@@ -146,7 +146,7 @@ def prompt_ids(start, vocabulary):
     if start.startswith("FILE:"):
         path = start.removeprefix("FILE:")
         try:
-            start = files.read_whole(path).decode()
+            start = files.read_whole(files.expanded(path)).decode()
         except UnicodeDecodeError:
             raise DataError(f"{path} is not UTF-8 text") from None
     if not vocabulary.has("\ufeff"):

@@ -68,8 +68,8 @@ class SweepOptions:
     budget_minutes: float = option(0.0, "after so many minutes, save the current run and end; 0: no limit", at_least=0)
     list: bool = option(False, "show the state of every run and the time left, and run nothing")
     print_commands: bool = option(False, "print one shell line for each missing run, and run nothing")
-    out: str = option("", "folder of the runs; empty: out/ of this project")
-    results: str = option("", "folder of the records; empty: results/ of this project")
+    out: str = option("", "folder of the runs; empty: out/ of this project", is_path=True)
+    results: str = option("", "folder of the records; empty: results/ of this project", is_path=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def overridden_cpu_size(script, argv):
     names = [word for word in argv if word.endswith(".py") and not word.startswith("-")]
     at = next((i for i, name in enumerate(names) if is_cpu_overlay(name)), len(names))
     for name in names[at + 1 :]:
-        small, values = (run_file(path).values for path in (CPU_OVERLAY, Path(os.path.abspath(name))))
+        small, values = (run_file(path).values for path in (CPU_OVERLAY, absolute(name)))
         changed = [f"{key}={values[key]}" for key in SIZES if key in values and values[key] != small.get(key)]
         if changed:
             overlay = names.pop(at)
@@ -149,7 +149,11 @@ def overridden_cpu_size(script, argv):
 
 
 def is_cpu_overlay(name):
-    return os.path.abspath(name) == str(CPU_OVERLAY)
+    return absolute(name) == CPU_OVERLAY
+
+
+def absolute(name):
+    return Path(os.path.abspath(files.expanded(name)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

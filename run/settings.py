@@ -53,7 +53,7 @@ class Config:
     takes_files: ClassVar[bool] = True
 
     title: str = run_key("", "name of the run in tables and figures; empty = the config files' titles")
-    out_dir: str = run_key("", "folder of the run; empty = out/<config names>-s<seed>")
+    out_dir: str = run_key("", "folder of the run; empty = out/<config names>-s<seed>", is_path=True)
     seed: int = run_key(
         1337,
         "random seed of weights, batches, dropout and routing noise",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from support.config_files import ConfigFile, run_file
-from support.files import one_line, shown, shown_path
+from support.files import expanded, one_line, shown, shown_path
 from support.options import (
     ConfigError,
     Option,
@@ -63,6 +63,8 @@ def parse(
         raise Message(help_page(cls, usage, description))
     reading = Reading(options_of(cls))
     apply_arguments(reading, [a for a in argv if a != "--print-config"], getattr(cls, "takes_files", False))
+    for name, value in reading.values.items():
+        reading.values[name] = os.path.expanduser(value) if reading.options[name].is_path else value
     instance = reading.finish(cls, problems_of)
     completed = instance.completed(reading.files) if hasattr(cls, "completed") else instance
     if "--print-config" in argv:
@@ -141,7 +143,7 @@ def apply_arguments(reading: Reading, argv: list[str], takes_files: bool) -> Non
         elif argument.startswith("-") or (equals and not argument.endswith(".py")):
             reading.refuse(f"{argument}: expected {'--' + name + equals + text if equals else '--key=value'}", name)
         elif takes_files:
-            read_file(reading, Path(os.path.abspath(argument)))
+            read_file(reading, Path(os.path.abspath(expanded(argument))))
         else:
             reading.problems.append(f"{argument}: expected --key=value; no config files are taken here")
 

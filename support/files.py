@@ -67,6 +67,11 @@ def shown_path(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
+def expanded(path: str) -> Path:
+    """A path as a person types it, with the home folder for ~ (which a shell leaves in `--key=~/a` and in quotes)."""
+    return Path(os.path.expanduser(path))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 

@@ -51,12 +51,13 @@ class Option:
     at_least: float | None = None
     at_most: float | None = None
     below: float | None = None
+    is_path: bool = False  # `parse` expands a ~ in front
 
 
 def option(default: Any, help: str, **about: Any) -> Any:
     """A dataclass field that `parse` understands; its annotation gives the type, and the choices as a Literal.
 
-    about: group, scope, at_least, at_most and below, as in `Option`.
+    about: group, scope, at_least, at_most, below and is_path, as in `Option`.
     """
     return dataclasses.field(default=default, metadata={"help": help, **about})
 
