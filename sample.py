@@ -2,7 +2,7 @@
 
     python sample.py --out_dir=out/shakespeare_moe4-cpu-s1337
     python sample.py --out_dir=… --start="ROMEO:" --temperature=0.7 --max_new_tokens=300
-    python sample.py --out_dir=… --start=FILE:prompt.txt
+    python sample.py --out_dir=… --start=FILE:prompt.txt --stop=$'\\n\\n'    up to the first empty line
     python sample.py --out_dir=… --show_experts --layer=2     coloured by the experts of block 2
 
 Sample i has the seed --seed + i, and depends on that seed alone. With --show_experts, a character has the colour of the
@@ -38,6 +38,7 @@ class SampleConfig:
     start: str = text_key("", "prompt, or FILE:path; empty = a newline, else a space, else the first symbol")
     num_samples: int = text_key(1, "number of samples", at_least=1)
     max_new_tokens: int = text_key(500, "characters of each sample", at_least=1, at_most=10**7)
+    stop: str = text_key("", "end a sample once its new characters end with this text; empty = never")
     temperature: float = text_key(
         0.8, "below 1 safer, above 1 wilder; 0 = always the most likely character", at_least=0
     )
@@ -172,13 +173,13 @@ def shown_layer(config, trained):
     return blocks.index(config.layer)
 
 
-def print_sample(decoder, prompt, config, device, writer, layer, seed):
-    """Write the prompt and its continuation.
+def print_sample(decoder, prompt, stop, config, device, writer, layer, seed):
+    """Write the prompt and its continuation. prompt: ids; stop: the ids after which it ends, or none.
 
     Writing stays one character behind the model, because a character's expert is known once the model has read it.
     """
     generator = torch.Generator().manual_seed(seed)
-    unwritten = prompt
+    unwritten, new = prompt, []
     # One step more than there are new characters, so that the model reads the last one too.
     for step in decoder.write(torch.tensor([prompt], device=device), config.max_new_tokens + 1, [generator]):
         experts = step.experts(layer)[0].tolist() if layer is not None else []
@@ -187,7 +188,10 @@ def print_sample(decoder, prompt, config, device, writer, layer, seed):
         known = [None] * (len(unwritten) - len(experts)) + experts[-len(unwritten) :]
         for token, expert in zip(unwritten, known):
             writer.write(token, expert)
+        if stop and new[-len(stop) :] == stop:
+            break
         unwritten = step.tokens.tolist()
+        new += unwritten
     writer.close()
 
 
@@ -197,7 +201,7 @@ def main(argv):
     machine = machines.choose(config.device, config.dtype, compile=False)
     model, vocabulary, trained = load_model(config, machine.device)
     layer = shown_layer(config, trained)
-    prompt = prompt_ids(config.start, vocabulary)
+    prompt, stop = prompt_ids(config.start, vocabulary), vocabulary.encode(config.stop).tolist()
     decoder = decoding.fastest(model, 1, machine, config.temperature, config.top_k or None)
     for i in range(config.num_samples):
         if i:
@@ -205,7 +209,7 @@ def main(argv):
         writer = make_writer(vocabulary, layer)
         if layer is not None:
             print(expert_legend(trained, layer, isinstance(writer, ColourWriter)))
-        print_sample(decoder, prompt, config, machine.device, writer, layer, config.seed + i)
+        print_sample(decoder, prompt, stop, config, machine.device, writer, layer, config.seed + i)
     return 0
 
 

@@ -95,6 +95,35 @@ def test_a_byte_model_writes_text(run, byte_words, tmp_path):
     assert text.startswith("été")
 
 
+def test_stop_ends_each_sample_after_that_text_and_changes_nothing_before_it(run, moe_run):
+    options = ["--start=The", "--max_new_tokens=60", "--seed=3", "--num_samples=2"]
+    whole = run(moe_run, *options).rstrip("\n").split(RULE)
+    stop = whole[0][30:32]
+    ends = [text.find(stop, 3) for text in whole]
+    assert 3 < ends[0] <= 30 and sum(end >= 0 for end in ends) >= 1
+    expected = [text if end < 0 else text[: end + 2] for text, end in zip(whole, ends)]
+    assert run(moe_run, *options, f"--stop={stop}") == RULE.join(expected) + "\n"
+
+
+def test_stop_is_looked_for_in_new_characters_only(run, dense_run):
+    plain = run(dense_run, "--start=The", "--max_new_tokens=20", "--seed=3")
+    assert run(dense_run, "--start=The", "--max_new_tokens=20", "--seed=3", "--stop=The") == plain
+    across = f"--stop={plain[2:4]}"  # begins in the prompt
+    assert len(run(dense_run, "--start=The", "--max_new_tokens=20", "--seed=3", across)) > 5
+
+
+def test_the_last_character_before_a_stop_has_its_expert(run, moe_run):
+    options = ["--show_experts", "--start=The", "--max_new_tokens=12"]
+    (text,), (numbers,) = (rows[:1] for rows in rows_of(run(moe_run, *options))[1:])
+    _, stopped, stopped_numbers = rows_of(run(moe_run, *options, f"--stop={text[4:6]}"))
+    end = text.index(text[4:6], 3) + 2
+    assert (stopped, stopped_numbers) == ([text[:end]], [numbers[:end]])
+
+
+def test_a_stop_that_cannot_be_written_is_refused(dense_run):
+    assert "'é' at 1" in refused(DataError, dense_run, "--stop=aé")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The prompt
 
