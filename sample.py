@@ -14,7 +14,7 @@ import functools
 import os
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -31,6 +31,12 @@ model_key, text_key, expert_key = (functools.partial(option, group=group) for gr
 
 @dataclass(frozen=True)
 class SampleConfig:
+    absent: ClassVar[dict[str, str]] = {
+        "init_from": "leave it out, sample.py always loads the run in --out_dir; GPT-2's weights cannot be loaded",
+        "compile": "leave it out, the fastest way to decode on this device is chosen without it",
+        "backend": "leave it out, sample.py is a single process",
+    }
+
     out_dir: str = model_key("", "the run to sample from", is_path=True)
     checkpoint: Literal["best", "last"] = model_key("best", "best.pt (lowest validation loss) or ckpt.pt")
     device: str = model_key("auto", "auto, cpu, cuda, cuda:N or mps")

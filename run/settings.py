@@ -51,6 +51,9 @@ class Config:
     """Every key of a run. Built in Python it is taken as it stands; `parse` and `from_dict` check it."""
 
     takes_files: ClassVar[bool] = True
+    absent: ClassVar[dict[str, str]] = {
+        "backend": "leave it out, processes use NCCL on GPUs, gloo on CPUs (how experts are computed: moe_backend)"
+    }
 
     title: str = run_key("", "name of the run in tables and figures; empty = the config files' titles")
     out_dir: str = run_key("", "folder of the run; empty = out/<config names>-s<seed>", is_path=True)
@@ -316,7 +319,7 @@ class Config:
 
     def completed(self, files: list[ConfigFile]) -> Config:
         """Fills an empty title and out_dir from the config files."""
-        title = self.title or ", ".join(file.title for file in files if file.title)
+        title = self.title or ", ".join(file.title for file in files)
         names = "-".join(file.path.stem for file in files) or "default"
         out_dir = self.out_dir or f"out/{names}-s{self.seed}"
         return dataclasses.replace(self, title=title, out_dir=out_dir)

@@ -1,7 +1,8 @@
 """Run config files: Python with plain assignments, each value with the line that assigned it.
 
 A file may begin with `from config.shakespeare_dense import *` and change what differs; the first line of its docstring
-is the run's title. Files and their bases run again every time: nothing enters `sys.modules`, no bytecode is kept.
+is the run's title, or else the file's name. Files and their bases run again every time: nothing enters `sys.modules`,
+no bytecode is kept.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def run_file(path: Path, importers: tuple[Path, ...] = ()) -> ConfigFile:
         frames = traceback.walk_tb(error.__traceback__)
         line = [line for frame, line in frames if frame.f_code.co_filename == str(path)][-1]
         raise ConfigError([f"{name}:{line}: {type(error).__name__}: {error}"]) from None
-    title = (ast.get_docstring(tree) or "").partition("\n")[0]
+    title = (ast.get_docstring(tree) or path.stem).partition("\n")[0]
     values = {key: value for key, value in namespace.items() if not key.startswith("_")}
     return ConfigFile(path, title, values, assignment_origins(tree, path, bases))
 

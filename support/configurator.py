@@ -54,6 +54,7 @@ def parse(
 
     Every field of `cls` is made with `option`. The class may have
     - `takes_files = True` (a ClassVar): arguments without `--` are config files;
+    - `absent` (a ClassVar): {key of nanoGPT that is no key here: why, and what to do};
     - `problems(self)`: yields (keys, message) for each impossible combination of keys; `problems_of` replaces it;
     - `completed(self, files)`: the instance with the values derived from its ConfigFiles.
 
@@ -61,7 +62,7 @@ def parse(
     """
     if "--help" in argv or "-h" in argv:
         raise Message(help_page(cls, usage, description))
-    reading = Reading(options_of(cls))
+    reading = Reading(options_of(cls), getattr(cls, "absent", None))
     apply_arguments(reading, [a for a in argv if a != "--print-config"], getattr(cls, "takes_files", False))
     for name, value in reading.values.items():
         reading.values[name] = os.path.expanduser(value) if reading.options[name].is_path else value
@@ -76,8 +77,8 @@ def parse(
 class Reading:
     """The assignments read so far with their origins, and all problems found."""
 
-    def __init__(self, options: dict[str, Option]):
-        self.options = options
+    def __init__(self, options: dict[str, Option], absent: dict[str, str] | None = None):
+        self.options, self.absent = options, absent or {}
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.files: list[ConfigFile] = []
@@ -106,6 +107,9 @@ class Reading:
         self.broken.add(name)
 
     def refuse_unknown(self, name: str, origin: str) -> None:
+        if name in self.absent:
+            self.problems.append(f"{origin}: {self.absent[name]}")
+            return
         guess = nearest(name, (*self.options, "help", "print-config"))
         hint = f"nearest key: {guess}" if guess else "--help lists the keys"
         self.refuse(f"{origin}: unknown key {name!r}; {hint}", guess or name)

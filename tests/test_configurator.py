@@ -449,16 +449,30 @@ def test_the_problem_of_two_keys_names_both_origins(write):
     assert only_problem(name, "--n_embd=384").startswith("--n_embd=384, heads.py:2: ")
 
 
+def test_a_key_of_nanogpt_that_is_absent_is_answered_by_one_helpful_line(write):
+    answer = "leave it out, processes use NCCL on GPUs, gloo on CPUs (how experts are computed: moe_backend)"
+    assert only_problem("--backend=nccl") == f"--backend=nccl: {answer}"
+    assert only_problem("--backend") == f"--backend: {answer}"
+    assert only_problem(write("ddp.py", "backend = 'nccl'\n")) == f"ddp.py:1: {answer}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Title, folder, hash, records
 
 
 def test_the_title_is_the_files_first_lines(write):
     first, second = write("first.py", '"""One\n\nMore."""\n'), write("second.py", '"""Two"""\n')
-    plain = write("plain.py", "# no title\n")
-    assert parse(Config, [first, plain, second]).title == "One, Two"
+    assert parse(Config, [first, second]).title == "One, Two"
     assert parse(Config, [first, "--title=Mine"]).title == "Mine"
     assert parse(Config, []).title == ""
+
+
+@pytest.mark.parametrize("docstring", ["# no docstring", '""""""', '"""\n\n"""', "from base import *"])
+def test_a_file_without_a_docstring_is_titled_by_its_name(write, docstring):
+    write("base.py", '"""Base"""\n')
+    first, plain = write("first.py", '"""One"""\n'), write("my_sweep.py", f"{docstring}\n")
+    assert parse(Config, [first, plain]).title == "One, my_sweep"
+    assert parse(Config, [plain, "--title=Mine"]).title == "Mine"
 
 
 def test_the_folder_is_named_for_files_and_seed(write):

@@ -352,6 +352,14 @@ def test_a_block_without_experts_is_refused_and_those_with_experts_are_told(moe_
 
 
 @pytest.mark.parametrize(
+    "option", ["--backend=nccl", "--init_from=resume", "--init_from=gpt2", "--compile=True", "--compile"]
+)
+def test_a_key_of_nanogpt_that_is_absent_is_answered_by_one_helpful_line(dense_run, option):
+    message = refused(ConfigError, dense_run, option)
+    assert message.startswith(f"{option}: leave it out, ") and "nearest" not in message
+
+
+@pytest.mark.parametrize(
     "option",
     [
         "--temperature=-0.5",
