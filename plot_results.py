@@ -12,6 +12,7 @@ drawn. The same records give the same bytes.
 import argparse
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ DRAWN = ("tables", "figures")  # folders of results/ that are written here; the 
 
 
 def gather_results(folder: Path) -> Results:
-    """The results that the records under a folder give."""
+    """The results that the records under a folder give. RecordError where all it holds is of no table."""
     if not folder.is_dir():
         return results_of([], [], [], [f"{folder} is not there, so there are no records"])
     pairs, left_out = records.read_all(folder)
@@ -48,9 +49,21 @@ def gather_results(folder: Path) -> Results:
         place = f"{folder.name}/TABLE/ROW-sSEED.json"
         left_out.append(f"{path.relative_to(folder.parent)}: not in a table's folder, {place}")
     found = [record for _, record in pairs if config_hash(record) in hashes]
+    runs = [*folder.glob("metrics.jsonl"), *folder.glob("*/metrics.jsonl")]
+    if (runs or pairs) and not (found or benches or analysed):
+        raise RecordError(own_runs_text(folder, runs))
     if not (left_out or found or benches or analysed):
         left_out = [f"{folder} holds no records yet"]
     return results_of(found, analysed, [record for _, record in benches], list(map(one_line, left_out)))
+
+
+def own_runs_text(folder: Path, runs: list[Path]) -> str:
+    """What --results is for, and how to draw other runs. runs: the metrics.jsonl of those in the folder."""
+    shown = os.path.relpath(folder)
+    places = {path.parent == folder: shlex.quote(shown) + ("" if path.parent == folder else "/*") for path in runs}
+    command = f"python {shlex.quote(os.path.relpath(__file__))} --latest {' '.join(places.values()) or 'OUT_DIR …'}"
+    purpose = "--results draws tables, from a folder of records like results/ (TABLE/ROW-sSEED.json)"
+    return f"{shown}: {purpose}, and no table has a row of what is in here. For curves of your own runs: {command}"
 
 
 def outputs_of(results: Results) -> dict[str, str]:
@@ -121,7 +134,11 @@ def main(argv):
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python plot_results.py", description=__doc__, formatter_class=as_written)
     parser.add_argument(
-        "--results", metavar="DIR", type=expanded, default=ROOT / "results", help="the folder of records"
+        "--results",
+        metavar="DIR",
+        type=expanded,
+        default=ROOT / "results",
+        help="the folder of records, as sweep.py fills it",
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something is stale")
     parser.add_argument(

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -488,6 +489,37 @@ def local_run(folder, made, tail=""):
     lines = [{"kind": "train", "step": 5, "loss": 2.0}, *({"kind": "eval", **line} for line in record["evaluations"])]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + tail)
     return folder
+
+
+@pytest.mark.parametrize("place", ["a", "my runs/a", "copies/mine/a-s1.json"], ids=["a run", "runs", "records"])
+def test_results_of_ones_own_runs_says_what_it_is_for_and_names_latest(results, made, tmp_path, monkeypatch, place):
+    """Nothing is written; the command runs as printed."""
+    monkeypatch.chdir(tmp_path)
+    path, folder = tmp_path / place, tmp_path / Path(place).parts[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix:  # the record of a run that is no row's, as copied by hand
+        record = json.loads(of_cell(made).read_text())
+        config = record["config"] | {"weight_decay": 0.05}
+        path.write_text(json.dumps(record | {"config": config, "run_id": Config.from_dict(config).run_id}))
+    else:
+        local_run(path, made)
+    before = sorted(folder.rglob("*"))
+    for options in ([], ["--check"]):
+        with pytest.raises(RecordError, match="--results draws tables, from a folder of records") as caught:
+            draw(folder, *options)
+    assert sorted(folder.rglob("*")) == before
+    command = str(caught.value).rpartition("your own runs: ")[2]
+    if path.suffix:
+        assert command.endswith("--latest OUT_DIR …")
+        return
+    subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_run_among_records_is_named_and_the_records_are_drawn(results, made, capsys):
+    local_run(results / "mine", made)
+    assert draw(results) == 0
+    assert "mine/config.json" in capsys.readouterr().err
 
 
 def test_a_run_that_still_trains_is_drawn_from_its_whole_lines(made, tmp_path, capsys):
