@@ -88,8 +88,10 @@ def train(config, argv, machine, processes):
     dataset = open_dataset(config, machine.device)
     changed = check_resumable(saved, config, dataset) if saved else []
     if saved and not changed and (folder / "summary.json").exists() and not config.eval_only:
-        print(f"{folder} is complete: there is nothing to resume. A larger max_iters would extend it, but a record of")
-        print("an extended run enters no mean, for its learning rate jumps: --out_dir=… makes the longer run anew.")
+        print(f"{folder} is complete: there is nothing to resume. A larger max_iters would extend it, but where its")
+        print(
+            "learning rate then jumps, its record enters no mean: with another --out_dir the longer run is made anew."
+        )
         print(screen_report.final_report(json.loads((folder / "summary.json").read_text())))
         return 0
 

@@ -78,7 +78,10 @@ class RunFolder:
         if held and not config.overwrite and not config.eval_only:
             kind, going_on = "an unfinished", "--init_from=resume goes on with it;"
             if "summary.json" in held:
-                kind, going_on = "a complete", "--init_from=resume extends it, and then its record enters no mean;"
+                kind, going_on = (
+                    "a complete",
+                    "--init_from=resume extends it, but as a rule its record then enters no mean;",
+                )
             raise ConfigError(
                 [
                     f"{self} holds {kind} run; nothing was changed. Choose one of:",

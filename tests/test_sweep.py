@@ -466,6 +466,15 @@ def test_a_complete_run_of_another_machine_is_left_alone(place, capfd):
     assert "holds a run of another machine (Other CPU, " in capfd.readouterr().err
 
 
+def test_a_cut_run_of_another_machine_is_not_resumed_here(place, capfd):
+    """Its record would not be straight, and so enter no mean."""
+    folder = place.out / "one-cpu-s1337"
+    write(folder / "config.json", {**a_row("one").config_at("cpu").to_dict(), "machine": "Other CPU", "straight": True})
+    write(folder / "ckpt.pt", "10")
+    assert place.main("T", "--seeds=1") == 1 and place.names() == ["two-cpu-s1337"]
+    assert "holds a run of another machine (Other CPU)" in capfd.readouterr().err
+
+
 def test_a_passed_on_backend_is_part_of_the_machine(place, words, monkeypatch):
     moe = row("moe", words, n_expert=2)
     monkeypatch.setattr(sweep, "TABLES", {"T": table("T", a_row("one"), moe)})
