@@ -101,6 +101,7 @@ def analysis_of(run, options, title):
         "config": config.to_dict(),
         "dataset": run.dataset.describe(),
         "leaky": not config.is_causal,
+        **({} if run.is_straight is None else {"straight": run.is_straight}),
         "git": machines.git_state([path for path in machines.loaded_code() if not path.startswith(DRAWING)]),
         "machine": machines.describe(run.machine),
         "weights": {"checkpoint": run.checkpoint, "step": run.step},

@@ -9,8 +9,9 @@
 
 All rows get their first seed before any gets a second. A run (one row with one seed) is finished when
 results/ holds its record from the same kind of machine, in any table's folder: a run that several
-tables share is made once. train.py runs in out/RUN, and its output goes to out/RUN.log; its record is
-copied to results/TABLE/RUN.json. Ctrl-C saves the current run and ends; the same command continues.
+tables share is made once. Records of extended runs do not count. train.py runs in out/RUN, or in a
+folder beside it where another run is there, and its output goes to out/RUN.log; its record is copied
+to results/TABLE/RUN.json. Ctrl-C saves the current run and ends; the same command continues.
 Several sweeps can share the work: none starts a run that another process is running.
 
 Exit codes: 0 done, or out of time; 1 a run failed or cannot be run; 2 a mistake in the command;

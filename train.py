@@ -27,8 +27,9 @@ import torch
 from data.common import DataError
 from model import GPT
 from routing import mix_seeds
-from run import accounting, evaluate, progress, records, screen_report
+from run import accounting, evaluate, progress, records, screen_report, straight
 from run.dataset import open_dataset, prepare
+from run.identity import Identity
 from run.processes import Processes, is_lost_connection
 from run.run_folder import RunFolder, check_resumable, difference
 from run.settings import Config
@@ -87,7 +88,10 @@ def train(config, argv, machine, processes):
     dataset = open_dataset(config, machine.device)
     changed = check_resumable(saved, config, dataset) if saved else []
     if saved and not changed and (folder / "summary.json").exists() and not config.eval_only:
-        print(f"{folder} is complete: there is nothing to resume (a larger max_iters would go on).")
+        print(f"{folder} is complete: there is nothing to resume. A larger max_iters would extend it, but where its")
+        print(
+            "learning rate then jumps, its record enters no mean: with another --out_dir the longer run is made anew."
+        )
         print(screen_report.final_report(json.loads((folder / "summary.json").read_text())))
         return 0
 
@@ -129,15 +133,22 @@ def train(config, argv, machine, processes):
     if there != here:
         other_load.before = machines.UNKNOWN_LOAD
         print(f"resumed on another machine ({difference(there, here)}): its times will not count")
+    if saved:
+        state.stretches = state.stretches + straight.new_stretch(saved, changed, config, here)
     state.machine = here
+    is_straight = straight.is_straight(config, vars(state))
+    kind_of_machine = records.machine_of({"machine": here, "config": config.to_dict()})
+    identity = Identity(config, dataset.source_sha256, kind_of_machine, is_straight)
 
-    with folder.writable(config, saved) if processes.is_first else contextlib.nullcontext() as metrics:
+    with folder.writable(identity, saved) if processes.is_first else contextlib.nullcontext() as metrics:
         if processes.is_first:
             metrics.mirror = progress.start_wandb(config, print)
             if not folder.is_locked:
                 print(f"the file system of {folder} has no locks: nothing keeps a second run out of it")
             changes = "".join(f"; {key} is now {ours} (was {theirs})" for key, ours, theirs in changed)
             print(f"resuming {folder} at step {state.step:,}{changes}" if saved else f"writing to {folder}")
+            if not is_straight:
+                print("This is no longer a straight run of its config, so its record will enter no mean.")
         slow_hint = progress.cpu_size_hint(__file__, argv) if machine.device.type == "cpu" else None
         screen = progress.Screen(config, state.step, processes.is_first, print, slow_hint)
         run = Run(argv, dataset, updater, state, folder, metrics, screen, started, other_load)
@@ -323,7 +334,9 @@ class Run:
             return self.stop(action - SAVE)
         if processes.is_first:
             peak_memory = machines.peak_memory(self.machine)
-            record = records.record_of(self.config, self.dataset, self.model, state, test, writing, peak_memory)
+            is_straight = straight.is_straight(self.config, vars(state))
+            measured = (test, writing, peak_memory)
+            record = records.record_of(self.config, self.dataset, self.model, state, is_straight, *measured)
             self.folder.complete(record)
             self.screen.bar.close()
             self.screen.say(screen_report.final_report(record))

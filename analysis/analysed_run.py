@@ -15,6 +15,7 @@ from model import IGNORED
 from routing import mix_seeds
 from run import run_folder
 from run.checkpoint import CheckpointError
+from run.straight import is_straight
 from run.trained import CHECKPOINTS, model_in, read_weights
 
 # Batches of an analysis come from another stream than those of training and of evaluation with the same seed.
@@ -40,6 +41,7 @@ class AnalysedRun:
         self.step = state["step"]
         self.model, self.vocabulary, self.config = model_in(saved, path, machine.device)
         self.model.set_step(self.step)
+        self.is_straight = is_straight(self.config, state) if "evaluations" in state else None  # best.pt has none
         self.seed = mix_seeds(options.seed, self.config.seed) % 2**31  # runs of other seeds draw other controls
         dataset = Dataset.open(find_dataset(self.config.dataset), machine.device)
         self.dataset = dataset = dataset.train_on_first(self.config.train_characters)

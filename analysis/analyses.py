@@ -60,6 +60,7 @@ SCHEMA = {
     "config": OBJECT,
     "dataset": records.SCHEMA["dataset"],
     "leaky": FLAG,
+    "straight?": FLAG,  # the run: see records.is_straight; only of ckpt.pt
     "git": {"commit": (COMMIT, None), "dirty": (FLAG, None)},  # of the code that analysed
     "machine": records.SCHEMA["machine"],
     "weights": {"checkpoint": LINE, "step": COUNT},

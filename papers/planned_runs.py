@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from data.common import DataError, find_dataset, is_prepared
 from papers.table import FIRST_SEED
-from run import checkpoint, records
+from run import checkpoint, identity, records
 from run.records import RecordError
 from run.settings import Config
 from support import files
@@ -105,10 +105,39 @@ def plan(tables, names, scale, seeds, setup) -> list[PlannedRun]:
         _, row = everywhere[hash]
         config = dataclasses.replace(row.config_at(scale), seed=seed, **setup.changes)
         name = row.cell(scale, seed)
-        arguments = [*row.arguments(scale, seed), f"--out_dir={from_root(setup.out / name)}", *setup.words]
+        folder = free_folder(setup.out / name, config)
+        arguments = [*row.arguments(scale, seed), f"--out_dir={from_root(folder)}", *setup.words]
         machine = records.machine_of({"machine": setup.machine, "config": config.to_dict()})
-        runs.append(PlannedRun(name, setup.out / name, setup.results / home, arguments, config, machine))
+        runs.append(PlannedRun(name, folder, setup.results / home, arguments, config, machine))
     return runs
+
+
+def free_folder(folder, config):
+    """The folder, or the first one like it with a number that holds no other run than this one."""
+    return next(path for path in numbered(folder) if not holds_another(path, config))
+
+
+def holds_another(folder, config):
+    """Whether a folder holds another experiment, or a run of this one that is not straight."""
+    held = {name for name in checkpoint.RUN_FILES if (folder / name).exists()}
+    try:
+        if "summary.json" in held:
+            record = records.read(folder / "summary.json")
+            return record["run_id"] != config.run_id or not records.is_straight(record)
+        if held & {"ckpt.pt", "ckpt.previous.pt", "best.pt"}:
+            found = identity.read(folder / "config.json")
+            return found.config.run_id != config.run_id or not found.straight
+    except (OSError, ValueError):
+        pass  # state_of_folder says why it cannot be used
+    return False
+
+
+def numbered(path):
+    """A path named …-s<seed>, and then the same with a number before the seed: a-s1, a-2-s1, a-3-s1, …"""
+    yield path
+    start, _, end = path.name.rpartition("-s")
+    for number in itertools.count(2):
+        yield path.with_name(f"{start}-{number}-s{end}")
 
 
 def from_root(path):
@@ -118,11 +147,7 @@ def from_root(path):
 
 def record_path(run):
     """An unused path for the run's record: a damaged file, or a record of another machine, keeps its name."""
-    stem, _, seed = run.name.rpartition("-s")
-    path, number = run.home / f"{run.name}.json", 2
-    while path.exists():
-        path, number = run.home / f"{stem}-{number}-s{seed}.json", number + 1
-    return path
+    return next(path for path in numbered(run.home / f"{run.name}.json") if not path.exists())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,10 +157,13 @@ def record_path(run):
 def read_results(folder) -> KeptRecords:
     pairs, left_out = records.read_all(folder)
     pairs.sort(key=lambda pair: records.is_clean(pair[1]))  # of two records of one run, a clean one comes last and wins
+    bent = [(path, record) for path, record in pairs if not records.is_straight(record)]
+    left_out += [f"{path.relative_to(folder.parent)}: {records.why_not_straight(record)}" for path, record in bent]
     aside = {}
     for path in sorted({*folder.glob("*/*.json")} - {path for path, _ in pairs}):
         with contextlib.suppress(RecordError):
             aside.setdefault(record_key(records.read(path)), []).append(path)
+    pairs = [pair for pair in pairs if records.is_straight(pair[1])]
     return KeptRecords({record_key(record): (path, record) for path, record in pairs}, aside, left_out)
 
 
@@ -179,9 +207,12 @@ def state_of_folder(run) -> State:
         return running_elsewhere(run)
     if "summary.json" in held:
         try:
-            run_id, machine = record_key(records.read(run.folder / "summary.json"))
+            record = records.read(run.folder / "summary.json")
         except RecordError as error:
             return holds(f"a complete run whose record cannot be used ({error})")
+        run_id, machine = record_key(record)
+        if run_id == run.config.run_id and not records.is_straight(record):
+            return holds(records.why_not_straight(record))
         if (run_id, machine) == run.key:
             return State("to be copied", step=run.config.max_iters)
         is_ours = run_id == run.config.run_id
@@ -189,11 +220,15 @@ def state_of_folder(run) -> State:
     if not held & {"ckpt.pt", "ckpt.previous.pt", "best.pt"}:  # stopped before its first checkpoint: nothing is lost
         return State("missing", words=("--overwrite=True",) if held else ())
     try:
-        run_id = Config.from_dict(json.loads((run.folder / "config.json").read_text())).run_id
+        found = identity.read(run.folder / "config.json")
     except (OSError, ValueError):
         return holds("another experiment (its config.json cannot be read)")
-    if run_id != run.config.run_id:
-        return holds(f"another experiment ({run_id})")
+    if found.config.run_id != run.config.run_id:
+        return holds(f"another experiment ({found.config.run_id})")
+    if not found.straight:
+        return holds("a run that is not straight")
+    if found.machine not in (None, run.machine):
+        return holds(f"a run of another machine ({found.machine})")
     if not held & {"ckpt.pt", "ckpt.previous.pt"}:
         return holds("a best.pt, but no ckpt.pt to resume from")
     step, _ = last_logged(run.folder / "metrics.jsonl")

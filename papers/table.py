@@ -199,7 +199,9 @@ def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:
         text_of = {name: most_common_text(here, hash) for hash, name in row_of.items()}
         for record in sorted(here, key=lambda record: record["config"]["seed"]):
             name = row_of[config_hash(record)]
-            if not records.is_clean(record):
+            if not records.is_straight(record):
+                apart[name].append((record, records.why_not_straight(record)))
+            elif not records.is_clean(record):
                 apart[name].append((record, "the code had uncommitted changes"))
             elif record["dataset"]["sha256"] != text_of[name]:
                 apart[name].append((record, f"another text ({record['dataset']['name']})"))
@@ -216,6 +218,7 @@ def config_hash(record: dict) -> str:
 
 def most_common_text(found, hash):
     """The SHA-256 of the text that most of a row's records were trained on; on a tie, the published one's."""
-    counted = [record["dataset"] for record in found if config_hash(record) == hash and records.is_clean(record)]
+    of_row = [record for record in found if config_hash(record) == hash]
+    counted = [record["dataset"] for record in of_row if records.is_clean(record) and records.is_straight(record)]
     texts = [(data["canonical"], data["sha256"]) for data in counted]
     return max(texts, key=lambda text: (texts.count(text), text), default=(False, ""))[1]

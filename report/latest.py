@@ -8,19 +8,25 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from run import identity, records
 from run.records import RecordError
-from run.settings import Config
-from support.files import LARGEST_JSON, read_json, read_whole
+from support.files import LARGEST_JSON, read_whole
 from support.options import EXPERIMENT, SCHEDULE
 from support.schema import COUNT, FITS, NUMBER
 
 
 def read_runs(folders: Iterable[str]) -> tuple[list[dict], list[str]]:
-    """(the runs with an evaluation, a line for everything else). A run has a title, a config and evaluations."""
-    runs, left_out = [], []
-    for folder in folders:
+    """(the runs with an evaluation, a line for everything else). A run has a title, its folder's name, an Identity
+    and evaluations. A folder that is given twice counts once."""
+    runs, left_out, seen = [], [], {}
+    for folder in map(Path, folders):
+        place = folder.resolve()
+        if place in seen:
+            left_out.append(f"{folder}: the same folder as {seen[place]}, which counts once")
+            continue
+        seen[place] = folder
         try:
-            runs.append(read_run(Path(folder), left_out))
+            runs.append(read_run(folder, left_out))
         except RecordError as error:
             left_out.append(str(error))
     return runs, left_out
@@ -31,7 +37,9 @@ def read_run(folder, left_out):
     if not config.is_file() or not metrics.is_file():
         raise RecordError(f"{folder}: holds no run (no config.json with a metrics.jsonl)")
     try:
-        values = Config.from_dict(read_json(config), origin=str(config)).to_dict()
+        found = identity.read(config)
+        if found.text_sha256 is None:  # a folder that is older than the field
+            found = in_record(folder / "summary.json", found)
         evaluations = [line for line in read_json_lines(metrics, left_out) if is_evaluation(line)]
     except OSError as error:
         raise RecordError(f"{error.filename}: cannot be read: {error.strerror}") from None
@@ -39,7 +47,17 @@ def read_run(folder, left_out):
         raise RecordError(f"{config}: not the config of a run ({error})") from None
     if not evaluations:
         raise RecordError(f"{folder}: has no evaluation yet")
-    return {"title": values["title"] or folder.name, "config": values, "evaluations": evaluations}
+    name = folder.resolve().name
+    return {"title": found.config.title or name, "folder": name, "identity": found, "evaluations": evaluations}
+
+
+def in_record(path, found):
+    """The identity as the record of a complete run tells it; `found` where there is no record."""
+    try:
+        record = records.read(path)
+    except RecordError:
+        return found
+    return found._replace(text_sha256=record["dataset"]["sha256"], straight=records.is_straight(record))
 
 
 def read_json_lines(path, left_out):
@@ -64,17 +82,23 @@ def is_evaluation(line):
 
 
 def grouped(runs: list[dict]) -> dict[str, list[dict]]:
-    """label -> the runs that differ only in seed and machine.
+    """label -> the runs that differ only in seed and machine. A run that is not straight stands alone.
 
     The label is the title. Where several experiments share one, the options that differ from the first are added.
     """
-    by_hash = {}
+    by_experiment = {}
     for run in runs:
-        by_hash.setdefault(Config.from_dict(run["config"]).hash(), []).append(run)
+        alone = None if run["identity"].straight else run["folder"]
+        by_experiment.setdefault((run["identity"].experiment, alone), []).append(run)
     groups, first_of = {}, {}
-    for group in by_hash.values():
-        title, config = group[0]["title"], Config.from_dict(group[0]["config"])
-        first = first_of.setdefault(title, config)
-        apart = [f"{key}={ours}" for key, ours, _ in config.differences(first, (EXPERIMENT, SCHEDULE)) if key != "seed"]
+    for (_, alone), group in by_experiment.items():
+        title, one = group[0]["title"], group[0]["identity"]
+        first = first_of.setdefault(title, one)
+        same_text = one.text_sha256 is not None and one.text_sha256 == first.text_sha256
+        passed_over = ("seed", "dataset") if same_text else ("seed",)
+        differing = one.config.differences(first.config, (EXPERIMENT, SCHEDULE))
+        apart = [f"{key}={ours}" for key, ours, _ in differing if key not in passed_over]
+        apart += [f"text {(one.text_sha256 or 'unknown')[:8]}"] if one.text_sha256 != first.text_sha256 else []
+        apart += [f"not straight ({alone})"] if alone else []
         groups[", ".join([title, *apart])] = group
     return groups

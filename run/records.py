@@ -105,6 +105,8 @@ SCHEMA = {
     "exclusive": FLAG,
     "iterations": COUNT,
     "resumed": COUNT,  # times
+    "straight?": FLAG,  # made as an uninterrupted run of this config; see is_straight where it is missing
+    "stretches?": [{"step": COUNT, "changed": OBJECT}],  # where it resumed with something changed: see straight.py
     "tokens": COUNT,
     "epochs": NUMBER,
     "clean": {"best": LOSS_AT_STEP, "final": LOSS_AT_STEP},
@@ -128,12 +130,12 @@ SCHEMA = {
 }
 
 
-def record_of(config, dataset, model, state, test, writing, peak_memory) -> dict:
+def record_of(config, dataset, model, state, is_straight, test, writing, peak_memory) -> dict:
     """The record of a complete run.
 
-    state: its `state.TrainingState`; test: an `evaluate.FullLoss`, or None without a test split; writing: {"speeds": of
-    `evaluate.inference_speed`, "seconds": that it took, "others": `machines.OtherLoad` meanwhile}; peak_memory: bytes,
-    None where it is not known.
+    state: its `state.TrainingState`; is_straight: see straight.py; test: an `evaluate.FullLoss`, or None without a test
+    split; writing: {"speeds": of `evaluate.inference_speed`, "seconds": that it took, "others": `machines.OtherLoad`
+    meanwhile}; peak_memory: bytes, None where it is not known.
     """
     from run import accounting  # needs torch, without which records are read
 
@@ -156,6 +158,8 @@ def record_of(config, dataset, model, state, test, writing, peak_memory) -> dict
         "others": {"cpu_share": share, "device_bytes": others["device_bytes"]},
         "exclusive": is_exclusive(device_type, share, others["device_bytes"]),
         "resumed": state.resumed,
+        "straight": is_straight,
+        "stretches": state.stretches,
         "epochs": said["tokens"] / dataset.sizes["train"],
         "test": None if test is None else {"nats": test.nats, "bpc": test.bpc, "step": said["clean"]["best"]["step"]},
         "seconds": seconds,
@@ -238,6 +242,32 @@ def is_clean(record) -> bool:
     return record["git"]["commit"] is not None and record["git"]["dirty"] is False
 
 
+def evaluation_steps(config) -> list[int]:
+    """The steps at which an uninterrupted run evaluates."""
+    return [*range(0, config.max_iters, config.eval_interval), config.max_iters]
+
+
+def is_straight(record) -> bool:
+    """Whether a record, or an analysis, is of a run that was made as an uninterrupted run of its config is made.
+
+    Older records do not say so: a resumed one counts where its evaluations are those of its config.
+    """
+    if "straight" in record or not record.get("resumed"):
+        return record.get("straight", True)
+    config = Config.from_dict(record["config"])
+    return [line["step"] for line in record["evaluations"]] == evaluation_steps(config)
+
+
+def why_not_straight(record) -> str:
+    """What was changed while a run was made, of which `is_straight` is false."""
+    changes = [
+        f"{key} was {was} up to step {stretch['step']:,}, then {then}"
+        for stretch in record.get("stretches", ())
+        for key, (was, then) in stretch["changed"].items()
+    ]
+    return f"not a straight run of its config ({'; '.join(changes) or 'resumed with something changed'})"
+
+
 def machine_of(record) -> str:
     """Hardware and software, in one line. Only runs with the same line are compared.
 
@@ -298,6 +328,8 @@ def contradictions(record, config) -> Iterator[str]:
         return
     if not resumed and any(step % config.eval_interval for step in steps[:-1]):
         yield f"steps of the evaluations are {shown(steps)}; expected multiples of {config.eval_interval}"
+    if record.get("straight") and steps != evaluation_steps(config):
+        yield f"straight is true, but the steps of the evaluations are {shown(steps)}"
     if (config.init_from == "resume") != (resumed > 0):
         yield f"resumed is {resumed}, but config.init_from is {config.init_from!r}"
     experts = [config.expert_counts()[block] for block in config.moe_layers]
@@ -377,8 +409,8 @@ def read_all(folder, skip=()) -> tuple[list[tuple[Path, dict]], list[str]]:
     """(path, record) of each record in folder/*/*.json, sorted by path; and a line for each that is left out.
 
     Left out are invalid records, files not named …-s<seed>.json after their record's seed, and records of one run on
-    one machine that differ, for nothing says which of them counts. Of equal ones the first counts. A clean record and
-    one that is not clean may stand side by side, since tables show them apart.
+    one machine that differ, for nothing says which of them counts. Of equal ones the first counts. Records of two
+    texts, and a clean or straight one beside one that is not, may stand side by side, since tables show them apart.
     skip: names that begin so are passed over (text or a tuple). So are folder/bench/ and folder/analysis/.
     """
     folder = Path(folder)
@@ -388,12 +420,13 @@ def read_all(folder, skip=()) -> tuple[list[tuple[Path, dict]], list[str]]:
     for path, name, record in read_each(sorted(paths), folder.parent, read, left_out):
         ending = f"-s{record['config']['seed']}.json"
         if path.name.endswith(ending):
-            cell = record["run_id"], machine_of(record), is_clean(record)
+            text = record["dataset"]["sha256"]
+            cell = record["run_id"], machine_of(record), text, is_clean(record), is_straight(record)
             cells.setdefault(cell, []).append((path, name, record))
         else:
             left_out.append(f"{name}: its record has another seed; rename it, to a name that ends in {ending}")
     pairs = []
-    for (run_id, machine, _), ((path, name, record), *others) in cells.items():
+    for (run_id, machine, *_), ((path, name, record), *others) in cells.items():
         names = [str(other) for _, other, _ in others]
         if all(other == record for _, _, other in others):
             pairs.append((path, record))

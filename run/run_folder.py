@@ -2,12 +2,12 @@
 
     folder = RunFolder(config)
     saved = folder.open()                        # the checkpoint to resume from, or None; nothing is written yet
-    with folder.writable(config, saved) as metrics:
+    with folder.writable(identity, saved) as metrics:
         metrics.write(line)
         folder.save(state, is_best=True)         # ckpt.pt, best.pt
         folder.complete(record)                  # summary.json
 
-config.json       every key
+config.json       every key, the text's SHA-256, the kind of machine, and whether the run is straight: see identity.py
 metrics.jsonl     a line a log or evaluation, appended; a checkpoint knows how long it was
 ckpt.pt           the whole state after some step, with the best weights so far
 ckpt.previous.pt  the checkpoint before it, in case the disk damages ckpt.pt; removed when the run is complete
@@ -23,6 +23,7 @@ import re
 from pathlib import Path
 
 from run import checkpoint
+from run import identity as run_identity
 from run.checkpoint import CheckpointError
 from run.settings import Config
 from support import files
@@ -75,11 +76,16 @@ class RunFolder:
         if config.init_from == "auto" and set(held) <= {"config.json", "metrics.jsonl"}:
             return None  # an empty folder, or a run that was stopped before its first checkpoint
         if held and not config.overwrite and not config.eval_only:
-            kind = "a complete" if "summary.json" in held else "an unfinished"
+            kind, going_on = "an unfinished", "--init_from=resume goes on with it;"
+            if "summary.json" in held:
+                kind, going_on = (
+                    "a complete",
+                    "--init_from=resume extends it, but as a rule its record then enters no mean;",
+                )
             raise ConfigError(
                 [
                     f"{self} holds {kind} run; nothing was changed. Choose one of:",
-                    *(["--init_from=resume goes on with it;"] if has_checkpoint else []),
+                    *([going_on] if has_checkpoint else []),
                     "--out_dir=… or another --seed=… makes this run elsewhere;",
                     "--overwrite=True throws it away and starts again",
                 ]
@@ -123,7 +129,7 @@ class RunFolder:
     # During the run
 
     @contextlib.contextmanager
-    def writable(self, config, saved):
+    def writable(self, identity, saved):
         """Lock the folder and prepare it for a run that resumes from `saved` (None: a new run). -> its Metrics
 
         The folder belongs to this run alone until the context ends. CheckpointError where another run has it.
@@ -152,7 +158,7 @@ class RunFolder:
                     if not saved or step > saved["progress"]["step"]:
                         path.unlink()
                 file.truncate(saved["progress"]["metrics_bytes"] if saved else 0)  # later lines are made again
-            files.write_json(self / "config.json", config.to_dict())
+            run_identity.write(self / "config.json", identity)
             if saved and saved["best"]:
                 self.save_best(saved)  # a power cut may have prevented it
             yield Metrics(file)

@@ -3,7 +3,7 @@
 import os
 import shlex
 
-from run.records import is_comparable
+from run.records import is_comparable, is_straight, why_not_straight
 from run.settings import Config
 from support.console import duration
 from support.files import ROOT
@@ -46,6 +46,8 @@ def final_report(record) -> str:
         rows.append(("†", "routing sees later characters: this loss is not that of a language model"))
     if not record["dataset"]["canonical"]:
         rows.append(("†", "not the published text"))
+    if not is_straight(record):
+        rows.append(("enters no mean", why_not_straight(record)))
     rows.append(("checkpoint", f"{config.out_dir}/best.pt"))
     if not record["leaky"]:
         script = os.path.relpath(ROOT / "sample.py")

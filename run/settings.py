@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from support.config_files import ConfigFile
 from support.configurator import Reading
-from support.files import is_utf8, shown
+from support.files import ROOT, is_utf8, shown
 from support.options import (
     EXPERIMENT,
     MACHINE,
@@ -318,11 +319,11 @@ class Config:
             yield ("n_shared_expert", "expert_kind"), f"{message}; set expert_kind='mlp'"
 
     def completed(self, files: list[ConfigFile]) -> Config:
-        """Fills an empty title and out_dir from the config files."""
+        """Fills an empty title and out_dir from the config files, and spells the data set in one way."""
         title = self.title or ", ".join(file.title for file in files)
         names = "-".join(file.path.stem for file in files) or "default"
         out_dir = self.out_dir or f"out/{names}-s{self.seed}"
-        return dataclasses.replace(self, title=title, out_dir=out_dir)
+        return dataclasses.replace(self, title=title, out_dir=out_dir, dataset=one_spelling(self.dataset))
 
     def expert_counts(self) -> list[int] | str:
         """The number of experts of each block, 0 for a dense one; or what is wrong with n_expert_by_block."""
@@ -421,3 +422,21 @@ class Config:
         scopes, theirs = tuple(scopes), other.to_dict()
         options = options_of(type(self))
         return [(k, v, theirs[k]) for k, v in self.to_dict().items() if options[k].scope in scopes and v != theirs[k]]
+
+
+def one_spelling(dataset: str) -> str:
+    """The name of a folder in data/, else its absolute path, however it was spelled; a folder must be there.
+
+    Hashes are of the spelling, so that names, which committed records have, stay as they are.
+    """
+    if "/" not in dataset and os.sep not in dataset:
+        return dataset
+    path = os.path.expanduser(dataset)
+    if not os.path.isdir(path):
+        return dataset
+    home = os.path.join(ROOT, "data")
+    for folder in (os.path.abspath(path), os.path.realpath(path)):
+        is_known = any(os.path.exists(os.path.join(folder, name)) for name in ("prepare.py", "train.bin"))
+        if is_known and os.path.dirname(folder) in (home, os.path.realpath(home)):
+            return os.path.basename(folder)
+    return os.path.realpath(path)

@@ -33,6 +33,7 @@ class TrainingState:
     machine: dict | None = None  # machines.describe and the number of processes
     others: dict | None = None  # machines.OtherLoad, up to the last save
     resumed: int = 0  # times
+    stretches: list[dict] = field(default_factory=list)  # where it resumed with something changed: see straight.py
     metrics_bytes: int = 0  # length of metrics.jsonl at the last save
     seconds: dict[str, float] = field(
         default_factory=lambda: {"train": 0.0, "eval": 0.0, "save": 0.0, "compile": 0.0, "total": 0.0}

@@ -76,6 +76,12 @@ def test_stability_goes_from_the_first_snapshot_to_the_analysed_weights(learned)
         assert all(0 <= churn <= 1 / 5 for churn in layer["churn"][1:])
 
 
+def test_an_analysis_says_whether_its_run_is_straight_as_the_record_does(learned):
+    folder, analysis = learned
+    assert analysis["straight"] is True is records.read(folder / "summary.json")["straight"]
+    assert not records.is_straight({**analysis, "straight": False})
+
+
 def test_load_history_ends_with_the_analysed_load(learned):
     _, analysis = learned
     assert analysis["evolution"]["steps"] == [0, 10, 20]

@@ -16,6 +16,7 @@ import routing
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from run import settings  # noqa: E402
 from run.settings import Config  # noqa: E402
 from support.configurator import Message, parse  # noqa: E402
 from support.options import EXPERIMENT, SCHEDULE, ConfigError, option, options_of  # noqa: E402
@@ -676,3 +677,19 @@ def test_a_config_with_problems_is_not_printed():
 
 def test_the_defaults_are_valid_and_of_their_types():
     assert Config.from_dict(Config().to_dict()) == Config()
+
+
+def test_one_text_spelled_in_several_ways_is_one_experiment(tmp_path, monkeypatch):
+    (tmp_path / "project" / "data" / "small").mkdir(parents=True)
+    (tmp_path / "project" / "data" / "small" / "train.bin").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    monkeypatch.setattr(settings, "ROOT", tmp_path / "project")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "project")
+    inside = ("small", "./data/small", "data/small/", "data//small", str(tmp_path / "project/data/small"))
+    outside = ("../elsewhere", "~/elsewhere/", "../link", str(tmp_path / "elsewhere"))
+    for spellings, expected in ((inside, "small"), (outside, str((tmp_path / "elsewhere").resolve()))):
+        configs = [parse(Config, [f"--dataset={spelling}"]) for spelling in spellings]
+        assert {config.dataset for config in configs} == {expected} and len({config.run_id for config in configs}) == 1
+    assert parse(Config, ["--dataset=./absent"]).dataset == "./absent"  # the message about it names what was typed

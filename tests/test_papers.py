@@ -115,6 +115,18 @@ def test_runs_of_uncommitted_code_are_listed_and_not_averaged():
     ]  # fmt: skip
 
 
+def test_runs_that_are_not_straight_are_listed_and_not_averaged():
+    changed = {"max_iters": [10, 20], "machine": ["a CPU", "a GPU"]}
+    extended = record(seed=2) | {"straight": False, "stretches": [{"step": 10, "changed": changed}]}
+    (found,) = gather(TABLE, [record(seed=1), extended, record(seed=3) | {"straight": True}], "cpu")
+    assert [r["config"]["seed"] for r in found.cells["shakespeare_moe4"]] == [1, 3]
+    ((_, why),) = found.apart["shakespeare_moe4"]
+    assert why == (
+        "not a straight run of its config (max_iters was 10 up to step 10, then 20; machine was a CPU up to step 10, "
+        "then a GPU)"
+    )
+
+
 def test_runs_on_another_text_of_the_same_name_are_not_averaged():
     def on(sha256, canonical, **changes):
         return record(**changes) | {"dataset": {"name": "shakespeare_char", "sha256": sha256, "canonical": canonical}}

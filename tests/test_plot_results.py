@@ -24,6 +24,7 @@ from papers.ours import SOURCE
 from papers.table import ABOVE_0, BELOW_0, Claim, Row, Table, View
 from report import figures_of_speed, latest, sections
 from report.blocks import Picture
+from run.identity import Identity
 from run.records import RecordError
 from run.settings import Config
 from support.files import ROOT
@@ -551,8 +552,39 @@ def test_a_folder_without_a_run_is_named(tmp_path, capsys, files, message):
     assert message in capsys.readouterr().err
 
 
+def told_apart(*identities):
+    """label -> the seeds that `grouped` gives it, for runs of one title."""
+    runs = [{"title": "A", "folder": f"run{i}", "identity": one} for i, one in enumerate(identities)]
+    return {label: [run["identity"].config.seed for run in group] for label, group in latest.grouped(runs).items()}
+
+
 def test_experiments_that_share_a_title_are_told_apart_and_never_averaged():
     """Options on the command line change the experiment, but not the title."""
-    runs = [{"title": "A", "config": Config(seed=1).to_dict()}, {"title": "A", "config": Config(seed=2).to_dict()}]
-    runs.append({"title": "A", "config": Config(seed=2, learning_rate=0.01).to_dict()})
-    assert latest.grouped(runs) == {"A": runs[:2], "A, learning_rate=0.01": runs[2:]}
+    runs = [Identity(Config(seed=1)), Identity(Config(seed=2)), Identity(Config(seed=2, learning_rate=0.01))]
+    assert told_apart(*runs) == {"A": [1, 2], "A, learning_rate=0.01": [2]}
+
+
+def test_two_texts_of_one_name_are_never_averaged_and_one_text_of_two_names_is_one_experiment():
+    one, other = "a" * 64, "b" * 64
+    runs = [Identity(Config(seed=1, dataset="/x/small"), one), Identity(Config(seed=2, dataset="/x/small"), other)]
+    runs += [Identity(Config(seed=3, dataset="small"), one), Identity(Config(seed=4, dataset="/x/small"))]
+    assert told_apart(*runs) == {"A": [1, 3], "A, text bbbbbbbb": [2], "A, text unknown": [4]}
+
+
+def test_a_run_that_is_not_straight_has_a_curve_of_its_own():
+    runs = [Identity(Config(seed=seed), straight=seed != 2) for seed in (1, 2, 3)]
+    assert told_apart(*runs) == {"A": [1, 3], "A, not straight (run1)": [2]}
+
+
+def test_the_same_folder_twice_counts_once(made, tmp_path):
+    run = local_run(tmp_path / "run", made)
+    (tmp_path / "link").symlink_to(run)
+    runs, left_out = latest.read_runs([str(run), f"{run}/", str(tmp_path / "link")])
+    assert len(runs) == 1 and len(left_out) == 2 and "the same folder as" in left_out[0]
+
+
+def test_the_text_of_an_older_folder_is_that_of_its_record(made, tmp_path):
+    run = local_run(tmp_path / "run", made)
+    shutil.copy(of_cell(made), run / "summary.json")
+    ((found,), _) = latest.read_runs([str(run)])
+    assert found["identity"].text_sha256 == json.loads(of_cell(made).read_text())["dataset"]["sha256"]

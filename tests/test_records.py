@@ -513,6 +513,20 @@ def test_a_run_repeated_on_another_machine_or_with_uncommitted_changes_counts_ap
     assert kept == ["a/1-s1337.json", "a/2-s1337.json", "a/3-s1337.json"] and left_out == []
 
 
+def test_a_run_on_another_text_or_that_is_not_straight_counts_apart(results, dense):
+    other = changed(dense, {"dataset.sha256": "0" * 64})
+    extended = changed(dense, {"straight": False, "resumed": 1, "config.init_from": "resume"})
+    kept, left_out = results({"a/1-s1337.json": dense, "a/2-s1337.json": other, "a/3-s1337.json": extended})
+    assert kept == ["a/1-s1337.json", "a/2-s1337.json", "a/3-s1337.json"] and left_out == []
+
+
+def test_an_older_record_is_straight_where_its_evaluations_are_those_of_its_config(dense):
+    older = without(without(dense, "straight"), "stretches")
+    resumed = changed(older, {"resumed": 1, "config.init_from": "resume"})
+    assert records.problems(resumed) == [] and records.is_straight(older) and records.is_straight(resumed)
+    assert not records.is_straight(without(resumed, "evaluations.1"))
+
+
 def test_a_missing_or_empty_folder_has_no_records(tmp_path):
     assert records.read_all(tmp_path / "absent") == records.read_all(str(tmp_path)) == ([], [])
 

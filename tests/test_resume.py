@@ -24,7 +24,7 @@ from conftest import contents, english, interrupt, prepare_text, soaked, train_t
 import routing
 import train
 from data.common import DataError, Dataset
-from run import checkpoint, evaluate, records, run_folder
+from run import checkpoint, evaluate, identity, records, run_folder
 from run import dataset as dataset_of_run
 from run.checkpoint import CheckpointError
 from support import machines
@@ -48,7 +48,9 @@ def test_resume_after_a_stop_is_bit_identical(words, tmp_path, uninterrupted, at
         assert checkpoint.load(out_dir / "ckpt.pt")["progress"]["step"] == stop + 1
     assert train_tiny(words, out_dir, init_from="resume", **HARD) == 0
     assert_same_run(uninterrupted, out_dir)
-    assert record_of(out_dir)["resumed"] == len(stops) and record_of(uninterrupted)["resumed"] == 0
+    record = record_of(out_dir)
+    assert record["resumed"] == len(stops) and record_of(uninterrupted)["resumed"] == 0
+    assert record["straight"] and record["stretches"] == []
 
 
 def test_a_stop_saves_the_finished_step_and_prints_how_to_go_on(words, tmp_path, at_step, capsys):
@@ -230,6 +232,63 @@ def test_resume_with_more_iterations_extends_the_run(words, dense_run, tmp_path,
     assert record["iterations"] == 25 and record["config"]["max_iters"] == 25
     assert [line["step"] for line in record["evaluations"]] == [0, 10, 20, 25]
     assert essence(lines_of(tmp_path / "run"))[: len(lines_of(dense_run))] == essence(lines_of(dense_run))
+
+
+EXTENDED = {"max_iters": [10, 20]}
+
+
+@pytest.mark.parametrize(
+    "first, second, straight, changed",
+    [
+        (dict(max_iters=10), dict(max_iters=20), False, EXTENDED),
+        (dict(max_iters=10, lr_decay_iters=20), dict(max_iters=20, lr_decay_iters=20), True, EXTENDED),
+        (dict(max_iters=10, decay_lr=False), dict(max_iters=20, decay_lr=False), True, EXTENDED),
+        (dict(max_iters=10, eval_interval=4, decay_lr=False), dict(eval_interval=4, decay_lr=False), False, EXTENDED),
+        (dict(max_iters=20), dict(lr_decay_iters=30), False, {"lr_decay_iters": [0, 30]}),
+        (dict(max_iters=20), dict(eval_iters=3), False, {"eval_iters": [2, 3]}),
+        (dict(max_iters=20), dict(eval_interval=5), False, {"eval_interval": [10, 5]}),
+    ],
+    ids=["extended", "its decay was set", "no decay", "one evaluation more", "decay", "eval_iters", "eval_interval"],
+)
+def test_a_record_tells_whether_the_run_is_that_of_its_config(
+    words, tmp_path, at_step, capsys, first, second, straight, changed
+):
+    """Compared with the learning rates and evaluations that an uninterrupted run of the last config has."""
+    if first["max_iters"] == 20:
+        at_step(interrupt(), 9)
+    train_tiny(words, tmp_path / "run", **first)
+    assert train_tiny(words, tmp_path / "run", init_from="resume", **second) == 0
+    record = record_of(tmp_path / "run")
+    assert record["straight"] is straight is records.is_straight(record)
+    assert record["stretches"] == [{"step": 10, "changed": changed}]
+    assert identity.read(tmp_path / "run" / "config.json").straight is straight
+    told = capsys.readouterr().out
+    assert told.count("enters no mean  ") == told.count("will enter no mean") == (not straight)
+    if straight:
+        options = {key: value for key, value in second.items() if key != "max_iters"}
+        assert train_tiny(words, tmp_path / "whole", **options) == 0
+        assert essence(record["evaluations"]) == essence(record_of(tmp_path / "whole")["evaluations"])
+
+
+def test_a_change_that_was_taken_back_before_any_update_leaves_the_run_straight(words, tmp_path, at_step):
+    at_step(interrupt(), 9)
+    train_tiny(words, tmp_path / "run")
+    saved = checkpoint.load(tmp_path / "run" / "ckpt.pt")
+    saved["config"]["max_iters"] = 30
+    saved["progress"]["stretches"] = [{"step": 10, "changed": {"max_iters": [20, 30]}}]
+    checkpoint.save(tmp_path / "run" / "ckpt.pt", saved)
+    assert train_tiny(words, tmp_path / "run", init_from="resume") == 0
+    assert record_of(tmp_path / "run")["straight"] and len(record_of(tmp_path / "run")["stretches"]) == 2
+
+
+def test_a_run_made_partly_on_another_kind_of_machine_is_not_straight(words, tmp_path, at_step):
+    at_step(interrupt(), 2)
+    train_tiny(words, tmp_path / "run", max_iters=4)
+    assert train_tiny(words, tmp_path / "run", max_iters=4, init_from="resume", dtype="bfloat16") == 0
+    record = record_of(tmp_path / "run")
+    (stretch,) = record["stretches"]
+    before, after = stretch["changed"]["machine"]
+    assert not record["straight"] and "float32" in before and after == records.machine_of(record)
 
 
 def test_resume_with_fewer_iterations_than_were_made_is_refused(words, dense_run, tmp_path):

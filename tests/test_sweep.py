@@ -266,6 +266,42 @@ def test_a_folder_is_resumed_or_left_alone_and_never_destroyed(place, case):
     assert kind != "cannot be run" or "move it away" in state.text
 
 
+def extended(place):
+    changed = {"straight": False, "stretches": [{"step": 10, "changed": {"max_iters": [10, 20]}}], "resumed": 1}
+    record = record_of(place, a_row("one"), 1337) | changed
+    record["config"]["init_from"] = "resume"
+    return record
+
+
+@pytest.mark.parametrize("left", ["another length", "extended", "extended and cut"])
+def test_a_folder_of_another_or_an_extended_run_is_kept_and_the_row_is_run_beside_it(place, left):
+    """As train.py leaves it in the folder that the row would have."""
+    record, folder = extended(place), place.out / "one-cpu-s1337"
+    if left == "another length":
+        options = {**a_row("one").options, "max_iters": 10}
+        config = Row("one", "one", "shakespeare_dense", options).config_at("cpu")
+        record |= {"config": config.to_dict()}
+    if left == "extended":
+        write(folder / "summary.json", record)
+    write(folder / "config.json", {**record["config"], "straight": left == "another length"})
+    write(folder / "ckpt.pt", "10")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert place.main("T", "--seeds=1") == 0
+    assert place.names() == ["one-cpu-2-s1337", "two-cpu-s1337"]
+    assert place.kept() == ["T/one-cpu-s1337.json", "T/two-cpu-s1337.json"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert place.main("T", "--seeds=1") == 0 and len(place.calls()) == 2
+
+
+def test_a_record_of_an_extended_run_is_named_and_the_row_is_run(place, capfd):
+    write(place.results / "T" / "one-cpu-s1337.json", extended(place))
+    assert place.main("T", "--seeds=1") == 0
+    assert place.names() == ["one-cpu-s1337", "two-cpu-s1337"]
+    assert place.kept() == ["T/one-cpu-2-s1337.json", "T/one-cpu-s1337.json", "T/two-cpu-s1337.json"]
+    told = "left out: results/T/one-cpu-s1337.json: not a straight run of its config (max_iters was 10 up to step 10"
+    assert told in capfd.readouterr().err
+
+
 def test_a_complete_run_with_a_damaged_record_is_kept(place, capfd):
     damaged = write(place.out / "one-cpu-s1337" / "summary.json", '{"format": "charmoe record 2"')
     assert place.main("T", "--seeds=1") == 1
@@ -428,6 +464,15 @@ def test_a_complete_run_of_another_machine_is_left_alone(place, capfd):
     assert place.main("T", "--seeds=1") == 1
     assert place.names() == ["two-cpu-s1337"] and json.loads(path.read_text()) == summary
     assert "holds a run of another machine (Other CPU, " in capfd.readouterr().err
+
+
+def test_a_cut_run_of_another_machine_is_not_resumed_here(place, capfd):
+    """Its record would not be straight, and so enter no mean."""
+    folder = place.out / "one-cpu-s1337"
+    write(folder / "config.json", {**a_row("one").config_at("cpu").to_dict(), "machine": "Other CPU", "straight": True})
+    write(folder / "ckpt.pt", "10")
+    assert place.main("T", "--seeds=1") == 1 and place.names() == ["two-cpu-s1337"]
+    assert "holds a run of another machine (Other CPU)" in capfd.readouterr().err
 
 
 def test_a_passed_on_backend_is_part_of_the_machine(place, words, monkeypatch):

@@ -26,7 +26,7 @@ from conftest import ROOT, TINY, as_script, english, interrupt, prepare_text, so
 
 from data.common import Dataset
 from model import GPT
-from run import accounting, checkpoint, evaluate, progress, update
+from run import accounting, checkpoint, evaluate, identity, progress, records, update
 from run.settings import Config
 from support import machines
 from support.files import FileError
@@ -39,9 +39,11 @@ def test_a_run_leaves_its_five_files_and_nothing_else(dense_run):
     assert {path.name for path in dense_run.iterdir()} == FILES
 
 
-def test_the_config_file_holds_every_key(dense_run):
+def test_the_config_file_holds_every_key_and_the_hash_of_the_text(words, dense_run):
     saved = json.loads((dense_run / "config.json").read_text())
-    assert set(saved) == set(Config().to_dict())
+    assert set(saved) == {*Config().to_dict(), "text_sha256", "machine", "straight"}
+    assert saved["text_sha256"] == Dataset.open(words).source_sha256
+    assert saved["straight"] is True and saved["machine"] == records.machine_of(record_of(dense_run))
     assert {key: saved[key] for key in TINY} == TINY
 
 
@@ -90,7 +92,7 @@ def test_every_number_of_the_record_is_a_number(run, request):
 def test_the_record_counts_what_was_done(words, tmp_path):
     assert train_tiny(words, tmp_path / "run", batch_size=3, gradient_accumulation_steps=2, max_iters=6) == 0
     record = record_of(tmp_path / "run")
-    config = Config.from_dict(json.loads((tmp_path / "run" / "config.json").read_text()))
+    config = identity.read(tmp_path / "run" / "config.json").config
     dataset = Dataset.open(words)
     model = GPT(config, dataset.vocabulary.size)
     assert record["iterations"] == 6
