@@ -156,15 +156,16 @@ def is_cpu_overlay(name):
 # Weights & Biases
 
 
-def start_wandb(config, say):
+def start_wandb(config, run_id, say):
     """A function that logs one line of metrics to Weights & Biases, or None. A tracker must not stop what it tracks:
-    every failure is only said."""
+    every failure is only said. run_id: of the run there, which goes on if it exists and begins if not."""
     if not config.wandb_log:
         return None
+    name = config.wandb_run_name or config.title
     try:
         import wandb
 
-        wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.title, config=config.to_dict())
+        wandb.init(project=config.wandb_project, name=name, config=config.to_dict(), id=run_id, resume="allow")
     except Exception as error:  # not installed, not logged in, no network, …
         say(f"wandb_log=True, but wandb cannot be used ({files.first_line(error)}): metrics go to metrics.jsonl only")
         return None

@@ -34,6 +34,7 @@ class TrainingState:
     others: dict | None = None  # machines.OtherLoad, up to the last save
     resumed: int = 0  # times
     metrics_bytes: int = 0  # length of metrics.jsonl at the last save
+    wandb_id: str | None = None  # of the run at Weights & Biases, with which a resumed run goes on; None without one
     seconds: dict[str, float] = field(
         default_factory=lambda: {"train": 0.0, "eval": 0.0, "save": 0.0, "compile": 0.0, "total": 0.0}
     )
