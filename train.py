@@ -60,7 +60,7 @@ def main(argv):
         except NotFinite as error:
             code = console.NOT_FINITE
             if processes.is_first:
-                print(progress.not_finite_text(error, config), file=sys.stderr)
+                print(progress.not_finite_text(error, config, __file__, argv, processes), file=sys.stderr)
         except RuntimeError as error:
             if processes.world_size == 1 or not is_lost_connection(error):
                 raise
@@ -86,7 +86,7 @@ def train(config, argv, machine, processes):
         prepare(config, print)
     processes.barrier()
     dataset = open_dataset(config, machine.device)
-    changed = check_resumable(saved, config, dataset) if saved else []
+    changed = check_resumable(saved, config, dataset, folder.has_diverged) if saved else []
     if saved and not changed and (folder / "summary.json").exists() and not config.eval_only:
         print(f"{folder} is complete: there is nothing to resume (a larger max_iters would go on).")
         print(screen_report.final_report(json.loads((folder / "summary.json").read_text())))

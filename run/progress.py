@@ -110,12 +110,18 @@ def resume_command(script, argv, processes):
     return f"torchrun --nproc_per_node={local} {'' if total == local else '… '}{ours}"
 
 
-def not_finite_text(error, config):
-    """What a person can do about a run that diverged. error: an update.NotFinite."""
-    kept = Path(config.out_dir) / "ckpt.pt"
-    last = f"The last good checkpoint is {kept}." if kept.exists() else "There is no checkpoint yet."
-    advice = "A lower learning_rate, a longer warmup_iters or a z_loss_coef of 1e-3 may help."
-    return f"{error} is not finite: stopped before that update. {last} {advice}"
+def not_finite_text(error, config, script, argv, processes):
+    """What a person can do about a run that diverged, with the command that resumes it at half the learning rate.
+    error: an update.NotFinite."""
+    kept, stopped = Path(config.out_dir) / "ckpt.pt", f"{error} is not finite: stopped before that update."
+    advice = "longer warmup_iters, a lower grad_clip or a z_loss_coef of 1e-3 may help too"
+    if not kept.exists():
+        return f"{stopped} There is no checkpoint yet. A lower learning_rate may help; {advice}."
+    rate = config.learning_rate / 2
+    words = [word for word in argv if not word.startswith(("--learning_rate", "--min_lr"))]
+    words += [f"--learning_rate={rate}", f"--min_lr={min(config.min_lr, rate)}"]
+    last = f"The last good checkpoint is {kept}; {advice}. To go on from it with half the learning rate"
+    return f"{stopped} {last}: {resume_command(script, words, processes)}"
 
 
 def lost_process_text(error, config, processes, command):
