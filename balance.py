@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from selection import Routing, choices_per_expert, gates_per_expert
+from selection import Routing, choices_per_expert, gates_per_expert, mean_over_tokens
 
 
 class AuxLoss(NamedTuple):
@@ -39,7 +39,8 @@ class RoutingStats(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Auxiliary losses: routing -> float32 before the coefficient, 0-d for one layer, (L,) for L stacked layers.
-# batch_mean(value) turns this process's mean into the global one.
+# batch_mean(value) turns this process's mean into the global one; weight_N: 1 for tokens that count, else 0; None = all
+# count.
 
 
 def own_mean(value):
@@ -47,31 +48,32 @@ def own_mean(value):
     return value
 
 
-def switch_loss(routing, batch_mean=own_mean):
+def switch_loss(routing, batch_mean=own_mean, weight_N=None):
     """E · Σ_i f_i P_i (Fedus et al. 2022, eq. 4): f_i is expert i's share of the choices before capacity, P_i its mean
     probability. 1 under uniform routing, at most E."""
     n_expert = routing.probs.size(-1)
-    load_E = batch_mean(choices_per_expert(routing).mean(dim=-2))
+    load_E = batch_mean(mean_over_tokens(choices_per_expert(routing), weight_N))
     share_E = load_E / load_E.sum(dim=-1, keepdim=True)
-    return n_expert * (share_E * batch_mean(routing.probs.mean(dim=-2))).sum(dim=-1)
+    return n_expert * (share_E * batch_mean(mean_over_tokens(routing.probs, weight_N))).sum(dim=-1)
 
 
-def cv2_loss(routing, batch_mean=own_mean):
+def cv2_loss(routing, batch_mean=own_mean, weight_N=None):
     """Var / mean² over experts of their importance, the sum of their gates (Shazeer et al. 2017, eq. 7). The paper's
     second term, for load, needs noisy gates: here it is a statistic (load_cv2)."""
-    importance_E = batch_mean(gates_per_expert(routing).sum(dim=-2))
+    gates_NE = gates_per_expert(routing)
+    importance_E = batch_mean((gates_NE if weight_N is None else gates_NE * weight_N[:, None]).sum(dim=-2))
     return importance_E.var(dim=-1, correction=0) / importance_E.mean(dim=-1).square().clamp_min(1e-10)
 
 
-def z_loss(routing, batch_mean=own_mean):
+def z_loss(routing, batch_mean=own_mean, weight_N=None):
     """mean over tokens of logsumexp(logits)² (Zoph et al. 2022, eq. 5): keeps router logits small."""
-    return torch.logsumexp(routing.logits.movedim(-1, 0), dim=0).square().mean(dim=-1)
+    return mean_over_tokens(torch.logsumexp(routing.logits.movedim(-1, 0), dim=0).square(), weight_N, dim=-1)
 
 
 AUX_LOSSES: dict[str, Callable | None] = {"switch": switch_loss, "cv2": cv2_loss, "none": None}
 
 
-def aux_losses(routings, config, coefficient, batch_mean=own_mean):
+def aux_losses(routings, config, coefficient, batch_mean=own_mean, weight_N=None):
     """{name: AuxLoss} over the layers of one forward pass. A loss with coefficient 0 is still measured.
 
     coefficient: current weight of the balancing loss, a 0-d tensor.
@@ -83,7 +85,7 @@ def aux_losses(routings, config, coefficient, batch_mean=own_mean):
         losses[config.aux_loss] = (balancing, coefficient if config.balances else 0)
     combined, groups = {}, stacked_by_shape(routings)
     for name, (function, weight) in losses.items():
-        per_layer = torch.cat([function(layers, batch_mean) for _, layers in groups])
+        per_layer = torch.cat([function(layers, batch_mean, weight_N) for _, layers in groups])
         raw = per_layer.sum() if config.aux_loss_reduction == "sum" else per_layer.mean()
         is_weighted = isinstance(weight, torch.Tensor) or weight > 0
         combined[name] = AuxLoss(raw, weight * raw if is_weighted else torch.zeros_like(raw))

@@ -135,13 +135,13 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = mlp
 
-    def forward(self, x_BTD, ids_BT, past=0, cache=None, visible=None):
-        """-> (x, routing), routing None in a dense block"""
+    def forward(self, x_BTD, ids_BT, past=0, cache=None, visible=None, real_BT=None):
+        """-> (x, routing), routing None in a dense block. real_BT: see `MoE.forward`."""
         x_BTD = x_BTD + self.attention(self.norm_attention(x_BTD), past, cache, visible)
         y_BTD = self.norm_mlp(x_BTD)
         if not isinstance(self.mlp, MoE):
             return x_BTD + self.mlp(y_BTD), None
-        y_BTD, routing = self.mlp(y_BTD, ids_BT, cache.routing if cache else None)
+        y_BTD, routing = self.mlp(y_BTD, ids_BT, cache.routing if cache else None, real_BT)
         return x_BTD + y_BTD, routing
 
 
@@ -154,7 +154,7 @@ class GPT(nn.Module):
     def __init__(self, config, vocab_size, symbol_counts=None):
         super().__init__()
         counts = torch.ones(vocab_size, device="cpu") if symbol_counts is None else torch.as_tensor(symbol_counts)
-        self.config = config
+        self.config, self.is_causal = config, config.is_causal
         self.batch_mean = own_mean  # in training; Updater replaces it for processes that share a batch
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -184,8 +184,9 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None, cache=None, last_only=False) -> Output:
-        """idx, targets: (B, T) int64; tokens whose target is IGNORED count in neither loss nor statistics. cache: a
-        KVCache that idx continues. last_only: logits of the last position only."""
+        """idx, targets: (B, T) int64; tokens whose target is IGNORED count in no loss and no statistics, and routing
+        that looks at other tokens does not see them. cache: a KVCache that idx continues. last_only: logits of the last
+        position only."""
         T, past, visible = idx.size(1), cache.length if cache else 0, None
         if cache and cache.position is not None:
             past = cache.position
@@ -198,9 +199,9 @@ class GPT(nn.Module):
             if past and T > 1:
                 visible = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(diagonal=past)
         x = self.dropout(self.token_embedding(idx) + positions)
-        routings = []
+        routings, real_BT = [], None if self.is_causal or targets is None else targets != IGNORED
         for i, block in enumerate(self.blocks):
-            x, routing = block(x, idx, past, cache.layers[i] if cache else None, visible)
+            x, routing = block(x, idx, past, cache.layers[i] if cache else None, visible, real_BT)
             if routing is not None:
                 routings.append(routing)
         if cache and cache.position is None:
@@ -213,7 +214,8 @@ class GPT(nn.Module):
         counted_N = (targets.reshape(-1) != IGNORED).to(loss.dtype)
         stats = stats_of_layers(routings, idx, self.config, self.token_embedding.num_embeddings, counted_N)
         batch_mean = self.batch_mean if self.training else own_mean
-        return Output(logits, loss, aux_losses(routings, self.config, self.aux_loss_coef, batch_mean), stats, routings)
+        aux = aux_losses(routings, self.config, self.aux_loss_coef, batch_mean, counted_N)
+        return Output(logits, loss, aux, stats, routings)
 
     def set_step(self, step):
         """Sets scheduled values and redraws random routers, before update number `step`."""

@@ -53,9 +53,10 @@ class MoE(nn.Module):
         apply_schedule(self.temperature, self.config, "router_temperature", step)
         apply_schedule(self.expert_dropout, self.config, "expert_dropout", step)
 
-    def forward(self, x_BTD, ids_BT, cache=None):
-        """ids_BT: the symbols of x. cache: the layer's RoutingCache, if x continues a cached sequence."""
-        routing = self.route(x_BTD, ids_BT, cache)
+    def forward(self, x_BTD, ids_BT, cache=None, real_BT=None):
+        """ids_BT: the symbols of x. cache: the layer's RoutingCache, if x continues a cached sequence. real_BT: False
+        for padding, which cannot affect the routing of other tokens; None = no padding, or causal routing."""
+        routing = self.route(x_BTD, ids_BT, cache, real_BT)
         x_ND = x_BTD.reshape(-1, x_BTD.size(-1))
         backend = self.own_backend
         if backend is None:
@@ -73,7 +74,7 @@ class MoE(nn.Module):
         k = (config.expert_top_k if self.router.tokens_choose else 0) or config.n_expert
         return choose_backend(self.experts.w_in.shape, k, device, dtype, config.capacity_factor > 0, is_compiled)
 
-    def route(self, x_BTD, ids_BT, cache=None):
+    def route(self, x_BTD, ids_BT, cache=None, real_BT=None):
         """-> Routing of the N = B·T tokens, in float32 also under autocast."""
         config, (B, T, _) = self.config, x_BTD.shape
         with torch.autocast(x_BTD.device.type, enabled=False):
@@ -82,7 +83,7 @@ class MoE(nn.Module):
             if self.training and config.router_jitter > 0:
                 x_BTD = x_BTD * torch.empty_like(x_BTD).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
             x_BSD, ids_BS = cache.extend(x_BTD, ids_BT) if cache else (x_BTD, ids_BT)
-            level_BTD = LEVELS[config.router_level].pool(x_BSD, config)
+            level_BTD = LEVELS[config.router_level].pool(x_BSD, config, real_BT)
             if cache:
                 level_BTD = level_BTD[:, -T:]
             logits_NE = self.router(level_BTD, ids_BS).reshape(B * T, -1)
@@ -92,8 +93,12 @@ class MoE(nn.Module):
             if self.training and config.expert_dropout_is_used:
                 masked_NE = expert_dropout_mask(logits_NE.shape, self.expert_dropout, logits_NE.device)
                 preference_NE = preference_NE.masked_fill(masked_NE, -math.inf)
+            real_N1 = None if real_BT is None else real_BT.reshape(-1, 1)
+            if real_N1 is not None and not self.router.tokens_choose:
+                preference_NE = preference_NE.masked_fill(~real_N1, -math.inf)
             experts_NK, chosen_NK = self.router.select(probs_NE, preference_NE, B)
-            kept_NK, room = self.limit_to_capacity(experts_NK, chosen_NK, B, cache)
+            placed_NK = chosen_NK if real_N1 is None else chosen_NK & real_N1  # padding takes no room
+            kept_NK, room = self.limit_to_capacity(experts_NK, placed_NK, B, cache)
 
             # Gates of the chosen experts.
             if config.gate_renormalize:

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from selection import capacity, top_k_experts
+from selection import capacity, mean_over_tokens, top_k_experts
 
 
 class RoutingCache:
@@ -52,7 +52,8 @@ class RoutingCache:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Levels: (x (B, S, D), config) -> (B, S, D), the vectors that tokens are routed by
+# Levels: (x (B, S, D), config, real (B, S) bool or None) -> (B, S, D), the vectors that tokens are routed by. Padding,
+# where real is False, comes last, so only a level that is not causal needs to look.
 
 
 class Level(NamedTuple):
@@ -61,13 +62,13 @@ class Level(NamedTuple):
     needs_history: bool
 
 
-def pool_prefix(x_BSD, config):
+def pool_prefix(x_BSD, config, real_BS):
     """The mean of the sequence up to this token: the causal twin of `sequence`."""
     count = torch.arange(1, x_BSD.size(1) + 1, device=x_BSD.device, dtype=x_BSD.dtype)
     return x_BSD.cumsum(dim=1) / count[:, None]
 
 
-def pool_segment(x_BSD, config):
+def pool_segment(x_BSD, config, real_BS):
     """The mean of the previous segment (Lory, Zhong et al. 2024). The first segment is routed by its first token."""
     S, size = x_BSD.size(1), config.segment_size
     means = x_BSD[:, : S // size * size].unflatten(1, (S // size, size)).mean(dim=2)
@@ -75,13 +76,13 @@ def pool_segment(x_BSD, config):
     return by_segment.repeat_interleave(size, dim=1)[:, :S]
 
 
-def pool_sequence(x_BSD, config):
+def pool_sequence(x_BSD, config, real_BS):
     """The mean of the whole sequence, later tokens included (Fan et al. 2024)."""
-    return x_BSD.mean(dim=1, keepdim=True).expand_as(x_BSD)
+    return mean_over_tokens(x_BSD, real_BS)[:, None].expand_as(x_BSD)
 
 
 LEVELS: dict[str, Level] = {
-    "token": Level(lambda x_BSD, config: x_BSD, is_causal=True, needs_history=False),
+    "token": Level(lambda x_BSD, config, real_BS: x_BSD, is_causal=True, needs_history=False),
     "segment": Level(pool_segment, is_causal=True, needs_history=True),
     "prefix": Level(pool_prefix, is_causal=True, needs_history=True),
     "sequence": Level(pool_sequence, is_causal=False, needs_history=True),

@@ -112,3 +112,17 @@ def gates_per_expert(routing):
 def choices_per_expert(routing):
     """(N, E): 1 where a token chose an expert, before capacity; else 0."""
     return torch.zeros_like(routing.logits).scatter(-1, routing.experts, routing.chosen.to(routing.logits.dtype))
+
+
+def mean_over_tokens(values, weight_N, dim=-2):
+    """The mean along `dim`, whose tokens have weight 1 if they count, else 0 (… , N); None = all count.
+
+    Bit for bit torch's mean where all count, 0 where none does, and never a synchronisation.
+    """
+    if weight_N is None:
+        return values.mean(dim=dim)
+    weight_N = weight_N.to(values.dtype)
+    counted = weight_N.sum(dim=-1).clamp_min(1)
+    scale = torch.full_like(counted, weight_N.size(-1)) / counted
+    weight = weight_N if dim == -1 else weight_N[..., None]
+    return (values * weight).mean(dim=dim) * (scale if dim == -1 else scale[..., None])

@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 
 import torch
 
@@ -60,7 +61,7 @@ def main(argv):
         except NotFinite as error:
             code = console.NOT_FINITE
             if processes.is_first:
-                print(progress.not_finite_text(error, config), file=sys.stderr)
+                print(progress.not_finite_text(error, config, __file__, argv, processes), file=sys.stderr)
         except RuntimeError as error:
             if processes.world_size == 1 or not is_lost_connection(error):
                 raise
@@ -86,7 +87,7 @@ def train(config, argv, machine, processes):
         prepare(config, print)
     processes.barrier()
     dataset = open_dataset(config, machine.device)
-    changed = check_resumable(saved, config, dataset) if saved else []
+    changed = check_resumable(saved, config, dataset, folder.has_diverged) if saved else []
     if saved and not changed and (folder / "summary.json").exists() and not config.eval_only:
         print(f"{folder} is complete: there is nothing to resume. A larger max_iters would extend it, but where its")
         print(
@@ -142,7 +143,9 @@ def train(config, argv, machine, processes):
 
     with folder.writable(identity, saved) if processes.is_first else contextlib.nullcontext() as metrics:
         if processes.is_first:
-            metrics.mirror = progress.start_wandb(config, print)
+            if config.wandb_log:
+                state.wandb_id = state.wandb_id or uuid.uuid4().hex
+            metrics.mirror = progress.start_wandb(config, state.wandb_id, print)
             if not folder.is_locked:
                 print(f"the file system of {folder} has no locks: nothing keeps a second run out of it")
             changes = "".join(f"; {key} is now {ours} (was {theirs})" for key, ours, theirs in changed)
@@ -256,7 +259,8 @@ class Run:
         self.screen.doing("evaluating")
         started = time.perf_counter()
         work = (self.updater.run_model, self.dataset, config, self.machine, state.step, self.processes)
-        line = signals.unless_stopped(lambda: evaluate.evaluation(*work), at_once=self.is_alone)
+        with self.saving_on_failure():
+            line = signals.unless_stopped(lambda: evaluate.evaluation(*work), at_once=self.is_alone)
         if line is None:
             return
         state.seconds["eval"] += time.perf_counter() - started
@@ -277,6 +281,19 @@ class Run:
         self.screen.say(progress.evaluation_text(line, config, is_best))
         for warning in progress.collapse_warnings(state.evaluations, config):
             self.screen.say(warning)
+
+    @contextlib.contextmanager
+    def saving_on_failure(self):
+        """A failure inside, as for want of memory, costs no update: the run is saved before the error goes on. Several
+        processes save together, which they can only do beforehand."""
+        try:
+            yield
+        except Exception:
+            if self.is_alone:
+                self.updater.guard.raise_if_skipped()
+                self.save()
+                self.screen.say(f"\nfailed after step {self.state.step:,}; saved. {self.how_to_go_on()}")
+            raise
 
     @contextlib.contextmanager
     def clock_of_saving(self):
@@ -303,7 +320,7 @@ class Run:
 
     def save_snapshot(self):
         """Keep the weights of this step in snapshots/."""
-        with self.clock_of_saving():
+        with self.saving_on_failure(), self.clock_of_saving():
             if self.processes.is_first:
                 weights = {"step": self.state.step, "model": self.model.state_dict()}
                 self.folder.save_snapshot(identity_of(self.config, self.dataset), weights)
@@ -312,9 +329,11 @@ class Run:
         """Say that the run is saved, and how it goes on. number: of the signal. -> the exit code"""
         self.processes.barrier()  # a launcher may end all when the first of them has ended
         name = signal.Signals(number).name
-        self.screen.say(f"\nstopped by {name} after step {self.state.step:,}; saved. To go on:")
-        self.screen.say(f"  {progress.resume_command(__file__, self.argv, self.processes)}")
+        self.screen.say(f"\nstopped by {name} after step {self.state.step:,}; saved. {self.how_to_go_on()}")
         return 128 + number
+
+    def how_to_go_on(self):
+        return f"To go on:\n  {progress.resume_command(__file__, self.argv, self.processes)}"
 
     def finish(self, signals):
         """The test loss, the sampling speed, and the record. -> the exit code"""

@@ -104,13 +104,14 @@ def router_inputs(model, windows, machine):
 
     def note(layer, arguments):
         with torch.autocast(arguments[0].device.type, enabled=False):
-            inputs.append(LEVELS[layer.config.router_level].pool(arguments[0].float(), layer.config))
+            x_BTD, _, _, real_BT = arguments
+            inputs.append(LEVELS[layer.config.router_level].pool(x_BTD.float(), layer.config, real_BT))
 
     for x, y in windows:
         hooks = [layer.register_forward_pre_hook(note) for layer in model.moe_layers()]
         try:
             with machine.autocast():
-                model(x)
+                model(x, y)
         finally:
             for hook in hooks:
                 hook.remove()

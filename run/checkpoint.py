@@ -20,7 +20,9 @@ from support.files import FileError, first_line, write_atomically
 
 FORMAT = "charmoe checkpoint 4"
 SEAL = re.compile(rb"(charmoe checkpoint [0-9]{1,9}) sha256 ([0-9a-f]{64})\Z")
-RUN_FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "ckpt.previous.pt", "best.pt", "summary.json")  # of a run
+RUN_FILES = (  # of a run
+    *("config.json", "metrics.jsonl", "ckpt.pt", "ckpt.previous.pt", "best.pt", "diverged.json", "summary.json"),
+)
 
 
 class CheckpointError(FileError):

@@ -110,12 +110,18 @@ def resume_command(script, argv, processes):
     return f"torchrun --nproc_per_node={local} {'' if total == local else '… '}{ours}"
 
 
-def not_finite_text(error, config):
-    """What a person can do about a run that diverged. error: an update.NotFinite."""
-    kept = Path(config.out_dir) / "ckpt.pt"
-    last = f"The last good checkpoint is {kept}." if kept.exists() else "There is no checkpoint yet."
-    advice = "A lower learning_rate, a longer warmup_iters or a z_loss_coef of 1e-3 may help."
-    return f"{error} is not finite: stopped before that update. {last} {advice}"
+def not_finite_text(error, config, script, argv, processes):
+    """What a person can do about a run that diverged, with the command that resumes it at half the learning rate.
+    error: an update.NotFinite."""
+    kept, stopped = Path(config.out_dir) / "ckpt.pt", f"{error} is not finite: stopped before that update."
+    advice = "longer warmup_iters, a lower grad_clip or a z_loss_coef of 1e-3 may help too"
+    if not kept.exists():
+        return f"{stopped} There is no checkpoint yet. A lower learning_rate may help; {advice}."
+    rate = config.learning_rate / 2
+    words = [word for word in argv if not word.startswith(("--learning_rate", "--min_lr"))]
+    words += [f"--learning_rate={rate}", f"--min_lr={min(config.min_lr, rate)}"]
+    last = f"The last good checkpoint is {kept}; {advice}. To go on from it with half the learning rate"
+    return f"{stopped} {last}: {resume_command(script, words, processes)}"
 
 
 def lost_process_text(error, config, processes, command):
@@ -160,15 +166,16 @@ def absolute(name):
 # Weights & Biases
 
 
-def start_wandb(config, say):
+def start_wandb(config, run_id, say):
     """A function that logs one line of metrics to Weights & Biases, or None. A tracker must not stop what it tracks:
-    every failure is only said."""
+    every failure is only said. run_id: of the run there, which goes on if it exists and begins if not."""
     if not config.wandb_log:
         return None
+    name = config.wandb_run_name or config.title
     try:
         import wandb
 
-        wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.title, config=config.to_dict())
+        wandb.init(project=config.wandb_project, name=name, config=config.to_dict(), id=run_id, resume="allow")
     except Exception as error:  # not installed, not logged in, no network, …
         say(f"wandb_log=True, but wandb cannot be used ({files.first_line(error)}): metrics go to metrics.jsonl only")
         return None

@@ -12,6 +12,7 @@ metrics.jsonl     a line a log or evaluation, appended; a checkpoint knows how l
 ckpt.pt           the whole state after some step, with the best weights so far
 ckpt.previous.pt  the checkpoint before it, in case the disk damages ckpt.pt; removed when the run is complete
 best.pt           the best weights so far, for sample.py; the run itself reads those in ckpt.pt
+diverged.json     where a loss or gradient was not finite, and the config; removed when the run is complete
 snapshots/        step-000100.pt, …: the weights after so many updates, with save_every, for analyze.py
 summary.json      the record, of a complete run only
 """
@@ -26,11 +27,14 @@ from run import checkpoint
 from run import identity as run_identity
 from run.checkpoint import CheckpointError
 from run.settings import Config
+from run.update import NotFinite
 from support import files
-from support.options import ConfigError
+from support.options import EXPERIMENT, SCHEDULE, ConfigError
 
 REFUSED = "ckpt.refused.pt"  # the new name of a damaged ckpt.pt, kept for inspection
 AGAIN = "--init_from=scratch --overwrite=True makes the run again"
+# May change when a run goes on whose loss or gradient was not finite.
+REMEDIES = ("learning_rate", "min_lr", "warmup_iters", "grad_clip", "z_loss_coef")
 STATE = ("config", "dataset", "vocabulary", "model", "optimizer", "best", "progress", "processes")  # of a checkpoint
 
 
@@ -69,6 +73,8 @@ class RunFolder:
             going_on = f"--init_from={config.init_from} goes on with a run"
             raise ConfigError([f"{going_on} and --overwrite=True throws it away: choose one"])
         if has_checkpoint and config.init_from != "scratch":
+            if config.init_from == "auto":
+                self.refuse_to_diverge_again()
             return self.newest_good()
         if config.init_from == "resume":
             words = "--init_from=scratch --overwrite=True" if held else "--init_from=scratch"
@@ -91,6 +97,19 @@ class RunFolder:
                 ]
             )
         return None
+
+    @property
+    def has_diverged(self):
+        """Whether a loss or gradient of this run was not finite."""
+        return (self / "diverged.json").exists()
+
+    def refuse_to_diverge_again(self):
+        """NotFinite where this config has already run into a loss or gradient that is not finite."""
+        if not self.has_diverged or self.config.eval_only:
+            return
+        last = files.read_json(self / "diverged.json")
+        if not self.config.differences(Config.from_dict(last["config"]), (EXPERIMENT, SCHEDULE)):
+            raise NotFinite(f"{last['reason']} (of the last try, which init_from=auto does not repeat unchanged)")
 
     def newest_good(self):
         """The content of ckpt.pt; where it is damaged, of the checkpoint before it, and then `note` says so."""
@@ -161,7 +180,11 @@ class RunFolder:
             run_identity.write(self / "config.json", identity)
             if saved and saved["best"]:
                 self.save_best(saved)  # a power cut may have prevented it
-            yield Metrics(file)
+            try:
+                yield Metrics(file)
+            except NotFinite as error:
+                files.write_json(self / "diverged.json", {"reason": str(error), "config": config.to_dict()})
+                raise
 
     def save(self, state, is_best):
         """Write ckpt.pt, and keep the old one as ckpt.previous.pt. is_best: also write best.pt, from state["best"]."""
@@ -188,7 +211,8 @@ class RunFolder:
 
     def complete(self, record):
         """Write the record of the complete run, its last file."""
-        (self / "ckpt.previous.pt").unlink(missing_ok=True)
+        for name in ("ckpt.previous.pt", "diverged.json"):
+            (self / name).unlink(missing_ok=True)
         files.write_json(self / "summary.json", record)
 
 
@@ -232,12 +256,14 @@ class Metrics:
 # Whether a checkpoint fits a run
 
 
-def check_resumable(saved, config, dataset):
-    """CheckpointError unless the config is the checkpoint's experiment, on the same text. -> the permitted differences,
-    as Config.differences has them"""
+def check_resumable(saved, config, dataset, has_diverged=False):
+    """CheckpointError unless the config is the checkpoint's experiment, but for REMEDIES where it has diverged, on the
+    same text. -> the permitted differences, as Config.differences has them"""
     theirs = Config.from_dict(saved["config"])
     # The text is compared by its hash below, for the same data set can be named in several ways.
-    differing = [row for row in config.differences(theirs, ("experiment",)) if row[0] != "dataset"]
+    changed = [row for row in config.differences(theirs, (EXPERIMENT, SCHEDULE)) if row[0] != "dataset"]
+    remedies = REMEDIES if has_diverged else ()
+    differing = [row for row in config.differences(theirs, (EXPERIMENT,)) if row[0] not in ("dataset", *remedies)]
     if differing:
         raise CheckpointError(
             f"{config.out_dir} holds another experiment:\n"
@@ -250,7 +276,7 @@ def check_resumable(saved, config, dataset):
     if saved["progress"]["step"] > config.max_iters:
         made = f"{saved['progress']['step']:,} updates"
         raise CheckpointError(f"{config.out_dir} has already made {made}, more than max_iters={config.max_iters}")
-    return config.differences(theirs, ("schedule",))
+    return changed
 
 
 def texts(there, here):

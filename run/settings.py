@@ -188,7 +188,9 @@ class Config:
     beta2: float = optimiser_key(0.99, "AdamW's decay rate of the squared gradient's average", at_least=0, below=1)
     grad_clip: float = optimiser_key(1.0, "largest gradient norm; 0 = no clipping", at_least=0)
     decay_lr: bool = optimiser_key(True, "linear warm-up, then cosine decay; False = constant learning_rate")
-    warmup_iters: int = optimiser_key(100, "warm-up steps; may exceed max_iters", at_least=0)
+    warmup_iters: int = optimiser_key(
+        100, "warm-up steps; may exceed max_iters; beyond lr_decay_iters min_lr follows", at_least=0
+    )
     lr_decay_iters: int = optimiser_key(0, "step at which min_lr is reached; 0 = max_iters", scope=SCHEDULE, at_least=0)
     min_lr: float = optimiser_key(1e-4, "learning rate at the end of the cosine", at_least=0)
 

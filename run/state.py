@@ -35,6 +35,7 @@ class TrainingState:
     resumed: int = 0  # times
     stretches: list[dict] = field(default_factory=list)  # where it resumed with something changed: see straight.py
     metrics_bytes: int = 0  # length of metrics.jsonl at the last save
+    wandb_id: str | None = None  # of the run at Weights & Biases, with which a resumed run goes on; None without one
     seconds: dict[str, float] = field(
         default_factory=lambda: {"train": 0.0, "eval": 0.0, "save": 0.0, "compile": 0.0, "total": 0.0}
     )

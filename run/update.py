@@ -131,14 +131,15 @@ class Updater:
 def learning_rate(step, config):
     """The learning rate of update number `step`, counted from 0, as in nanoGPT.
 
-    Linear warm-up, a cosine down to min_lr at lr_decay_iters, and min_lr after that; constant without decay_lr.
+    Linear warm-up, a cosine down to min_lr at lr_decay_iters, and min_lr after that; constant without decay_lr. A
+    warm-up that lasts until lr_decay_iters or longer is made in full, and min_lr follows at once.
     """
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     end = config.lr_decay_iters or config.max_iters
-    progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    progress = 1.0 if step >= end else (step - config.warmup_iters) / (end - config.warmup_iters)
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
 
 

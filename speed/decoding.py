@@ -275,7 +275,7 @@ class KernelRoute:
         self.how = config.expert_top_k or config.n_expert, config.gate, config.gate_renormalize, layer.temperature
         self.weight = layer.router.weight
 
-    def __call__(self, x_BTD, ids_BT, cache=None):
+    def __call__(self, x_BTD, ids_BT, cache=None, real_BT=None):
         x_ND = x_BTD.reshape(-1, x_BTD.size(-1)).float()
         routed = kernels.route(x_ND, self.weight, *self.how)
         every = torch.ones_like(routed[2], dtype=torch.bool)
@@ -302,7 +302,7 @@ class PlainRoute:
         self.k = layer.config.expert_top_k or layer.config.n_expert
         self.every = torch.ones(1, self.k, dtype=torch.bool, device=self.weight.device)
 
-    def __call__(self, x_BTD, ids_BT, cache=None):
+    def __call__(self, x_BTD, ids_BT, cache=None, real_BT=None):
         logits_NE = F.linear(x_BTD.reshape(-1, x_BTD.size(-1)), self.weight)
         scores_NE, probs_NE = self.gate(logits_NE)
         experts_NK = top_k_experts(logits_NE, self.k)

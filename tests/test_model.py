@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import backends
+import balance
 from model import GPT, IGNORED, KVCache, sample, uniforms
 from run import accounting
 from run.accounting import dense_equal_active, dense_equal_total
@@ -228,6 +229,58 @@ def test_ignored_targets_count_in_neither_loss_nor_statistics():
     torch.testing.assert_close(padded.loss, short.loss)
     torch.testing.assert_close(padded.stats[1].load, short.stats[1].load)
     assert padded.stats[0].tokens == 10
+
+
+LEAKY = {
+    "expert_choice": KINDS["expert_choice"] | dict(z_loss_coef=0.1),
+    "expert_choice, most taken": KINDS["expert_choice"] | dict(capacity_factor=4.0, z_loss_coef=0.1),
+    "sequence": dict(n_expert=4, router_level="sequence", expert_top_k=2, gate_renormalize=True, z_loss_coef=0.1),
+    "batch": dict(n_expert=4, capacity_factor=0.5, capacity_group="batch", z_loss_coef=0.1),
+}
+
+
+@pytest.mark.parametrize("is_training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", [*(kind for kind in KINDS if kind != "dense"), *LEAKY.keys() - KINDS.keys()])
+def test_padding_counts_in_no_loss_and_changes_no_routing(kind, is_training):
+    """The loss, the auxiliary losses, the statistics and the gradients are those of the text without its padding."""
+    model = gpt(std=0.5, **{**KINDS, **LEAKY}[kind], dropout=0.0).train(is_training)
+    x, y = tokens(3, 16), tokens(3, 16)
+    short = model(x[:1, :10], y[:1, :10])
+    y[0, 10:] = y[1:] = IGNORED  # two rows of nothing else
+    found = []
+    for filler in (0, 7):  # as different symbols
+        x[0, 10:] = x[1:] = filler
+        model.zero_grad()
+        padded = model(x, y)
+        padded.objective.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        if "capacity_group" not in {**KINDS, **LEAKY}[kind]:  # where three rows share more room than one
+            torch.testing.assert_close(padded.loss, short.loss)
+            torch.testing.assert_close(padded.aux, short.aux)
+            for one, other in zip(padded.stats, short.stats, strict=True):
+                torch.testing.assert_close(one[:6], other[:6])
+    for one, other in zip(*found, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", [*(kind for kind in KINDS if kind != "dense"), *LEAKY.keys() - KINDS.keys()])
+def test_without_padding_losses_and_gradients_are_bit_for_bit_plain_means(kind):
+    """Also for a number of tokens that is no power of two, in float32."""
+    model = gpt(std=0.5, **{**KINDS, **LEAKY}[kind], dropout=0.0).float()
+    x, y = tokens(7, 15), tokens(7, 15)
+    weighted, plain = model(x, y), model(x)
+    assert torch.equal(weighted.logits, plain.logits)
+    aux = balance.aux_losses(plain.routing, model.config, model.aux_loss_coef)
+    assert [term.raw.item() for term in weighted.aux.values()] == [term.raw.item() for term in aux.values()]
+    gradients = []
+    for terms in (weighted.aux, aux):
+        model.zero_grad()
+        total = sum(term.raw for term in terms.values())
+        if total.requires_grad:
+            total.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_the_inputs_of_a_layer_make_its_own_logits(level):
     model, windows = model_of(config), windows_of(config)
     inputs = layer_inputs(model, windows, CPU, 10**6)
     for number, (layer, x_ND) in enumerate(zip(model.moe_layers(), inputs, strict=True)):
-        expected = [model(x).routing[number].logits[(y != IGNORED).reshape(-1)] for x, y in windows]
+        expected = [model(x, y).routing[number].logits[(y != IGNORED).reshape(-1)] for x, y in windows]
         assert x_ND.dtype == np.float32
         torch.testing.assert_close(torch.from_numpy(x_ND) @ layer.router.weight.t(), torch.cat(expected))
     some = layer_inputs(model, windows, CPU, 50)

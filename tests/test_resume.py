@@ -123,6 +123,25 @@ def test_a_signal_during_an_evaluation_stops_at_once_and_resume_is_bit_identical
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
+@pytest.mark.parametrize("fails", ["evaluation", "save_snapshot"])
+def test_a_crash_between_two_updates_loses_none(words, tmp_path, uninterrupted, at_step, monkeypatch, capsys, fails):
+    """Out of memory in the evaluation after step 10, or in the snapshot after step 13: the run was saved at step 0."""
+    owner, step = {"evaluation": (evaluate, 10), "save_snapshot": (run_folder.RunFolder, 13)}[fails]
+
+    def crash(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        at_step(lambda: patch.setattr(owner, fails, crash), step - 1)
+        with pytest.raises(torch.OutOfMemoryError):
+            train_tiny(words, tmp_path / "run", save_every=13, **HARD)
+    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] == step
+    told = capsys.readouterr().out
+    assert f"failed after step {step}; saved" in told and "--init_from=resume" in told
+    assert train_tiny(words, tmp_path / "run", init_from="resume", **HARD) == 0
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
 def test_signal_handlers_are_given_back(words, tmp_path, at_step):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     at_step(interrupt(), 1)

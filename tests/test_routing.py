@@ -121,7 +121,7 @@ def test_levels_equal_hand_computation():
     config = Config(segment_size=3)
 
     def pooled(level):
-        return routing.LEVELS[level].pool(x, config)[0, :, 0].tolist()
+        return routing.LEVELS[level].pool(x, config, None)[0, :, 0].tolist()
 
     assert pooled("token") == [1, 2, 3, 4, 5, 6, 7]
     assert pooled("prefix") == [1, 1.5, 2, 2.5, 3, 3.5, 4]

@@ -4,9 +4,11 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -308,6 +310,44 @@ def test_wandb_gets_every_line(words, tmp_path, monkeypatch):
     assert about["project"] == "charmoe" and about["name"] == "mine" and about["config"]["n_embd"] == 16
     assert [step for step, _ in lines] == [line["step"] for line in lines_of(tmp_path / "run")]
     assert lines[0][1]["eval/clean/nats"] == lines_of(tmp_path / "run")[0]["clean"]["nats"]
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(words, tmp_path, monkeypatch, at_step):
+    """A stub that keeps runs by id, as wandb does with resume="allow"; without an id each init begins another run."""
+    runs = {}
+
+    class FakeWandb:
+        @classmethod
+        def init(cls, id=None, resume=None, **about):
+            assert resume in (None, "allow")
+            cls.lines = runs.setdefault(id or len(runs), [])
+
+        @classmethod
+        def log(cls, numbers, step):
+            cls.lines.append(step)
+
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb)
+    at_step(interrupt(), 12)
+    assert train_tiny(words, tmp_path / "run", wandb_log=True) == 130
+    assert train_tiny(words, tmp_path / "run", wandb_log=True, init_from="resume") == 0
+    ((run_id, steps),) = runs.items()
+    assert steps == [line["step"] for line in lines_of(tmp_path / "run")]
+    assert train_tiny(words, tmp_path / "other", wandb_log=True) == 0
+    assert train_tiny(words, tmp_path / "run", wandb_log=True, overwrite=True) == 0
+    assert len(runs) == 3  # another run, and the same one made anew
+
+
+def test_wandb_can_begin_with_a_resumed_run(words, dense_run, tmp_path, monkeypatch):
+    """Also that of a checkpoint from before there was an id."""
+    shutil.copytree(dense_run, tmp_path / "run")
+    saved = checkpoint.load(tmp_path / "run" / "ckpt.pt")
+    del saved["progress"]["wandb_id"], saved["format"]
+    checkpoint.save(tmp_path / "run" / "ckpt.pt", saved)
+    begun = []
+    wandb = types.SimpleNamespace(init=lambda **about: begun.append(about["id"]), log=lambda numbers, step: None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train_tiny(words, tmp_path / "run", wandb_log=True, init_from="resume", max_iters=25) == 0
+    assert begun == [checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["wandb_id"]] != [None]
 
 
 @pytest.mark.parametrize("stops", [(), (13,)], ids=["whole", "resumed"])

@@ -1,13 +1,14 @@
 """train.py refuses what it cannot train on: losses that are not finite, and data sets that are missing or damaged."""
 
 import math
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from alike import HARD, assert_same_run, lines_of, numbers_in, record_of, steps_of, weights_of
-from conftest import interrupt, soaked, train_tiny
+from conftest import contents, interrupt, soaked, train_tiny
 
 import train
 from data.common import DataError, Dataset
@@ -15,6 +16,7 @@ from model import GPT
 from run import checkpoint
 from run import dataset as dataset_of_run
 from run.checkpoint import CheckpointError
+from run.update import Updater
 from support.options import ConfigError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,6 +96,52 @@ def test_one_bad_step_is_named_and_never_applied(words, tmp_path, capsys, poison
     assert "step 12" in assert_stopped_not_finite(tmp_path / "run", capsys)
     assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] == 10
     assert steps_of(tmp_path / "run", "train") == [5, 10]
+
+
+def test_a_diverged_run_goes_on_from_its_last_checkpoint_by_the_command_that_it_prints(words, tmp_path, capsys):
+    out_dir = tmp_path / "run"
+    assert train_tiny(words, out_dir, **DIVERGE) == 3
+    command = shlex.split(assert_stopped_not_finite(out_dir, capsys).strip().splitlines()[-1].partition(": python ")[2])
+    assert "--learning_rate=5e+29" in command and command[-1] == "--init_from=resume"
+    words_after = [*command[1:], "--learning_rate=0.01", "--grad_clip=1.0", "--max_iters=12"]
+    assert train.main(words_after) == 0
+    told = capsys.readouterr().out
+    assert "learning_rate is now 0.01 (was 1e+30)" in told and "grad_clip is now 1.0 (was 0.0)" in told
+    assert record_of(out_dir)["config"]["learning_rate"] == 0.01 and record_of(out_dir)["resumed"] == 1
+    with pytest.raises(CheckpointError, match="another experiment"):  # complete: no longer
+        train.main([*words_after, "--learning_rate=0.005", "--max_iters=20"])
+
+
+def test_what_is_no_remedy_may_not_change_after_a_divergence(words, tmp_path, capsys):
+    assert train_tiny(words, tmp_path / "run", **DIVERGE) == 3
+    with pytest.raises(CheckpointError, match="another experiment") as caught:
+        train_tiny(words, tmp_path / "run", learning_rate=0.01, n_embd=32, init_from="resume")
+    assert "n_embd=" in str(caught.value) and "learning_rate" not in str(caught.value)
+
+
+def test_auto_does_not_run_into_the_same_nan_again(words, tmp_path, capsys, poisoned):
+    """But goes on with a lower learning rate, also where that is killed before its first save."""
+    poisoned(12)
+    assert train_tiny(words, tmp_path / "run", init_from="auto") == 3
+    before = contents(tmp_path / "run")
+    for _ in range(2):
+        assert train_tiny(words, tmp_path / "run", init_from="auto") == 3
+        assert "step 12" in assert_stopped_not_finite(tmp_path / "run", capsys)
+    assert contents(tmp_path / "run") == before
+    lower = dict(init_from="auto", learning_rate=5e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Updater, "update", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_tiny(words, tmp_path / "run", **lower)
+    assert train_tiny(words, tmp_path / "run", **lower) == 0
+    assert "learning_rate is now 0.005 (was 0.01)" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "diverged.json").exists()
+
+
+def test_resume_tries_unchanged_settings_again(words, tmp_path, capsys, poisoned):
+    poisoned(12)
+    assert train_tiny(words, tmp_path / "run") == 3
+    assert train_tiny(words, tmp_path / "run", init_from="resume") == 0
 
 
 def test_a_signal_right_after_a_bad_step_saves_no_bad_state(words, tmp_path, capsys, poisoned, at_step):

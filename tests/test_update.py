@@ -178,6 +178,14 @@ def test_the_cosine_ends_at_max_iters_by_default():
     assert update.learning_rate(50, config) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("decayed", [100, 99, 40])
+def test_a_warm_up_that_lasts_until_lr_decay_iters_is_followed_by_min_lr(decayed):
+    config = tiny(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, lr_decay_iters=decayed, max_iters=200)
+    rates = [update.learning_rate(step, config) for step in range(200)]
+    assert rates[99] == pytest.approx(1e-3 * 100 / 101) and rates[:100] == sorted(rates[:100])
+    assert set(rates[100:]) == {1e-4}
+
+
 def test_without_decay_the_learning_rate_is_constant():
     config = tiny(decay_lr=False, learning_rate=0.5, warmup_iters=100)
     assert {update.learning_rate(step, config) for step in (0, 50, 100, 10_000)} == {0.5}
