@@ -136,6 +136,7 @@ def test_auto_does_not_run_into_the_same_nan_again(words, tmp_path, capsys, pois
     assert train_tiny(words, tmp_path / "run", **lower) == 0
     assert "learning_rate is now 0.005 (was 0.01)" in capsys.readouterr().out
     assert not (tmp_path / "run" / "diverged.json").exists()
+    assert record_of(tmp_path / "run")["straight"] is False  # 10 updates were made at the higher rate
 
 
 def test_resume_tries_unchanged_settings_again(words, tmp_path, capsys, poisoned):
