@@ -7,14 +7,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import english
 from toy import files
 
-from data.common import Dataset, meta_of, prepare_command
+from data.common import DataError, Dataset, meta_of, prepare_command
 from data.names import is_kept
 from data.prepare import main
+from run.dataset import open_dataset
 from run.records import claims_published, is_comparable
 from support.files import ROOT
 
@@ -94,6 +96,15 @@ def test_unit_splits_and_name_are_as_asked(prepare, tmp_path):
     assert (data.unit, data.sizes) == ("byte", {"train": 160, "val": 30, "test": 10})
     assert "this replaces" not in told
     assert "this replaces the text in " in prepare(b"another one " * 9)
+
+
+def test_a_text_too_short_for_a_block_is_refused_with_the_longest_block(prepare, tmp_path):
+    prepare(b"abcd" * 50, "--unit=byte")
+    config = SimpleNamespace(dataset=f"{tmp_path}/mine", train_characters=0, block_size=20)
+    with pytest.raises(DataError, match="val split of mine has 20 bytes: too few .*; choose --block_size=19 or less"):
+        open_dataset(config, "cpu")
+    config.block_size = 19
+    assert open_dataset(config, "cpu").sizes == {"train": 180, "val": 20}
 
 
 @pytest.mark.parametrize(
