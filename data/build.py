@@ -5,9 +5,10 @@
 - A `TextSpec` says everything about one data set; docs/extending.md adds one.
 - The text comes from --source alone if that is given. Otherwise a raw file in the data folder, the published addresses
   and the rebuild are tried in turn; if none works, each is told with its reason.
-- Only a text with the spec's SHA-256 is `canonical: true`. Another is refused, or with --allow-partial prepared under a
-  name that says so (enwik8-head-4.15M, enwik8-altered-99M). A spec without a SHA-256 (your own text) keeps its name and
-  is `canonical: false`; records tell its versions apart by their own SHA-256.
+- Only a text with the spec's SHA-256 is `canonical: true`. With --allow-partial its beginning is prepared too, under a
+  name that says so (enwik8-head-4.15M). A spec without a SHA-256 (your own text) keeps its name and is
+  `canonical: false`; records tell its versions apart by their own SHA-256. `data/prepare.py` makes such a spec.
+- A canonical data set is replaced by the same text alone.
 - Two prepares of one folder take turns.
 """
 
@@ -25,13 +26,14 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data.common import BYTE, CHARACTER, SPLITS, DataError
+from data.common import BYTE, CHARACTER, SPLITS, DataError, meta_of, own_text_arguments, own_text_command
 from data.download import Say, download, looks_like_html, remove, rename, silent, writing
 from data.encode import write_dataset
+from data.names import is_kept
 from support.files import FileError, read_whole, write_atomically
 
 try:
@@ -41,7 +43,6 @@ except ImportError:  # on Windows nothing keeps two prepares apart
 
 TRAIN_VAL = {"train": 90, "val": 10}  # percent; nanoGPT's split of Shakespeare
 TRAIN_VAL_TEST = {"train": 90, "val": 5, "test": 5}  # percent; of 100 MB: the published 90M/5M/5M
-HEAD = 65_536  # bytes by which the beginning of a published text is recognised
 LARGEST_SOURCE = 1 << 34  # bytes of a text, which is held in memory
 ARCHIVES = (".gz", ".zip")
 
@@ -65,7 +66,7 @@ class TextSpec:
     remotes: tuple[Remote, ...] = ()  # in the order in which they are tried
     size: int | None = None  # bytes of the published text; None for a text of your own
     sha256: str | None = None  # of the published text
-    head_sha256: str | None = None  # of its first 65,536 bytes
+    heads: Mapping[int, str] = field(default_factory=dict)  # SHA-256 of its first bytes, by their number
     rebuild: Callable[[Path, Say], bytes] | None = None  # (out folder, say) -> the text, where no address is reached
 
     def __post_init__(self) -> None:
@@ -85,24 +86,33 @@ def main(spec: TextSpec, home: Path, arguments: list[str], say: Say) -> None:
     """
     parser = _parser(spec)
     options = parser.parse_args(arguments)
+
+    def prepare() -> tuple[dict, Path]:
+        folder = Path(os.path.expanduser(options.out)) if options.out else home
+        return prepare_dataset(spec, home, folder, options.source, options.allow_partial, say), folder
+
+    run_script(parser, prepare, say)
+
+
+def run_script(parser: argparse.ArgumentParser, prepare: Callable[[], tuple[dict, Path]], say: Say) -> None:
+    """Call `prepare`, which returns a meta.json and its folder, and report them; a mistake ends the script."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may hold what a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     started = time.perf_counter()
     try:
-        folder = Path(os.path.expanduser(options.out)) if options.out else home
-        meta = prepare_dataset(spec, home, folder, options.source, options.allow_partial, say)
+        meta, folder = prepare()
     except (DataError, FileError) as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped; run the same command again to go on\n")
-    for line in _report(spec, meta, folder, time.perf_counter() - started):
+    for line in _report(meta, folder, time.perf_counter() - started):
         say(line)
 
 
 def _parser(spec: TextSpec) -> argparse.ArgumentParser:
     program, about = f"python data/{spec.name}/prepare.py", f"Prepare {spec.name} for training."
     source = "the text: a file, a .gz or .zip, a folder with one of them, or an address"
-    partial_text = "accept a text that is not the published one, under a name that says so"
+    partial_text = "accept the beginning of the published text, under a name that says so"
     parser = argparse.ArgumentParser(prog=program, description=about)
     parser.add_argument("--source", metavar="PATH_OR_URL", help=source)
     parser.add_argument("--allow-partial", action="store_true", help=partial_text)
@@ -110,10 +120,10 @@ def _parser(spec: TextSpec) -> argparse.ArgumentParser:
     return parser
 
 
-def _report(spec: TextSpec, meta: dict, folder: Path, seconds: float) -> list[str]:
-    state = "canonical" if meta["canonical"] else "not canonical: no result on it is one on the published text"
-    if spec.sha256 is None:
-        state = "your own text: the spec names no SHA-256 to check it against"
+def _report(meta: dict, folder: Path, seconds: float) -> list[str]:
+    state = "canonical" if meta["canonical"] else "your own text"
+    if not meta["canonical"] and is_kept(meta["name"]):
+        state = "not canonical: no result on it is one on the published text"
     tokens = {split: entry["tokens"] for split, entry in meta["splits"].items()}
     about = f"{sum(tokens.values()):,} {meta['unit']}s, vocabulary {meta['vocab_size']}"
     return [
@@ -125,19 +135,27 @@ def _report(spec: TextSpec, meta: dict, folder: Path, seconds: float) -> list[st
 
 
 def prepare_dataset(
-    spec: TextSpec, home: Path, folder: Path, source: str | None = None, allow_partial: bool = False, say: Say = silent
+    spec: TextSpec,
+    home: Path | None,
+    folder: Path,
+    source: str | None = None,
+    allow_partial: bool = False,
+    say: Say = silent,
 ) -> dict:
     """Write the data set to `folder` and return its meta.json.
 
+    home: the folder of its prepare.py; None for a text of one's own, which needs a `source`.
     Raises DataError when there is no usable text, FileError when the folder cannot be written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    failures = []
+    failures, was_read = [], False
+    again = None if home else own_text_arguments(source, spec.unit, spec.splits)
     with _lock(folder, say):
         for origin, read, is_published in _sources(spec, home, folder, source, say):
             try:
                 content = read()
+                was_read = True
                 name, canonical = identify(spec, content, allow_partial and not is_published)
             except DataError as error:  # a FileError is passed on: the next source would have the same disk
                 failures.append(f"{origin}: {str(error).removeprefix(f'{origin}: ')}")
@@ -145,12 +163,27 @@ def prepare_dataset(
                     say(f"no: {failures[-1]}")
                 continue
             say(f"read {origin}")
+            _check_replaced(folder, canonical, sha256_of(content), "--out" if home else "--name", say)
             try:
-                return write_dataset(folder, name, canonical, content, spec.unit, spec.splits)
+                return write_dataset(folder, name, canonical, content, spec.unit, spec.splits, again)
             except DataError as error:
                 raise DataError(f"{origin}: {error}") from None
     failures = failures or ["no raw file in the folder, and the spec names no address"]
-    raise DataError(f"{spec.name}: no usable text", *(f"- {one}" for one in failures), _way_out(spec, home, folder))
+    ways_out = [_way_out(spec, home, folder)] if home else []
+    if home and source and was_read:
+        text = own_text_arguments(source, spec.unit, spec.splits)[0]
+        ways_out.append(f"To train on it as a text of your own: {own_text_command([text], 'mine')}")
+    raise DataError(f"{spec.name}: no usable text", *(f"- {one}" for one in failures), *ways_out)
+
+
+def _check_replaced(folder: Path, canonical: bool, sha256: str, option: str, say: Say) -> None:
+    """Tells of another text in the folder, which will be replaced. Raises DataError if that is a published one."""
+    old = meta_of(folder)
+    if old is None or old["source"]["sha256"] == sha256:
+        return
+    if old["canonical"] and not canonical:
+        raise DataError(f"{folder} holds the published {old['name']}, which stays; choose another folder with {option}")
+    say(f"this replaces the text in {folder}: {old['name']}, {old['source']['bytes']:,} bytes")
 
 
 @contextmanager
@@ -290,14 +323,21 @@ def identify(spec: TextSpec, content: bytes, allow_partial: bool) -> tuple[str, 
     found = sha256_of(content)
     if found == spec.sha256:
         return spec.name, True
-    if not allow_partial:
+    is_head = _is_head(spec, content)
+    if not (is_head and allow_partial):
+        more = "; it is its beginning, which --allow-partial accepts" if is_head else "; nor is it its beginning"
         page = " (it is a web page)" if looks_like_html(content) else ""
         raise DataError(
             f"not the published {spec.name}{page}: {len(content):,} bytes, SHA-256 {found}, "
-            f"expected {spec.size:,} bytes, {spec.sha256}; a part of it is accepted with --allow-partial"
+            f"expected {spec.size:,} bytes, {spec.sha256}{more}"
         )
-    is_head = HEAD <= len(content) < spec.size and sha256_of(content[:HEAD]) == spec.head_sha256
-    return f"{spec.name}-{'head' if is_head else 'altered'}-{short_size(len(content))}", False
+    return f"{spec.name}-head-{short_size(len(content))}", False
+
+
+def _is_head(spec: TextSpec, content: bytes) -> bool:
+    """Whether the text begins as the published one, as far as the known SHA-256 of its first bytes tell."""
+    count = max((count for count in spec.heads if count <= len(content)), default=0)
+    return count > 0 and len(content) < spec.size and sha256_of(content[:count]) == spec.heads[count]
 
 
 def sha256_of(content: bytes) -> str:

@@ -12,6 +12,7 @@ import codecs
 import dataclasses
 import hashlib
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ import torch
 
 from support.files import ROOT, is_utf8, one_line, read_json, shown
 from support.options import nearest
-from support.schema import FLAG, LINE, LIST, POSITIVE, SHA256, mismatches
+from support.schema import FITS, FLAG, LINE, LIST, POSITIVE, SHA256, mismatches
 
 FORMAT_VERSION = 1
 CHARACTER, BYTE = "character", "byte"
@@ -370,7 +371,8 @@ def find_dataset(dataset: str) -> Path:
         return ROOT / "data" / dataset
     near = nearest(dataset, known)
     hint = f"did you mean {near}?" if near else f"known: {', '.join(known)};"
-    raise DataError(f"dataset {shown(dataset)}: unknown under {ROOT / 'data'}; {hint} A path needs a '/' in it.")
+    way_out = f"{hint} A path needs a '/' in it. To prepare it: {prepare_command(ROOT / 'data' / (dataset or 'mine'))}"
+    raise DataError(f"dataset {shown(dataset)}: unknown under {ROOT / 'data'}; {way_out}")
 
 
 def is_prepared(folder: Path) -> bool:
@@ -380,14 +382,51 @@ def is_prepared(folder: Path) -> bool:
 
 def known_datasets() -> list[str]:
     """The folders in data/ that can be prepared, or are."""
-    found = [*(ROOT / "data").glob("*/prepare.py"), *(ROOT / "data").glob("*/train.bin")]
-    return sorted({path.parent.name for path in found})
+    files = ("prepare.py", "train.bin", "meta.json")
+    return sorted({path.parent.name for name in files for path in (ROOT / "data").glob(f"*/{name}")})
 
 
 def prepare_command(folder: Path) -> str:
-    """The shell command that prepares `folder`: its own prepare.py, or one of data/ with --out."""
+    """The shell command that prepares `folder`, as it can be typed in the working directory.
+
+    It runs the folder's prepare.py, or that of the text of which it holds a copy or a part, or else data/prepare.py.
+    """
     folder = Path(os.path.abspath(folder))
-    script = folder / "prepare.py"
-    if os.path.isfile(script):
-        return shlex.join(["python", str(script.relative_to(ROOT) if script.is_relative_to(ROOT) else script)])
-    return shlex.join(["python", "data/NAME/prepare.py", "--out", str(folder)])
+    if os.path.isfile(folder / "prepare.py"):
+        return shlex.join(["python", here(folder / "prepare.py")])
+    meta = meta_of(folder) or {}
+    name = meta.get("name", folder.name)
+    base = re.sub("(-head-|_head$).*", "", name)
+    if base in {path.parent.name for path in (ROOT / "data").glob("*/prepare.py")}:
+        part = [] if base == name else ["--source", "FILE", "--allow-partial"]
+        return shlex.join(["python", here(ROOT / "data" / base / "prepare.py"), *part, "--out", here(folder)])
+    again = meta.get("again")
+    is_usable = isinstance(again, list) and again and all(map(FITS[LINE], again))
+    name = folder.name if folder.parent == ROOT / "data" else str(folder)
+    return own_text_command(again if is_usable else ["TEXT"], name)
+
+
+def own_text_command(arguments: list[str], name: str) -> str:
+    """The shell command that prepares a text of one's own as the data set of this name."""
+    return shlex.join(["python", here(ROOT / "data" / "prepare.py"), *arguments, f"--name={name}"])
+
+
+def own_text_arguments(source: str, unit: str, splits: Mapping[str, int]) -> list[str]:
+    """The words of `own_text_command` that make a data set again, from any working directory."""
+    is_address = source.lower().startswith(("http://", "https://"))
+    text = source if is_address else os.path.abspath(os.path.expanduser(source))
+    return [text, f"--unit={unit}", f"--splits={','.join(map(str, splits.values()))}"]
+
+
+def here(path: Path) -> str:
+    """A path as it can be typed in the working directory: relative for the files of the project."""
+    return os.path.relpath(path) if path.is_relative_to(ROOT) else str(path)
+
+
+def meta_of(folder: Path) -> dict | None:
+    """The meta.json of a prepared folder; None where there is none or it cannot be used."""
+    try:
+        meta = read_json(folder / "meta.json")
+    except (OSError, ValueError):
+        return None
+    return None if list(mismatches(meta, META)) else meta

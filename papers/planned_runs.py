@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.common import DataError, find_dataset, is_prepared
+from data.common import DataError, find_dataset, is_prepared, prepare_command
 from papers.table import FIRST_SEED
 from run import checkpoint, identity, records
 from run.records import RecordError
@@ -259,11 +259,9 @@ def data_problem(config):
     try:
         folder = find_dataset(dataset)
     except DataError as error:
-        base = dataset.removesuffix("_head")
-        if base == dataset:
+        if not dataset.endswith("_head"):
             return str(error)
-        command = f"python data/{base}/prepare.py --source FILE --allow-partial --out data/{dataset}"
-        return f"data/{dataset} is not prepared; prepare it with: {command}"
+        return f"data/{dataset} is not prepared; prepare it with: {prepare_command(ROOT / 'data' / dataset)}"
     return "" if config.prepare or is_prepared(folder) else f"{dataset} is not prepared, and --prepare=False was given"
 
 

@@ -49,7 +49,7 @@ def dagger_reasons(runs) -> list[str]:
     for run in runs:
         if run["leaky"]:
             reasons.add("routing that sees later characters")
-        if not run["dataset"]["canonical"]:
+        if records.claims_published(run):
             reasons.add(f"a text that is not the published data set ({run['dataset']['name']})")
     return sorted(reasons)
 

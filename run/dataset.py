@@ -33,9 +33,10 @@ def open_dataset(config, device):
     """The prepared data set. DataError where a split is shorter than a block."""
     dataset = Dataset.open(find_dataset(config.dataset), device).train_on_first(config.train_characters)
     for split in ("train", "val"):
-        if dataset.sizes.get(split, 0) <= config.block_size:
+        size = dataset.sizes[split]
+        if size <= config.block_size:
             raise DataError(
-                f"the {split} split of {dataset.name} has {dataset.sizes.get(split, 0):,} characters: "
-                f"too few for block_size={config.block_size}"
+                f"the {split} split of {dataset.name} has {size:,} {dataset.unit}s: too few for "
+                f"block_size={config.block_size}; choose --block_size={size - 1} or less, or a longer text"
             )
     return dataset

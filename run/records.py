@@ -11,12 +11,14 @@ Needs no torch, so that tables can be drawn where it is not installed.
 """
 
 import math
+import os
 import statistics
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 from data.characters import CLASSES
+from data.names import is_kept
 from run.settings import Config
 from support.files import one_line, read_json, shown
 from support.options import ConfigError
@@ -234,7 +236,17 @@ def collapsed_blocks(config, loads) -> list[int]:
 
 def is_comparable(record) -> bool:
     """False where tables put a dagger: not the published text, or routing that sees later characters."""
-    return record["dataset"]["canonical"] and not record["leaky"]
+    return not claims_published(record) and not record["leaky"]
+
+
+def claims_published(run: dict) -> bool:
+    """Whether another text than a published one stands under the name of one, or of a part of one.
+
+    A text of one's own has a name of its own and claims nothing.
+    """
+    if run["dataset"]["canonical"]:
+        return False
+    return is_kept(run["dataset"]["name"]) or is_kept(os.path.basename(run["config"]["dataset"].rstrip("/")))
 
 
 def is_clean(record) -> bool:

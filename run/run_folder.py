@@ -183,7 +183,7 @@ class RunFolder:
             try:
                 yield Metrics(file)
             except NotFinite as error:
-                files.write_json(self / "diverged.json", {"reason": str(error), "config": self.config.to_dict()})
+                files.write_json(self / "diverged.json", {"reason": str(error), "config": identity.config.to_dict()})
                 raise
 
     def save(self, state, is_best):

@@ -3,7 +3,7 @@
 import os
 import shlex
 
-from run.records import is_comparable, is_straight, why_not_straight
+from run.records import claims_published, is_comparable, is_straight, why_not_straight
 from run.settings import Config
 from support.console import duration
 from support.files import ROOT
@@ -44,7 +44,7 @@ def final_report(record) -> str:
         rows.append(("" if number else "load per expert", f"block {block}: {shares}{dropped}"))
     if record["leaky"]:
         rows.append(("†", "routing sees later characters: this loss is not that of a language model"))
-    if not record["dataset"]["canonical"]:
+    if claims_published(record):
         rows.append(("†", "not the published text"))
     if not is_straight(record):
         rows.append(("enters no mean", why_not_straight(record)))

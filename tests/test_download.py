@@ -454,7 +454,8 @@ def slowly(request: Request) -> None:
         time.sleep(0.001)
 
 
-def test_concurrent_downloads_into_one_folder_take_turns(server, tmp_path):
+def test_concurrent_downloads_into_one_folder_take_turns(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUTS", (5.0, 5.0))  # a busy machine must not look like a silent server
     server.always = slowly
     children = [in_child(lambda: prepare_dataset(spec_at(server), tmp_path, tmp_path)) for _ in range(3)]
     for child in children:

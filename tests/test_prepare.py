@@ -26,6 +26,7 @@ from toy import (
     TOY,
     archive,
     change,
+    own_script,
     prepared,
     told,
 )
@@ -101,12 +102,11 @@ def test_sizes_in_names(count, text):
     "content, name",
     [
         (CONTENT[:70_000], "toy-head-70K"),
-        (CONTENT[:65_535], "toy-altered-65.53K"),
-        (CONTENT + b"a", "toy-altered-100K"),
-        (b"x" + CONTENT[1:70_000], "toy-altered-70K"),
+        (CONTENT[:65_535], "toy-head-65.53K"),
+        (CONTENT[:1_024], "toy-head-1.02K"),
     ],
 )
-def test_another_text_is_refused_and_if_allowed_its_name_says_so(tmp_path, content, name):
+def test_the_beginning_of_a_text_is_refused_and_if_allowed_its_name_says_so(tmp_path, content, name):
     with pytest.raises(
         DataError, match=f"not the published toy.*{hashlib.sha256(content).hexdigest()}.*{TOY.sha256}.*--allow-partial"
     ):
@@ -116,13 +116,36 @@ def test_another_text_is_refused_and_if_allowed_its_name_says_so(tmp_path, conte
     assert (data.name, data.canonical) == (name, False)
 
 
+@pytest.mark.parametrize("content", [CONTENT[:1_023], CONTENT + b"a", b"x" + CONTENT[1:70_000], b"my own text " * 999])
+def test_a_text_that_is_no_part_of_the_published_one_never_gets_its_name(tmp_path, content):
+    """It is refused, with the command that prepares it as a text of one's own, which runs as printed."""
+    (tmp_path / "it's.txt").write_bytes(content)
+    with pytest.raises(DataError, match="not the published toy.*nor is it its beginning") as caught:
+        prepare_dataset(TOY, tmp_path, tmp_path / "out", source=str(tmp_path / "it's.txt"), allow_partial=True)
+    assert list((tmp_path / "out").iterdir()) == []
+    command = shlex.split(str(caught.value).rpartition("as a text of your own: ")[2])
+    assert command[1:] == [os.path.relpath(ROOT / "data" / "prepare.py"), str(tmp_path / "it's.txt"), "--name=mine"]
+
+
+def test_a_published_text_is_not_replaced_by_another(toy):
+    before = {path.name: path.read_bytes() for path in toy.iterdir()}
+    for content in (CONTENT[:70_000], b"my own text " * 999):
+        (toy.parent / "other.txt").write_bytes(content)
+        with pytest.raises(DataError, match=f"{toy} holds the published toy, which stays|nor is it its beginning"):
+            prepare_dataset(TOY, toy, toy, source=str(toy.parent / "other.txt"), allow_partial=True)
+    with pytest.raises(DataError, match=f"{toy} holds the published toy, which stays; .* --name"):
+        prepare_dataset(OWN, None, toy, source=str(toy.parent / "other.txt"))
+    assert {path.name: path.read_bytes() for path in toy.iterdir()} == before
+
+
 def test_an_own_text_keeps_its_name_and_is_not_canonical(tmp_path):
     data = Dataset.open(prepared(tmp_path, b"to be or not to be " * 9, OWN))
     assert (data.name, data.canonical, list(data.sizes)) == ("own", False, ["train", "val"])
 
 
 @pytest.mark.parametrize(
-    "content, problem", [(b"", "empty"), (b"abcdefgh", "too few"), (b"caf\xe9 " * 99, 'not UTF-8.*unit "byte"')]
+    "content, problem",
+    [(b"", "empty"), (b"abcdefgh", "too few"), (b"caf\xe9 " * 99, 'not UTF-8.*Latin-1.*unit="byte"')],
 )
 def test_a_text_that_cannot_be_split_or_read_is_refused(tmp_path, content, problem):
     with pytest.raises(DataError, match=problem):
@@ -148,7 +171,8 @@ def test_an_interrupted_prepare_is_never_taken_for_a_finished_one(toy, monkeypat
 
 
 def test_preparing_another_data_set_leaves_no_split_of_the_old_one(toy):
-    prepare_dataset(OWN, toy, toy, source=str(toy / "toy.txt"))
+    own = replace(OWN, size=TOY.size, sha256=TOY.sha256)
+    prepare_dataset(own, toy, toy, source=str(toy / "toy.txt"))
     assert not (toy / "test.bin").exists() and list(Dataset.open(toy).sizes) == ["train", "val"]
 
 
@@ -246,12 +270,12 @@ def test_any_folder_name_works_and_commands_in_messages_can_be_pasted(tmp_path, 
     change(folder / "val.bin")
     (home / "prepare.py").touch()
     (home / "meta.json").unlink()
-    for broken, words in ((folder, ["data/NAME/prepare.py", "--out"]), (home, [])):
+    own_text = [os.path.relpath(ROOT / "data" / "prepare.py"), "TEXT", f"--name={folder.resolve()}"]
+    for broken, words in ((folder, own_text), (home, [str(home.resolve() / "prepare.py")])):
         with pytest.raises(DataError) as caught:
             Dataset.open(broken)
         command = re.search("(?:again with|; run) (.*)", str(caught.value))[1]
-        end = broken.resolve() / "prepare.py" if broken is home else broken.resolve()
-        assert shlex.split(command) == ["python", *words, str(end)] or not name.isprintable()
+        assert shlex.split(command) == ["python", *words] or not name.isprintable()
     message = told(OTHER_TOY, home, "--out", folder)
     pasted = shlex.split(re.search("yourself: (.*) PATH_OR_URL", message)[1])
     as_it_is = ["python", str(home / "prepare.py"), "--out", str(folder), "--source"]
@@ -293,25 +317,17 @@ def test_a_tilde_of_an_unknown_user_is_a_folder_name(tmp_path, toy, monkeypatch)
     assert "no such file or folder" in told(TOY, toy, "--source", "~nobody-there/toy.txt")
 
 
-def test_the_real_script_runs_from_any_folder_into_any_folder(tmp_path):
+def test_a_script_runs_from_any_folder_into_any_folder(tmp_path):
     """Past another package named data, and into a folder whose name the terminal cannot show."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "__init__.py").write_text("raise ImportError('the wrong data')")
     folder, text = tmp_path / os.fsdecode(b"text8 it's $HOME \n\xff\xf0\x9f\x99\x82"), tmp_path / "text"
     text.write_bytes(CONTENT)
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(tmp_path)}
-    command = [
-        sys.executable,
-        ROOT / "data/text8/prepare.py",
-        "--allow-partial",
-        "--source",
-        text,
-        "--out",
-        folder,
-    ]
+    command = [sys.executable, own_script(tmp_path / "home"), "--source", text, "--out", folder]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0 and b"in " + bytes(tmp_path) in done.stdout and not done.stderr
-    assert Dataset.open(folder).name == "text8-altered-100K"
+    assert Dataset.open(folder).name == "own"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,6 +354,7 @@ def test_the_committed_delta_is_small_sorted_and_of_the_right_types():
 
 
 def test_a_wrong_wheel_and_a_failing_pip_are_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(rebuild, "HOME", tmp_path)  # where the wheel of an earlier prepare may lie
     (tmp_path / rebuild.WHEEL).write_bytes(b"not it")
     with pytest.raises(DataError, match="not the expected wheel"):
         rebuild.rebuild(tmp_path, download.silent)

@@ -19,6 +19,7 @@ import pytest
 
 from data import build, download
 from data.build import TRAIN_VAL, TRAIN_VAL_TEST, TextSpec, prepare_dataset
+from support.files import ROOT
 
 CONTENT = bytes(np.random.default_rng(0).integers(97, 123, 100_000, dtype=np.uint8))
 TOY = TextSpec(
@@ -28,7 +29,7 @@ TOY = TextSpec(
     splits=TRAIN_VAL_TEST,
     size=len(CONTENT),
     sha256=hashlib.sha256(CONTENT).hexdigest(),
-    head_sha256=hashlib.sha256(CONTENT[:65_536]).hexdigest(),
+    heads={count: hashlib.sha256(CONTENT[:count]).hexdigest() for count in (1_024, 65_536)},
 )
 OWN = TextSpec(name="own", unit="character", filenames=("input.txt",), splits=TRAIN_VAL)
 OTHER = CONTENT[::-1]
@@ -59,6 +60,18 @@ def tmpfs(folder: Path, options: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def own_script(home: Path) -> Path:
+    """A prepare.py of the spec OWN, in a folder of its own."""
+    home.mkdir()
+    spec = 'TextSpec(name="own", unit="character", filenames=("input.txt",), splits=TRAIN_VAL)'
+    (home / "prepare.py").write_text(
+        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from data.build import TRAIN_VAL, TextSpec, main\n"
+        f"main({spec}, Path(__file__).parent, sys.argv[1:], say=print)\n"
+    )
+    return home / "prepare.py"
 
 
 def told(spec: TextSpec, home: Path, *arguments: object) -> str:

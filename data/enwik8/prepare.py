@@ -26,7 +26,11 @@ SPEC = TextSpec(
     ),
     size=100_000_000,
     sha256="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
-    head_sha256="05fc5f44993ef0557959db76bf47e45badb2dd9c69d93ce08911935b5e52bf40",
+    heads={
+        1_024: "ef3e698d40b8b36d6d1776feccc25bab3d01de872a4fd8e56f5b929631568496",
+        8_192: "b4a8bf3f56f0fcabc2a6d8fe6814c266ae9802db1ecd7cc2ae655c310f585d37",
+        65_536: "05fc5f44993ef0557959db76bf47e45badb2dd9c69d93ce08911935b5e52bf40",
+    },
 )
 
 if __name__ == "__main__":

@@ -24,7 +24,11 @@ SPEC = TextSpec(
     remotes=(Remote(INPUT, TEXT_SHA256),),
     size=1_115_394,
     sha256=TEXT_SHA256,
-    head_sha256="6ecb14ae69476c437037abfd1a16b348e2ff0dc994c04a08a5f9970a4492034f",
+    heads={
+        1_024: "f35064ff7c3a111c1d5a6c2fbbd52b620748733b67da53fdf80840eb9d9c7f33",
+        8_192: "f74138c9cfc76bc49d1b47d4eb81f1466c2900aa24fe5b7c8c2a0fee6476d5c9",
+        65_536: "6ecb14ae69476c437037abfd1a16b348e2ff0dc994c04a08a5f9970a4492034f",
+    },
     rebuild=rebuild,
 )
 

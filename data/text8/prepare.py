@@ -27,7 +27,11 @@ SPEC = TextSpec(
     ),
     size=100_000_000,
     sha256="6e890197040d37d85beb962ae1f041ff1d9a9ca8d20c7d99c85027eebf51dca7",
-    head_sha256="28b8d3ca377976b77aeef1ae27ec72f62ee1756f92e79498a1cbbb06afa371b4",
+    heads={
+        1_024: "caf75ce07adc5564bf7e7f5d6b4c77f38cb6a78dd1543d39d234c9367ecbd01a",
+        8_192: "029c52afa25a9c9340c063079c17ba2373262e4796e23c71fdd359e3ed4b7ae2",
+        65_536: "28b8d3ca377976b77aeef1ae27ec72f62ee1756f92e79498a1cbbb06afa371b4",
+    },
 )
 
 if __name__ == "__main__":
