@@ -96,7 +96,8 @@ def test_a_random_command_line_is_parsed_exactly_or_refused(n, tmp_path, monkeyp
         page = Path("page.py")
         if cls is Config:
             page.write_text(printed_config(cls, argv), encoding="utf-8")
-            assert parse(cls, [str(page)]) == config
+            again = parse(cls, [str(page)])
+            assert again == dataclasses.replace(config, title=config.title or "page")  # a file without a docstring
 
     assert (
         taken_or_not[True] > n / 20

@@ -237,12 +237,11 @@ LEAKY = {
     "sequence": dict(n_expert=4, router_level="sequence", expert_top_k=2, gate_renormalize=True, z_loss_coef=0.1),
     "batch": dict(n_expert=4, capacity_factor=0.5, capacity_group="batch", z_loss_coef=0.1),
 }
+PADDED = [kind for kind in KINDS | LEAKY if kind != "dense"]
 
 
 @pytest.mark.parametrize("is_training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize(
-    "kind", [*(kind for kind in KINDS if kind != "dense"), *(kind for kind in LEAKY if kind not in KINDS)]
-)
+@pytest.mark.parametrize("kind", PADDED)
 def test_padding_counts_in_no_loss_and_changes_no_routing(kind, is_training):
     """The loss, the auxiliary losses, the statistics and the gradients are those of the text without its padding."""
     model = gpt(std=0.5, **{**KINDS, **LEAKY}[kind], dropout=0.0).train(is_training)
@@ -266,9 +265,7 @@ def test_padding_counts_in_no_loss_and_changes_no_routing(kind, is_training):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize(
-    "kind", [*(kind for kind in KINDS if kind != "dense"), *(kind for kind in LEAKY if kind not in KINDS)]
-)
+@pytest.mark.parametrize("kind", PADDED)
 def test_without_padding_losses_and_gradients_are_bit_for_bit_plain_means(kind):
     """Also for a number of tokens that is no power of two, in float32."""
     model = gpt(std=0.5, **{**KINDS, **LEAKY}[kind], dropout=0.0).float()
