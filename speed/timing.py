@@ -129,7 +129,7 @@ class Candidate:
     def backends(self):
         """In words: what the updates ran on, and which decoder ran at which batch sizes."""
         train = "eager, plain AdamW" if self.is_reference else "compiled" if self.is_compiled else "eager"
-        train += ", one CUDA graph" if self.is_captured else ""
+        train += ", captured" if self.is_captured else ""
         for layer in self.model.moe_layers()[:1]:
             train = f"{layer.backend_name(self.machine.device, self.machine.dtype, self.is_compiled)}, {train}"
         sizes = {}
