@@ -207,6 +207,9 @@ class Config:
     compile_cache: str = machine_key(
         "", "folder that keeps what torch.compile made, for the next run; empty = none", is_path=True
     )
+    capture: bool | Literal["auto"] = machine_key(
+        "auto", "make each update one CUDA graph; auto = where it is compiled for CUDA and one process trains"
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Each invalid combination of keys, with the way out. Those of a router come from its class."""
