@@ -37,7 +37,7 @@ from run.settings import Config
 from run.state import TrainingState, checkpoint_of, identity_of, own_part, restore
 from run.totals import RunningTotals
 from run.update import NotFinite, Updater, set_random_state, without_side_effects
-from support import configurator, console, machines
+from support import compile_cache, configurator, console, machines
 from support.files import FileError
 from support.options import ConfigError
 
@@ -93,7 +93,7 @@ def train(config, argv, machine, processes):
         print(
             "learning rate then jumps, its record enters no mean: with another --out_dir the longer run is made anew."
         )
-        print(screen_report.final_report(json.loads((folder / "summary.json").read_text())))
+        print(screen_report.final_report(json.loads((folder / "summary.json").read_text()), folder))
         return 0
 
     # Model, optimiser and counters: new, or as the checkpoint has them.
@@ -120,7 +120,8 @@ def train(config, argv, machine, processes):
     rows = config.batch_size * config.gradient_accumulation_steps  # sequences of one update
     first_batch = dataset.batch("train", config.seed, 0, rows, config.block_size)
     if machine.compile:
-        compiled = updater.compile(*first_batch)
+        with compile_cache.reused(config.compile_cache, machine, config.hash(), print):
+            compiled = updater.compile(*first_batch)
         if compiled.failure:
             print(f"torch.compile failed, so this run is not compiled: {compiled.failure}")
         state.seconds["compile"] += compiled.seconds
@@ -366,7 +367,7 @@ class Run:
             record = records.record_of(self.config, self.dataset, self.model, state, is_straight, *measured)
             self.folder.complete(record)
             self.screen.bar.close()
-            self.screen.say(screen_report.final_report(record))
+            self.screen.say(screen_report.final_report(record, self.folder))
         return 0
 
     def test_loss_of_best(self):

@@ -152,7 +152,7 @@ def record_of(config, dataset, model, state, is_straight, test, writing, peak_me
         "format": FORMAT,
         **said,
         "leaky": not config.is_causal,
-        "config": config.to_dict(),
+        "config": config.to_record(),
         "dataset": dataset.describe(),
         "parameters": accounting.count_parameters(model),
         "training_flops_per_token": accounting.training_flops_per_token(model),

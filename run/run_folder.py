@@ -105,11 +105,9 @@ class RunFolder:
 
     def refuse_to_diverge_again(self):
         """NotFinite where this config has already run into a loss or gradient that is not finite."""
-        if not self.has_diverged or self.config.eval_only:
-            return
-        last = files.read_json(self / "diverged.json")
-        if not self.config.differences(Config.from_dict(last["config"]), (EXPERIMENT, SCHEDULE)):
-            raise NotFinite(f"{last['reason']} (of the last try, which init_from=auto does not repeat unchanged)")
+        reason = None if self.config.eval_only else last_divergence(self.path, self.config)
+        if reason:
+            raise NotFinite(f"{reason} (of the last try, which init_from=auto does not repeat unchanged)")
 
     def newest_good(self):
         """The content of ckpt.pt; where it is damaged, of the checkpoint before it, and then `note` says so."""
@@ -214,6 +212,16 @@ class RunFolder:
         for name in ("ckpt.previous.pt", "diverged.json"):
             (self / name).unlink(missing_ok=True)
         files.write_json(self / "summary.json", record)
+
+
+def last_divergence(folder, config) -> str | None:
+    """Which loss or gradient was not finite when this config was last tried in a folder; None where none was, or
+    another config was tried."""
+    path = Path(folder, "diverged.json")
+    if not path.exists():
+        return None
+    last = files.read_json(path)
+    return None if config.differences(Config.from_dict(last["config"]), (EXPERIMENT, SCHEDULE)) else last["reason"]
 
 
 def snapshots_in(folder):

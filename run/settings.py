@@ -204,6 +204,9 @@ class Config:
     device: str = machine_key("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = machine_key("auto", "precision of the matrix products")
     compile: bool | Literal["auto"] = machine_key("auto", "use torch.compile; auto = where it pays")
+    compile_cache: str = machine_key(
+        "", "folder that keeps what torch.compile made, for the next run; empty = none", is_path=True
+    )
     capture: bool | Literal["auto"] = machine_key(
         "auto", "make each update one CUDA graph; auto = where it is compiled for CUDA and one process trains"
     )
@@ -391,6 +394,16 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Every key, as JSON types."""
         return dataclasses.asdict(self)
+
+    def to_record(self) -> dict[str, Any]:
+        """Every key as a record keeps it: paths are relative to the project, and outside of it only their last name."""
+        values = self.to_dict()
+        for name in [name for name, key in options_of(type(self)).items() if key.is_path]:
+            if os.path.isabs(values[name]):
+                inside = os.path.relpath(values[name], ROOT)
+                is_outside = inside.split(os.sep)[0] == os.pardir
+                values[name] = os.path.basename(os.path.normpath(values[name])) if is_outside else inside
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "record") -> Config:

@@ -138,6 +138,28 @@ def test_the_record_of_a_run_is_read_back_unchanged(words, tmp_path, run):
     assert records.read(tmp_path / "summary.json") == json.loads((tmp_path / "summary.json").read_text())
 
 
+@pytest.mark.parametrize(
+    "path, kept",
+    [
+        (str(ROOT / "out" / "a" / "b"), "out/a/b"),
+        ("/home/somebody/runs/a-s1", "a-s1"),
+        (f"{ROOT}-2/out/a/", "a"),
+        ("out/a", "out/a"),
+        ("", ""),
+    ],
+)
+def test_a_record_names_no_folder_of_the_machine_outside_the_project(path, kept):
+    values = Config(out_dir=path, compile_cache=path).to_record()
+    assert (values["out_dir"], values["compile_cache"]) == (kept, kept)
+    assert values == Config(out_dir=kept, compile_cache=kept).to_dict()
+
+
+def test_the_record_of_a_run_in_an_absolute_folder_names_only_its_last_part(words, tmp_path):
+    assert train_tiny(words, tmp_path / "run", max_iters=1, compile_cache=tmp_path / "cache") == 0
+    record = records.read(tmp_path / "run" / "summary.json")
+    assert (record["config"]["out_dir"], record["config"]["compile_cache"]) == ("run", "cache")
+
+
 @pytest.mark.parametrize("name", ["dense", "moe", "cuda"])
 def test_the_records_that_these_tests_change_are_valid(name, request, tmp_path):
     record = request.getfixturevalue(name)
@@ -437,7 +459,7 @@ def test_any_change_is_refused_in_one_line_or_changes_no_result(dense, moe, tmp_
     except RecordError as error:
         assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
     else:
-        assert final_report(read) and records.machine_of(read)
+        assert final_report(read, "out") and records.machine_of(read)
         for name in ("run_id", "tokens", "clean", "paper", "train_mode", "test", "exclusive"):
             assert read[name] == record[name]
 
