@@ -232,6 +232,7 @@ def bench_record(bench, candidates, config, size, machine, other_load, seconds):
         "quick": config.quick,
         "machine": machines.describe(machine._replace(compile=any(candidate.is_compiled for candidate in candidates))),
         "git": machines.git_state(),
+        "attention": machine.attention_of_any_length,
         "others": other_load.so_far(),
         "seconds": seconds,
         "ceilings": bench.ceilings,

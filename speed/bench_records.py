@@ -50,6 +50,7 @@ SCHEMA = {
     "quick": FLAG,
     "machine": records.SCHEMA["machine"],
     "git": {"commit": (COMMIT, None), "dirty": (FLAG, None)},
+    "attention?": (LINE, None),  # kernels of prefill and of sampling without a cache; null or missing: torch's choice
     "others": {"core_seconds": (NUMBER, None), "device_bytes": (COUNT, None)},  # over the whole bench
     "seconds": ABOVE_ZERO,  # of the whole bench
     "ceilings": {"flops_per_second": ABOVE_ZERO, "bytes_per_second": ABOVE_ZERO},  # measured in the same bench

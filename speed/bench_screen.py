@@ -44,6 +44,8 @@ def legend_lines(record):
         if checks:
             row = max(checks, key=lambda row: row["error"] / row["limit"])
             yield f"  {'':<26}{row['what']}: {row['error']:.1g}, at most {row['limit']:.1g} expected"
+    if record.get("attention"):
+        yield f"Attention in prefill and uncached sampling: {record['attention']}"
     ceilings, machine = record["ceilings"], record["machine"]
     yield (
         f"Floor: {ceilings['flops_per_second'] / 1e9:,.0f} GFLOP/s of matrix products in {machine['dtype']}, and "
