@@ -4,7 +4,7 @@
     python bench.py --quick --compare=results/bench/NAME.json    in a minute: what became slower
     python bench.py --size=paper --tasks=decode --models=moe4    the dense model is always measured too
     python bench.py --models=all                  also 8 experts and the variants of paper B
-    python bench.py --profile --models=dense      traces, and the slowest operations of a step
+    python bench.py --profile --models=dense      traces, and what a step's time goes into
     python bench.py --json=results/bench/NAME.json     the record that plot_results.py reads
 
 First, the outputs of each fast model are checked against the reference backend; a wrong model is not timed. Then each
@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from data.common import DataError, Dataset, find_dataset
 from run import accounting
 from run.records import RecordError
 from run.settings import Config
-from speed import bench_records, bench_screen, kernels, timing
+from speed import bench_records, bench_screen, kernels, profiles, timing
 from speed.timing import Candidate, Decoding, Unit, is_right, percentiles
 from support import configurator, console, files, machines
 from support.files import FileError
@@ -84,7 +83,7 @@ class BenchConfig:
     compile: bool | Literal["auto"] = option("auto", "torch.compile in training: auto = where it pays", group="Machine")
     json: str = option("", "write the record to this file", group="Output", is_path=True)
     compare: str = option("", "say what became slower than in this record", group="Output", is_path=True)
-    profile: bool = option(False, "trace a training and a decoding step; list their slowest operations", group="Output")
+    profile: bool = option(False, "trace a training and a decoding step; say what their time goes into", group="Output")
 
     def problems(self):
         for key, known in (("models", (*MODELS, ALL)), ("tasks", bench_records.TASKS)):
@@ -257,32 +256,13 @@ def bench_record(bench, candidates, config, size, machine, other_load, seconds):
 # Profiles
 
 
-def profile_lines(candidate, task, unit, folder):
-    """Traces a unit into the folder; the lines list its ten slowest operations (on CUDA, kernels)."""
-    machine, path = candidate.machine, folder / f"{candidate.name}-{task}.json"
-    on_device = machine.device.type == "cuda"
-    unit.prepare()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]) as profiler:
-        unit.run()
-        machine.synchronize()
-    profiler.export_chrome_trace(str(path))
-    own = "self_device_time_total" if on_device else "self_cpu_time_total"
-    spent = {row: getattr(row, own) / 1000 / unit.repeats for row in profiler.key_averages()}  # ms
-    total = sum(spent.values()) or 1
-    where = "kernels" if on_device else "operations"
-    yield f"{candidate.title}, {task}: {bench_records.significant(total)} ms in {where}; trace: {path}"
-    for row in sorted(spent, key=spent.get, reverse=True)[:10]:
-        calls = f"{row.count / unit.repeats:,.0f}"
-        yield f"  {spent[row] / total:>6.1%} {spent[row]:>9.3f} ms {calls:>6} ×  {row.key[:70]}"
-
-
 def profile_all(candidates, size):
     folder = Path("out", f"bench-{size}")
     folder.mkdir(parents=True, exist_ok=True)
     for candidate in candidates:
         if not candidate.is_reference:
             for task, unit in {"train": Unit(candidate.train), "decode": Decoding(candidate, 1).decode()}.items():
-                print("\n" + "\n".join(profile_lines(candidate, task, unit, folder)), flush=True)
+                print("\n" + "\n".join(profiles.profile_lines(candidate, task, unit, folder)), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
