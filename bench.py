@@ -6,12 +6,17 @@
     python bench.py --models=all                  also 8 experts and the variants of paper B
     python bench.py --profile --models=dense      traces, and what a step's time goes into
     python bench.py --json=results/bench/NAME.json     the record that plot_results.py reads
+    python bench.py --flags=pdl --tasks=train --compare=FILE     a switch of torch tried out (FILE: without it)
 
 First, the outputs of each fast model are checked against the reference backend; a wrong model is not timed. Then each
 round times one unit of every model (A B C, then B C A, …), so that a disturbance of the machine reaches all of them,
 and ratios are taken within a round. Tasks: `train` (an update on real text), `prefill` (reading half a block),
 `decode` (one decoding step, the cache half full), `papers` (sampling 500 characters eagerly, without a cache, as the
 papers do).
+
+Flags, on CUDA: `pdl` starts a kernel while the one before it ends; `split` and `gemm` try out sizes of the norms'
+backward reductions and kernels of matrix products; `cudnn` takes flash attention rather than cuDNN's. A record names
+its flags, and plot_results.py draws none that has any.
 
 The floor of a unit is the least time in which this machine could compute and move what the unit needs, at the FLOP/s
 and bytes/s measured here. Exit codes: 0 done, 2 a mistake in the options, 3 a model's output was wrong.
@@ -32,7 +37,7 @@ from data.common import DataError, Dataset, find_dataset
 from run import accounting
 from run.records import RecordError
 from run.settings import Config
-from speed import bench_records, bench_screen, kernels, profiles, timing
+from speed import bench_records, bench_screen, flags, kernels, profiles, timing
 from speed.timing import Candidate, Decoding, Unit, is_right, percentiles
 from support import configurator, console, files, machines
 from support.files import FileError
@@ -81,12 +86,13 @@ class BenchConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "precision of matrix products", group="Machine")
     compile: bool | Literal["auto"] = option("auto", "torch.compile in training: auto = where it pays", group="Machine")
+    flags: str = option("", f"some of {', '.join(flags.FLAGS)}: switches of torch on CUDA, see above", group="Machine")
     json: str = option("", "write the record to this file", group="Output", is_path=True)
     compare: str = option("", "say what became slower than in this record", group="Output", is_path=True)
     profile: bool = option(False, "trace a training and a decoding step; say what their time goes into", group="Output")
 
     def problems(self):
-        for key, known in (("models", (*MODELS, ALL)), ("tasks", bench_records.TASKS)):
+        for key, known in (("models", (*MODELS, ALL)), ("tasks", bench_records.TASKS), ("flags", flags.FLAGS)):
             for word in words_in(getattr(self, key)):
                 if word not in known:
                     yield (key,), f"{word!r} is none of {', '.join(known)}"
@@ -229,6 +235,7 @@ def bench_record(bench, candidates, config, size, machine, other_load, seconds):
         "format": bench_records.FORMAT,
         "size": size,
         "quick": config.quick,
+        "flags": flags.switched_on(),
         "machine": machines.describe(machine._replace(compile=any(candidate.is_compiled for candidate in candidates))),
         "git": machines.git_state(),
         "attention": machine.attention_of_any_length,
@@ -272,6 +279,7 @@ def main(argv):
     started = time.perf_counter()
     config = configurator.parse(BenchConfig, argv, usage="python bench.py [--key=value …]", description=__doc__)
     machine = machines.choose(config.device, config.dtype, config.compile)
+    flags.switch_on(words_in(config.flags))
     machines.keep_freed_memory()
     size = config.size if config.size != "auto" else "paper" if machine.device.type == "cuda" else "cpu"
     old = bench_records.read(config.compare) if config.compare else None
