@@ -378,10 +378,12 @@ class Run:
         return evaluate.full_loss(best, self.dataset, "test", self.config, self.machine, self.processes)
 
     def measure_sampling_speed(self):
-        """{"speeds": characters a second of each text, "seconds": spent, "others": other_load meanwhile}"""
+        """{"speeds": characters a second of each text, "seconds": spent, "others": other_load meanwhile, "attention":
+        its kernels}"""
         load, started = machines.OtherLoad(self.machine), time.perf_counter()
         speeds = evaluate.inference_speed(self.model, self.config, self.machine)
-        return {"speeds": speeds, "seconds": time.perf_counter() - started, "others": load.so_far()}
+        spent = {"seconds": time.perf_counter() - started, "others": load.so_far()}
+        return {"speeds": speeds, **spent, "attention": self.machine.attention_of_any_length}
 
 
 if __name__ == "__main__":

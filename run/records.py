@@ -126,6 +126,7 @@ SCHEMA = {
         "samples": COUNT,
         "tokens_per_second": (NUMBER, None),
         "exclusive?": FLAG,  # while these samples were written; false where it is missing
+        "attention?": (TEXT, None),  # the kernels that it could use; null or missing: torch's choice
     },
     "peak_memory_bytes": (COUNT, None),
     "routing": [ROUTING],  # per MoE layer, over the validation split, at the last step
@@ -138,7 +139,7 @@ def record_of(config, dataset, model, state, is_straight, test, writing, peak_me
 
     state: its `state.TrainingState`; is_straight: see straight.py; test: an `evaluate.FullLoss`, or None without a test
     split; writing: {"speeds": of `evaluate.inference_speed`, "seconds": that it took, "others": `machines.OtherLoad`
-    meanwhile}; peak_memory: bytes, None where it is not known.
+    meanwhile, "attention": its kernels}; peak_memory: bytes, None where it is not known.
     """
     from run import accounting  # needs torch, without which records are read
 
@@ -172,6 +173,7 @@ def record_of(config, dataset, model, state, is_straight, test, writing, peak_me
             "samples": len(speeds),
             "tokens_per_second": statistics.mean(speeds) if speeds else None,
             "exclusive": bool(speeds) and is_exclusive(device_type, share_then, others_then["device_bytes"]),
+            "attention": writing["attention"],
         },
         "peak_memory_bytes": peak_memory,
         "routing": evaluations[-1]["routing"],

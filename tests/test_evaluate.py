@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import types
 
 import numpy as np
 import pytest
@@ -249,7 +250,7 @@ def test_the_clock_of_writing_waits_for_the_device(dataset, monkeypatch):
     events = []
 
     class Watched:
-        device, autocast = CPU.device, CPU.autocast
+        device, any_length = CPU.device, CPU.any_length
 
         def synchronize(self):
             events.append("wait")
@@ -258,6 +259,18 @@ def test_the_clock_of_writing_waits_for_the_device(dataset, monkeypatch):
     config = tiny(inference_samples=2)
     evaluate.inference_speed(model_of(config, dataset), config, Watched(), characters=3)
     assert events == 2 * ["wait", "clock", "wait", "clock"]
+
+
+def test_writing_without_a_cache_keeps_cudnn_out_on_cuda(dataset):
+    """Its attention plans anew for each length of the text, a few ms each."""
+    config, allowed = tiny(inference_samples=1), []
+    model = model_of(config, dataset)
+    model.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    for device in ("cuda", "cpu"):
+        any_length = CPU._replace(device=torch.device(device)).any_length
+        here = types.SimpleNamespace(device=CPU.device, synchronize=CPU.synchronize, any_length=any_length)
+        evaluate.inference_speed(model, config, here, characters=2)
+    assert allowed == [False, False, True, True]
 
 
 def test_what_sees_later_characters_cannot_write_and_has_no_speed(dataset):

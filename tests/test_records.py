@@ -186,8 +186,9 @@ def test_text_may_be_of_any_characters(dense):
 
 def test_a_record_without_newer_fields_is_read(dense):
     """Some records in results/ are older than these."""
-    assert dense["inference"] == {"samples": 0, "tokens_per_second": None, "exclusive": False}
+    assert dense["inference"] == {"samples": 0, "tokens_per_second": None, "exclusive": False, "attention": None}
     old = without(without(dense, "inference.exclusive"), "config.router_jitter")
+    old = without(old, "inference.attention")
     assert dense["config"]["router_jitter"] == Config.router_jitter and records.problems(old) == []
 
 
@@ -271,6 +272,7 @@ KINDS = [
     ("dense", {"evaluations.1.clean.nats": -0.5}, "evaluations[1].clean.nats is -0.5; expected a loss from 0"),
     ("dense", {"test.nats": 1e4}, "test.nats is 10000.0; expected a loss from 0 and below 10,000"),
     ("dense", {"inference.exclusive": None}, "inference.exclusive is None; expected true or false"),
+    ("dense", {"inference.attention": 3}, "inference.attention is 3; expected text that UTF-8 can encode"),
     ("moe", {"evaluations.2.load.1.3": 1.5}, "evaluations[2].load[1][3] is 1.5; expected a number from 0 to 1"),
     ("dense", {"evaluations": {}}, "evaluations is {}; expected a list"),
     ("dense", {"evaluations.1": 5}, "evaluations[1] is 5; expected an object"),
