@@ -43,6 +43,7 @@ MOST_EXPERTS = 2**15 - 1  # choices are sorted as int16
 LARGEST_FACTOR = 10**6  # of losses, logits, capacity: far beyond any use, and results stay finite
 TEMPERATURE = dict(at_least=1e-3, at_most=LARGEST_FACTOR)
 FACTOR = dict(at_least=0, at_most=LARGEST_FACTOR)
+PUBLISHED = {"shakespeare_char": "Shakespeare", "enwik8": "enwik8", "text8": "text8"}  # data sets, and in titles
 Schedule = Literal["constant", "linear", "cosine"]
 Problem = tuple[tuple[str, ...], str]  # the keys that do not go together, and why
 
@@ -322,10 +323,11 @@ class Config:
 
     def completed(self, files: list[ConfigFile]) -> Config:
         """Fills an empty title and out_dir from the config files, and spells the data set in one way."""
-        title = self.title or ", ".join(file.title for file in files)
-        names = "-".join(file.path.stem for file in files) or "default"
+        dataset, names = one_spelling(self.dataset), "-".join(file.path.stem for file in files) or "default"
+        texts = [file.values["dataset"] for file in files if "dataset" in file.values]
+        title = self.title or of_this_text(", ".join(file.title for file in files), dataset, texts)
         out_dir = self.out_dir or f"out/{names}-s{self.seed}"
-        return dataclasses.replace(self, title=title, out_dir=out_dir, dataset=one_spelling(self.dataset))
+        return dataclasses.replace(self, title=title, out_dir=out_dir, dataset=dataset)
 
     def expert_counts(self) -> list[int] | str:
         """The number of experts of each block, 0 for a dense one; or what is wrong with n_expert_by_block."""
@@ -424,6 +426,16 @@ class Config:
         scopes, theirs = tuple(scopes), other.to_dict()
         options = options_of(type(self))
         return [(k, v, theirs[k]) for k, v in self.to_dict().items() if options[k].scope in scopes and v != theirs[k]]
+
+
+def of_this_text(title: str, dataset: str, texts: list[str]) -> str:
+    """The title of config files with this data set's name in the place of other texts': of the published ones, and of
+    `texts`, the data sets that the files name."""
+    name = os.path.basename(dataset.rstrip("/"))
+    others = {os.path.basename(text.rstrip("/")) for text in (*PUBLISHED, *texts)} - {name, ""}
+    names = sorted({*others, *(PUBLISHED[text] for text in others if text in PUBLISHED)}, key=len, reverse=True)
+    found = "|".join(map(re.escape, names))
+    return re.sub(rf"(?<![^\W_])({found})(?![^\W_])", lambda _: name, title)
 
 
 def one_spelling(dataset: str) -> str:
