@@ -40,6 +40,7 @@ INCIDENTAL = {
     "out_dir",
     "init_from",
     "overwrite",
+    "capture",
 }
 
 
