@@ -8,9 +8,9 @@
 
 A run lives in its out_dir: config.json, metrics.jsonl (a line a log or evaluation), ckpt.pt (the last state), best.pt
 (the weights with the best validation loss), and summary.json once it is complete. Ctrl-C saves; the same command with
---init_from=resume goes on (--init_from=auto: where there is something to go on with). Exit codes: 0 done, 2 an invalid
-request, 3 loss or gradient not finite, 4 another process of the run ended, 128 + n stopped by signal n (130
-SIGINT, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP).
+--init_from=resume goes on (--init_from=auto: where there is something to go on with), and --init_from=out/other begins
+with the best weights of another run. Exit codes: 0 done, 2 an invalid request, 3 loss or gradient not finite, 4 another
+process of the run ended, 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP).
 """
 
 import contextlib
@@ -34,6 +34,7 @@ from run.identity import Identity
 from run.processes import Processes, is_lost_connection
 from run.run_folder import RunFolder, check_resumable, difference
 from run.settings import Config
+from run.start import open_start, vocabulary_of
 from run.state import TrainingState, checkpoint_of, identity_of, own_part, restore
 from run.totals import RunningTotals
 from run.update import NotFinite, Updater, set_random_state, without_side_effects
@@ -77,6 +78,8 @@ def train(config, argv, machine, processes):
     # The run's folder, and the checkpoint to resume from.
     folder = RunFolder(config)
     saved = folder.open()
+    start = open_start(config, folder, saved)
+    saved = None if config.eval_only else saved
     config = dataclasses.replace(config, init_from="resume" if saved else "scratch")
     for line in (machine.reason, folder.note, progress.overridden_cpu_size(__file__, argv)):
         if line:
@@ -86,9 +89,9 @@ def train(config, argv, machine, processes):
     if processes.is_first:
         prepare(config, print)
     processes.barrier()
-    dataset = open_dataset(config, machine.device)
+    dataset = open_dataset(config, machine.device, vocabulary_of(start, saved))
     changed = check_resumable(saved, config, dataset, folder.has_diverged) if saved else []
-    if saved and not changed and (folder / "summary.json").exists() and not config.eval_only:
+    if saved and not changed and (folder / "summary.json").exists():
         print(f"{folder} is complete: there is nothing to resume. A larger max_iters would extend it, but where its")
         print(
             "learning rate then jumps, its record enters no mean: with another --out_dir the longer run is made anew."
@@ -101,6 +104,9 @@ def train(config, argv, machine, processes):
     model = GPT(config, dataset.vocabulary.size, dataset.symbol_counts("train")).to(machine.device)
     updater = Updater(model, config, machine, processes)
     state, totals, random = TrainingState(machines.git_state()), RunningTotals(), None
+    if start:
+        start.load_into(model, config)
+        state.start = start.about
     if not processes.is_first:  # the same weights, but dropout and noise of its own
         torch.manual_seed(mix_seeds(config.seed, processes.rank))
     if saved:
@@ -132,9 +138,8 @@ def train(config, argv, machine, processes):
         state.seconds["compile"] += captured.seconds
     machine = updater.machine
     if config.eval_only:
-        if not saved:
-            print("untrained weights: --init_from=resume evaluates those of out_dir")
-        line = evaluate.evaluation(updater.eval_model, dataset, config, machine, state.step)
+        print(progress.weights_text(start, dataset))
+        line = evaluate.evaluation(updater.eval_model, dataset, config, machine, start.step if start else 0)
         print(progress.evaluation_text(line, config))
         print(f"sampled validation: {line['paper']['val']:.4f} nats on {config.eval_iters} random batches")
         return 0
@@ -159,8 +164,10 @@ def train(config, argv, machine, processes):
                 print(f"the file system of {folder} has no locks: nothing keeps a second run out of it")
             changes = "".join(f"; {key} is now {ours} (was {theirs})" for key, ours, theirs in changed)
             print(f"resuming {folder} at step {state.step:,}{changes}" if saved else f"writing to {folder}")
+            if start:
+                print(f"The weights are those of {start}.")
             if not is_straight:
-                print("This is no longer a straight run of its config, so its record will enter no mean.")
+                print("This is not a straight run of its config, so its record will enter no mean.")
         slow_hint = progress.cpu_size_hint(__file__, argv) if machine.device.type == "cpu" else None
         screen = progress.Screen(config, state.step, processes.is_first, print, slow_hint)
         run = Run(argv, dataset, updater, state, totals, folder, metrics, screen, started, other_load)

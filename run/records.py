@@ -109,6 +109,7 @@ SCHEMA = {
     "iterations": COUNT,
     "resumed": COUNT,  # times
     "straight?": FLAG,  # made as an uninterrupted run of this config; see is_straight where it is missing
+    "start?": ({"run_id": TEXT, "step": COUNT, "text": TEXT, "text_sha256": SHA256}, None),  # weights: see start.py
     "stretches?": [{"step": COUNT, "changed": OBJECT}],  # where it resumed with something changed: see straight.py
     "tokens": COUNT,
     "epochs": NUMBER,
@@ -163,6 +164,7 @@ def record_of(config, dataset, model, state, is_straight, test, writing, peak_me
         "exclusive": is_exclusive(device_type, share, others["device_bytes"]),
         "resumed": state.resumed,
         "straight": is_straight,
+        "start": state.start,
         "stretches": state.stretches,
         "epochs": said["tokens"] / dataset.sizes["train"],
         "test": None if test is None else {"nats": test.nats, "bpc": test.bpc, "step": said["clean"]["best"]["step"]},
@@ -280,6 +282,8 @@ def why_not_straight(record) -> str:
         for stretch in record.get("stretches", ())
         for key, (was, then) in stretch["changed"].items()
     ]
+    if start := record.get("start"):
+        changes.insert(0, f"it began with the weights of run {start['run_id']} at step {start['step']:,}")
     return f"not a straight run of its config ({'; '.join(changes) or 'resumed with something changed'})"
 
 
@@ -345,6 +349,8 @@ def contradictions(record, config) -> Iterator[str]:
         yield f"steps of the evaluations are {shown(steps)}; expected multiples of {config.eval_interval}"
     if record.get("straight") and steps != evaluation_steps(config):
         yield f"straight is true, but the steps of the evaluations are {shown(steps)}"
+    if record.get("straight") and record.get("start"):
+        yield "straight is true, but start tells of another run's weights"
     if (config.init_from == "resume") != (resumed > 0):
         yield f"resumed is {resumed}, but config.init_from is {config.init_from!r}"
     experts = [config.expert_counts()[block] for block in config.moe_layers]

@@ -69,10 +69,11 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError([f"out_dir={config.out_dir} is a file; expected a folder, or a name for a new one"])
         has_checkpoint = "ckpt.pt" in held or "ckpt.previous.pt" in held
-        if config.init_from != "scratch" and config.overwrite:
+        goes_on = config.init_from in ("resume", "auto")
+        if goes_on and config.overwrite:
             going_on = f"--init_from={config.init_from} goes on with a run"
             raise ConfigError([f"{going_on} and --overwrite=True throws it away: choose one"])
-        if has_checkpoint and config.init_from != "scratch":
+        if has_checkpoint and goes_on:
             if config.init_from == "auto":
                 self.refuse_to_diverge_again()
             return self.newest_good()
