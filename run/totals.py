@@ -62,11 +62,12 @@ class RunningTotals:
     # In checkpoints
 
     def to_dict(self):
+        """For a checkpoint; its tensors are the summed ones themselves, on the device."""
         return {
             "steps": self.steps,
             "seconds": time.perf_counter() - self.started,
-            "sums": {name: value.cpu() for name, value in self.terms.items()},
-            "stats": [[value.cpu() for value in layer] for layer in self.stats],
+            "sums": dict(self.terms),
+            "stats": [list(layer) for layer in self.stats],
         }
 
     @classmethod
