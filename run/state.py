@@ -16,9 +16,8 @@ import torch
 
 from routing import mix_seeds
 from run.checkpoint import CheckpointError
-from run.saving import replace_tensors
 from run.totals import RunningTotals
-from run.update import learning_rate, random_state
+from run.update import random_state
 from support import files, machines
 
 
@@ -64,44 +63,25 @@ def identity_of(config, dataset):
 
 
 def checkpoint_of(config, dataset, model, optimizer, state, best, totals, processes):
-    """The content of ckpt.pt: the tensors that training changes, not copies. All processes call this together."""
-    own = {"interval": totals.to_dict(), "random": random_state()}
-    if processes.world_size > 1:
-        own = replace_tensors(own, torch.Tensor.cpu)
+    """The content of ckpt.pt. All processes call this together."""
     return {
         **identity_of(config, dataset),
         "model": model.state_dict(),
-        "optimizer": optimizer_state(optimizer, config, state.step),
+        "optimizer": optimizer.state_dict(),
         "best": best,  # {"step", "model"}
         "progress": dict(vars(state)),
-        "processes": processes.all_gather(own),
+        "processes": processes.all_gather({"interval": totals.to_dict(), "random": random_state()}),
     }
-
-
-def optimizer_state(optimizer, config, step):
-    """The optimiser's state_dict after `step` updates, the same whether or not its updates can be captured in a graph,
-    for which the learning rate is a tensor on the device."""
-    saved, groups = optimizer.state_dict(), []
-    for group in saved["param_groups"]:
-        is_number = not isinstance(group["lr"], torch.Tensor)
-        rate = group["lr"] if is_number else learning_rate(max(0, step - 1), config)  # reading it would wait
-        groups.append({**group, "lr": rate, "capturable": False})
-    return {**saved, "param_groups": groups}
 
 
 def restore(saved, model, optimizer, git):
     """Load a checkpoint into the model and the optimiser. -> its TrainingState; git: of the code that goes on"""
-    own = [(group["capturable"], group["lr"]) for group in optimizer.param_groups]
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = TrainingState(**saved["progress"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint does not fit its own config: {files.first_line(error)}") from error
-    for group, (is_capturable, rate) in zip(optimizer.param_groups, own):
-        group["capturable"] = is_capturable
-        if isinstance(rate, torch.Tensor):
-            group["lr"] = rate.fill_(group["lr"])
     before = state.git
     are_clean = before["dirty"] is False and git["dirty"] is False
     is_clean = are_clean and machines.same_code(before["commit"], git["commit"])

@@ -42,6 +42,7 @@ INCIDENTAL = {
     "overwrite",
     "save_in_background",
     "save_every",
+    "capture",
 }
 
 

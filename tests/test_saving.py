@@ -10,7 +10,7 @@ import torch
 from alike import HARD, assert_same_run, essence, record_of
 from conftest import TINY, as_script, interrupt, tiny, train_tiny
 
-from run import checkpoint, state, update
+from run import checkpoint, update
 from run.saving import HostMemory, Saver, saves_in_background
 from support import files
 from support.files import FileError
@@ -157,7 +157,7 @@ def test_a_stop_waits_for_the_save_and_the_rest_is_bit_identical(words, tmp_path
     assert train_tiny(words, tmp_path / "run", **BACKGROUND, **HARD) == 130
     assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] == 13
     assert not list((tmp_path / "run").glob("*.partial"))
-    assert train_tiny(words, tmp_path / "run", init_from="resume", **BACKGROUND, **HARD) == 0
+    assert train_tiny(words, tmp_path / "run", init_from="resume", capture=True, **BACKGROUND, **HARD) == 0
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
@@ -280,28 +280,3 @@ def test_a_saver_raises_a_failure_once():
         assert saver.wait() is None and not saver.has_failed
     with pytest.raises(FileError), Saver(True, CPU) as saver:
         saver.start(fail)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints of updates that can be captured in a graph
-
-
-def test_a_checkpoint_has_a_plain_learning_rate_and_a_capturable_optimizer_keeps_its_own():
-    config = tiny()
-    model = torch.nn.Linear(3, 2)
-    plain, captured = update.make_optimizer(model, config), update.make_optimizer(model, config)
-    rate = update.learning_rate(6, config)
-    for group in plain.param_groups:
-        group["lr"] = rate
-    lr = torch.tensor(rate)
-    for group in captured.param_groups:
-        group["lr"], group["capturable"] = lr, True
-    saved = state.optimizer_state(captured, config, step=7)
-    assert saved == state.optimizer_state(plain, config, step=7) == plain.state_dict()
-    lr.zero_()
-    saved = {"model": model.state_dict(), "optimizer": saved, "progress": vars(state.TrainingState({"dirty": None}))}
-    state.restore(saved, model, captured, {"dirty": None, "commit": None})
-    for group in captured.param_groups:
-        assert group["lr"] is lr and lr.item() == pytest.approx(rate) and group["capturable"] is True
-    state.restore(saved, model, plain, {"dirty": None, "commit": None})
-    assert all(group["lr"] == rate and group["capturable"] is False for group in plain.param_groups)
