@@ -33,6 +33,7 @@ from run.dataset import open_dataset, prepare
 from run.identity import Identity
 from run.processes import Processes, is_lost_connection
 from run.run_folder import RunFolder, check_resumable, difference
+from run.saving import Saver, saves_in_background
 from run.settings import Config
 from run.start import open_start, vocabulary_of
 from run.state import TrainingState, checkpoint_of, identity_of, own_part, restore
@@ -177,7 +178,7 @@ def train(config, argv, machine, processes):
             set_random_state(random)
         totals.exclude(time.perf_counter() - restored)
 
-        with screen, console.StopSignals() as signals:
+        with screen, console.StopSignals() as signals, run.saver:
             while True:
                 step = state.step  # updates made so far
                 model.set_step(step)
@@ -234,6 +235,8 @@ class Run:
         self.config, self.model, self.machine = updater.config, updater.model, updater.machine
         self.processes, self.is_alone = updater.processes, updater.processes.world_size == 1
         self.best, self.last_save = None, time.monotonic()
+        is_background = self.processes.is_first and saves_in_background(self.config, self.machine.device)
+        self.saver = Saver(is_background, self.machine.device)
 
     def pending_action(self, signals):
         """What this process wants before the next update: 0 nothing, SAVE, or SAVE + the number of a stop signal."""
@@ -260,6 +263,9 @@ class Run:
         self.write(line)
         self.screen.log(state.step, line)
         self.totals.restart()
+        if self.saver.has_failed:
+            with self.saving_on_failure():
+                self.saver.finish()
 
     def write(self, line):
         if self.metrics:
@@ -285,9 +291,6 @@ class Run:
         if not math.isfinite(nats):
             raise NotFinite(f"the validation loss at step {state.step:,}")
         is_best = all(nats < past["clean"]["nats"] for past in state.evaluations)
-        if is_best:
-            weights = {name: value.to("cpu", copy=True) for name, value in self.model.state_dict().items()}
-            self.best = {"step": state.step, "model": weights}
         for past in state.evaluations:
             past.pop("routing", None)  # metrics.jsonl has it
         state.evaluations.append(line)
@@ -308,6 +311,7 @@ class Run:
             if self.is_alone:
                 self.updater.guard.raise_if_skipped()
                 self.save()
+                self.saver.finish()
                 self.screen.say(f"\nfailed after step {self.state.step:,}; saved. {self.how_to_go_on()}")
             raise
 
@@ -321,28 +325,37 @@ class Run:
         self.totals.exclude(seconds)
 
     def save(self, is_best=False):
-        """Write ckpt.pt; is_best: and best.pt."""
+        """Write ckpt.pt; is_best: and best.pt, with the weights of this step. See saving.py for what may go on
+        meanwhile. If the save before has failed, its failure is raised when this one is over."""
         state = self.state
         with self.clock_of_saving():
+            failure = self.saver.wait()
             state.seconds["total"] = time.perf_counter() - self.started
             state.others = self.other_load.so_far()
             if self.metrics:
-                state.metrics_bytes = self.metrics.sync()
+                state.metrics_bytes = self.metrics.length
             parts = (self.model, self.updater.optimizer, state, self.best, self.totals)
             content = checkpoint_of(self.config, self.dataset, *parts, self.processes)
+            content = self.saver.frozen(content, is_best)
+            self.best = content["best"]
             if self.processes.is_first:
-                self.folder.save(content, is_best)
+                self.saver.start(self.folder.save, content, is_best)
             self.last_save = time.monotonic()
+        if failure:
+            self.saver.finish()
+            raise failure
 
     def save_snapshot(self):
         """Keep the weights of this step in snapshots/."""
         with self.saving_on_failure(), self.clock_of_saving():
             if self.processes.is_first:
-                weights = {"step": self.state.step, "model": self.model.state_dict()}
-                self.folder.save_snapshot(identity_of(self.config, self.dataset), weights)
+                self.saver.finish()
+                weights = {"step": self.state.step, "model": self.saver.frozen_weights(self.model.state_dict())}
+                self.saver.start(self.folder.save_snapshot, identity_of(self.config, self.dataset), weights)
 
     def stop(self, number):
         """Say that the run is saved, and how it goes on. number: of the signal. -> the exit code"""
+        self.saver.finish()
         self.processes.barrier()  # a launcher may end all when the first of them has ended
         name = signal.Signals(number).name
         self.screen.say(f"\nstopped by {name} after step {self.state.step:,}; saved. {self.how_to_go_on()}")
@@ -357,6 +370,8 @@ class Run:
         if "test" in self.dataset.sizes:
             self.screen.doing("reading the test split")
             test = signals.unless_stopped(self.test_loss_of_best, at_once=self.is_alone)
+        with self.clock_of_saving():
+            self.saver.finish()
         state.seconds["total"] = time.perf_counter() - self.started
         state.others = self.other_load.so_far()
         if processes.is_first and not signals.caught:

@@ -186,10 +186,15 @@ class RunFolder:
                 raise
 
     def save(self, state, is_best):
-        """Write ckpt.pt, and keep the old one as ckpt.previous.pt. is_best: also write best.pt, from state["best"]."""
+        """Write ckpt.pt, and keep the old one as ckpt.previous.pt. is_best: also write best.pt, from state["best"].
+
+        What metrics.jsonl holds is on the disk before the checkpoint that knows its length.
+        """
         metrics = self / "metrics.jsonl"
         if not metrics.exists() or not os.path.samestat(os.stat(metrics), os.fstat(self.file.fileno())):
             raise CheckpointError(f"{self} was deleted or replaced while this run went on: nothing more is written")
+        with files.writing(metrics):
+            os.fsync(self.file.fileno())
         checkpoint.save(self / "ckpt.pt", state, previous=self / "ckpt.previous.pt")
         if is_best:
             self.save_best(state)
@@ -254,10 +259,9 @@ class Metrics:
         if self.mirror:
             self.mirror(line)
 
-    def sync(self):
-        """Synchronise the file to the disk. -> its length in bytes"""
-        with files.writing(self.file.name):
-            os.fsync(self.file.fileno())
+    @property
+    def length(self):
+        """In bytes."""
         return self.file.seek(0, os.SEEK_END)
 
 

@@ -83,6 +83,9 @@ class Config:
     save_every: int = run_key(
         0, "every so many steps, keep a copy of the weights in out_dir/snapshots, for analyze.py; 0 = never", at_least=0
     )
+    save_in_background: bool | Literal["auto"] = run_key(
+        "auto", "write checkpoints in a thread while training goes on; auto = on CUDA"
+    )
     always_save_checkpoint: bool = run_key(
         True, "no effect, accepted for nanoGPT's configs: every evaluation saves ckpt.pt, each new best also best.pt"
     )
