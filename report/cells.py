@@ -133,7 +133,7 @@ def note_on_times(comparison, entry):
         return ""
     runs = [record for of_row in comparison.cells.values() for record in of_row if entry.read(record) is not None]
     left = sum(not entry.is_exclusive(record) for record in runs)
-    left_out = f"{left} of {len(runs)} runs not known to be alone on their cores are left out"
+    left_out = f"{left} of {len(runs)} runs not known to be alone on their hardware are left out"
     return f"{entry.heading}: {left_out}" if left else ""
 
 

@@ -193,7 +193,7 @@ def test_without_exclusive_runs_no_time_is_drawn():
     of = comparison("A", {DENSE: [record(1, exclusive=False)], MOE4: [record(1, 1.8, 4, exclusive=False)]})
     for drawing in (figures_of_table.loss_curves(of), figures_of_table.loss_against_cost(of)):
         assert not [axes for axes in drawing.figure.axes if "time" in axes.get_xlabel()]
-        assert "no run is known to have had its cores to itself" in drawing.caption
+        assert "no run is known to have had its hardware to itself" in drawing.caption
     assert figures_of_differences.relative_cost(of) is None
 
 
