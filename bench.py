@@ -82,6 +82,9 @@ class BenchConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "precision of matrix products", group="Machine")
     compile: bool | Literal["auto"] = option("auto", "torch.compile in training: auto = where it pays", group="Machine")
+    capture: bool | Literal["auto"] = option(
+        "auto", "each update as one CUDA graph: auto = where it is compiled for CUDA", group="Machine"
+    )
     json: str = option("", "write the record to this file", group="Output", is_path=True)
     compare: str = option("", "say what became slower than in this record", group="Output", is_path=True)
     profile: bool = option(False, "trace a training and a decoding step; list their slowest operations", group="Output")
@@ -159,11 +162,10 @@ class Bench:
 
     def train(self):
         for candidate in self.candidates:
-            failure = candidate.compile() if self.machine.compile and not candidate.is_reference else None
-            if failure:
-                print(f"{candidate.title} is not compiled, for torch.compile failed: {failure}")
+            for failure in candidate.make_ready():
+                print(f"{candidate.title}: {failure}")
         self.keep_right(timing.check_training)
-        config, units = self.candidates[0].config, {candidate: Unit(candidate.train) for candidate in self.candidates}
+        config, units = self.candidates[0].config, {candidate: candidate.training() for candidate in self.candidates}
         self.measure("train", config.batch_size, config.batch_size * config.block_size, units)
 
     def decode(self, batch_size, tasks):
@@ -230,7 +232,12 @@ def bench_record(bench, candidates, config, size, machine, other_load, seconds):
         "format": bench_records.FORMAT,
         "size": size,
         "quick": config.quick,
-        "machine": machines.describe(machine._replace(compile=any(candidate.is_compiled for candidate in candidates))),
+        "machine": machines.describe(
+            machine._replace(
+                compile=any(candidate.is_compiled for candidate in candidates),
+                capture=any(candidate.is_captured for candidate in candidates),
+            )
+        ),
         "git": machines.git_state(),
         "others": other_load.so_far(),
         "seconds": seconds,
@@ -280,7 +287,7 @@ def profile_all(candidates, size):
     folder.mkdir(parents=True, exist_ok=True)
     for candidate in candidates:
         if not candidate.is_reference:
-            for task, unit in {"train": Unit(candidate.train), "decode": Decoding(candidate, 1).decode()}.items():
+            for task, unit in {"train": candidate.training(), "decode": Decoding(candidate, 1).decode()}.items():
                 print("\n" + "\n".join(profile_lines(candidate, task, unit, folder)), flush=True)
 
 
@@ -290,7 +297,7 @@ def profile_all(candidates, size):
 def main(argv):
     started = time.perf_counter()
     config = configurator.parse(BenchConfig, argv, usage="python bench.py [--key=value …]", description=__doc__)
-    machine = machines.choose(config.device, config.dtype, config.compile)
+    machine = machines.choose(config.device, config.dtype, config.compile, capture=config.capture)
     machines.keep_freed_memory()
     size = config.size if config.size != "auto" else "paper" if machine.device.type == "cuda" else "cpu"
     old = bench_records.read(config.compare) if config.compare else None

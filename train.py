@@ -53,7 +53,7 @@ def main(argv):
         stdout = sys.stdout if processes.is_first else stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(console.IgnoreClosedPipe(stdout)))
         number = processes.local_rank if processes.world_size > 1 else None
-        machine = machines.choose(config.device, config.dtype, config.compile, number)
+        machine = machines.choose(config.device, config.dtype, config.compile, number, config.capture)
         machines.keep_freed_memory()
         processes.join(machine.device)
         try:
@@ -100,12 +100,14 @@ def train(config, argv, machine, processes):
     torch.manual_seed(config.seed)
     model = GPT(config, dataset.vocabulary.size, dataset.symbol_counts("train")).to(machine.device)
     updater = Updater(model, config, machine, processes)
-    state = TrainingState(machines.git_state())
+    state, totals, random = TrainingState(machines.git_state()), RunningTotals(), None
     if not processes.is_first:  # the same weights, but dropout and noise of its own
         torch.manual_seed(mix_seeds(config.seed, processes.rank))
     if saved:
         state = restore(saved, model, updater.optimizer, state.git)
-    started = time.perf_counter() - state.seconds["total"]
+        totals, random = own_part(saved, config, processes, machine.device)
+    restored = time.perf_counter()
+    started = restored - state.seconds["total"]
     other_load = machines.OtherLoad(machine, state.others)
     processes.check_agreement(
         {"step": state.step, "symbols": dataset.vocabulary.size, "characters": dataset.sizes["train"]}
@@ -116,16 +118,22 @@ def train(config, argv, machine, processes):
         f"{counts['total']:,} parameters, {counts['active']:,} active per {dataset.unit}"
     )
     rows = config.batch_size * config.gradient_accumulation_steps  # sequences of one update
+    first_batch = dataset.batch("train", config.seed, 0, rows, config.block_size)
     if machine.compile:
-        compiled = updater.compile(*dataset.batch("train", config.seed, 0, rows, config.block_size))
+        compiled = updater.compile(*first_batch)
         if compiled.failure:
             print(f"torch.compile failed, so this run is not compiled: {compiled.failure}")
         state.seconds["compile"] += compiled.seconds
-        machine = updater.machine
+    if machine.capture and not config.eval_only:
+        captured = updater.capture(*first_batch, totals)
+        if captured.failure:
+            print(f"an update cannot be captured, so it is made kernel by kernel: {captured.failure}")
+        state.seconds["compile"] += captured.seconds
+    machine = updater.machine
     if config.eval_only:
         if not saved:
             print("untrained weights: --init_from=resume evaluates those of out_dir")
-        line = evaluate.evaluation(updater.run_model, dataset, config, machine, state.step)
+        line = evaluate.evaluation(updater.eval_model, dataset, config, machine, state.step)
         print(progress.evaluation_text(line, config))
         print(f"sampled validation: {line['paper']['val']:.4f} nats on {config.eval_iters} random batches")
         return 0
@@ -154,12 +162,12 @@ def train(config, argv, machine, processes):
                 print("This is no longer a straight run of its config, so its record will enter no mean.")
         slow_hint = progress.cpu_size_hint(__file__, argv) if machine.device.type == "cpu" else None
         screen = progress.Screen(config, state.step, processes.is_first, print, slow_hint)
-        run = Run(argv, dataset, updater, state, folder, metrics, screen, started, other_load)
+        run = Run(argv, dataset, updater, state, totals, folder, metrics, screen, started, other_load)
         if saved:
             run.best = saved["best"]
-            run.totals, random = own_part(saved, config, processes, machine.device)
-            if random:
-                set_random_state(random)
+        if random:
+            set_random_state(random)
+        totals.exclude(time.perf_counter() - restored)
 
         with screen, console.StopSignals() as signals:
             while True:
@@ -211,13 +219,13 @@ class Run:
     machines.OtherLoad; best: {"step", "model"}, the weights with the best validation loss.
     """
 
-    def __init__(self, argv, dataset, updater, state, folder, metrics, screen, started, other_load):
-        self.argv, self.dataset, self.updater, self.state = argv, dataset, updater, state
+    def __init__(self, argv, dataset, updater, state, totals, folder, metrics, screen, started, other_load):
+        self.argv, self.dataset, self.updater, self.state, self.totals = argv, dataset, updater, state, totals
         self.folder, self.metrics, self.screen = folder, metrics, screen
         self.started, self.other_load = started, other_load
         self.config, self.model, self.machine = updater.config, updater.model, updater.machine
         self.processes, self.is_alone = updater.processes, updater.processes.world_size == 1
-        self.totals, self.best, self.last_save = RunningTotals(), None, time.monotonic()
+        self.best, self.last_save = None, time.monotonic()
 
     def pending_action(self, signals):
         """What this process wants before the next update: 0 nothing, SAVE, or SAVE + the number of a stop signal."""
@@ -243,7 +251,7 @@ class Run:
         state.train_mode.append([totals.steps, line["loss"], line["objective"]])
         self.write(line)
         self.screen.log(state.step, line)
-        self.totals = RunningTotals()
+        self.totals.restart()
 
     def write(self, line):
         if self.metrics:
@@ -258,7 +266,7 @@ class Run:
             self.save()
         self.screen.doing("evaluating")
         started = time.perf_counter()
-        work = (self.updater.run_model, self.dataset, config, self.machine, state.step, self.processes)
+        work = (self.updater.eval_model, self.dataset, config, self.machine, state.step, self.processes)
         with self.saving_on_failure():
             line = signals.unless_stopped(lambda: evaluate.evaluation(*work), at_once=self.is_alone)
         if line is None:
@@ -276,7 +284,7 @@ class Run:
             past.pop("routing", None)  # metrics.jsonl has it
         state.evaluations.append(line)
         self.write(line)
-        self.totals = RunningTotals()
+        self.totals.restart()
         self.save(is_best)
         self.screen.say(progress.evaluation_text(line, config, is_best))
         for warning in progress.collapse_warnings(state.evaluations, config):

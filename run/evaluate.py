@@ -64,7 +64,9 @@ def full_loss(model, dataset, split, config, machine, processes=ONE_PROCESS) -> 
             out = model(x, y)
         if processes.owns(i):
             losses[-1] = out.loss.float() * count
-            stats = balance.add_stats(stats, out.stats)
+            # Copied, since the next call of a captured model overwrites its output.
+            copies = [balance.RoutingStats(*(value.clone() for value in layer)) for layer in out.stats]
+            stats = balance.add_stats(stats, copies)
         else:
             stats = [balance.RoutingStats(*(torch.zeros_like(value) for value in layer)) for layer in out.stats]
     total, *sums = processes.all_reduce_sum([torch.stack(losses), *(value for layer in stats for value in layer)])

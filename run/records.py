@@ -101,6 +101,7 @@ SCHEMA = {
         "python": TEXT,
         "dtype": {"float32", "bfloat16"},
         "compile": FLAG,
+        "capture?": FLAG,  # whether an update was one CUDA graph; false where it is missing
         "processes?": POSITIVE,  # that trained together; 1 where it is missing
     },
     "others": {"cpu_share": (NUMBER, None), "device_bytes": (COUNT, None)},

@@ -204,6 +204,9 @@ class Config:
     device: str = machine_key("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = machine_key("auto", "precision of the matrix products")
     compile: bool | Literal["auto"] = machine_key("auto", "use torch.compile; auto = where it pays")
+    capture: bool | Literal["auto"] = machine_key(
+        "auto", "make each update one CUDA graph; auto = where it is compiled for CUDA and one process trains"
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Each invalid combination of keys, with the way out. Those of a router come from its class."""

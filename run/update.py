@@ -2,14 +2,17 @@
 
     updater = Updater(model, config, machine)
     totals = RunningTotals()
+    updater.compile(x, y)                           # optional: torch.compile
+    updater.capture(x, y, totals)                   # optional: the whole update as one CUDA graph
     model.set_step(step)
     update = updater.update(step, x, y, totals)     # nothing in here waits for the device
 
 An update is a forward and a backward pass over each micro-batch, gradient clipping, AdamW, and balancing of experts.
-The learning rate, the guard against non-finite numbers and compilation are here too.
+The learning rate and the guard against non-finite numbers are here too.
 """
 
 import contextlib
+import functools
 import math
 import time
 from typing import NamedTuple
@@ -19,6 +22,7 @@ import torch
 import balance
 from run.processes import ONE_PROCESS
 from support import files, machines
+from support.capture import Captured, aside, side_stream
 
 
 class Update(NamedTuple):
@@ -28,11 +32,11 @@ class Update(NamedTuple):
     gradient_norm: torch.Tensor  # () before clipping, on the device
 
 
-class Compiled(NamedTuple):
-    """The outcome of torch.compile."""
+class Attempt(NamedTuple):
+    """The outcome of compiling or of capturing."""
 
     seconds: float
-    failure: str | None  # why it is not compiled, in one line
+    failure: str | None  # in one line
 
 
 class NotFinite(ArithmeticError):
@@ -42,29 +46,44 @@ class NotFinite(ArithmeticError):
 class Updater:
     """Trains a model (GPT) as its config says, one update at a time.
 
-    run_model is the callable that computes: the model, or its compiled form.
+    run_model is the callable that computes: the model, or its compiled form; eval_model is the one to evaluate.
     """
 
     def __init__(self, model, config, machine, processes=ONE_PROCESS):
-        self.model, self.run_model, self.config, self.machine, self.processes = model, model, config, machine, processes
+        self.model, self.config, self.machine, self.processes = model, config, machine, processes
+        self.run_model = self.eval_model = model
         self.parallel = None  # run_model as several processes train it; made at the first update
         if processes.splits_batches(config):
             model.batch_mean = processes.batch_mean
         self.optimizer = make_optimizer(model, config)
         self.guard = FiniteGuard(self.optimizer, machine.device)
+        self.stream = side_stream(machine.device)
+        self.captured, self.captured_totals = None, None  # the update as a CUDA graph, and the totals to which it adds
 
     def update(self, step, x, y, totals) -> Update:
         """Make update number `step`, counted from 0, after model.set_step(step).
 
         x, y: all sequences of the update (batch_size · gradient_accumulation_steps, T), of which this process trains on
-        its own part. totals: a RunningTotals, to which the losses and routing statistics of this part are added.
+        its own part. totals: a RunningTotals, to which the losses and routing statistics of this part are added; after
+        `capture` it is the one given there.
         """
-        config, model, processes = self.config, self.model, self.processes
-        rate = learning_rate(step, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if not model.training:
+        rate = learning_rate(step, self.config)
+        if not self.model.training:
             self.run_model.train()
+        if self.captured:
+            assert totals is self.captured_totals, "a captured update adds to the totals that it was captured with"
+            gradient_norm = self.captured(step, rate, x, y)
+        else:
+            gradient_norm = self.make_update(step, rate, x, y, totals)
+        for group in self.optimizer.param_groups:  # as a checkpoint keeps it
+            group |= {"lr": rate, "capturable": False}
+        totals.steps += 1
+        return Update(rate, gradient_norm)
+
+    def make_update(self, step, rate, x, y, totals):
+        """The part of an update that can be captured. step, rate: numbers, or 0-d tensors on the device. -> the
+        gradient norm before clipping, ()"""
+        config, model, processes = self.config, self.model, self.processes
         batches = list(zip(processes.own_batches(x, config), processes.own_batches(y, config)))
         if self.parallel is None and processes.world_size > 1:
             self.parallel = self.make_parallel(*batches[0])
@@ -82,13 +101,15 @@ class Updater:
         loads = [layer.load for layer in stats] if config.router_bias_rate else []
         # The sum over processes is finite only where each process's objective is.
         objective, *loads = processes.all_reduce_sum([objective, *loads])
-        gradient_norm = clip_gradients(model.parameters(), config.grad_clip or math.inf)
+        gradient_norm = clip_gradients(model.parameters(), config.grad_clip or math.inf, self.captured is None)
         self.guard.check(step, objective, gradient_norm)
+        is_capturing = self.machine.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        for group in self.optimizer.param_groups:
+            group |= {"lr": rate, "capturable": is_capturing}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         model.update_biases(loads)
-        totals.steps += 1
-        return Update(rate, gradient_norm)
+        return gradient_norm
 
     def make_parallel(self, x, y):
         """run_model with gradients averaged over the processes.
@@ -104,7 +125,7 @@ class Updater:
                 objective.backward()
         return parallel
 
-    def compile(self, x, y) -> Compiled:
+    def compile(self, x, y) -> Attempt:
         """Run the compiled model from now on, where it compiles. x, y: all sequences of an update.
 
         Training and evaluation are each run once, without side effects.
@@ -112,7 +133,7 @@ class Updater:
         machine, size, failure, started = self.machine, self.config.batch_size, None, time.perf_counter()
         own = (self.processes.own_batches(rows, self.config)[0] for rows in (x, y))
         compiled = machines.compiled(self.model)
-        with without_side_effects(self.model):
+        with without_side_effects(self.model), aside(self.stream):
             try:
                 with machine.autocast():
                     objective = compiled.train()(*own).objective
@@ -124,8 +145,50 @@ class Updater:
             except Exception as error:  # whatever a compiler raises, training can go on without it
                 compiled, failure = self.model, f"{type(error).__name__}: {files.first_line(error)}"
         machine.synchronize()
-        self.run_model, self.machine = compiled, machine._replace(compile=failure is None)
-        return Compiled(time.perf_counter() - started, failure)
+        self.run_model, self.eval_model = compiled, compiled
+        self.machine = machine._replace(compile=failure is None)
+        return Attempt(time.perf_counter() - started, failure)
+
+    def capture(self, x, y, totals) -> Attempt:
+        """Make each update, and the forward pass of evaluations, one CUDA graph from now on, where that is possible.
+
+        x, y: all sequences of an update; totals: the RunningTotals of all updates to come. Comes after a checkpoint is
+        restored, since the graphs keep the addresses of weights, moments and totals. On a CPU they run step by step
+        under the same rules. The trial updates leave nothing behind: the guard refuses them.
+        """
+        size, failure, started = self.config.batch_size, None, time.perf_counter()
+        held = [value.clone() for value in totals.tensors()]
+        self.run_model.train()
+        with without_side_effects(self.model), self.guard.closed():
+            try:
+                inputs = (0, self.config.learning_rate, x, y)
+                function = functools.partial(self.make_update, totals=totals)
+                captured = Captured(function, inputs, self.machine.device, self.stream)
+                eval_model = CapturedEvaluation(self.run_model, self.machine, x[:size], y[:size], self.stream)
+                self.captured, self.captured_totals, self.eval_model = captured, totals, eval_model
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a driver raises, training can go on without it
+                failure = f"{type(error).__name__}: {files.first_line(error)}"
+        for group in self.optimizer.param_groups:
+            group |= {"lr": self.config.learning_rate, "capturable": False}
+        totals.set(held)
+        self.machine.synchronize()
+        self.machine = self.machine._replace(capture=failure is None)
+        return Attempt(time.perf_counter() - started, failure)
+
+
+class CapturedEvaluation(Captured):
+    """run_model's forward pass in eval mode as one CUDA graph. Its Output is overwritten by the next call."""
+
+    def __init__(self, run_model, machine, x, y, stream):
+        def forward(x, y):
+            with machine.autocast(), torch.no_grad():
+                return run_model(x, y)
+
+        self.eval = run_model.eval
+        self.eval()
+        super().__init__(forward, (x, y), machine.device, stream)
 
 
 def learning_rate(step, config):
@@ -143,14 +206,14 @@ def learning_rate(step, config):
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
 
 
-def clip_gradients(parameters, max_norm):
+def clip_gradients(parameters, max_norm, may_read=True):
     """Clip the global gradient norm. -> the norm before, ()
 
     As torch.nn.utils.clip_grad_norm_, but on a CPU, where reading the norm is free, short gradients are left alone.
     """
     parameters = list(parameters)
     gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if not gradient_norm.is_cpu or not gradient_norm <= max_norm:
+    if not (may_read and gradient_norm.is_cpu and gradient_norm <= max_norm):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, gradient_norm)
     return gradient_norm
 
@@ -178,9 +241,20 @@ class FiniteGuard:
         self.bad_step = torch.full((), -1.0, device=device)
 
     def check(self, step, loss, gradient_norm):
+        """step: a number, or a 0-d tensor."""
         bad = ~(torch.isfinite(loss) & torch.isfinite(gradient_norm))
-        self.bad_step = torch.where((self.bad_step < 0) & bad, float(step), self.bad_step)
+        step = step.float() if isinstance(step, torch.Tensor) else float(step)
+        self.bad_step.copy_(torch.where((self.bad_step < 0) & bad, step, self.bad_step))
         self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()
+
+    @contextlib.contextmanager
+    def closed(self):
+        """Every update inside is skipped, and changes neither weights nor moments. None has been skipped before."""
+        self.bad_step.fill_(0.0)
+        try:
+            yield
+        finally:
+            self.bad_step.fill_(-1.0)
 
     def raise_if_skipped(self):
         """NotFinite where an update was skipped. Waits for the device."""

@@ -33,6 +33,7 @@ from speed import bench_records, decoding
 
 TEMPERATURE, TOP_K = 0.8, 200  # of sampling, as in sample.py and the papers
 STEPS_IN_A_ROW = 8  # of decoding, timed in one go
+UPDATES_IN_A_ROW = 8  # on CUDA
 
 
 class Unit(NamedTuple):
@@ -64,12 +65,24 @@ class Candidate:
     def is_compiled(self):
         return self.compile_seconds["train"] is not None
 
-    def compile(self):
-        """Compiles the model for training; returns why that failed, or None."""
-        compiled = self.updater.compile(*self.batch(0))
-        if not compiled.failure:
-            self.compile_seconds["train"] = compiled.seconds
-        return compiled.failure
+    @property
+    def is_captured(self):
+        return not self.is_reference and self.updater.captured is not None
+
+    def make_ready(self):
+        """Compiles and captures training, where the machine says so. Yields why one of them failed."""
+        if self.is_reference:
+            return
+        if self.machine.compile:
+            attempt = self.updater.compile(*self.batch(0))
+            if attempt.failure:
+                yield f"torch.compile failed, so it is not compiled: {attempt.failure}"
+            else:
+                self.compile_seconds["train"] = attempt.seconds
+        if self.machine.capture:
+            attempt = self.updater.capture(*self.batch(0), self.totals)
+            if attempt.failure:
+                yield f"an update cannot be captured: {attempt.failure}"
 
     def batch(self, step):
         config = self.config
@@ -92,6 +105,11 @@ class Candidate:
             self.updater.update(self.steps_made, x, y, self.totals)
         self.steps_made += 1
 
+    def training(self):
+        """A Unit of updates: on CUDA several in a row, as in training, where one batch is read while another trains."""
+        repeats = UPDATES_IN_A_ROW if self.machine.device.type == "cuda" else 1
+        return Unit(lambda: [self.train() for _ in range(repeats)], repeats=repeats)
+
     def decoder(self, batch_size):
         """The fastest decoder of batch_size texts at once; for a reference, one without a cache."""
         self.model.eval()
@@ -111,6 +129,7 @@ class Candidate:
     def backends(self):
         """In words: what the updates ran on, and which decoder ran at which batch sizes."""
         train = "eager, plain AdamW" if self.is_reference else "compiled" if self.is_compiled else "eager"
+        train += ", captured" if self.is_captured else ""
         for layer in self.model.moe_layers()[:1]:
             train = f"{layer.backend_name(self.machine.device, self.machine.dtype, self.is_compiled)}, {train}"
         sizes = {}

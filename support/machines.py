@@ -25,6 +25,7 @@ class Machine(NamedTuple):
     dtype: torch.dtype  # of matrix products; parameters are always float32
     compile: bool
     reason: str  # one line that says what was chosen and why
+    capture: bool = False  # updates and evaluations as CUDA graphs: see capture.py
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -37,8 +38,8 @@ class Machine(NamedTuple):
             getattr(torch, self.device.type).synchronize()
 
 
-def choose(device="auto", dtype="auto", compile="auto", number=None) -> Machine:
-    """Resolve the keys device, dtype and compile. ConfigError where the device is not there.
+def choose(device="auto", dtype="auto", compile="auto", number=None, capture=False) -> Machine:
+    """Resolve the keys device, dtype, compile and capture. ConfigError where the device is not there.
 
     number: this process's number among several on this machine, each of which takes a GPU of its own.
     """
@@ -50,11 +51,13 @@ def choose(device="auto", dtype="auto", compile="auto", number=None) -> Machine:
     dtype, why_dtype = _dtype(dtype, device)
     compiled = device.type == "cuda" if compile == "auto" else compile
     why_compiled = "asked for" if compile != "auto" else "pays on CUDA" if compiled else "auto compiles on CUDA only"
+    captured = compiled and device.type == "cuda" and number is None if capture == "auto" else capture
     reason = (
         f"device {device} ({why_device}), dtype {str(dtype).removeprefix('torch.')} ({why_dtype}), "
         f"{'compiled' if compiled else 'not compiled'} ({why_compiled})"
+        f"{', captured' if captured else ''}"
     )
-    return Machine(device, dtype, compiled, reason)
+    return Machine(device, dtype, compiled, reason, captured)
 
 
 def _device(asked):
@@ -100,6 +103,7 @@ def describe(machine: Machine) -> dict:
         "python": platform.python_version(),
         "dtype": str(machine.dtype).removeprefix("torch."),
         "compile": machine.compile,
+        **({"capture": True} if machine.capture else {}),
     }
 
 

@@ -193,8 +193,9 @@ def test_many_models_can_be_compiled_in_one_process(dataset, monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="eager", **options))
     for _ in range(4):
-        one = candidate(dataset, "dense", n_layer=1, dropout=0.1)
-        assert one.compile() is None and one.is_compiled and one.backends()["train"] == "compiled"
+        config, compiling = tiny(n_layer=1, dropout=0.1), CPU._replace(compile=True)
+        one = timing.Candidate("dense", "dense", config, dataset, compiling)
+        assert not list(one.make_ready()) and one.is_compiled and one.backends()["train"] == "compiled"
         assert timing.is_right(timing.check_training(one))
         with torch._dynamo.config.patch(error_on_recompile=True):
             one.train()
@@ -295,11 +296,11 @@ def test_the_best_rate_is_that_of_the_fastest_try(clock):
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", FAST)
 def test_fast_ways_on_cuda_are_right_and_their_memory_is_counted(words, name, is_compiled):
-    gpu = machines.choose("cuda", compile=is_compiled)
+    gpu = machines.choose("cuda", compile=is_compiled, capture="auto")
     config = Config(**{**KINDS[name], "n_layer": 2, "n_embd": 64, "n_head": 2, "block_size": 64, "batch_size": 4})
     one = timing.Candidate(name, name, dataclasses.replace(config, dropout=0.1), Dataset.open(words, "cuda"), gpu)
     if is_compiled:
-        assert one.compile() is None
+        assert not list(one.make_ready()) and one.is_captured
     assert timing.is_right(timing.check_training(one))
     one.train()
     assert timing.peak_bytes(gpu, timing.Unit(one.train), one.bytes_held(True)) > one.bytes_held(True)
