@@ -87,7 +87,7 @@ TABLES = (
         text="The heads are the first megabytes of enwik8 and text8: real text, but not those data sets.",
         rows=tuple(_rows_of_summary()),
         views=(
-            View("Loss", ("clean", "clean_bpc", "paper", "paper_with_aux", "test_bpc")),
+            View("Loss", (*LOSSES, "test_bpc")),
             View("Cost", ("train_seconds", "inference_speed", "epochs")),
         ),
         figures=(),

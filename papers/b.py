@@ -56,7 +56,7 @@ TABLES = (
         text="Four linear experts share the dense MLP's first layer. Published: one machine, number of runs not given.",
         rows=ROWS,
         views=(
-            View("Loss and cost", ("paper", "clean", "train_seconds", "inference_speed")),
+            View("Loss and cost", ("paper", "clean", "cross_fitted", "train_seconds", "inference_speed")),
             View("Training loss and generalisation", ("final_train", "train_mode", "final_val", "gap")),
             View("Relative to the baseline", ("paper", "clean", "train_seconds", "inference_speed"), relative=True),
             View("Routing", ("load_cv2", "drop_rate", "entropy", "total_parameters", "active_parameters")),

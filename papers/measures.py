@@ -51,9 +51,15 @@ def _aux_per_layer(record):
     return (paper["best_val_with_aux"] - paper["best_val"]) / layers if layers else None
 
 
+def _cross_fitted(record):
+    """The cross-fitted best; None in records from before it was kept."""
+    return (record.get("cross_fitted") or {}).get("nats")
+
+
 _SHARE = "of H(expert)"
 MEASURES = {
     "clean": Measure("best full validation", "nats", 4, _field("clean", "best", "nats")),
+    "cross_fitted": Measure("best full validation, cross-fitted", "nats", 4, _cross_fitted),
     "clean_bpc": Measure("best full validation", "bits per character", 4, _field("clean", "best", "bpc")),
     "paper": Measure("best sampled validation", "nats", 4, _field("paper", "best_val")),
     "paper_with_aux": Measure(
@@ -142,5 +148,5 @@ MEASURES = {
 }
 
 # Measures that several tables show together.
-LOSSES = ("clean", "clean_bpc", "paper", "paper_with_aux")
+LOSSES = ("clean", "cross_fitted", "clean_bpc", "paper", "paper_with_aux")
 COSTS = ("total_parameters", "active_parameters", "train_seconds", "tokens_per_second", "inference_speed")
