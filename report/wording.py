@@ -6,7 +6,7 @@ import papers
 from papers.measures import MEASURES
 from papers.table import SEEDS_FOR_A_VERDICT, Claim
 from report.cells import DAGGER, marked_label
-from report.verdicts import NO_FRESH_SEEDS, NO_SPREAD, NOT_HELD, NOT_RUN, STATUSES, UNDECIDED, Finding, Verdict
+from report.verdicts import HELD, NO_FRESH_SEEDS, NO_SPREAD, NOT_HELD, NOT_RUN, STATUSES, UNDECIDED, Finding, Verdict
 from support.intervals import CONFIDENCE, MOST_SEEDS, Effect
 
 HOW_TO_READ = (
@@ -170,8 +170,8 @@ def power_text(verdict: Verdict) -> str:
 
 
 def power_lines(verdict: Verdict) -> list[str]:
-    """The power with the SD that it rests on; nothing where it is not known."""
-    if not verdict.power:
+    """The power with the SD that it rests on; nothing where it is not known, or where the claim is decided."""
+    if not verdict.power or verdict.status in (HELD, NOT_HELD):
         return []
     of = "logarithms" if verdict.claim.effect == "ratio" else "effects"
     basis = "" if verdict.power.is_measured else ", assumed from the seeds of one row"
