@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from data.names import of_this_text, one_spelling
 from support.config_files import ConfigFile
 from support.configurator import Reading
 from support.files import ROOT, is_utf8, read_json, shown
@@ -44,7 +45,6 @@ LARGEST_FACTOR = 10**6  # of losses, logits, capacity: far beyond any use, and r
 TEMPERATURE = dict(at_least=1e-3, at_most=LARGEST_FACTOR)
 FACTOR = dict(at_least=0, at_most=LARGEST_FACTOR)
 STARTS = ("scratch", "resume", "auto")
-PUBLISHED = {"shakespeare_char": "Shakespeare", "enwik8": "enwik8", "text8": "text8"}  # data sets, and in titles
 Schedule = Literal["constant", "linear", "cosine"]
 Problem = tuple[tuple[str, ...], str]  # the keys that do not go together, and why
 
@@ -471,31 +471,3 @@ class Config:
         scopes, theirs = tuple(scopes), other.to_dict()
         options = options_of(type(self))
         return [(k, v, theirs[k]) for k, v in self.to_dict().items() if options[k].scope in scopes and v != theirs[k]]
-
-
-def of_this_text(title: str, dataset: str, texts: list[str]) -> str:
-    """The title of config files with this data set's name in the place of other texts': of the published ones, and of
-    `texts`, the data sets that the files name."""
-    name = os.path.basename(dataset.rstrip("/"))
-    others = {os.path.basename(text.rstrip("/")) for text in (*PUBLISHED, *texts)} - {name, ""}
-    names = sorted({*others, *(PUBLISHED[text] for text in others if text in PUBLISHED)}, key=len, reverse=True)
-    found = "|".join(map(re.escape, names))
-    return re.sub(rf"(?<![^\W_])({found})(?![^\W_])", lambda _: name, title)
-
-
-def one_spelling(dataset: str) -> str:
-    """The name of a folder in data/, else its absolute path, however it was spelled; a folder must be there.
-
-    Hashes are of the spelling, so that names, which committed records have, stay as they are.
-    """
-    if "/" not in dataset and os.sep not in dataset:
-        return dataset
-    path = os.path.expanduser(dataset)
-    if not os.path.isdir(path):
-        return dataset
-    home = os.path.join(ROOT, "data")
-    for folder in (os.path.abspath(path), os.path.realpath(path)):
-        is_known = any(os.path.exists(os.path.join(folder, name)) for name in ("prepare.py", "train.bin"))
-        if is_known and os.path.dirname(folder) in (home, os.path.realpath(home)):
-            return os.path.basename(folder)
-    return os.path.realpath(path)
