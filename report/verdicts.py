@@ -91,10 +91,11 @@ class Verdict(NamedTuple):
 
 def decide(claim: Claim, comparison: Comparison) -> Verdict:
     """The verdict on a claim from the records of its table at one scale on one kind of machine."""
-    fresh, seen = range(claim.fresh_from, 2**63), range(claim.fresh_from)
+    first_fresh = claim.fresh_from.get(comparison.scale, 0)
+    fresh, seen = range(first_fresh, 2**63), range(first_fresh)
     findings = {m: [finding_of(claim, comparison, m, *pair, fresh) for pair in claim.pairs] for m in claim.measures}
     first = claim.measures[0]
-    earlier = [finding_of(claim, comparison, first, *pair, seen) for pair in claim.pairs] if claim.fresh_from else []
+    earlier = [finding_of(claim, comparison, first, *pair, seen) for pair in claim.pairs] if first_fresh else []
     statuses = {measure: joint_status([finding.status for finding in of]) for measure, of in findings.items()}
     other = ""
     if claim.other_reading:

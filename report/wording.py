@@ -63,8 +63,8 @@ def rule_text(claim: Claim) -> str:
         text += f" times, did not hold where it lies below{reason}."
     if claim.other_reading:
         text += f" Read otherwise, it {bounds_text(claim, claim.other_reading.holds)} ({claim.other_reading.why})."
-    if claim.fresh_from:
-        text += f" Decided on seeds from {claim.fresh_from} on."
+    for scale, seed in claim.fresh_from.items():
+        text += f" Decided on seeds from {seed} on (scale {scale})."
     return text
 
 
