@@ -103,7 +103,7 @@ def finding_text(verdict: Verdict, finding: Finding, measure: str) -> str:
         return text
     problem = problem_of(verdict.comparison, claim.cost, finding.row, finding.against, "ratio")
     cost = effect_text(finding.cost, claim.cost, "ratio", problem)
-    return f"{text}; {MEASURES[claim.cost].heading} × {cost}"
+    return f"steps × {text}; {MEASURES[claim.cost].heading} × {cost}"
 
 
 def deciding_effect_text(finding: Finding, claim: Claim, measure: str) -> str:
@@ -166,11 +166,13 @@ def deciding_text(verdict: Verdict) -> str:
 
 
 def most_contrary(claim: Claim, findings: list[Finding]) -> Finding:
+    """One without an interval, since it keeps a claim undecided; else that of the effect nearest to a contradiction."""
     lowest, highest = claim.holds
 
     def contradiction(finding):
         mean = finding.effect.mean if finding.effect else 0
-        return max(lowest - mean, mean - highest)
+        has_interval = finding.effect is not None and finding.effect.low is not None
+        return not has_interval, max(lowest - mean, mean - highest)
 
     return max(findings, key=contradiction)
 

@@ -76,7 +76,7 @@ def test_at_equal_time_the_break_even_must_lie_above_the_ratio_of_times(ratio, s
     verdict = verdicts.decide(CLAIM, comparison(with_moe([1.25, 1.3, 1.35, 1.28, 1.33]), times(ratio)))
     assert verdict.status == status
     told = wording.deciding_text(verdict)
-    assert told.startswith("1.302 [") and f"; training × {ratio * 1.01**0.4:.3f} [" in told
+    assert told.startswith("steps × 1.302 [") and f"; training × {ratio * 1.01**0.4:.3f} [" in told
 
 
 @pytest.mark.parametrize("seconds, word", [(None, "not timed alone"), (times(1.05, seeds=1), "one seed")])
