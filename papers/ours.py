@@ -217,7 +217,7 @@ CLAIMS = (
         holds=BELOW_0,
         why="noticed at CPU size with seeds 1337 to 1339 before it was written down. Roller et al. 2021 said it first "
         "of fixed hashing at a larger scale",
-        fresh_from={"cpu": 1340},
+        fresh_from=1340,
     ),
     Claim(
         id="E8",
@@ -231,14 +231,14 @@ CLAIMS = (
         ),
         holds=BELOW_0,
         why="seeds 1337 to 1339 were run before all three pairs were written down",
-        fresh_from={"cpu": 1340},
+        fresh_from=1340,
     ),
     Claim(
         id="E9",
         sentence="At equal time, 4 experts filled by a fixed table of characters beat the dense model.",
         pairs=(("shakespeare_hash4", "shakespeare_dense"),),
         why="noticed at CPU size with seeds 1337 to 1339",
-        fresh_from={"cpu": 1340},
+        fresh_from=1340,
         **EQUAL_TIME,
     ),
 )

@@ -138,7 +138,7 @@ PRIORITIES = (
     Priority(("shakespeare_dense_wide",), THREE, "E2: whether experts beat a dense model of equal total parameters"),
     Priority(("shakespeare_moe4_inner_dropout",), THREE, "A6: whether dropout inside experts mends their overfitting"),
     Priority(("shakespeare_moe2",), FIVE, "A1: whether 2 experts lose to the dense model as 4 do"),
-    Priority(("shakespeare_moe4_aux01",), THREE, "A5 and E5: whether a balancing loss of weight 0.1 harms"),
+    Priority(("shakespeare_moe4_aux01",), THREE, "A5: whether a balancing loss of weight 0.1 harms"),
     Priority(("shakespeare_moe4_frozen",), THREE, "C1: whether a frozen random router is as good as a learned one"),
     Priority(
         tuple(f"shakespeare_dense_probe_{name}" for name in PROBES), ONE, "which protocol gives B's printed baseline"

@@ -158,9 +158,7 @@ class Claim:
     other_reading: Reading | None = None
     cost: str = ""  # a measure: the ratio must lie above the ratio of this cost, not within `holds`
     expected: float | None = None  # the effect that the source reports; the power of the planned seeds is told for it
-    # Scale -> the first fresh seed. A claim noticed there in earlier seeds is decided on later ones, and the earlier
-    # are shown apart. At another scale all seeds are fresh.
-    fresh_from: Mapping[str, int] = field(default_factory=dict)
+    fresh_from: int = 0  # a claim noticed in earlier seeds is decided on seeds from here on; those are shown apart
     scales: tuple[str, ...] = ("paper", "cpu")
 
     @property

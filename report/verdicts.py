@@ -62,7 +62,7 @@ class Verdict(NamedTuple):
     findings: dict[str, list[Finding]]  # measure -> one finding per pair; the first measure decides
     statuses: dict[str, str]  # measure -> the status that it would give
     other_status: str  # by the claim's other reading; "" where it has none
-    seen: list[Finding]  # on the first measure, in the seeds in which the claim was noticed; they decide nothing
+    seen: list[Finding]  # on the first measure, in the seeds before the fresh ones; they decide nothing
 
     @property
     def seeds(self) -> int:
@@ -91,11 +91,10 @@ class Verdict(NamedTuple):
 
 def decide(claim: Claim, comparison: Comparison) -> Verdict:
     """The verdict on a claim from the records of its table at one scale on one kind of machine."""
-    first_fresh = claim.fresh_from.get(comparison.scale, 0)
-    fresh, seen = range(first_fresh, 2**63), range(first_fresh)
+    fresh, seen = range(claim.fresh_from, 2**63), range(claim.fresh_from)
     findings = {m: [finding_of(claim, comparison, m, *pair, fresh) for pair in claim.pairs] for m in claim.measures}
     first = claim.measures[0]
-    earlier = [finding_of(claim, comparison, first, *pair, seen) for pair in claim.pairs] if first_fresh else []
+    earlier = [finding_of(claim, comparison, first, *pair, seen) for pair in claim.pairs] if claim.fresh_from else []
     statuses = {measure: joint_status([finding.status for finding in of]) for measure, of in findings.items()}
     other = ""
     if claim.other_reading:

@@ -63,8 +63,8 @@ def rule_text(claim: Claim) -> str:
         text += f" times, did not hold where it lies below{reason}."
     if claim.other_reading:
         text += f" Read otherwise, it {bounds_text(claim, claim.other_reading.holds)} ({claim.other_reading.why})."
-    for scale, seed in claim.fresh_from.items():
-        text += f" Decided on seeds from {seed} on (scale {scale})."
+    if claim.fresh_from:
+        text += f" Decided on seeds from {claim.fresh_from} on."
     return text
 
 
@@ -135,7 +135,7 @@ def detail_lines(verdict: Verdict) -> list[str]:
     first = verdict.claim.measures[0]
     lines = [f"{MEASURES[first].heading}:", *effect_lines(verdict, first, verdict.findings[first])]
     if verdict.seen:
-        lines += ["In the seeds in which it was noticed:", *effect_lines(verdict, first, verdict.seen)]
+        lines += ["Earlier seeds, which do not decide:", *effect_lines(verdict, first, verdict.seen)]
     for measure, status in verdict.dissent.items():
         lines.append(f"but {status} by {MEASURES[measure].heading}:")
         lines += effect_lines(verdict, measure, verdict.findings[measure])
@@ -156,7 +156,7 @@ def deciding_text(verdict: Verdict) -> str:
             parts.append(f"{'above' if finding.effect.low > claim.no_effect else 'below'} {claim.no_effect:g}")
     if verdict.seen and finding.problem == NO_FRESH_SEEDS:
         seen = most_contrary(claim, verdict.seen)
-        parts.append(f"when it was noticed {with_label(verdict, seen, finding_text(verdict, seen, first))}")
+        parts.append(f"in earlier ones {with_label(verdict, seen, finding_text(verdict, seen, first))}")
     if verdict.other_status not in ("", NOT_RUN, verdict.status):
         parts.append(f"{verdict.other_status} if read {claim.other_reading.why}")
     parts += [f"but {status} by {MEASURES[measure].heading}" for measure, status in verdict.dissent.items()]
