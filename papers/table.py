@@ -108,9 +108,9 @@ class Table:
     def rows_at(self, scale: str) -> list[Row]:
         return [row for row in self.rows if scale in row.scales]
 
-    def command(self, scale: str) -> str:
+    def command(self, scale: str, seeds: int = SEEDS_FOR_A_VERDICT) -> str:
         """The shell command that fills its cells."""
-        command = f"python sweep.py {self.name} --scale={scale} --seeds={SEEDS_FOR_A_VERDICT}"
+        command = f"python sweep.py {self.name} --scale={scale} --seeds={seeds}"
         if self.of == "analyses":  # an analysis needs the weights, so the runs are made anew with snapshots
             command += " --save_every=100 --results=out/records; python analyze.py out/*-s*/ --results=results"
         return command
@@ -165,6 +165,11 @@ class Claim:
     def effect(self) -> str:
         """difference, ratio, or value (of the row alone)."""
         return "value" if not self.pairs[0][1] else "ratio" if self.is_ratio else "difference"
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds, from the first on, give a verdict that is not provisional."""
+        return SEEDS_FOR_A_VERDICT + max(0, self.fresh_from - FIRST_SEED)
 
     @property
     def no_effect(self) -> float:

@@ -149,7 +149,7 @@ def deciding_text(verdict: Verdict) -> str:
     finding = most_contrary(claim, [finding for finding in verdict.findings[first] if finding.status == verdict.status])
     text = with_label(verdict, finding, finding_text(verdict, finding, first))
     if verdict.status == NOT_RUN:
-        text = f"`{comparison.table.command(comparison.scale)}`"
+        text = f"`{comparison.table.command(comparison.scale, claim.seeds)}`"
     parts = [text]
     if verdict.status == UNDECIDED and claim.is_equivalence and finding.effect and finding.effect.low is not None:
         if not finding.effect.low <= claim.no_effect <= finding.effect.high:

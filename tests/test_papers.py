@@ -188,6 +188,12 @@ def test_claims_noticed_in_their_own_records_need_fresh_seeds():
     )
 
 
+def test_the_command_of_a_claim_runs_five_fresh_seeds():
+    claims = {claim.id: claim for claim in CLAIMS}
+    assert TABLES["router"].command("cpu", claims["E7"].seeds).endswith("--seeds=8")
+    assert TABLES["C"].command("cpu", claims["C1"].seeds).endswith("--seeds=5")
+
+
 def test_rows_that_ran_on_another_machine_are_known():
     found = gather(TABLE, [record(device="a GPU"), record("shakespeare_moe4_frozen", seed=1)], "cpu")
     assert {comparison.machine.split(",")[0]: comparison.elsewhere for comparison in found} == {
