@@ -122,7 +122,7 @@ _E7 = "E7: whether a fixed table of characters beats a learned router"
 
 PRIORITIES = (
     Priority(("shakespeare_moe4",), FIVE, _A4),
-    Priority(("shakespeare_dense",), (1341,), "the dense baseline's fifth seed, with which every comparison is paired"),
+    Priority(("shakespeare_dense",), FIVE, "the dense baseline, with which every comparison is paired by seed"),
     Priority(("shakespeare_hash4",), (1340, 1341), f"{_E7}, on fresh seeds"),
     Priority(("shakespeare_hash4",), THREE, f"{_E7}: the seeds in which it was seen at CPU size"),
     Priority(
@@ -151,8 +151,13 @@ PRIORITIES = (
     Priority(("shakespeare_moe4_random",), ONE, "C2: whether a router drawn anew each step is worse"),
     Priority(("shakespeare_soft4",), ONE, "B1 and B6: where soft routing stands"),
     Priority(
-        ("shakespeare_top2_cap05_batch", "shakespeare_top2_cap10_batch"),
+        ("shakespeare_top2", "shakespeare_top2_cap05_batch", "shakespeare_top2_cap10_batch"),
         ONE,
-        "B10: whether a capacity per batch ever drops a choice",
+        "B2: where top-2 stands; B10: whether a capacity per batch ever drops a choice",
+    ),
+    Priority(
+        ("shakespeare_top2_cap05", "shakespeare_top2_cap10", "shakespeare_moe8"),
+        ONE,
+        "B10: the same per sequence; A1: whether 8 experts lose more than 4",
     ),
 )
