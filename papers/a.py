@@ -95,7 +95,7 @@ TABLES = (
 )
 
 
-CLAIM_LOSSES = ("clean", "paper", "paper_with_aux")
+CLAIM_LOSSES = ("clean", "cross_fitted", "paper", "paper_with_aux")
 TESTED_LOSSES = ("test", *CLAIM_LOSSES)  # where the text has a test split, it decides: nothing was chosen on it
 
 

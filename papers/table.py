@@ -152,7 +152,11 @@ class Claim:
     table: str  # the name of the table with its rows
     pairs: tuple[tuple[str, str], ...]  # (row, the row that it is compared with); the second is "" for a value
     holds: tuple[float, float]
-    measures: tuple[str, ...] = ("clean", "paper")  # the first decides; the others are told where they disagree
+    measures: tuple[str, ...] = (
+        "clean",
+        "cross_fitted",
+        "paper",
+    )  # the first decides; the others are told where they disagree
     is_ratio: bool = False  # the effect is row / other, not row - other
     why: str = ""  # where the bounds come from
     other_reading: Reading | None = None

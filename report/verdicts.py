@@ -9,6 +9,7 @@
 4. A claim noticed in some seeds is decided on fresh ones.
 5. An SD of fewer than SEEDS_FOR_A_VERDICT seeds never narrows an interval: where the SDs of a table's pairs are alike,
    the pooled one is taken if it is larger. The degrees of freedom stay those of the pair.
+6. Equal time: the interval of the break-even in steps (papers/break_even.py) against that of the ratio of times.
 
     for comparison in gather(TABLES[claim.table], records, "cpu"):
         verdict = decide(claim, comparison)      # verdict.status is one of STATUSES
@@ -67,7 +68,7 @@ class Verdict(NamedTuple):
     @property
     def seeds(self) -> int:
         """The smallest number of seeds among the pairs that decide; 0 where one has none."""
-        return min(finding.effect.n if finding.effect else 0 for finding in self.findings[self.claim.measures[0]])
+        return fewest_seeds(self.findings[self.claim.measures[0]])
 
     @property
     def is_provisional(self) -> bool:
@@ -75,8 +76,9 @@ class Verdict(NamedTuple):
 
     @property
     def dissent(self) -> dict[str, str]:
-        """measure -> status, for the measures that contradict the one that decides."""
-        return {m: s for m, s in self.statuses.items() if s not in (self.status, NOT_RUN)}
+        """measure -> status, for the measures that contradict the one that decides, and that as many seeds have."""
+        others = {m: s for m, s in self.statuses.items() if s not in (self.status, NOT_RUN)}
+        return {m: s for m, s in others.items() if fewest_seeds(self.findings[m]) >= self.seeds}
 
     @property
     def power(self) -> Power | None:
@@ -190,6 +192,10 @@ def problem_of(comparison, measure, row, against, kind, seeds=None) -> str:
     if len(values) == 1:
         return ONE_SEED
     return NO_SPREAD if statistics.stdev(values.values()) == 0 else ""
+
+
+def fewest_seeds(findings: list[Finding]) -> int:
+    return min(finding.effect.n if finding.effect else 0 for finding in findings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
