@@ -161,6 +161,21 @@ def test_a_stop_waits_for_the_save_and_the_rest_is_bit_identical(words, tmp_path
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
+@pytest.mark.cuda
+def test_a_run_on_a_gpu_is_saved_in_the_background_and_goes_on_anywhere(words, tmp_path, at_step):
+    """Saves are under way at nearly every step. The last one has the weights with which the run goes on."""
+    options = dict(device="cuda", compile=False, save_minutes=1e-9, **HARD)
+    for i, device in enumerate(["cuda", "cpu"]):
+        out_dir = tmp_path / device
+        at_step(interrupt(), 12 + i)  # each step is interrupted once
+        assert train_tiny(words, out_dir, **options) == 130
+        stopped = checkpoint.load(out_dir / "ckpt.pt")
+        assert all(value.device.type == "cpu" and value.isfinite().all() for value in stopped["model"].values())
+        assert {int(entry["step"]) for entry in stopped["optimizer"]["state"].values()} == {13 + i}
+        assert train_tiny(words, out_dir, init_from="resume", **{**options, "device": device}) == 0
+        assert record_of(out_dir)["clean"]["best"]["step"] == 20
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Failures
 
