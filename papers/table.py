@@ -130,12 +130,19 @@ ABOVE_0, BELOW_0 = (0.0, math.inf), (-math.inf, 0.0)
 ABOVE_1, BELOW_1 = (1.0, math.inf), (0.0, 1.0)
 
 
+class Reading(NamedTuple):
+    """Other bounds of a claim whose source can be read in two ways, and where they come from."""
+
+    holds: tuple[float, float]
+    why: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Claim:
     """A sentence that records can contradict.
 
-    Every pair of rows has an effect. The claim holds where each effect's 95% interval lies within `holds`, did not hold
-    where one lies wholly outside, and stays undecided otherwise.
+    Every pair of rows has an effect, paired by seed. The claim holds where each effect's interval lies within `holds`,
+    did not hold where one lies wholly outside, and stays undecided otherwise: report/verdicts.py.
     """
 
     id: str  # its letter names its source, see papers.SOURCES
@@ -146,12 +153,27 @@ class Claim:
     measures: tuple[str, ...] = ("clean", "paper")  # the first decides; the others are told where they disagree
     is_ratio: bool = False  # the effect is row / other, not row - other
     why: str = ""  # where the bounds come from
+    other_reading: Reading | None = None
+    expected: float | None = None  # the effect that the source reports; the power of the planned seeds is told for it
+    fresh_from: int = 0  # a claim noticed in earlier seeds is decided on seeds from here on; those are shown apart
     scales: tuple[str, ...] = ("paper", "cpu")
 
     @property
     def effect(self) -> str:
         """difference, ratio, or value (of the row alone)."""
         return "value" if not self.pairs[0][1] else "ratio" if self.is_ratio else "difference"
+
+    @property
+    def no_effect(self) -> float:
+        """The effect of a row that is like the other."""
+        return 1.0 if self.effect == "ratio" else 0.0
+
+    @property
+    def is_equivalence(self) -> bool:
+        """Whether it says that two rows are alike: `holds` is then a margin around no effect."""
+        lowest, highest = self.holds
+        about_both = self.effect != "value" and -math.inf < lowest and highest < math.inf
+        return about_both and lowest < self.no_effect < highest
 
 
 def each_against(rows: Iterable[str], other: str) -> tuple[tuple[str, str], ...]:
@@ -171,6 +193,7 @@ class Comparison(NamedTuple):
     machine: str  # as records.machine_of names it; "" where nothing was run
     cells: dict[str, list[dict]]  # row name -> its records, sorted by seed
     apart: dict[str, list[tuple[dict, str]]]  # row name -> (record, why it is listed but never averaged)
+    elsewhere: frozenset[str] = frozenset()  # rows that have runs on another machine
 
     def values(self, row: str, measure: str) -> dict[int, float]:
         """seed -> the measure's value. Records without one, and times that do not count, are left out."""
@@ -180,6 +203,10 @@ class Comparison(NamedTuple):
             if value is not None and (not entry.timed or entry.is_exclusive(record)):
                 values[record["config"]["seed"]] = value
         return values
+
+    def texts(self, *rows: str) -> set[str]:
+        """The SHA-256 of the texts on which the rows were trained."""
+        return {record["dataset"]["sha256"] for row in rows for record in self.cells[row]}
 
 
 def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:
@@ -207,7 +234,9 @@ def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:
                 apart[name].append((record, f"another text ({record['dataset']['name']})"))
             else:
                 cells[name].append(record)
-        comparisons.append(Comparison(table, scale, machine, cells, apart))
+        others = (record for other, of in machines.items() if other != machine for record in of)
+        elsewhere = frozenset(row_of[config_hash(record)] for record in others)
+        comparisons.append(Comparison(table, scale, machine, cells, apart, elsewhere))
     return comparisons
 
 

@@ -114,6 +114,19 @@ def test_autocast_changes_matrix_products_only_where_it_was_chosen():
         assert (square @ square).dtype == torch.bfloat16
 
 
+def test_inference_at_any_length_leaves_out_cudnn_on_cuda_alone():
+    """Its attention plans anew for each length. A CPU's choice of kernels stays torch's, bit for bit."""
+    allowed = torch.nn.attention._cur_sdpa_kernel_backends
+    before, cpu = allowed(), machines.choose("cpu", "bfloat16")
+    with cpu.any_length():
+        assert allowed() == before and torch.is_autocast_enabled("cpu")
+    cuda = cpu._replace(device=torch.device("cuda"), dtype=torch.float32)
+    with cuda.any_length():
+        assert set(allowed()) == set(machines.WITHOUT_CUDNN)
+    assert allowed() == before
+    assert (cpu.attention_of_any_length, cuda.attention_of_any_length) == (None, "flash, efficient or math")
+
+
 def test_describe_is_numbers_and_names_that_records_need():
     described = machines.describe(machines.choose("cpu", "float32", False))
     assert set(described) == {

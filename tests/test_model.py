@@ -255,11 +255,10 @@ def test_padding_counts_in_no_loss_and_changes_no_routing(kind, is_training):
         padded = model(x, y)
         padded.objective.backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-        if "capacity_group" not in {**KINDS, **LEAKY}[kind]:  # where three rows share more room than one
-            torch.testing.assert_close(padded.loss, short.loss)
-            torch.testing.assert_close(padded.aux, short.aux)
-            for one, other in zip(padded.stats, short.stats, strict=True):
-                torch.testing.assert_close(one[:6], other[:6])
+        torch.testing.assert_close(padded.loss, short.loss)
+        torch.testing.assert_close(padded.aux, short.aux)
+        for one, other in zip(padded.stats, short.stats, strict=True):
+            torch.testing.assert_close(one[:6], other[:6])
     for one, other in zip(*found, strict=True):
         assert one.isfinite().all()
         torch.testing.assert_close(one, other)
@@ -562,11 +561,12 @@ def test_compiled_cuda_backends_are_one_graph_with_eager_gradients(backend, mode
 @pytest.mark.cuda
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_config_compiles_on_cuda_without_breaks_or_synchronisations(path):
+    """At the shipped batch: Inductor chooses other kernels for other shapes, and not all of them compile."""
     torch._dynamo.reset()
-    config = dataclasses.replace(configurator.parse(Config, [str(path)]), n_layer=2, batch_size=4)
+    config = dataclasses.replace(configurator.parse(Config, [str(path)]), n_layer=2)
     model = GPT(config, 65).cuda()
     compiled = machines.compiled(model)
-    x, y = torch.randint(65, (2, 4, 256), device="cuda")
+    x, y = torch.randint(65, (2, config.batch_size, config.block_size), device="cuda")
 
     def step(number):
         model.set_step(number)

@@ -170,8 +170,27 @@ def test_published_numbers_give_the_effects_that_the_claims_quote():
     published = {row.name: row.published for row in TABLES["A"].rows}
     gap = published["shakespeare_moe4"]["paper"] - published["shakespeare_dense"]["paper"]
     assert math.isclose(gap, 0.07)
-    bounds = {claim.id: claim.holds[0] for claim in CLAIMS}
-    assert math.isclose(6 * bounds["E4"], gap / 2) and math.isclose(6 * bounds["E5"], 5 * gap)
+    claims = {claim.id: claim for claim in CLAIMS}
+    assert math.isclose(claims["A4"].expected, gap) and claims["A4"].holds == pytest.approx((gap / 2, 1.5 * gap))
+    assert math.isclose(claims["B2"].expected, rows["shakespeare_top2"]["paper"] / base["paper"])
+    soft = rows["shakespeare_soft4"]["paper"]
+    assert math.isclose(claims["B6"].expected, rows["shakespeare_top2"]["paper"] - soft)
+
+
+def test_a_text_with_a_test_split_is_decided_on_it():
+    tested = ("A_enwik8", "A_text8", "A_summary", "D")
+    assert all((claim.measures[0] == "test") == (claim.table in tested) for claim in CLAIMS)
+
+
+def test_claims_noticed_in_their_own_records_need_fresh_seeds():
+    assert {claim.id: claim.fresh_from for claim in CLAIMS if claim.fresh_from} == {"E7": 1340, "E8": 1340}
+
+
+def test_rows_that_ran_on_another_machine_are_known():
+    found = gather(TABLE, [record(device="a GPU"), record("shakespeare_moe4_frozen", seed=1)], "cpu")
+    assert {comparison.machine.split(",")[0]: comparison.elsewhere for comparison in found} == {
+        "a CPU": {"shakespeare_moe4"}, "a GPU": {"shakespeare_moe4_frozen"},
+    }  # fmt: skip
 
 
 def test_scales_have_different_hashes():
