@@ -63,12 +63,12 @@ def test_a_second_copy_uses_the_memory_of_the_first():
 def test_best_weights_stay_while_others_are_saved(is_background):
     saver, weight = Saver(is_background, CPU), torch.zeros(5)
     content = {"model": {"weight": weight}, "best": None, "progress": {"step": 0}}
-    best = None
+    best = known = None
     for step, is_best in enumerate([True, False, False, True, False, True, True, False]):
         weight.fill_(step)
         frozen = saver.frozen({**content, "best": best, "progress": {"step": step}}, is_best)
         best = frozen["best"]
-        known = step if is_best else known  # noqa: F821
+        known = step if is_best else known
         assert frozen["model"]["weight"].eq(step).all() and best["model"]["weight"].eq(known).all()
         assert best["step"] == known
 
