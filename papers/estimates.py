@@ -5,6 +5,7 @@ known; a `Forecast` tells whether a run fits into a budget, and always knows som
 """
 
 import functools
+import itertools
 import statistics
 
 from papers import planned_runs
@@ -48,18 +49,22 @@ class Forecast:
     """Seconds that a run needs while `jobs` of them share the device.
 
     made: {run: seconds} of runs that this sweep has made, which is what counts as soon as there are any. Before that,
-    records: those of runs that were alone are multiplied by the number of jobs. Without either, a fixed guess.
+    records: those of runs that were alone are multiplied by the number of jobs. Without either, a fixed guess. Runs of
+    the same config come before others.
     """
 
     def __init__(self, rates, jobs, made):
-        self.made, self.jobs = made, jobs
-        known = [rate * (jobs if is_alone else 1) for of_one in rates.values() for rate, is_alone in of_one]
-        self.is_guess = not known
-        self.rate = statistics.median(known) if known else jobs * GUESS_SECONDS / training_flops(GUESS_CONFIG)
+        self.made, self.is_guess = made, not rates
+        guess = {"": [GUESS_SECONDS / training_flops(GUESS_CONFIG) * jobs]}
+        known = {hash: [rate * (jobs if alone else 1) for rate, alone in of_one] for hash, of_one in rates.items()}
+        self.rates = known or guess
 
     def seconds(self, run, state) -> float:
-        here = [seconds / training_flops(made.config) for made, seconds in self.made.items()]
-        rate = statistics.median(here) if here else self.rate
+        here = {}
+        for made, seconds in self.made.items():
+            here.setdefault(made.config.hash(), []).append(seconds / training_flops(made.config))
+        rates = here or self.rates
+        rate = statistics.median(rates.get(run.config.hash()) or itertools.chain(*rates.values()))
         return rate * training_flops(run.config) * part_left(run, state) + START_SECONDS
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from analysis import analyses
+from papers.break_even import equivalent_steps
 
 
 def _field(*path):
@@ -43,6 +44,8 @@ class Measure:
     read: Callable[[dict], float | None]  # record -> the number; None where it has none
     timed: bool = False  # counts only where the run had its hardware to itself
     is_exclusive: Callable[[dict], bool] = _field("exclusive")  # of a timed one: whether the run was alone
+    # (comparison, row) -> {seed: number}, of one that rests on other rows too; its `read` finds nothing in a record.
+    of_table: Callable[..., dict[int, float]] | None = None
 
 
 def _aux_per_layer(record):
@@ -85,6 +88,9 @@ MEASURES = {
     ),
     "train_seconds": Measure("training", "s", 1, _field("seconds", "train"), timed=True),
     "tokens_per_second": Measure("training speed", "characters/s", 0, _field("tokens_per_second"), timed=True),
+    "equivalent_steps": Measure(
+        "dense steps to the same loss ÷ own steps", "", 3, lambda record: None, of_table=equivalent_steps
+    ),
     "inference_speed": Measure(
         "inference, the papers' protocol",
         "characters/s",
@@ -97,6 +103,7 @@ MEASURES = {
     "total_parameters": Measure("parameters", "", 0, _field("parameters", "total")),
     "active_parameters": Measure("active per character", "", 0, _field("parameters", "active")),
     "training_flops": Measure("training FLOPs per character", "", 0, _field("training_flops_per_token")),
+    "iterations": Measure("steps", "", 0, _field("iterations")),
     "epochs": Measure("epochs", "", 2, _field("epochs")),
     "load_cv2": Measure("squared CV of the router's choices", "", 3, _mean_over_layers("load_cv2")),
     "drop_rate": Measure("dropped", "of choices", 4, _mean_over_layers("drop_rate")),

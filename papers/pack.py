@@ -103,8 +103,8 @@ def members_of(path: Path) -> dict[str, bytes]:
     try:
         with tarfile.open(path) as tar:
             return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
-    except (OSError, tarfile.TarError) as error:
-        raise ConfigError([f"--pack={path}: is there and no tar ({error}); give another name"]) from None
+    except (OSError, tarfile.TarError):
+        raise ConfigError([f"--pack={path}: is there and no tar that can be read; give another name"]) from None
 
 
 def whole_lines(path: Path) -> bytes:

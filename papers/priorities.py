@@ -122,7 +122,7 @@ _E7 = "E7: whether a fixed table of characters beats a learned router"
 
 PRIORITIES = (
     Priority(("shakespeare_moe4",), FIVE, _A4),
-    Priority(("shakespeare_dense",), (1341,), "the dense baseline's fifth seed, with which every comparison is paired"),
+    Priority(("shakespeare_dense",), FIVE, "the dense baseline, with which every comparison is paired by seed"),
     Priority(("shakespeare_hash4",), (1340, 1341), f"{_E7}, on fresh seeds"),
     Priority(("shakespeare_hash4",), THREE, f"{_E7}: the seeds in which it was seen at CPU size"),
     Priority(
@@ -138,7 +138,7 @@ PRIORITIES = (
     Priority(("shakespeare_dense_wide",), THREE, "E2: whether experts beat a dense model of equal total parameters"),
     Priority(("shakespeare_moe4_inner_dropout",), THREE, "A6: whether dropout inside experts mends their overfitting"),
     Priority(("shakespeare_moe2",), FIVE, "A1: whether 2 experts lose to the dense model as 4 do"),
-    Priority(("shakespeare_moe4_aux01",), THREE, "A5 and E5: whether a balancing loss of weight 0.1 harms"),
+    Priority(("shakespeare_moe4_aux01",), THREE, "A5: whether a balancing loss of weight 0.1 harms"),
     Priority(("shakespeare_moe4_frozen",), THREE, "C1: whether a frozen random router is as good as a learned one"),
     Priority(
         tuple(f"shakespeare_dense_probe_{name}" for name in PROBES), ONE, "which protocol gives B's printed baseline"
@@ -151,8 +151,13 @@ PRIORITIES = (
     Priority(("shakespeare_moe4_random",), ONE, "C2: whether a router drawn anew each step is worse"),
     Priority(("shakespeare_soft4",), ONE, "B1 and B6: where soft routing stands"),
     Priority(
-        ("shakespeare_top2_cap05_batch", "shakespeare_top2_cap10_batch"),
+        ("shakespeare_top2", "shakespeare_top2_cap05_batch", "shakespeare_top2_cap10_batch"),
         ONE,
-        "B10: whether a capacity per batch ever drops a choice",
+        "B2: where top-2 stands; B10: whether a capacity per batch ever drops a choice",
+    ),
+    Priority(
+        ("shakespeare_top2_cap05", "shakespeare_top2_cap10", "shakespeare_moe8"),
+        ONE,
+        "B10: the same per sequence; A1: whether 8 experts lose more than 4",
     ),
 )

@@ -97,6 +97,8 @@ class Table:
     views: tuple[View, ...]
     of: str = "records"  # what its cells hold: records of train.py, or analyses of analyze.py
     figures: tuple[str, ...] | None = None  # in this order; None for the usual ones
+    # Rows that are one model with several schedule lengths, a tuple a model; the first is the reference of break-evens.
+    lengths: tuple[tuple[str, ...], ...] = ()
 
     @property
     def figure_names(self) -> tuple[str, ...]:
@@ -154,8 +156,11 @@ class Claim:
     is_ratio: bool = False  # the effect is row / other, not row - other
     why: str = ""  # where the bounds come from
     other_reading: Reading | None = None
+    cost: str = ""  # a measure: the ratio must lie above the ratio of this cost, not within `holds`
     expected: float | None = None  # the effect that the source reports; the power of the planned seeds is told for it
-    fresh_from: int = 0  # a claim noticed in earlier seeds is decided on seeds from here on; those are shown apart
+    # Scale -> the first fresh seed. A claim noticed there in earlier seeds is decided on later ones, and the earlier
+    # are shown apart. At another scale all seeds are fresh.
+    fresh_from: Mapping[str, int] = field(default_factory=dict)
     scales: tuple[str, ...] = ("paper", "cpu")
 
     @property
@@ -198,6 +203,8 @@ class Comparison(NamedTuple):
     def values(self, row: str, measure: str) -> dict[int, float]:
         """seed -> the measure's value. Records without one, and times that do not count, are left out."""
         entry, values = MEASURES[measure], {}
+        if entry.of_table:
+            return entry.of_table(self, row)
         for record in self.cells[row]:
             value = entry.read(record)
             if value is not None and (not entry.timed or entry.is_exclusive(record)):

@@ -41,6 +41,7 @@ class Finding(NamedTuple):
     status: str
     problem: str  # "" where the effect has an interval from several seeds
     alone: dict[str, list[int]]  # row -> its seeds that the other lacks
+    cost: Effect | None = None  # the ratio of costs with which a break-even is compared
 
 
 class Power(NamedTuple):
@@ -90,10 +91,11 @@ class Verdict(NamedTuple):
 
 def decide(claim: Claim, comparison: Comparison) -> Verdict:
     """The verdict on a claim from the records of its table at one scale on one kind of machine."""
-    fresh, seen = range(claim.fresh_from, 2**63), range(claim.fresh_from)
+    first_fresh = claim.fresh_from.get(comparison.scale, 0)
+    fresh, seen = range(first_fresh, 2**63), range(first_fresh)
     findings = {m: [finding_of(claim, comparison, m, *pair, fresh) for pair in claim.pairs] for m in claim.measures}
     first = claim.measures[0]
-    earlier = [finding_of(claim, comparison, first, *pair, seen) for pair in claim.pairs] if claim.fresh_from else []
+    earlier = [finding_of(claim, comparison, first, *pair, seen) for pair in claim.pairs] if first_fresh else []
     statuses = {measure: joint_status([finding.status for finding in of]) for measure, of in findings.items()}
     other = ""
     if claim.other_reading:
@@ -108,10 +110,15 @@ def finding_of(claim: Claim, comparison: Comparison, measure: str, row: str, aga
     confidences = CONFIDENCE, 1 - (1 - CONFIDENCE) / len(claim.pairs)
     effect, refuting = (effect_of(comparison, measure, *pair, kind, confidence, seeds) for confidence in confidences)
     problem = problem_of(comparison, measure, *pair, kind, seeds)
-    status = NOT_RUN if problem == NOT_RUN else status_of(effect, refuting, claim.holds)
+    cost, bounds = None, (claim.holds, claim.holds)
+    if claim.cost:  # the interval must lie above that of the cost to confirm, and below it to refute
+        cost = effect_of(comparison, claim.cost, *pair, "ratio")
+        has_interval = cost is not None and cost.low is not None
+        bounds = [(bound, math.inf) for bound in ((cost.high, cost.low) if has_interval else (math.inf, 0.0))]
+    status = NOT_RUN if problem == NOT_RUN else status_of(effect, refuting, *bounds)
     ours, theirs = (comparison.values(name, measure).keys() if name else set() for name in pair)
     alone = {row: sorted(ours - theirs), against: sorted(theirs - ours)} if against else {}
-    return Finding(*pair, effect, refuting, status, problem, {name: of for name, of in alone.items() if of})
+    return Finding(*pair, effect, refuting, status, problem, {name: of for name, of in alone.items() if of}, cost)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,14 +197,17 @@ def problem_of(comparison, measure, row, against, kind, seeds=None) -> str:
 # From effects to statuses
 
 
-def status_of(effect: Effect | None, refuting: Effect | None, holds: tuple[float, float]) -> str:
-    """The status of the claim that an effect lies between two bounds."""
-    lowest, highest = holds
+def status_of(effect: Effect | None, refuting: Effect | None, holds, refuted_outside=None) -> str:
+    """The status of the claim that an effect lies between two bounds.
+
+    refuted_outside: the bounds outside which it is refuted, where they are others than those that confirm it.
+    """
+    (lowest, highest), (below, above) = holds, refuted_outside or holds
     if effect is None or effect.low is None:
         return UNDECIDED
     if effect.low > lowest and (effect.high < highest or highest == math.inf):
         return HELD
-    if refuting.high <= lowest or refuting.low >= highest:
+    if refuting.high <= below or refuting.low >= above:
         return NOT_HELD
     return UNDECIDED
 

@@ -6,7 +6,18 @@ import papers
 from papers.measures import MEASURES
 from papers.table import SEEDS_FOR_A_VERDICT, Claim
 from report.cells import DAGGER, marked_label
-from report.verdicts import HELD, NO_FRESH_SEEDS, NO_SPREAD, NOT_HELD, NOT_RUN, STATUSES, UNDECIDED, Finding, Verdict
+from report.verdicts import (
+    HELD,
+    NO_FRESH_SEEDS,
+    NO_SPREAD,
+    NOT_HELD,
+    NOT_RUN,
+    STATUSES,
+    UNDECIDED,
+    Finding,
+    Verdict,
+    problem_of,
+)
 from support.intervals import CONFIDENCE, MOST_SEEDS, Effect
 
 HOW_TO_READ = (
@@ -47,10 +58,13 @@ def rule_text(claim: Claim) -> str:
     test = "An equivalence test. " if claim.is_equivalence else ""
     bounds = f"{bounds_text(claim, claim.holds)}{f' {unit}' if unit else ''}"
     text = f"{test}Holds where {every} of the {claim.effect} {bounds}{reason}."
+    if claim.cost:
+        text = f"Holds where {every} of the ratio lies above that of the ratio of {MEASURES[claim.cost].heading}"
+        text += f" times, did not hold where it lies below{reason}."
     if claim.other_reading:
         text += f" Read otherwise, it {bounds_text(claim, claim.other_reading.holds)} ({claim.other_reading.why})."
-    if claim.fresh_from:
-        text += f" Decided on seeds from {claim.fresh_from} on."
+    for scale, seed in claim.fresh_from.items():
+        text += f" Decided on seeds from {seed} on (scale {scale})."
     return text
 
 
@@ -82,7 +96,17 @@ def effect_text(effect: Effect | None, measure: str, kind: str, problem="", conf
     return f"{text}, n = {effect.n}" + (f" ({problem})" if problem else "")
 
 
-def finding_text(finding: Finding, claim: Claim, measure: str) -> str:
+def finding_text(verdict: Verdict, finding: Finding, measure: str) -> str:
+    """A pair's effect with the interval that decides, and the cost with which it is compared, if any."""
+    claim, text = verdict.claim, deciding_effect_text(finding, verdict.claim, measure)
+    if not claim.cost or not finding.effect:
+        return text
+    problem = problem_of(verdict.comparison, claim.cost, finding.row, finding.against, "ratio")
+    cost = effect_text(finding.cost, claim.cost, "ratio", problem)
+    return f"steps × {text}; {MEASURES[claim.cost].heading} × {cost}"
+
+
+def deciding_effect_text(finding: Finding, claim: Claim, measure: str) -> str:
     """A pair's effect, with the interval that decides: where it refutes the claim, the corrected one."""
     if finding.status == NOT_HELD and len(claim.pairs) > 1:
         confidence = 1 - (1 - CONFIDENCE) / len(claim.pairs)
@@ -97,7 +121,7 @@ def effect_lines(verdict: Verdict, measure: str, findings: list[Finding]) -> lis
         labels = {name: marked_label(comparison, comparison.table.row(name)) for name in finding[:2] if name}
         names = (" ÷ " if claim.effect == "ratio" else " − ").join(labels.values())
         alone = "; ".join(f"{labels[name]} alone has {numbers(seeds)}" for name, seeds in finding.alone.items())
-        lines.append(f"{names}: {finding_text(finding, claim, measure)}{f'; {alone}' if alone else ''}")
+        lines.append(f"{names}: {finding_text(verdict, finding, measure)}{f'; {alone}' if alone else ''}")
     return lines
 
 
@@ -123,7 +147,7 @@ def deciding_text(verdict: Verdict) -> str:
     claim, comparison = verdict.claim, verdict.comparison
     first = claim.measures[0]
     finding = most_contrary(claim, [finding for finding in verdict.findings[first] if finding.status == verdict.status])
-    text = with_label(verdict, finding, finding_text(finding, claim, first))
+    text = with_label(verdict, finding, finding_text(verdict, finding, first))
     if verdict.status == NOT_RUN:
         text = f"`{comparison.table.command(comparison.scale)}`"
     parts = [text]
@@ -132,7 +156,7 @@ def deciding_text(verdict: Verdict) -> str:
             parts.append(f"{'above' if finding.effect.low > claim.no_effect else 'below'} {claim.no_effect:g}")
     if verdict.seen and finding.problem == NO_FRESH_SEEDS:
         seen = most_contrary(claim, verdict.seen)
-        parts.append(f"when it was noticed {with_label(verdict, seen, finding_text(seen, claim, first))}")
+        parts.append(f"when it was noticed {with_label(verdict, seen, finding_text(verdict, seen, first))}")
     if verdict.other_status not in ("", NOT_RUN, verdict.status):
         parts.append(f"{verdict.other_status} if read {claim.other_reading.why}")
     parts += [f"but {status} by {MEASURES[measure].heading}" for measure, status in verdict.dissent.items()]
@@ -142,11 +166,13 @@ def deciding_text(verdict: Verdict) -> str:
 
 
 def most_contrary(claim: Claim, findings: list[Finding]) -> Finding:
+    """One without an interval, since it keeps a claim undecided; else that of the effect nearest to a contradiction."""
     lowest, highest = claim.holds
 
     def contradiction(finding):
         mean = finding.effect.mean if finding.effect else 0
-        return max(lowest - mean, mean - highest)
+        has_interval = finding.effect is not None and finding.effect.low is not None
+        return not has_interval, max(lowest - mean, mean - highest)
 
     return max(findings, key=contradiction)
 

@@ -49,6 +49,8 @@ def record(seed, nats=1.9, experts=0, aux=0.0, seconds=100.0, exclusive=True, **
         "seconds": {"train": seconds},
         "inference": {"tokens_per_second": 30_000.0 / seconds, "exclusive": exclusive},
         "epochs": 1.53,
+        "training_flops_per_token": 5_000_000,
+        "tokens": 1_536_000,
         **changes,
     }
 
@@ -76,6 +78,7 @@ def filled(table, seeds, scale="cpu", only=lambda name: True):
 PICTURES = {  # figure -> a table and its seeds
     "loss_curves": ("A", 3),
     "loss_against_cost": ("A", 3),
+    "loss_by_length": ("equal", 3),
     "relative_cost": ("B", 3),
     "load_over_training": ("C", 2),
     "aux_decomposition": ("A", 3),
@@ -154,7 +157,7 @@ def test_missing_rows_leave_the_rest_readable():
 
 def test_without_the_baseline_nothing_is_compared_with_it():
     found = {name for name, drawing in sparse_drawings("no baseline").items() if drawing}
-    assert found == {"loss_curves", "loss_against_cost", "load_over_training"}
+    assert found == {"loss_curves", "loss_against_cost", "loss_by_length", "load_over_training"}
 
 
 def test_without_records_there_is_no_picture():

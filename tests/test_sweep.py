@@ -780,6 +780,10 @@ def test_the_plan_learns_from_its_own_runs_and_takes_a_shorter_run_where_a_longe
     seconds[made] = 40.0
     assert forecast.seconds(long, missing) == pytest.approx(40 + estimates.START_SECONDS)
     assert forecast.seconds(short, missing) == pytest.approx(4 + estimates.START_SECONDS)
+    other = dataclasses.replace(long, config=dataclasses.replace(long.config, weight_decay=0.3))
+    seconds[other] = 90.0
+    assert forecast.seconds(long, missing) == pytest.approx(40 + estimates.START_SECONDS), "of its own config"
+    del seconds[other]
     halfway = planned_runs.State("cut", step=10)
     assert forecast.seconds(long, halfway) == pytest.approx(20 + estimates.START_SECONDS)
     runner = running.Runner({long: missing, short: missing}, None, [], deadline=time.monotonic() + 30)

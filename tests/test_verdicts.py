@@ -250,7 +250,7 @@ def test_one_of_several_pairs_refutes_only_with_its_corrected_interval():
 
 
 def test_a_claim_noticed_in_some_seeds_is_decided_on_fresh_ones():
-    noticed = claim(BELOW_0, fresh_from=1340)
+    noticed = claim(BELOW_0, fresh_from={"cpu": 1340})
     seen = {1337: 0.9, 1338: 0.91, 1339: 0.9}
     base = dict.fromkeys(range(1337, 1346), 1.0)
     verdict = verdicts.decide(noticed, comparison(base=base, new=seen))
@@ -260,6 +260,8 @@ def test_a_claim_noticed_in_some_seeds_is_decided_on_fresh_ones():
     verdict = verdicts.decide(noticed, comparison(base=base, new=seen | fresh))
     assert verdict.status == NOT_HELD and verdict.seeds == 6
     assert verdicts.decide(claim(BELOW_0), comparison(base=base, new=seen | fresh)).status == UNDECIDED
+    elsewhere = comparison(base=base, new=seen)._replace(scale="paper")  # where it was not noticed
+    assert verdicts.decide(noticed, elsewhere).status == HELD
     lines = wording.detail_lines(verdict)
     assert "In the seeds in which it was noticed:" in lines and "n = 3" in lines[-1]
 
