@@ -14,11 +14,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from run.spelling import of_this_text, one_list, one_spelling
 from support.config_files import ConfigFile
 from support.configurator import Reading
-from support.files import ROOT, is_utf8, read_json, shown
+from support.files import is_utf8, read_json, shown
 from support.options import (
     EXPERIMENT,
     MACHINE,
@@ -44,7 +46,6 @@ LARGEST_FACTOR = 10**6  # of losses, logits, capacity: far beyond any use, and r
 TEMPERATURE = dict(at_least=1e-3, at_most=LARGEST_FACTOR)
 FACTOR = dict(at_least=0, at_most=LARGEST_FACTOR)
 STARTS = ("scratch", "resume", "auto")
-PUBLISHED = {"shakespeare_char": "Shakespeare", "enwik8": "enwik8", "text8": "text8"}  # data sets, and in titles
 Schedule = Literal["constant", "linear", "cosine"]
 Problem = tuple[tuple[str, ...], str]  # the keys that do not go together, and why
 
@@ -351,12 +352,13 @@ class Config:
         return {key: found[key] for key in found if key in options and options[key].scope != MACHINE}, path
 
     def completed(self, files: list[ConfigFile]) -> Config:
-        """Fills an empty title and out_dir from the config files, and spells the data set in one way."""
+        """Fills an empty title and out_dir from the config files, and spells data set and blocks in one way."""
         dataset, names = one_spelling(self.dataset), "-".join(file.path.stem for file in files) or "default"
         texts = [file.values["dataset"] for file in files if "dataset" in file.values]
         title = self.title or of_this_text(", ".join(file.title for file in files), dataset, texts)
-        out_dir = self.out_dir or f"out/{names}-s{self.seed}"
-        return dataclasses.replace(self, title=title, out_dir=out_dir, dataset=dataset)
+        out_dir = str(Path(self.out_dir or f"out/{names}-s{self.seed}"))  # without a "./" or a "/" at its end
+        blocks = one_list(self.n_expert_by_block)
+        return dataclasses.replace(self, title=title, out_dir=out_dir, dataset=dataset, n_expert_by_block=blocks)
 
     def expert_counts(self) -> list[int] | str:
         """The number of experts of each block, 0 for a dense one; or what is wrong with n_expert_by_block."""
@@ -416,6 +418,18 @@ class Config:
     def is_causal(self) -> bool:
         return not self.leaks
 
+    def written_out(self) -> Config:
+        """The same experiment with the number for which each 0 stands: to compare with others, not to be run."""
+        numbers = {"lr_decay_iters": self.lr_decay_iters or self.max_iters}
+        if not self.n_expert or 0 in self.expert_counts():
+            numbers["mlp_hidden"] = self.mlp_hidden or 4 * self.n_embd
+        if self.n_expert:
+            numbers["n_expert_by_block"] = ",".join(map(str, self.expert_counts()))
+            numbers["moe_every"] = 1
+            if self.expert_kind == "mlp":
+                numbers["expert_hidden"] = self.expert_hidden or 4 * self.n_embd
+        return dataclasses.replace(self, **numbers)
+
     def to_dict(self) -> dict[str, Any]:
         """Every key, as JSON types."""
         return dataclasses.asdict(self)
@@ -455,31 +469,3 @@ class Config:
         scopes, theirs = tuple(scopes), other.to_dict()
         options = options_of(type(self))
         return [(k, v, theirs[k]) for k, v in self.to_dict().items() if options[k].scope in scopes and v != theirs[k]]
-
-
-def of_this_text(title: str, dataset: str, texts: list[str]) -> str:
-    """The title of config files with this data set's name in the place of other texts': of the published ones, and of
-    `texts`, the data sets that the files name."""
-    name = os.path.basename(dataset.rstrip("/"))
-    others = {os.path.basename(text.rstrip("/")) for text in (*PUBLISHED, *texts)} - {name, ""}
-    names = sorted({*others, *(PUBLISHED[text] for text in others if text in PUBLISHED)}, key=len, reverse=True)
-    found = "|".join(map(re.escape, names))
-    return re.sub(rf"(?<![^\W_])({found})(?![^\W_])", lambda _: name, title)
-
-
-def one_spelling(dataset: str) -> str:
-    """The name of a folder in data/, else its absolute path, however it was spelled; a folder must be there.
-
-    Hashes are of the spelling, so that names, which committed records have, stay as they are.
-    """
-    if "/" not in dataset and os.sep not in dataset:
-        return dataset
-    path = os.path.expanduser(dataset)
-    if not os.path.isdir(path):
-        return dataset
-    home = os.path.join(ROOT, "data")
-    for folder in (os.path.abspath(path), os.path.realpath(path)):
-        is_known = any(os.path.exists(os.path.join(folder, name)) for name in ("prepare.py", "train.bin"))
-        if is_known and os.path.dirname(folder) in (home, os.path.realpath(home)):
-            return os.path.basename(folder)
-    return os.path.realpath(path)
