@@ -4,14 +4,19 @@
     python bench.py --quick --compare=results/bench/NAME.json    in a minute: what became slower
     python bench.py --size=paper --tasks=decode --models=moe4    the dense model is always measured too
     python bench.py --models=all                  also 8 experts and the variants of paper B
-    python bench.py --profile --models=dense      traces, and the slowest operations of a step
+    python bench.py --profile --models=dense      traces, and what a step's time goes into
     python bench.py --json=results/bench/NAME.json     the record that plot_results.py reads
+    python bench.py --flags=pdl --tasks=train --compare=FILE     a switch of torch tried out (FILE: without it)
 
 First, the outputs of each fast model are checked against the reference backend; a wrong model is not timed. Then each
 round times one unit of every model (A B C, then B C A, …), so that a disturbance of the machine reaches all of them,
 and ratios are taken within a round. Tasks: `train` (an update on real text), `prefill` (reading half a block),
 `decode` (one decoding step, the cache half full), `papers` (sampling 500 characters eagerly, without a cache, as the
 papers do).
+
+Flags, on CUDA: `pdl` starts a kernel while the one before it ends; `split` and `gemm` try out sizes of the norms'
+backward reductions and kernels of matrix products; `cudnn` takes flash attention rather than cuDNN's. A record names
+its flags, and plot_results.py draws none that has any.
 
 The floor of a unit is the least time in which this machine could compute and move what the unit needs, at the FLOP/s
 and bytes/s measured here. Exit codes: 0 done, 2 a mistake in the options, 3 a model's output was wrong.
@@ -27,13 +32,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from data.common import DataError, Dataset, find_dataset
 from run import accounting
 from run.records import RecordError
 from run.settings import Config
-from speed import bench_records, bench_screen, kernels, timing
+from speed import bench_records, bench_screen, flags, kernels, profiles, timing
 from speed.timing import Candidate, Decoding, Unit, is_right, percentiles
 from support import configurator, console, files, machines
 from support.files import FileError
@@ -85,12 +89,13 @@ class BenchConfig:
     capture: bool | Literal["auto"] = option(
         "auto", "each update as one CUDA graph: auto = where it is compiled for CUDA", group="Machine"
     )
+    flags: str = option("", f"some of {', '.join(flags.FLAGS)}: switches of torch on CUDA, see above", group="Machine")
     json: str = option("", "write the record to this file", group="Output", is_path=True)
     compare: str = option("", "say what became slower than in this record", group="Output", is_path=True)
-    profile: bool = option(False, "trace a training and a decoding step; list their slowest operations", group="Output")
+    profile: bool = option(False, "trace a training and a decoding step; say what their time goes into", group="Output")
 
     def problems(self):
-        for key, known in (("models", (*MODELS, ALL)), ("tasks", bench_records.TASKS)):
+        for key, known in (("models", (*MODELS, ALL)), ("tasks", bench_records.TASKS), ("flags", flags.FLAGS)):
             for word in words_in(getattr(self, key)):
                 if word not in known:
                     yield (key,), f"{word!r} is none of {', '.join(known)}"
@@ -232,6 +237,7 @@ def bench_record(bench, candidates, config, size, machine, other_load, seconds):
         "format": bench_records.FORMAT,
         "size": size,
         "quick": config.quick,
+        "flags": flags.switched_on(),
         "machine": machines.describe(
             machine._replace(
                 compile=any(candidate.is_compiled for candidate in candidates),
@@ -239,6 +245,7 @@ def bench_record(bench, candidates, config, size, machine, other_load, seconds):
             )
         ),
         "git": machines.git_state(),
+        "attention": machine.attention_of_any_length,
         "others": other_load.so_far(),
         "seconds": seconds,
         "ceilings": bench.ceilings,
@@ -263,32 +270,13 @@ def bench_record(bench, candidates, config, size, machine, other_load, seconds):
 # Profiles
 
 
-def profile_lines(candidate, task, unit, folder):
-    """Traces a unit into the folder; the lines list its ten slowest operations (on CUDA, kernels)."""
-    machine, path = candidate.machine, folder / f"{candidate.name}-{task}.json"
-    on_device = machine.device.type == "cuda"
-    unit.prepare()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]) as profiler:
-        unit.run()
-        machine.synchronize()
-    profiler.export_chrome_trace(str(path))
-    own = "self_device_time_total" if on_device else "self_cpu_time_total"
-    spent = {row: getattr(row, own) / 1000 / unit.repeats for row in profiler.key_averages()}  # ms
-    total = sum(spent.values()) or 1
-    where = "kernels" if on_device else "operations"
-    yield f"{candidate.title}, {task}: {bench_records.significant(total)} ms in {where}; trace: {path}"
-    for row in sorted(spent, key=spent.get, reverse=True)[:10]:
-        calls = f"{row.count / unit.repeats:,.0f}"
-        yield f"  {spent[row] / total:>6.1%} {spent[row]:>9.3f} ms {calls:>6} ×  {row.key[:70]}"
-
-
 def profile_all(candidates, size):
     folder = Path("out", f"bench-{size}")
     folder.mkdir(parents=True, exist_ok=True)
     for candidate in candidates:
         if not candidate.is_reference:
             for task, unit in {"train": candidate.training(), "decode": Decoding(candidate, 1).decode()}.items():
-                print("\n" + "\n".join(profile_lines(candidate, task, unit, folder)), flush=True)
+                print("\n" + "\n".join(profiles.profile_lines(candidate, task, unit, folder)), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,6 +286,7 @@ def main(argv):
     started = time.perf_counter()
     config = configurator.parse(BenchConfig, argv, usage="python bench.py [--key=value …]", description=__doc__)
     machine = machines.choose(config.device, config.dtype, config.compile, capture=config.capture)
+    flags.switch_on(words_in(config.flags))
     machines.keep_freed_memory()
     size = config.size if config.size != "auto" else "paper" if machine.device.type == "cuda" else "cpu"
     old = bench_records.read(config.compare) if config.compare else None

@@ -18,7 +18,7 @@ import torch
 import balance
 from data.characters import character_class
 from model import IGNORED, sample
-from run import records
+from run import cross_fit, records
 from run.processes import ONE_PROCESS
 
 # The random batches of an evaluation come from another stream than those of training with the same seed.
@@ -31,6 +31,7 @@ class FullLoss(NamedTuple):
     nats: float  # per character (per byte on enwik8)
     tokens: int  # predicted characters
     stats: list[balance.RoutingStats]  # per MoE layer, over these tokens
+    halves: list[dict] | None = None  # see cross_fit.py
 
     @property
     def bpc(self):
@@ -72,8 +73,9 @@ def full_loss(model, dataset, split, config, machine, processes=ONE_PROCESS) -> 
     total, *sums = processes.all_reduce_sum([torch.stack(losses), *(value for layer in stats for value in layer)])
     width = len(balance.RoutingStats._fields)
     stats = [balance.RoutingStats(*sums[i : i + width]) for i in range(0, len(sums), width)]
-    tokens = int(torch.stack(counts).sum())
-    return FullLoss(total.cpu().double().sum().item() / tokens, tokens, stats)
+    total, counts = total.cpu().double(), torch.stack(counts).cpu()
+    tokens = int(counts.sum())
+    return FullLoss(total.sum().item() / tokens, tokens, stats, cross_fit.halves(total.tolist(), counts.tolist()))
 
 
 @torch.no_grad()
@@ -100,6 +102,7 @@ def evaluation(model, dataset, config, machine, step, processes=ONE_PROCESS) -> 
         "kind": "eval",
         "step": step,
         "clean": {"nats": full.nats, "bpc": full.bpc},
+        **({"halves": full.halves} if full.halves else {}),
         "paper": {"train": train.nats, "val": val.nats, "train_with_aux": train.with_aux, "val_with_aux": val.with_aux},
         "load": loads,
         "collapsed": records.collapsed_blocks(config, loads),
@@ -126,7 +129,8 @@ def inference_speed(model, config, machine, characters=500) -> list[float]:
     """Characters a second of each of config.inference_samples texts, written as the papers' scripts do.
 
     Batch 1, temperature 0.8, top-k 200, eager, no cache: each character costs a pass over the whole context. Unlike the
-    papers' scripts, the clock waits for the device. Empty where routing looks at later characters.
+    papers' scripts, the clock waits for the device, and on CUDA attention is not cuDNN's (`Machine.any_length`). Empty
+    where routing looks at later characters.
     """
     if not config.is_causal:
         return []
@@ -138,7 +142,7 @@ def inference_speed(model, config, machine, characters=500) -> list[float]:
         machine.synchronize()
         started = time.perf_counter()
         for _ in range(characters):
-            with machine.autocast():
+            with machine.any_length():
                 logits = model(text[:, -config.block_size :], last_only=True).logits
             uniform = torch.rand(1, generator=generator, device=machine.device)
             token = sample(logits[:, -1].float(), 0.8, 200, uniform)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from data.characters import CLASSES
 from data.names import is_kept
+from run import cross_fit
 from run.settings import Config
 from support.files import one_line, read_json, shown
 from support.options import ConfigError
@@ -27,9 +28,10 @@ from support.schema import COMMIT, COUNT, FLAG, LOSS_NUMBER, NUMBER, OBJECT, POS
 FORMAT = "charmoe record 2"
 BENCH, ANALYSIS = "bench", "analysis"  # folders of results/ that hold no records of runs
 # Times of a run count only if other programs took at most this share of the cores' time on a CPU, or at most this much
-# memory on CUDA, which is more than the CUDA context of the run's own process takes.
+# memory on CUDA, which is more than the run's own process takes outside of torch: its CUDA context (0.8 GB on an H200),
+# its libraries' kernels and its CUDA graphs.
 OTHERS_CPU_SHARE = 0.05
-OTHERS_DEVICE_BYTES = 2**30
+OTHERS_DEVICE_BYTES = 5 * 2**28
 # A layer whose utilisation is lower has collapsed. With 4 experts and top-1: one expert gets 86% of the tokens, the
 # others share the rest evenly. Learned routers by token start above two thirds.
 COLLAPSED_BELOW = 0.25
@@ -68,6 +70,7 @@ ROUTING = {  # of one MoE layer: see balance.summarize
 EVALUATION = {
     "step": COUNT,
     "clean": LOSS,
+    "halves?": [{"nats": LOSS_NUMBER, "tokens": POSITIVE}],  # of the full validation; missing in older records
     "paper": dict.fromkeys(("train", "val", "train_with_aux", "val_with_aux"), LOSS_NUMBER),
     "train_mode": (TRAIN_MODE, None),
     "train_seconds": NUMBER,
@@ -114,6 +117,7 @@ SCHEMA = {
     "tokens": COUNT,
     "epochs": NUMBER,
     "clean": {"best": LOSS_AT_STEP, "final": LOSS_AT_STEP},
+    "cross_fitted?": (LOSS, None),  # the best loss, chosen on one half of the split and told on the other
     "paper": dict.fromkeys(
         ("best_val", "best_val_with_aux", "final_train", "final_val", "final_train_with_aux", "final_val_with_aux"),
         LOSS_NUMBER,
@@ -127,6 +131,7 @@ SCHEMA = {
         "samples": COUNT,
         "tokens_per_second": (NUMBER, None),
         "exclusive?": FLAG,  # while these samples were written; false where it is missing
+        "attention?": (TEXT, None),  # the kernels that it could use; null or missing: torch's choice
     },
     "peak_memory_bytes": (COUNT, None),
     "routing": [ROUTING],  # per MoE layer, over the validation split, at the last step
@@ -139,7 +144,7 @@ def record_of(config, dataset, model, state, is_straight, test, writing, peak_me
 
     state: its `state.TrainingState`; is_straight: see straight.py; test: an `evaluate.FullLoss`, or None without a test
     split; writing: {"speeds": of `evaluate.inference_speed`, "seconds": that it took, "others": `machines.OtherLoad`
-    meanwhile}; peak_memory: bytes, None where it is not known.
+    meanwhile, "attention": its kernels}; peak_memory: bytes, None where it is not known.
     """
     from run import accounting  # needs torch, without which records are read
 
@@ -153,7 +158,7 @@ def record_of(config, dataset, model, state, is_straight, test, writing, peak_me
         "format": FORMAT,
         **said,
         "leaky": not config.is_causal,
-        "config": config.to_dict(),
+        "config": config.to_record(),
         "dataset": dataset.describe(),
         "parameters": accounting.count_parameters(model),
         "training_flops_per_token": accounting.training_flops_per_token(model),
@@ -174,6 +179,7 @@ def record_of(config, dataset, model, state, is_straight, test, writing, peak_me
             "samples": len(speeds),
             "tokens_per_second": statistics.mean(speeds) if speeds else None,
             "exclusive": bool(speeds) and is_exclusive(device_type, share_then, others_then["device_bytes"]),
+            "attention": writing["attention"],
         },
         "peak_memory_bytes": peak_memory,
         "routing": evaluations[-1]["routing"],
@@ -186,12 +192,14 @@ def derived(config, evaluations) -> dict:
     best = min(evaluations, key=lambda line: line["clean"]["nats"])  # the first, if several
     final = evaluations[-1]
     tokens = config.max_iters * config.batch_size * config.block_size * config.gradient_accumulation_steps
+    crossed = cross_fit.cross_fitted(evaluations)
     return {
         "run_id": config.run_id,
         "title": config.title,
         "iterations": config.max_iters,
         "tokens": tokens,
         "clean": {"best": {**best["clean"], "step": best["step"]}, "final": {**final["clean"], "step": final["step"]}},
+        "cross_fitted": None if crossed is None else {"nats": crossed, "bpc": crossed / math.log(2)},
         "paper": {
             "best_val": min(line["paper"]["val"] for line in evaluations),
             "best_val_with_aux": min(line["paper"]["val_with_aux"] for line in evaluations),
@@ -374,14 +382,18 @@ def contradictions(record, config) -> Iterator[str]:
         summary["leaky"] = bool(config.leaks_of_any_router)
     yield from deviations(record, summary)
     for i, line in enumerate(evaluations):
-        yield from deviations(line["clean"], {"bpc": line["clean"]["nats"] / math.log(2)}, f"evaluations[{i}].clean")
+        expected = {"bpc": line["clean"]["nats"] / math.log(2)}
+        if halves := line.get("halves"):
+            tokens = sum(half["tokens"] for half in halves)
+            expected["nats"] = sum(half["nats"] * half["tokens"] for half in halves) / tokens
+        yield from deviations(line["clean"], expected, f"evaluations[{i}].clean")
 
 
 def deviations(found, expected, where="") -> Iterator[str]:
     """Yields each field in which `found` is not `expected`, floats within 1e-9."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for name, inner in expected.items():
-            yield from deviations(found[name], inner, f"{where}.{name}" if where else name)
+            yield from deviations(found.get(name), inner, f"{where}.{name}" if where else name)
     elif isinstance(expected, float) and isinstance(found, (int, float)):
         if not math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12):
             yield f"{where} is {found}, but the rest of the record makes it {expected}"

@@ -27,8 +27,7 @@ from pathlib import Path
 from run import checkpoint
 from run import identity as run_identity
 from run.checkpoint import CheckpointError
-from run.settings import Config
-from run.spelling import one_list
+from run.settings import Config, one_list
 from run.update import NotFinite
 from support import files
 from support.options import EXPERIMENT, SCHEDULE, ConfigError
@@ -110,11 +109,9 @@ class RunFolder:
 
     def refuse_to_diverge_again(self):
         """NotFinite where this config has already run into a loss or gradient that is not finite."""
-        if not self.has_diverged or self.config.eval_only:
-            return
-        last = files.read_json(self / "diverged.json")
-        if not self.config.differences(Config.from_dict(last["config"]), (EXPERIMENT, SCHEDULE)):
-            raise NotFinite(f"{last['reason']} (of the last try, which init_from=auto does not repeat unchanged)")
+        reason = None if self.config.eval_only else last_divergence(self.path, self.config)
+        if reason:
+            raise NotFinite(f"{reason} (of the last try, which init_from=auto does not repeat unchanged)")
 
     def newest_good(self):
         """The content of ckpt.pt; where it is damaged, of the checkpoint before it, and then `note` says so."""
@@ -192,10 +189,15 @@ class RunFolder:
                 raise
 
     def save(self, state, is_best):
-        """Write ckpt.pt, and keep the old one as ckpt.previous.pt. is_best: also write best.pt, from state["best"]."""
+        """Write ckpt.pt, and keep the old one as ckpt.previous.pt. is_best: also write best.pt, from state["best"].
+
+        What metrics.jsonl holds is on the disk before the checkpoint that knows its length.
+        """
         metrics = self / "metrics.jsonl"
         if not metrics.exists() or not os.path.samestat(os.stat(metrics), os.fstat(self.file.fileno())):
             raise CheckpointError(f"{self} was deleted or replaced while this run went on: nothing more is written")
+        with files.writing(metrics):
+            os.fsync(self.file.fileno())
         checkpoint.save(self / "ckpt.pt", state, previous=self / "ckpt.previous.pt")
         if is_best:
             self.save_best(state)
@@ -219,6 +221,16 @@ class RunFolder:
         for name in ("ckpt.previous.pt", "diverged.json"):
             (self / name).unlink(missing_ok=True)
         files.write_json(self / "summary.json", record)
+
+
+def last_divergence(folder, config) -> str | None:
+    """Which loss or gradient was not finite when this config was last tried in a folder; None where none was, or
+    another config was tried."""
+    path = Path(folder, "diverged.json")
+    if not path.exists():
+        return None
+    last = files.read_json(path)
+    return None if config.differences(Config.from_dict(last["config"]), (EXPERIMENT, SCHEDULE)) else last["reason"]
 
 
 def snapshots_in(folder):
@@ -250,10 +262,9 @@ class Metrics:
         if self.mirror:
             self.mirror(line)
 
-    def sync(self):
-        """Synchronise the file to the disk. -> its length in bytes"""
-        with files.writing(self.file.name):
-            os.fsync(self.file.fileno())
+    @property
+    def length(self):
+        """In bytes."""
         return self.file.seek(0, os.SEEK_END)
 
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from run.spelling import of_this_text, one_list, one_spelling
+from data.names import of_this_text, one_spelling
 from support.config_files import ConfigFile
 from support.configurator import Reading
-from support.files import is_utf8, read_json, shown
+from support.files import ROOT, is_utf8, read_json, shown
 from support.options import (
     EXPERIMENT,
     MACHINE,
@@ -83,6 +83,9 @@ class Config:
     )
     save_every: int = run_key(
         0, "every so many steps, keep a copy of the weights in out_dir/snapshots, for analyze.py; 0 = never", at_least=0
+    )
+    save_in_background: bool | Literal["auto"] = run_key(
+        "auto", "write checkpoints in a thread while training goes on; auto = on CUDA"
     )
     always_save_checkpoint: bool = run_key(
         True, "no effect, accepted for nanoGPT's configs: every evaluation saves ckpt.pt, each new best also best.pt"
@@ -212,6 +215,9 @@ class Config:
     device: str = machine_key("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = machine_key("auto", "precision of the matrix products")
     compile: bool | Literal["auto"] = machine_key("auto", "use torch.compile; auto = where it pays")
+    compile_cache: str = machine_key(
+        "", "folder that keeps what torch.compile made, for the next run; empty = none", is_path=True
+    )
     capture: bool | Literal["auto"] = machine_key(
         "auto", "make each update one CUDA graph; auto = where it is compiled for CUDA and one process trains"
     )
@@ -434,6 +440,16 @@ class Config:
         """Every key, as JSON types."""
         return dataclasses.asdict(self)
 
+    def to_record(self) -> dict[str, Any]:
+        """Every key as a record keeps it: paths are relative to the project, and outside of it only their last name."""
+        values = self.to_dict()
+        for name in [name for name, key in options_of(type(self)).items() if key.is_path]:
+            if os.path.isabs(values[name]):
+                inside = os.path.relpath(values[name], ROOT)
+                is_outside = inside.split(os.sep)[0] == os.pardir
+                values[name] = os.path.basename(os.path.normpath(values[name])) if is_outside else inside
+        return values
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "record") -> Config:
         """The config of a checkpoint or record, which error messages call `origin`.
@@ -469,3 +485,9 @@ class Config:
         scopes, theirs = tuple(scopes), other.to_dict()
         options = options_of(type(self))
         return [(k, v, theirs[k]) for k, v in self.to_dict().items() if options[k].scope in scopes and v != theirs[k]]
+
+
+def one_list(numbers: str) -> str:
+    """The value of n_expert_by_block without blanks and zeros in front; as it is where it is no list of numbers."""
+    words = [word.strip() for word in numbers.split(",")]
+    return ",".join(str(int(word)) for word in words) if all(re.fullmatch("[0-9]{1,5}", w) for w in words) else numbers

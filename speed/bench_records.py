@@ -48,8 +48,10 @@ SCHEMA = {
     "format": TEXT,
     "size": NAME,
     "quick": FLAG,
+    "flags?": [LINE],  # of speed/flags.py that were on; none where it is missing
     "machine": records.SCHEMA["machine"],
     "git": {"commit": (COMMIT, None), "dirty": (FLAG, None)},
+    "attention?": (LINE, None),  # kernels of prefill and of sampling without a cache; null or missing: torch's choice
     "others": {"core_seconds": (NUMBER, None), "device_bytes": (COUNT, None)},  # over the whole bench
     "seconds": ABOVE_ZERO,  # of the whole bench
     "ceilings": {"flops_per_second": ABOVE_ZERO, "bytes_per_second": ABOVE_ZERO},  # measured in the same bench
@@ -199,6 +201,9 @@ def read_all(folder) -> tuple[list[tuple[Path, dict]], list[str]]:
         twins = [other for other, found in pairs if found == record]
         if record["quick"]:
             left_out.append(f"{name}: a quick bench, which is too short to be evidence; make it without --quick")
+        elif record.get("flags"):
+            tried = ",".join(record["flags"])
+            left_out.append(f"{name}: a bench with --flags={tried}, which no run has by itself; make it without flags")
         elif twins:
             left_out.append(f"{name}: the same bench as {twins[0].relative_to(folder.parent)}; delete one")
         else:

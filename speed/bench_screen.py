@@ -34,6 +34,8 @@ def table_lines(rows, titles):
 
 def legend_lines(record):
     """What ran, how it was checked, the ceilings and the load by other programs."""
+    if record.get("flags"):
+        yield f"Flags: {', '.join(record['flags'])}"
     yield "What ran, and its largest error in a check:"
     for model in record["models"].values():
         backend, checks, seconds = model["backend"], model["checks"], model["compile_seconds"].items()
@@ -44,6 +46,8 @@ def legend_lines(record):
         if checks:
             row = max(checks, key=lambda row: row["error"] / row["limit"])
             yield f"  {'':<26}{row['what']}: {row['error']:.1g}, at most {row['limit']:.1g} expected"
+    if record.get("attention"):
+        yield f"Attention in prefill and uncached sampling: {record['attention']}"
     ceilings, machine = record["ceilings"], record["machine"]
     yield (
         f"Floor: {ceilings['flops_per_second'] / 1e9:,.0f} GFLOP/s of matrix products in {machine['dtype']}, and "
@@ -65,6 +69,9 @@ def other_load_text(record):
 def comparison_lines(path, old, new):
     """What became slower than in the record at `path`, and what cannot be compared."""
     worse, missing = compare(old, new)
+    before, now = (", ".join(record.get("flags", [])) or "none" for record in (old, new))
+    if before != now:
+        yield f"Flags: {now}, was {before}."
     yield f"Slower than {path}:" if worse else f"Nothing became slower than in {path}, as far as it can be compared."
     yield from (f"  {line}" for line in worse)
     if missing:

@@ -74,7 +74,7 @@ class AutocastDecoder(Decoder):
             super().__init__(model, batch_size, temperature, top_k)
 
     def read(self, ids_BT):
-        with self.machine.autocast():
+        with self.machine.any_length():
             return super().read(ids_BT)
 
 

@@ -165,7 +165,7 @@ class Uncached(Decoder):
     @torch.no_grad()
     def read(self, ids_BT):
         self.ids_BT = ids_BT if self.ids_BT is None else torch.cat((self.ids_BT, ids_BT), dim=1)
-        with self.machine.autocast():
+        with self.machine.any_length():
             out = self.model(self.ids_BT[:, -self.model.config.block_size :], last_only=True)
         return out.logits[:, -1].float(), out.routing
 

@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 import torch
 import torch._functorch.config  # torch itself imports it late
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support.files import ROOT
 from support.options import ConfigError
 
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 UNKNOWN_LOAD = {"core_seconds": None, "device_bytes": None}  # of OtherLoad, where it cannot be measured
 
 
@@ -31,6 +33,17 @@ class Machine(NamedTuple):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def any_length(self):
+        """`autocast` for eager inference on sequences of ever other lengths: cuDNN's attention plans anew for each."""
+        with self.autocast(), sdpa_kernel(WITHOUT_CUDNN) if self.device.type == "cuda" else contextlib.nullcontext():
+            yield
+
+    @property
+    def attention_of_any_length(self):
+        """The kernels of attention that `any_length` allows, in words, for records; None = torch's choice."""
+        return "flash, efficient or math" if self.device.type == "cuda" else None
 
     def synchronize(self):
         """Wait until the device has done what it was given, so that a clock can be read."""

@@ -166,6 +166,17 @@ def test_a_profile_names_the_slowest_operations_and_leaves_traces(run, tmp_path,
     assert page.count("×  aten::") >= 10
 
 
+def test_flags_are_switched_on_first_and_told(run, tmp_path, monkeypatch):
+    on = []
+    monkeypatch.setattr(bench.flags, "switch_on", on.extend)
+    monkeypatch.setattr(bench.flags, "switched_on", lambda: sorted(on))
+    path, options = tmp_path / "r.json", ("--models=dense", "--tasks=train")
+    run(*options, f"--json={path}")
+    _, page, _ = run(*options, "--flags=pdl,cudnn", f"--compare={path}", f"--json={tmp_path / 'flags.json'}")
+    assert bench_records.read(path)["flags"] == [] and bench_records.read(tmp_path / "flags.json")["flags"] == on[::-1]
+    assert on == ["pdl", "cudnn"] and "Flags: cudnn, pdl\n" in page and "Flags: cudnn, pdl, was none." in page
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Compared with an older record
 
@@ -254,6 +265,7 @@ def test_a_wrong_dense_model_ends_the_bench(run, tmp_path, monkeypatch):
         ("--size=pper", "size is 'pper'; expected 'auto', 'paper' or 'cpu'"),
         ("--models=moe4,mo4_top2", "'mo4_top2' is none of reference, dense, moe4, moe4_top2, moe4_linear, "),
         ("--tasks=decoding", "'decoding' is none of train, prefill, decode, papers"),
+        ("--flags=pdl,gem", "'gem' is none of pdl, split, cudnn, gemm"),
         ("--sise=cpu", "nearest key: size"),
         ("--device=cpuu", "not a device"),
         ("--json=.", ". is a folder"),

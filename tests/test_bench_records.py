@@ -165,19 +165,22 @@ def test_benches_are_sorted_and_those_left_out_are_named(tmp_path):
         "bench/c-quick.json": changed(CPU_BENCH, {"quick": True}),
         "bench/d-copy.json": CPU_BENCH,
         "bench/e-damaged.json": "{",
+        "bench/f-flags.json": changed(CPU_BENCH, {"flags": ["pdl", "gemm"]}),
+        "bench/g-no-flags.json": changed(CPU_BENCH, {"flags": [], "seconds": 401.0}),
         "bench/deep/f.json": "{",
         "A/dense-s1.json": "{",
     }
     for name, record in files.items():
         written(folder, record, name)
     pairs, left_out = bench_records.read_all(folder)
-    assert [path.name for path, _ in pairs] == ["a-paper.json", "b-cpu.json"]
-    assert [record for _, record in pairs] == [GPU_BENCH, CPU_BENCH]
+    assert [path.name for path, _ in pairs] == ["a-paper.json", "b-cpu.json", "g-no-flags.json"]
+    assert [record for _, record in pairs][:2] == [GPU_BENCH, CPU_BENCH]
     assert left_out[:2] == [
         "results/bench/c-quick.json: a quick bench, which is too short to be evidence; make it without --quick",
         "results/bench/d-copy.json: the same bench as results/bench/b-cpu.json; delete one",
     ]
-    assert len(left_out) == 3 and left_out[2].startswith("results/bench/e-damaged.json: no record: not valid JSON")
+    assert len(left_out) == 4 and left_out[2].startswith("results/bench/e-damaged.json: no record: not valid JSON")
+    assert left_out[3].startswith("results/bench/f-flags.json: a bench with --flags=pdl,gemm, which no run has")
 
 
 def test_without_a_folder_there_are_no_benches(tmp_path):

@@ -16,7 +16,7 @@ import routing
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from run import spelling  # noqa: E402
+from data import names  # noqa: E402
 from run.identity import Identity  # noqa: E402
 from run.settings import Config  # noqa: E402
 from support.configurator import Message, parse  # noqa: E402
@@ -750,7 +750,7 @@ def test_one_text_spelled_in_several_ways_is_one_experiment(tmp_path, monkeypatc
     (tmp_path / "project" / "data" / "small" / "train.bin").touch()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
-    monkeypatch.setattr(spelling, "ROOT", tmp_path / "project")
+    monkeypatch.setattr(names, "ROOT", tmp_path / "project")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path / "project")
     inside = ("small", "./data/small", "data/small/", "data//small", str(tmp_path / "project/data/small"))

@@ -191,6 +191,22 @@ class FakeDevice:
     type = "cuda"
 
 
+class AsOnCuda(machines.Machine):
+    def any_length(self):
+        return machines.Machine(torch.device("cuda"), torch.float32, compile=False, reason="").any_length()
+
+
+def test_prompts_and_eager_steps_keep_cudnn_out_on_cuda():
+    """Its attention plans anew for each length. A captured step has one length, and torch's choice of attention."""
+    machine, allowed = AsOnCuda(*CPU), []
+    for kind in (decoding.AutocastDecoder, Uncaptured):
+        decoder = kind(float_gpt("top1").eval(), 1, machine)
+        decoder.model.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled()))
+        for length in (3, 1):
+            decoder.read(tokens(1, length))
+    assert allowed == [False, False, False, True]
+
+
 @pytest.mark.parametrize("missing", [True, False])
 def test_writing_works_without_packed_weights(missing, monkeypatch):
     monkeypatch.setattr(decoding, "PACK", "no_such_operation" if missing else decoding.PACK)

@@ -13,11 +13,11 @@ from run.settings import Config
 from support.configurator import parse
 
 PATHS = {
-    Config: ["out_dir"],
+    Config: ["out_dir", "compile_cache"],
     sample.SampleConfig: ["out_dir"],
     analyze.Options: ["results"],
     bench.BenchConfig: ["json", "compare"],
-    sweep.SweepOptions: ["out", "results"],
+    sweep.SweepOptions: ["out", "results", "pack"],
 }
 
 
@@ -35,7 +35,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cls, key", [(cls, key) for cls, keys in PATHS.items() for key in keys])
 def test_a_key_that_is_a_path(home, cls, key):
-    assert getattr(parse(cls, [f"--{key}=~/a/"]), key) == f"{home}/a/"
+    assert getattr(parse(cls, [f"--{key}=~/a"]), key) == f"{home}/a"
     assert getattr(parse(cls, [f"--{key}=a~"]), key) == "a~"
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from run.records import is_exclusive
 from support import machines
 from support.options import ConfigError
 
 CPU = machines.choose("cpu", "float32", False)
+GIB = 2**30
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
 
@@ -112,6 +114,19 @@ def test_autocast_changes_matrix_products_only_where_it_was_chosen():
         assert (square @ square).dtype == torch.float32
     with machines.choose("cpu", "bfloat16").autocast():
         assert (square @ square).dtype == torch.bfloat16
+
+
+def test_inference_at_any_length_leaves_out_cudnn_on_cuda_alone():
+    """Its attention plans anew for each length. A CPU's choice of kernels stays torch's, bit for bit."""
+    allowed = torch.nn.attention._cur_sdpa_kernel_backends
+    before, cpu = allowed(), machines.choose("cpu", "bfloat16")
+    with cpu.any_length():
+        assert allowed() == before and torch.is_autocast_enabled("cpu")
+    cuda = cpu._replace(device=torch.device("cuda"), dtype=torch.float32)
+    with cuda.any_length():
+        assert set(allowed()) == set(machines.WITHOUT_CUDNN)
+    assert allowed() == before
+    assert (cpu.attention_of_any_length, cuda.attention_of_any_length) == (None, "flash, efficient or math")
 
 
 def test_describe_is_numbers_and_names_that_records_need():
@@ -265,6 +280,21 @@ def test_other_load_is_the_time_of_others_on_the_same_cores(monkeypatch):
     monkeypatch.setattr(machines, "_busy_seconds", lambda: None)
     assert other_load.so_far()["core_seconds"] is None
     assert machines.OtherLoad(CPU).so_far()["core_seconds"] is None
+
+
+def test_on_a_gpu_the_memory_of_another_run_is_the_load_of_others(monkeypatch):
+    """5 GiB in use, 4 of them ours with the context; then another run takes 3 GiB and leaves again."""
+    free = [75 * GIB]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 * GIB)
+    gpu = CPU._replace(device=torch.device("cuda", 0))
+    other_load = machines.OtherLoad(gpu)
+    assert is_exclusive("cuda", None, other_load.so_far()["device_bytes"])
+    free[0] = 72 * GIB
+    with_another = other_load.so_far()
+    free[0] = 75 * GIB
+    assert machines.OtherLoad(gpu, with_another).so_far()["device_bytes"] == 4 * GIB
+    assert not is_exclusive("cuda", None, 4 * GIB)
 
 
 def test_what_an_earlier_session_could_not_tell_stays_unknown(monkeypatch):

@@ -561,11 +561,12 @@ def test_compiled_cuda_backends_are_one_graph_with_eager_gradients(backend, mode
 @pytest.mark.cuda
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_config_compiles_on_cuda_without_breaks_or_synchronisations(path):
+    """At the shipped batch: Inductor chooses other kernels for other shapes, and not all of them compile."""
     torch._dynamo.reset()
-    config = dataclasses.replace(configurator.parse(Config, [str(path)]), n_layer=2, batch_size=4)
+    config = dataclasses.replace(configurator.parse(Config, [str(path)]), n_layer=2)
     model = GPT(config, 65).cuda()
     compiled = machines.compiled(model)
-    x, y = torch.randint(65, (2, 4, 256), device="cuda")
+    x, y = torch.randint(65, (2, config.batch_size, config.block_size), device="cuda")
 
     def step(number):
         model.set_step(number)

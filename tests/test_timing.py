@@ -74,6 +74,15 @@ def test_a_reference_samples_the_same_text_without_a_cache(dataset):
     assert plain.length == 0
 
 
+def test_a_reference_reads_texts_of_any_length_as_other_eager_inference_does(dataset, monkeypatch):
+    calls = []
+    monkeypatch.setattr(machines.Machine, "any_length", lambda machine: calls.append(1) or machine.autocast())
+    one = candidate(dataset, "reference")
+    one.decoder(1).read(one.text(1)[:, :5])
+    one.sample_without_cache(2)
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("name", ["dense", "reference"])
 def test_decoding_steps_see_half_a_block_on_average(dataset, name):
     decodings, lengths = timing.Decoding(candidate(dataset, name), 2), []
