@@ -349,7 +349,8 @@ class Config:
         path = values.get("init_from", "scratch")
         if files or path in STARTS or not values.get("eval_only"):
             return {}, ""
-        path = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+        folder = Path(path) if os.path.isdir(path) else Path(path).parent
+        path = str((folder.parent if folder.name == "snapshots" else folder) / "config.json")
         try:
             found = dict(read_json(path))
         except (OSError, ValueError, TypeError):  # reading the weights tells why

@@ -498,6 +498,11 @@ def test_a_title_names_no_text_of_another_config_file(write):
     assert parse(Config, [plain]).title == "train_shakespeare_char"
 
 
+def test_the_settings_that_a_run_keeps_are_no_config_file(write):
+    kept = write("config.json", '{"compile": false}')
+    assert only_problem(kept) == "config.json: JSON, as a run keeps its settings; expected the config file in Python"
+
+
 @pytest.mark.parametrize("docstring", ["# no docstring", '""""""', '"""\n\n"""', "from base import *"])
 def test_a_file_without_a_docstring_is_titled_by_its_name(write, docstring):
     write("base.py", '"""Base"""\n')

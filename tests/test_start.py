@@ -32,6 +32,7 @@ def other_words(tmp_path_factory):
 
 def evaluated(capsys, *arguments):
     """What train.py --eval_only prints, and the loss in it."""
+    capsys.readouterr()
     assert train.main(["--eval_only", "--device=cpu", *map(str, arguments)]) == 0
     told = capsys.readouterr().out
     return told, float(told.partition("validation ")[2].partition("; train")[0].split("validation")[-1].split()[0])
@@ -59,6 +60,12 @@ def test_the_weights_that_are_evaluated_are_told_and_are_those(words, worse_at_t
         assert f"evaluating {run / name} (step {step} of run " in told and "another text" not in told
         assert nats == losses(run)[step]
     assert contents(run) == before
+
+
+def test_a_snapshot_is_evaluated_with_the_settings_of_its_run(words, tmp_path, capsys):
+    assert train_tiny(words, tmp_path / "run", save_every=10) == 0
+    told, nats = evaluated(capsys, f"--init_from={tmp_path}/run/snapshots/step-000010.pt")
+    assert "step-000010.pt (step 10 of run " in told and nats == losses(tmp_path / "run")[10]
 
 
 def test_another_text_is_evaluated_in_the_ids_of_the_model(words, other_words, dense_run, capsys):
