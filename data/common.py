@@ -407,7 +407,8 @@ def _way_from_file(path: Path) -> str:
     """What to do with a file that was taken for a data set."""
     if path.suffix in (".bin", ".json"):
         return f"a file; the data set is its folder: --dataset={shlex.quote(os.path.join(path.parent, ''))}"
-    return f"a file; prepare it: {own_text_command([str(path)], path.stem)} and then use --dataset={path.stem}"
+    use = f"--dataset={shlex.quote(path.stem)}"
+    return f"a file; prepare it: {own_text_command([str(path)], path.stem)} and then use {use}"
 
 
 def is_prepared(folder: Path) -> bool:
