@@ -301,7 +301,8 @@ def check_resumable(saved, config, dataset, has_diverged=False):
 def texts(there, here):
     """Two data sets, there and here, side by side. there, here: of Dataset.describe."""
     sides = (
-        f"{data['name']} (vocabulary of {data['vocab_size']} {data['unit']}s, splits {data['splits']}, SHA-256 {data['sha256'][:8]}…)"
+        f"{data['name']} (vocabulary of {data['vocab_size']} {data['unit']}s, splits {data['splits']}, "
+        f"SHA-256 {data['sha256'][:8]}…)"
         for data in (there, here)
     )
     return "{} there, {} here".format(*sides)
