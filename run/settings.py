@@ -68,7 +68,7 @@ class Config:
         at_least=0,
         at_most=2**32 - 1,
     )
-    init_from: Literal["scratch", "resume", "auto"] | str = run_key(
+    init_from: str = run_key(
         "scratch",
         "scratch: a new run; resume: continue from out_dir's ckpt.pt; auto: resume if there is one; or another run's "
         "folder (its best.pt) or checkpoint: a new run with its weights",
