@@ -13,6 +13,7 @@ block_size characters, the model goes on from the last half window (see `model.D
 import functools
 import os
 import sys
+import unicodedata
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -148,7 +149,8 @@ def prompt_ids(start, vocabulary):
     """The ids of the prompt that --start means.
 
     A byte-order mark, the CR of CR LF and a final line feed, which editors add, are left out where the vocabulary lacks
-    them. Raises DataError for other unknown symbols and for a file that is not UTF-8, OSError for an unreadable one.
+    them, and accents are taken in the form that it has. Raises DataError for other unknown symbols and for a file that
+    is not UTF-8, OSError for an unreadable one.
     """
     if start.startswith("FILE:"):
         path = start.removeprefix("FILE:")
@@ -162,7 +164,14 @@ def prompt_ids(start, vocabulary):
         start = start.replace("\r\n", "\n")
     if not vocabulary.has("\n"):
         start = start.removesuffix("\n")
-    return vocabulary.encode(start).tolist() or [vocabulary.start]
+    return vocabulary.encode(in_its_form(start, vocabulary)).tolist() or [vocabulary.start]
+
+
+def in_its_form(text, vocabulary):
+    """The text with its accents as the vocabulary has them: in one character with the letter (NFC), or in one of their
+    own (NFD). They look alike, and which one is typed depends on the system. As it is where that changes nothing."""
+    forms = (text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD")))
+    return next((form for form in forms if vocabulary.has(form)), text)
 
 
 def shown_layer(config, trained):
@@ -207,7 +216,10 @@ def main(argv):
     machine = machines.choose(config.device, config.dtype, compile=False)
     model, vocabulary, trained = load_model(config, machine.device)
     layer = shown_layer(config, trained)
-    prompt, stop = prompt_ids(config.start, vocabulary), vocabulary.encode(config.stop).tolist()
+    prompt, stop = (
+        prompt_ids(config.start, vocabulary),
+        vocabulary.encode(in_its_form(config.stop, vocabulary)).tolist(),
+    )
     decoder = decoding.fastest(model, 1, machine, config.temperature, config.top_k or None)
     for i in range(config.num_samples):
         if i:

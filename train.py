@@ -36,7 +36,7 @@ from run.run_folder import RunFolder, check_resumable, difference
 from run.saving import Saver, saves_in_background
 from run.settings import Config
 from run.start import open_start, vocabulary_of
-from run.state import TrainingState, checkpoint_of, identity_of, own_part, restore
+from run.state import TrainingState, change_of_code, checkpoint_of, identity_of, own_part, restore
 from run.totals import RunningTotals
 from run.update import NotFinite, Updater, set_random_state, without_side_effects
 from support import compile_cache, configurator, console, machines
@@ -165,6 +165,8 @@ def train(config, argv, machine, processes):
                 print(f"the file system of {folder} has no locks: nothing keeps a second run out of it")
             changes = "".join(f"; {key} is now {ours} (was {theirs})" for key, ours, theirs in changed)
             print(f"resuming {folder} at step {state.step:,}{changes}" if saved else f"writing to {folder}")
+            if saved and (why := change_of_code(saved["progress"]["git"], state.git)):
+                print(f"{folder} was {why}: its record will enter no mean")
             if start:
                 print(f"The weights are those of {start}.")
             if not is_straight:

@@ -44,7 +44,10 @@ class AnalysedRun:
         self.is_straight = is_straight(self.config, state) if "evaluations" in state else None  # best.pt has none
         self.seed = mix_seeds(options.seed, self.config.seed) % 2**31  # runs of other seeds draw other controls
         dataset = Dataset.open(find_dataset(self.config.dataset), machine.device)
-        self.dataset = dataset = dataset.train_on_first(self.config.train_characters)
+        dataset = dataset.train_on_first(self.config.train_characters)
+        if dataset.source_sha256 == saved["dataset"].get("sha256"):
+            dataset = dataset.in_vocabulary(self.vocabulary)  # that of other weights, if it started with them
+        self.dataset = dataset
         if saved["dataset"] != dataset.describe() or saved["vocabulary"] != dataset.vocabulary.to_dict():
             differing = run_folder.texts(saved["dataset"], dataset.describe())
             raise CheckpointError(

@@ -167,6 +167,8 @@ def prepare_dataset(
             if spec.sha256 is None and spec.unit == CHARACTER and content.startswith(codecs.BOM_UTF8):
                 content = content.removeprefix(codecs.BOM_UTF8)
                 say("its byte-order mark is left out; it is no character of the text")
+                if not content:
+                    raise DataError(f"{origin}: empty but for a byte-order mark")
             _check_replaced(folder, canonical, sha256_of(content), "--out" if home else "--name", say)
             try:
                 return write_dataset(folder, name, canonical, content, spec.unit, spec.splits, again)
@@ -244,6 +246,8 @@ def _read_path(spec: TextSpec, path: Path) -> bytes:
     try:
         if path.is_file():
             return read_text(spec, path)
+        if str(path) == "-" or (path.exists() and not path.is_dir()):
+            raise DataError(f"{path}: a pipe or a device, from which no text is read; write it to a file first")
         if not path.is_dir():
             raise DataError(f"{path}: there is no such file or folder")
         found = _raw_files(spec, path)[:1] or [entry for entry in path.iterdir() if entry.is_file()]

@@ -384,6 +384,8 @@ def find_dataset(dataset: str) -> Path:
     """
     if os.sep in dataset or "/" in dataset:
         folder = Path(os.path.expanduser(dataset))
+        if os.path.isfile(folder):
+            raise DataError(f"dataset {shown(dataset)}: {_way_from_file(folder)}")
         if not os.path.isdir(folder):
             there = f"dataset {shown(dataset)}: there is no such folder"
             raise DataError(f"{there}; prepare one with {prepare_command(folder)}")
@@ -391,10 +393,22 @@ def find_dataset(dataset: str) -> Path:
     known = known_datasets()
     if dataset in known:
         return ROOT / "data" / dataset
+    if dataset and os.path.exists(dataset):
+        path = Path(os.curdir, dataset)
+        way_out = _way_from_file(path) if path.is_file() else f"the folder that is here is --dataset=./{dataset}"
+        raise DataError(f"dataset {shown(dataset)}: unknown under {ROOT / 'data'}; {way_out}")
     near = nearest(dataset, known)
     hint = f"did you mean {near}?" if near else f"known: {', '.join(known)};"
     way_out = f"{hint} A path needs a '/' in it. To prepare it: {prepare_command(ROOT / 'data' / (dataset or 'mine'))}"
     raise DataError(f"dataset {shown(dataset)}: unknown under {ROOT / 'data'}; {way_out}")
+
+
+def _way_from_file(path: Path) -> str:
+    """What to do with a file that was taken for a data set."""
+    if path.suffix in (".bin", ".json"):
+        return f"a file; the data set is its folder: --dataset={shlex.quote(os.path.join(path.parent, ''))}"
+    use = f"--dataset={shlex.quote(path.stem)}"
+    return f"a file; prepare it: {own_text_command([str(path)], path.stem)} and then use {use}"
 
 
 def is_prepared(folder: Path) -> bool:

@@ -113,9 +113,24 @@ def _way_to_utf8(content: bytes, origin: str) -> str:
     encoding = next((name for name, starts in marks.items() if content.startswith(starts)), None)
     if encoding is None and _has_zeros(content):
         encoding = "UTF-16LE" if content[1::2].count(0) > content[::2].count(0) else "UTF-16BE"
-    guess = f"it seems to be {encoding}; " if encoding else "if it is Latin-1, "
     old, new = shlex.quote(origin), shlex.quote(f"{origin}.utf8")
+    if not encoding and (damaged := _damaged_bytes(content)):
+        way = f"leave them out: iconv -c -f UTF-8 -t UTF-8 {old} > {new}"
+        return f"it seems to be UTF-8 with {damaged:,} damaged bytes, as where a text was cut; {way}; or {AS_BYTES}"
+    guess = f"it seems to be {encoding}; " if encoding else "if it is Latin-1, "
     return f"{guess}convert it: iconv -f {encoding or 'ISO-8859-1'} -t UTF-8 {old} > {new}; or {AS_BYTES}"
+
+
+def _damaged_bytes(content: bytes) -> int:
+    """How many bytes of a text are not UTF-8, if more of its characters beyond ASCII are, or if these are halves of
+    surrogate pairs; else 0."""
+    good = content.decode(errors="ignore")
+    damaged = len(content) - len(good.encode())
+    try:
+        content.decode(errors="surrogatepass")
+    except UnicodeDecodeError:
+        return damaged if damaged < len(good) - len(good.encode("ascii", errors="ignore")) else 0
+    return damaged
 
 
 def split_sizes(splits: Mapping[str, int], count: int) -> dict[str, int]:

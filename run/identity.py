@@ -30,9 +30,10 @@ class Identity(NamedTuple):
     @property
     def experiment(self) -> tuple:
         """Equal for runs that differ only in seed and keys of the machine."""
+        config = self.config.written_out()
         if self.text_sha256 is None:
-            return self.config.hash(), None
-        return dataclasses.replace(self.config, dataset="").hash(), self.text_sha256
+            return config.hash(), None
+        return dataclasses.replace(config, dataset="").hash(), self.text_sha256
 
 
 def write(path: Path, identity: Identity) -> None:

@@ -18,6 +18,7 @@ summary.json      the record, of a complete run only
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from pathlib import Path
 from run import checkpoint
 from run import identity as run_identity
 from run.checkpoint import CheckpointError
-from run.settings import Config
+from run.settings import Config, one_list
 from run.update import NotFinite
 from support import files
 from support.options import EXPERIMENT, SCHEDULE, ConfigError
@@ -66,6 +67,8 @@ class RunFolder:
         """The checkpoint to resume from, or None for a new run. ConfigError or CheckpointError where that is impossible
         or would destroy something."""
         config, held = self.config, self.held()
+        if self.path.is_symlink() and not self.path.exists():
+            raise ConfigError([f"out_dir={config.out_dir} is a link to {os.readlink(self.path)}, which is not there"])
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError([f"out_dir={config.out_dir} is a file; expected a folder, or a name for a new one"])
         has_checkpoint = "ckpt.pt" in held or "ckpt.previous.pt" in held
@@ -273,6 +276,7 @@ def check_resumable(saved, config, dataset, has_diverged=False):
     """CheckpointError unless the config is the checkpoint's experiment, but for REMEDIES where it has diverged, on the
     same text. -> the permitted differences, as Config.differences has them"""
     theirs = Config.from_dict(saved["config"])
+    theirs = dataclasses.replace(theirs, n_expert_by_block=one_list(theirs.n_expert_by_block))
     # The text is compared by its hash below, for the same data set can be named in several ways.
     changed = [row for row in config.differences(theirs, (EXPERIMENT, SCHEDULE)) if row[0] != "dataset"]
     remedies = REMEDIES if has_diverged else ()
@@ -285,7 +289,9 @@ def check_resumable(saved, config, dataset, has_diverged=False):
         )
     if saved["dataset"] != dataset.describe():
         differing = texts(saved["dataset"], dataset.describe())
-        raise CheckpointError(f"{config.out_dir} was trained on another text: {differing}")
+        what = "text" if saved["dataset"]["sha256"] != dataset.source_sha256 else "preparation of its text"
+        way_out = "prepare it as it was, or choose another --out_dir"
+        raise CheckpointError(f"{config.out_dir} was trained on another {what}: {differing}; {way_out}")
     if saved["progress"]["step"] > config.max_iters:
         made = f"{saved['progress']['step']:,} updates"
         raise CheckpointError(f"{config.out_dir} has already made {made}, more than max_iters={config.max_iters}")
@@ -295,7 +301,8 @@ def check_resumable(saved, config, dataset, has_diverged=False):
 def texts(there, here):
     """Two data sets, there and here, side by side. there, here: of Dataset.describe."""
     sides = (
-        f"{data['name']} ({data['vocab_size']} symbols, splits {data['splits']}, SHA-256 {data['sha256'][:8]}…)"
+        f"{data['name']} (vocabulary of {data['vocab_size']} {data['unit']}s, splits {data['splits']}, "
+        f"SHA-256 {data['sha256'][:8]}…)"
         for data in (there, here)
     )
     return "{} there, {} here".format(*sides)

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data.names import of_this_text, one_spelling
@@ -67,7 +68,7 @@ class Config:
         at_least=0,
         at_most=2**32 - 1,
     )
-    init_from: Literal["scratch", "resume", "auto"] | str = run_key(
+    init_from: str = run_key(
         "scratch",
         "scratch: a new run; resume: continue from out_dir's ckpt.pt; auto: resume if there is one; or another run's "
         "folder (its best.pt) or checkpoint: a new run with its weights",
@@ -348,7 +349,8 @@ class Config:
         path = values.get("init_from", "scratch")
         if files or path in STARTS or not values.get("eval_only"):
             return {}, ""
-        path = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+        folder = Path(path) if os.path.isdir(path) else Path(path).parent
+        path = str((folder.parent if folder.name == "snapshots" else folder) / "config.json")
         try:
             found = dict(read_json(path))
         except (OSError, ValueError, TypeError):  # reading the weights tells why
@@ -357,12 +359,13 @@ class Config:
         return {key: found[key] for key in found if key in options and options[key].scope != MACHINE}, path
 
     def completed(self, files: list[ConfigFile]) -> Config:
-        """Fills an empty title and out_dir from the config files, and spells the data set in one way."""
+        """Fills an empty title and out_dir from the config files, and spells data set and blocks in one way."""
         dataset, names = one_spelling(self.dataset), "-".join(file.path.stem for file in files) or "default"
         texts = [file.values["dataset"] for file in files if "dataset" in file.values]
         title = self.title or of_this_text(", ".join(file.title for file in files), dataset, texts)
-        out_dir = self.out_dir or f"out/{names}-s{self.seed}"
-        return dataclasses.replace(self, title=title, out_dir=out_dir, dataset=dataset)
+        out_dir = str(Path(self.out_dir or f"out/{names}-s{self.seed}"))  # without a "./" or a "/" at its end
+        blocks = one_list(self.n_expert_by_block)
+        return dataclasses.replace(self, title=title, out_dir=out_dir, dataset=dataset, n_expert_by_block=blocks)
 
     def expert_counts(self) -> list[int] | str:
         """The number of experts of each block, 0 for a dense one; or what is wrong with n_expert_by_block."""
@@ -422,6 +425,18 @@ class Config:
     def is_causal(self) -> bool:
         return not self.leaks
 
+    def written_out(self) -> Config:
+        """The same experiment with the number for which each 0 stands: to compare with others, not to be run."""
+        numbers = {"lr_decay_iters": self.lr_decay_iters or self.max_iters}
+        if not self.n_expert or 0 in self.expert_counts():
+            numbers["mlp_hidden"] = self.mlp_hidden or 4 * self.n_embd
+        if self.n_expert:
+            numbers["n_expert_by_block"] = ",".join(map(str, self.expert_counts()))
+            numbers["moe_every"] = 1
+            if self.expert_kind == "mlp":
+                numbers["expert_hidden"] = self.expert_hidden or 4 * self.n_embd
+        return dataclasses.replace(self, **numbers)
+
     def to_dict(self) -> dict[str, Any]:
         """Every key, as JSON types."""
         return dataclasses.asdict(self)
@@ -471,3 +486,9 @@ class Config:
         scopes, theirs = tuple(scopes), other.to_dict()
         options = options_of(type(self))
         return [(k, v, theirs[k]) for k, v in self.to_dict().items() if options[k].scope in scopes and v != theirs[k]]
+
+
+def one_list(numbers: str) -> str:
+    """The value of n_expert_by_block without blanks and zeros in front; as it is where it is no list of numbers."""
+    words = [word.strip() for word in numbers.split(",")]
+    return ",".join(str(int(word)) for word in words) if all(re.fullmatch("[0-9]{1,5}", w) for w in words) else numbers

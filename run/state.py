@@ -90,6 +90,15 @@ def restore(saved, model, optimizer, git):
     return dataclasses.replace(state, resumed=state.resumed + 1, git={"commit": git["commit"], "dirty": not is_clean})
 
 
+def change_of_code(before, now):
+    """Why no commit identifies the code of a resumed run any more; empty where one does, or none did before.
+    before, now: the git of two TrainingStates."""
+    if before["dirty"] is not False or now["dirty"] is False:
+        return ""
+    began, goes_on = ((git["commit"] or "unknown")[:8] for git in (before, now))
+    return f"begun with the code of commit {began}, resumed with other code ({goes_on}, or changes not in a commit)"
+
+
 def own_part(saved, config, processes, device):
     """(running totals, random state or None) with which this process goes on. The processes may be others than those
     that saved: then the first one takes over all totals, and the rest begin with nothing."""

@@ -37,6 +37,7 @@ def read_weights(out_dir, name) -> dict:
         raise ConfigError(["--out_dir=…: which run? It is the folder that train.py named at its end"])
     if not (folder / name).is_file():
         what = f"holds no {name}; is it the out_dir of a run?" if folder.is_dir() else "there is no such folder"
+        what = "is a file; expected the folder of a run" if folder.is_file() else what
         raise CheckpointError(f"{folder}: {what}")
     saved = checkpoint.load(folder / name)
     missing = [key for key in ("config", "vocabulary", "model") if key not in saved]

@@ -35,6 +35,8 @@ def run_file(path: Path, importers: tuple[Path, ...] = ()) -> ConfigFile:
     Raises ConfigError, with one problem, when the file cannot be read, is no Python, or fails while it runs.
     """
     name = shown_path(path)
+    if path.suffix == ".json":
+        raise ConfigError([f"{name}: JSON, as a run keeps its settings; expected the config file in Python"])
     if path in importers:
         raise ConfigError([f"{name}: imports itself by way of {shown_path(importers[-1])}; expected plain bases"])
     tree, code = compile_file(path)

@@ -80,8 +80,8 @@ def choices_of(option: Option) -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word most similar to `word`, or with these initials (lr: learning_rate); None if there is none."""
-    known = list(known)
+    """The known word most similar to `word` in lower case, or with these initials (lr: learning_rate); or None."""
+    known, word = list(known), word.lower()
     by_initials = [other for other in known if "_" in other and word == "".join(part[:1] for part in other.split("_"))]
     matches = by_initials or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return matches[0] if matches else None

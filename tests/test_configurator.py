@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data import names  # noqa: E402
+from run.identity import Identity  # noqa: E402
 from run.settings import Config  # noqa: E402
 from support.configurator import Message, parse  # noqa: E402
 from support.options import EXPERIMENT, SCHEDULE, ConfigError, option, options_of  # noqa: E402
@@ -199,6 +200,8 @@ def test_command_line_values_take_their_keys_type(argument, expected):
         ("--bias=maybe", "True or False"),
         ("--compile=2", "True or False or 'auto'"),
         ("--compile=atuo", "True or False or 'auto'; nearest: 'auto'"),
+        ("--device=CPU", "auto, cpu, cuda, cuda:N or mps; nearest: cpu"),
+        ("--dtype=FLOAT32", "'auto', 'float32' or 'bfloat16'; nearest: 'float32'"),
         ("--aux_loss=swich", "'switch', 'cv2' or 'none'; nearest: 'switch'"),
         ("--dtype=float16", "'auto', 'float32' or 'bfloat16'; nearest: 'bfloat16'"),
     ],
@@ -495,6 +498,11 @@ def test_a_title_names_no_text_of_another_config_file(write):
     assert parse(Config, [plain]).title == "train_shakespeare_char"
 
 
+def test_the_settings_that_a_run_keeps_are_no_config_file(write):
+    kept = write("config.json", '{"compile": false}')
+    assert only_problem(kept) == "config.json: JSON, as a run keeps its settings; expected the config file in Python"
+
+
 @pytest.mark.parametrize("docstring", ["# no docstring", '""""""', '"""\n\n"""', "from base import *"])
 def test_a_file_without_a_docstring_is_titled_by_its_name(write, docstring):
     write("base.py", '"""Base"""\n')
@@ -704,6 +712,42 @@ def test_a_config_with_problems_is_not_printed():
 
 def test_the_defaults_are_valid_and_of_their_types():
     assert Config.from_dict(Config().to_dict()) == Config()
+
+
+@pytest.mark.parametrize("spelled", ["4,2", "4, 2", " 4 ,2 ", "04,002"])
+def test_the_experts_of_each_block_spelled_in_several_ways_are_one_experiment(spelled):
+    config = parse(Config, ["--n_layer=2", "--n_expert=4", f"--n_expert_by_block={spelled}"])
+    assert config.n_expert_by_block == "4,2"
+    assert config.run_id == Config(n_layer=2, n_expert=4, n_expert_by_block="4,2").run_id
+
+
+@pytest.mark.parametrize("spelled", ["runs/a", "runs/a/", "./runs//a", "runs/./a/."])
+def test_a_folder_spelled_in_several_ways_is_shown_in_one(spelled):
+    assert parse(Config, [f"--out_dir={spelled}"]).out_dir == "runs/a"
+    assert parse(Config, ["--out_dir=../a/"]).out_dir == "../a"
+
+
+@pytest.mark.parametrize(
+    "changes, same",
+    [
+        (dict(lr_decay_iters=5000), True),
+        (dict(lr_decay_iters=4999), False),
+        (dict(mlp_hidden=4 * 384), True),
+        (dict(mlp_hidden=384), False),
+        (dict(n_expert=4, expert_hidden=4 * 384), True),
+        (dict(n_expert=4, n_expert_by_block="4,4,4,4,4,4"), True),
+        (dict(n_expert=4, n_expert_by_block="0,4,0,4,0,4"), False),
+        (dict(n_expert=4, n_expert_by_block="0,4,0,4,0,4", moe_every=2), True),
+        (dict(n_expert=4, expert_kind="linear_sum", expert_hidden=4 * 384), False),
+    ],
+)
+def test_a_0_and_the_number_for_which_it_stands_are_one_experiment(changes, same):
+    """--latest averages them; the hashes of records stay as they are."""
+    short = {key: changes[key] for key in ("n_expert", "expert_kind") if key in changes}
+    one, other = Config(**changes), Config(**short, moe_every=changes.get("moe_every", 1))
+    assert (Identity(one).experiment == Identity(other).experiment) is same
+    assert (Identity(one, "a" * 64).experiment == Identity(other, "a" * 64).experiment) is same
+    assert one.hash() != other.hash()
 
 
 def test_one_text_spelled_in_several_ways_is_one_experiment(tmp_path, monkeypatch):

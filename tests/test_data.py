@@ -286,3 +286,19 @@ def test_data_sets_are_found_by_name_or_path_with_a_hint_for_a_misspelt_one(tmp_
             find_dataset(wrong)
     with pytest.raises(DataError, match="no such folder"):
         find_dataset(str(tmp_path / "nothing"))
+
+
+def test_what_is_here_but_no_data_set_of_this_name_is_told_with_the_right_words(toy, tmp_path, monkeypatch):
+    """A folder without its ./, a text that is not prepared, and a file of a prepared folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my text.txt").write_bytes(CONTENT)
+    with pytest.raises(DataError, match="dataset 'toy': unknown under .*; the folder that is here is --dataset=./toy$"):
+        find_dataset("toy")
+    for name in ("my text.txt", "./my text.txt", str(tmp_path / "my text.txt")):
+        with pytest.raises(
+            DataError, match="a file; prepare it: python .*prepare.py '.*my text.txt' '--name=my text' and"
+        ):
+            find_dataset(name)
+    for name in ("./toy/train.bin", "toy/meta.json"):
+        with pytest.raises(DataError, match="a file; the data set is its folder: --dataset=toy/$"):
+            find_dataset(name)

@@ -35,7 +35,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cls, key", [(cls, key) for cls, keys in PATHS.items() for key in keys])
 def test_a_key_that_is_a_path(home, cls, key):
-    assert getattr(parse(cls, [f"--{key}=~/a/"]), key) == f"{home}/a/"
+    assert getattr(parse(cls, [f"--{key}=~/a"]), key) == f"{home}/a"
     assert getattr(parse(cls, [f"--{key}=a~"]), key) == "a~"
 
 

@@ -155,6 +155,45 @@ def test_advice_for_another_encoding_runs_as_printed(prepare, refused, tmp_path,
     assert Dataset.open(tmp_path / "mine").unit == "byte"
 
 
+@pytest.mark.parametrize(
+    "content, damaged",
+    [
+        ("天地玄黃".encode() * 99 + "天".encode()[:2], 2),  # as `head -c` cuts a text
+        ("naïve café ".encode() * 99 + b"\xff" + "é".encode(), 1),
+        (b"a half \xed\xa0\x80 of a pair " * 9, 27),
+    ],
+    ids=["cut", "a wrong byte", "surrogates"],
+)
+def test_damaged_utf8_is_not_taken_for_latin_1(prepare, refused, tmp_path, content, damaged):
+    message = refused(content)
+    assert f"it seems to be UTF-8 with {damaged} damaged bytes" in message and "8859" not in message
+    if shutil.which("iconv"):
+        subprocess.run(
+            re.search("leave them out: (iconv .*);", message)[1], shell=True, cwd="/", stderr=subprocess.DEVNULL
+        )
+        main(["my.txt.utf8", "--name=./mine"], print)
+        assert meta_of(tmp_path / "mine")["source"]["bytes"] == len(content) - damaged
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "iso8859-15"])
+def test_latin_1_is_not_taken_for_damaged_utf8(refused, encoding):
+    assert "if it is Latin-1" in refused(("Größe, Mühe, été, ça et là. " * 9).encode(encoding))
+
+
+def test_a_text_of_nothing_but_a_byte_order_mark_is_empty(refused):
+    assert "my.txt: empty but for a byte-order mark" in refused(b"\xef\xbb\xbf")
+
+
+def test_a_pipe_is_named(tmp_path, monkeypatch, capsys):
+    """prepare.py <(zcat text.gz), and … | prepare.py -"""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    for text in ("pipe", "-"):
+        with pytest.raises(SystemExit):
+            main([text, "--name=./mine"], print)
+        assert f"{text}: a pipe or a device, from which no text is read; write it to a file" in capsys.readouterr().err
+
+
 def test_too_many_characters_are_refused_with_advice(refused):
     text = "".join(chr(code) for code in range(1, 70_000) if not 0xD800 <= code < 0xE000)
     message = refused(text.encode())

@@ -363,6 +363,46 @@ def test_resume_on_another_text_is_refused_and_shows_how_they_differ(words, dens
         assert Dataset.open(folder).source_sha256[:8] in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "again, expected",
+    [
+        (dict(splits={"train": 80, "val": 10, "test": 10}), "'val': 481, .* there, .*'val': 962, .* here"),
+        (dict(unit="byte"), "46 characters, .* there, .*46 bytes, .* here"),
+    ],
+    ids=["splits", "unit"],
+)
+def test_resume_on_the_text_prepared_otherwise_is_refused_and_shows_how(tmp_path, at_step, again, expected):
+    data, text = tmp_path / "data", english(2000, seed=1)
+    at_step(interrupt(), 3)
+    assert train_tiny(prepare_text(data, text), tmp_path / "run") == 130
+    shutil.rmtree(data)
+    with pytest.raises(CheckpointError, match=f"another preparation of its text: .*{expected}; prepare it as"):
+        train_tiny(prepare_text(data, text, **again), tmp_path / "run", init_from="resume")
+
+
+def test_resume_with_the_experts_of_each_block_spelled_otherwise(words, tmp_path, at_step):
+    """Also where an older version kept the spelling."""
+    at_step(interrupt(), 3)
+    assert train_tiny(words, tmp_path / "run", n_expert=4, n_expert_by_block="4, 2") == 130
+    state = checkpoint.load(tmp_path / "run" / "ckpt.pt")
+    assert state["config"]["n_expert_by_block"] == "4,2"
+    state["config"]["n_expert_by_block"] = " 4, 02"
+    checkpoint.save(tmp_path / "run" / "ckpt.pt", {key: value for key, value in state.items() if key != "format"})
+    options = dict(init_from="resume", n_expert=4, n_expert_by_block="4 ,2")
+    assert train_tiny(words, tmp_path / "run", **options) == 0 and record_of(tmp_path / "run")["straight"]
+
+
+def test_a_link_to_a_folder_is_that_folder_and_one_to_nothing_is_refused(words, tmp_path, at_step):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    at_step(interrupt(), 3)
+    assert train_tiny(words, tmp_path / "link") == 130
+    assert train_tiny(words, f"{tmp_path}/real/", init_from="resume") == 0 and (tmp_path / "link").is_symlink()
+    (tmp_path / "lost").symlink_to("nothing")
+    with pytest.raises(ConfigError, match="lost is a link to nothing, which is not there"):
+        train_tiny(words, tmp_path / "lost")
+
+
 def test_resume_without_a_checkpoint_is_refused(words, tmp_path):
     with pytest.raises(CheckpointError, match="no ckpt.pt to resume from") as caught:
         train_tiny(words, tmp_path / "run", init_from="resume")
@@ -395,9 +435,9 @@ A, B = "a" * 40, "b" * 40
     ids=["same commit", "same code", "other code", "dirty before", "dirty now", "unknown before"],
 )  # fmt: skip
 def test_a_resumed_run_is_clean_where_one_code_made_it_all(
-    words, tmp_path, at_step, monkeypatch, before, now, same, found
+    words, tmp_path, at_step, monkeypatch, capsys, before, now, same, found
 ):
-    """The record is of the last session's commit, whose code must be that of all sessions."""
+    """The record is of the last session's commit, whose code must be that of all sessions; a change is told."""
     compared = []
     monkeypatch.setattr(machines, "same_code", lambda *commits: compared.append(commits) or same)
     at_step(interrupt(), 2)
@@ -406,6 +446,8 @@ def test_a_resumed_run_is_clean_where_one_code_made_it_all(
             machines, "git_state", lambda commit=commit, dirty=dirty: {"commit": commit, "dirty": dirty}
         )
         train_tiny(words, tmp_path / "run", max_iters=4, **options)
+    is_told = "resumed with other code (" in capsys.readouterr().out
+    assert is_told == (before[1] is False and found[1] is not False)
     record = record_of(tmp_path / "run")
     assert record["resumed"] == 1 and record["git"] == {"commit": found[0], "dirty": found[1]}
     assert set(compared) <= {(before[0], now[0])}

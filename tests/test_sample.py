@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+import unicodedata
 
 import pytest
 import torch
@@ -201,6 +202,30 @@ def test_marks_of_editors_leave_a_prompt_only_where_the_vocabulary_lacks_them(sy
     (tmp_path / "prompt.txt").write_bytes(text.encode())
     start = f"FILE:{tmp_path}/prompt.txt" if source == "file" else text
     assert sample.prompt_ids(start, vocabulary) == vocabulary.encode(prompt).tolist()
+
+
+@pytest.mark.parametrize("unit", ["character", "byte"])
+@pytest.mark.parametrize("trained, typed", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_of_a_prompt_take_the_form_of_the_text(trained, typed, unit):
+    """é is one character or two, which look alike; systems and editors differ in which they write."""
+    text = unicodedata.normalize(trained, "café Ångström")
+    symbols = text if unit == "character" else text.encode()
+    vocabulary = Vocabulary(unit, tuple(sorted(set(symbols))))
+    ids = sample.prompt_ids(unicodedata.normalize(typed, "café"), vocabulary)
+    assert vocabulary.decode(ids) == unicodedata.normalize(trained, "café")
+
+
+def test_a_prompt_of_known_symbols_keeps_its_form():
+    both = Vocabulary("character", tuple(sorted({*"cafeé", "\u0301"})))
+    for text in ("café", "cafe\u0301"):
+        assert both.decode(sample.prompt_ids(text, both)) == text
+    with pytest.raises(DataError, match="'́' at 1"):  # told as it was typed
+        sample.prompt_ids("e\u0301", Vocabulary("character", ("e",)))
+
+
+def test_a_checkpoint_in_the_place_of_its_folder_is_named(dense_run):
+    with pytest.raises(CheckpointError, match="best.pt: is a file; expected the folder of a run"):
+        sample.main([f"--out_dir={dense_run / 'best.pt'}"])
 
 
 def test_a_carriage_return_alone_is_no_mark_of_an_editor():

@@ -3,6 +3,7 @@ they can read."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from alike import lines_of, record_of
 from conftest import contents, english, interrupt, prepare_text, train_tiny
 
 import train
+from analysis.analysed_run import AnalysedRun
 from data.common import DataError, Dataset, Vocabulary
 from report import latest
 from run import checkpoint, records
 from run.checkpoint import CheckpointError
+from run.evaluate import full_loss
 from run.trained import load_trained
+from support import machines
 from support.files import ROOT
 from support.options import ConfigError
 
@@ -28,6 +32,7 @@ def other_words(tmp_path_factory):
 
 def evaluated(capsys, *arguments):
     """What train.py --eval_only prints, and the loss in it."""
+    capsys.readouterr()
     assert train.main(["--eval_only", "--device=cpu", *map(str, arguments)]) == 0
     told = capsys.readouterr().out
     return told, float(told.partition("validation ")[2].partition("; train")[0].split("validation")[-1].split()[0])
@@ -55,6 +60,12 @@ def test_the_weights_that_are_evaluated_are_told_and_are_those(words, worse_at_t
         assert f"evaluating {run / name} (step {step} of run " in told and "another text" not in told
         assert nats == losses(run)[step]
     assert contents(run) == before
+
+
+def test_a_snapshot_is_evaluated_with_the_settings_of_its_run(words, tmp_path, capsys):
+    assert train_tiny(words, tmp_path / "run", save_every=10) == 0
+    told, nats = evaluated(capsys, f"--init_from={tmp_path}/run/snapshots/step-000010.pt")
+    assert "step-000010.pt (step 10 of run " in told and nats == losses(tmp_path / "run")[10]
 
 
 def test_another_text_is_evaluated_in_the_ids_of_the_model(words, other_words, dense_run, capsys):
@@ -127,6 +138,15 @@ def test_the_first_evaluation_is_that_of_the_weights(words, other_words, dense_r
     assert checkpoint.load(tmp_path / "other" / "best.pt")["vocabulary"] == vocabulary.to_dict()
     assert record_of(tmp_path / "other")["dataset"]["vocab_size"] == vocabulary.size
     assert losses(tmp_path / "other")[0] < losses(dense_run)[0] - 0.3
+
+
+def test_a_started_run_on_another_text_is_analysed(other_words, moe_run, tmp_path):
+    options = dict(n_expert=4, expert_top_k=2, capacity_factor=0.5)
+    assert train_tiny(other_words, tmp_path / "run", init_from=moe_run, **options) == 0
+    quick = SimpleNamespace(checkpoint="last", characters=0, pass_characters=0, seed=1)
+    analysed = AnalysedRun(tmp_path / "run", quick, machines.choose("cpu"))
+    measured = full_loss(analysed.model, analysed.dataset, "val", analysed.config, analysed.machine)
+    assert round(measured.nats, 4) == losses(tmp_path / "run")[20]
 
 
 def test_a_started_run_resumes_exactly_and_stays_not_straight(other_words, dense_run, tmp_path, at_step):
