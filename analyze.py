@@ -98,7 +98,7 @@ def analysis_of(run, options, title):
         "format": analyses.FORMAT,
         "run_id": config.run_id,
         "title": config.title,
-        "config": config.to_dict(),
+        "config": config.to_record(),
         "dataset": run.dataset.describe(),
         "leaky": not config.is_causal,
         **({} if run.is_straight is None else {"straight": run.is_straight}),

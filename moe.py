@@ -98,7 +98,7 @@ class MoE(nn.Module):
                 preference_NE = preference_NE.masked_fill(~real_N1, -math.inf)
             experts_NK, chosen_NK = self.router.select(probs_NE, preference_NE, B)
             placed_NK = chosen_NK if real_N1 is None else chosen_NK & real_N1  # padding takes no room
-            kept_NK, room = self.limit_to_capacity(experts_NK, placed_NK, B, cache)
+            kept_NK, room = self.limit_to_capacity(experts_NK, placed_NK, B, cache, real_BT)
 
             # Gates of the chosen experts.
             if config.gate_renormalize:
@@ -119,8 +119,8 @@ class MoE(nn.Module):
         preference_NE = scores_NE + self.balance_bias if biased else self.router.preference(scaled_NE)
         return scaled_NE, scores_NE, probs_NE, preference_NE
 
-    def limit_to_capacity(self, experts_NK, chosen_NK, n_sequences, cache):
-        """-> (kept (N, K) bool, room: the most choices that one expert can have kept)"""
+    def limit_to_capacity(self, experts_NK, chosen_NK, n_sequences, cache, real_BT=None):
+        """-> (kept (N, K) bool, room: the most choices that one expert can have kept, without regard to padding)"""
         config, N = self.config, experts_NK.size(0)
         if config.capacity_factor == 0 or not self.router.tokens_choose:
             return chosen_NK, N
@@ -130,8 +130,11 @@ class MoE(nn.Module):
         n_groups = 1 if is_shared else n_sequences
         limit = capacity(config, n_sequences // n_groups)
         groups = (choices.reshape(n_groups, -1) for choices in (experts_NK, chosen_NK))
+        room = min(N, n_groups * limit)
+        if is_shared and real_BT is not None:  # a sequence of nothing but padding adds no room
+            limit = capacity(config, real_BT.any(dim=1).sum())
         kept = within_capacity(*groups, config.n_expert, limit, cache and cache.use_BE)
-        return kept.view(experts_NK.shape), min(N, n_groups * limit)
+        return kept.view(experts_NK.shape), room
 
     @torch.no_grad()
     def update_bias(self, load_E):

@@ -4,7 +4,6 @@ Pure functions of tensors, called in order by `MoE.route` in `moe.py`; the logit
 `moe.py`; G groups of S choices that share a capacity.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -75,13 +74,17 @@ def expert_dropout_mask(shape, rate, device):
 
 def capacity(config, n_sequences=1):
     """C = ceil(cf · k · T / E) choices per expert and sequence (Fedus et al. 2022, eq. 3). T is the block size, not the
-    current length, so that a later token cannot change an earlier one's room."""
-    share = config.capacity_factor * config.expert_top_k * config.block_size * n_sequences / config.n_expert
-    return max(1, math.ceil(share - 1e-9))  # 1.1 · 10 is 11.000000000000002
+    current length, so that a later token cannot change an earlier one's room.
+
+    n_sequences: that share a room, an int or a 0-d int64 tensor; C is then of the same kind."""
+    share = min(config.capacity_factor * config.expert_top_k * config.block_size / config.n_expert, config.block_size)
+    units = max(1, int(share * 2**40))  # in integers: 1.1 · 10 is 11.000000000000002, and not every device has float64
+    return (n_sequences * units + (2**40 - 1)) >> 40
 
 
 def within_capacity(experts_GS, chosen_GS, n_expert, limit, use_GE=None):
-    """(G, S) bool: the choices that find room, with a capacity of `limit` choices per expert and group.
+    """(G, S) bool: the choices that find room, with a capacity of `limit` choices (an int or a 0-d tensor) per expert
+    and group.
 
     experts_GS: choices token by token, so that no token yields to a later one; chosen_GS: whether each was made; use_GE
     (int64, updated in place): choices of earlier calls.

@@ -6,27 +6,34 @@
     python sweep.py B --list                    the state of each run, and the time left
     python sweep.py B --print_commands          a shell line for each missing run
     python sweep.py B --device=cuda:1           keys of the machine go to train.py
+    python sweep.py B --jobs=4                  four runs at once on one device: losses count, times do not
+    python sweep.py plan --list                 what to spend a GPU's minutes on, and what each run decides
+    python sweep.py plan --budget_minutes=9 --jobs=4 --pack=made.tar
 
 All rows get their first seed before any gets a second. A run (one row with one seed) is finished when
 results/ holds its record from the same kind of machine, in any table's folder: a run that several
 tables share is made once. Records of extended runs do not count. train.py runs in out/RUN, or in a
 folder beside it where another run is there, and its output goes to out/RUN.log; its record is copied
 to results/TABLE/RUN.json. Ctrl-C saves the current run and ends; the same command continues.
-Several sweeps can share the work: none starts a run that another process is running.
+Several sweeps can share the work: none starts a run that another process is running. A run whose loss or
+gradient was not finite is not tried again.
+
+"plan" goes through papers/priorities.py from the top. With a budget it starts no run that cannot end within
+it, by the time of those that it has made, else of records, else by a guess. --pack keeps one tar of the
+records and of the metrics, of unfinished runs too, up to date after every evaluation: if the machine goes
+away, it has what was made. Where the machine compiles, runs share what was compiled in out/compile_cache.
 
 Exit codes: 0 done, or out of time; 1 a run failed or cannot be run; 2 a mistake in the command;
 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP).
 """
 
 import contextlib
-import itertools
 import json
 import math
 import os
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,21 +45,21 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from papers import TABLES, planned_runs
-from papers.planned_runs import KINDS, Setup, State, from_root, last_logged, record_path
+from papers import TABLES, planned_runs, running
+from papers.estimates import GUESS_SECONDS, Forecast, estimates, rates_of
+from papers.pack import Pack
+from papers.planned_runs import KINDS, Setup, from_root, record_path
+from papers.priorities import PRIORITIES
 from papers.table import FIRST_SEED, SCALES, SEEDS_FOR_A_VERDICT
-from run import accounting, records
+from run import records
 from run.records import RecordError
 from run.settings import Config
 from support import configurator, console, files
 from support.files import ROOT, FileError, shown_path
 from support.options import MACHINE, ConfigError, option, options_of
 
-TRAIN = ROOT / "train.py"
+PLAN = "plan"  # beside the names of tables
 SET_HERE = ("out_dir", "init_from", "overwrite", "eval_only", "title")  # keys of the machine that are not passed on
-POLL_SECONDS = 0.5
-SECONDS_TO_START = 60  # with less of the budget left, a run would hardly get beyond its start
-CHARACTERS_WRITTEN = 500  # in each text of inference_samples
 # Each runs in a process of its own: a CUDA context of ours would be memory that others hold, to the runs that we
 # measure, and importing train loads the code that trains, and not that of tables and sweeps.
 MACHINE_OF_TRAINING = """import json, sys; from support import machines
@@ -66,7 +73,11 @@ class SweepOptions:
 
     seeds: int = option(SEEDS_FOR_A_VERDICT, f"number of seeds, counted from {FIRST_SEED}", at_least=1, at_most=1000)
     scale: Literal["auto", "paper", "cpu"] = option("auto", "auto: paper on a CUDA device, else cpu")
-    budget_minutes: float = option(0.0, "after so many minutes, save the current run and end; 0: no limit", at_least=0)
+    budget_minutes: float = option(0.0, "after so many minutes, save what runs and end; 0: no limit", at_least=0)
+    jobs: int = option(
+        1, "runs at once on one device; their times do not count, so they write no texts", at_least=1, at_most=64
+    )
+    pack: str = option("", "a tar to keep up to date with all records and metrics made here; empty: none", is_path=True)
     list: bool = option(False, "show the state of every run and the time left, and run nothing")
     print_commands: bool = option(False, "print one shell line for each missing run, and run nothing")
     out: str = option("", "folder of the runs; empty: out/ of this project", is_path=True)
@@ -83,14 +94,21 @@ def parse_command(argv):
     options = configurator.parse(
         SweepOptions,
         ours,
-        usage="python sweep.py TABLE … [--key=value …] [-- --key=value of train.py …]",
+        usage="python sweep.py TABLE … | plan [--key=value …] [-- --key=value of train.py …]",
         description=f"{__doc__.rstrip()}\n\nTables: {', '.join(TABLES)}, or all",
     )
     out, results = (Path(getattr(options, name) or ROOT / name).resolve() for name in ("out", "results"))
     changes = changes_of(passed_on)
-    setup = Setup(out, results, passed_on, changes, machine_here(changes))
-    scale = options.scale if options.scale != "auto" else "paper" if setup.machine["device_type"] == "cuda" else "cpu"
+    machine = machine_here(changes)
+    if machine["compile"] and "compile_cache" not in changes:
+        passed_on.append(f"--compile_cache={from_root(out / 'compile_cache')}")
+    if options.jobs > 1 and "inference_samples" not in changes:
+        passed_on.append("--inference_samples=0")
+    setup = Setup(out, results, passed_on, changes_of(passed_on), machine)
+    scale = options.scale if options.scale != "auto" else "paper" if machine["device_type"] == "cuda" else "cpu"
     check_tables(names, scale)
+    if PLAN in names and any(word.startswith("--seeds=") for word in ours):
+        raise ConfigError(["--seeds: the plan names the seeds of its runs (papers/priorities.py)"])
     return names, scale, options, setup
 
 
@@ -121,13 +139,17 @@ def changes_of(words):
 
 
 def check_tables(names, scale):
-    """ConfigError for an unknown table, or one that has no rows at this scale."""
-    unknown = [f"{name}: no such table" for name in names if name not in (*TABLES, "all")]
+    """ConfigError for an unknown table, or one that has no rows at this scale, or a table beside the plan."""
+    unknown = [f"{name}: no such table" for name in names if name not in (*TABLES, "all", PLAN)]
     if unknown or not names:
         what = "; ".join(unknown) or "which table?"
-        raise ConfigError([f"{what}; expected python sweep.py TABLE …, some of {', '.join(TABLES)}, or all"])
+        expected = f"some of {', '.join(TABLES)}, or all; or python sweep.py plan"
+        raise ConfigError([f"{what}; expected python sweep.py TABLE …, {expected}"])
+    if PLAN in names and len(names) > 1:
+        others = ", ".join(name for name in names if name != PLAN)
+        raise ConfigError([f"plan goes alone, for it has an order of its own; leave out {others}, or plan"])
     for name in names:
-        if name != "all" and not TABLES[name].rows_at(scale):
+        if name in TABLES and not TABLES[name].rows_at(scale):
             other = next(other for other in SCALES if TABLES[name].rows_at(other))
             raise ConfigError([f"table {name} has no rows at scale {scale}; it has some with --scale={other}"])
 
@@ -191,54 +213,27 @@ def print_reasons(states, file):
         print(f"{kind}: {name}{f' and {len(others)} more' if others else ''}: {reason}", file=file, flush=True)
 
 
-def print_list(states, kept, scale):
-    times, unknown, width = estimates(states, kept, scale), 0, max(len(run.name) for run in states)
+def print_list(states, kept, scale, decides):
+    """decides: {run: its Priority}, a heading over the runs that share it; empty for tables."""
+    rates = rates_of(states, kept, TABLES.values(), scale)
+    times, unknown, width = estimates(states, rates), 0, max(len(run.name) for run in states)
+    next_run = next((run for run, state in states.items() if state.kind in ("cut", "missing")), None)
+    heading = None
     for run, state in states.items():
-        line = f"{run.name:<{width}}  {state.kind if state.kind == 'cannot be run' else state}"
+        if decides and decides[run] is not heading:
+            heading = decides[run]
+            print(heading.decides)
+        line = f"{'  ' if decides else ''}{run.name:<{width}}  {state.kind if state.kind == 'cannot be run' else state}"
         if run in times:
             line += f", {console.duration(times[run][0])} {times[run][1]}"
         elif state.kind in ("cut", "missing"):
             unknown += 1
-        print(line)
+        print(f"{line}{', next' if decides and run is next_run else ''}")
     print_reasons(states, sys.stdout)
     left = [console.duration(sum(seconds for seconds, _ in times.values()))] if times else []
     left += [f"{how_many(unknown, 'run')} of unknown length"] if unknown else []
     kinds_of_machine = "; ".join(sorted({run.machine for run in states}))
     print(f"{totals(states)}; left: {' and '.join(left) or 'nothing'}, on {kinds_of_machine}")
-
-
-def estimates(states, kept, scale):
-    """{run: (seconds left, "as measured" or "by its FLOPs")} for cut and missing runs.
-
-    In proportion to training FLOPs, from clean records of the same machines: those of the same config, or else of all
-    configs at this scale. Without such records nothing is estimated.
-    """
-    machines_here, rows, rates = {run.machine for run in states}, planned_runs.distinct_rows(TABLES.values(), scale), {}
-    for (run_id, machine), (_, record) in kept.counted.items():
-        hash = run_id.partition("-")[0]
-        if hash in rows and machine in machines_here and records.is_clean(record):
-            rate = run_seconds(record) / training_flops(rows[hash][1].config_at(scale))
-            rates.setdefault(hash, []).append(rate)
-    overall, times = [statistics.median(of_one) for of_one in rates.values()], {}
-    for run, state in states.items():
-        if overall and state.kind in ("cut", "missing"):
-            own = rates.get(run.config.hash())
-            seconds = statistics.median(own or overall) * training_flops(run.config)  # median: busy hours count little
-            left = 1 - state.step / run.config.max_iters
-            times[run] = seconds * left, "as measured" if own else "by its FLOPs"
-    return times
-
-
-def run_seconds(record):
-    """Seconds of a whole run, with the texts written at its end, which are not in the record's total."""
-    samples, speed = record["inference"]["samples"], record["inference"]["tokens_per_second"]
-    return record["seconds"]["total"] + (samples * CHARACTERS_WRITTEN / speed if speed else 0)
-
-
-def training_flops(config):
-    """Of a whole run, but for those of the output layer, which depend on the text."""
-    tokens = config.max_iters * config.batch_size * config.gradient_accumulation_steps * config.block_size
-    return accounting.training_flops_per_token(accounting.model_without_memory(config)) * tokens
 
 
 def print_commands(states):
@@ -248,17 +243,12 @@ def print_commands(states):
         if state.kind in ("missing", "cut", "to be copied"):
             path = record_path(run)
             parts = [] if Path.cwd() == ROOT else [["cd", str(ROOT)]]
-            parts += [] if state.kind == "to be copied" else [command_of(run, state, python)]
+            parts += [] if state.kind == "to be copied" else [running.command_of(run, state, python)]
             parts += [["mkdir", "-p", from_root(path.parent)]]
             parts += [["cp", from_root(run.folder / "summary.json"), from_root(path)]]
             print(" && ".join(shlex.join(part) for part in parts))
     print_reasons(states, sys.stderr)
     print(totals(states), file=sys.stderr)
-
-
-def command_of(run, state, python):
-    """The words of a train.py command, for the project's root."""
-    return [python, from_root(TRAIN), *run.arguments, *state.words]
 
 
 class Overview:
@@ -300,30 +290,43 @@ class Overview:
 # Running
 
 
-def check_can_run(setup):
+def check_can_run(setup, pack):
     if files.fcntl is None:
         raise ConfigError(["sweep.py needs file locks, which Windows lacks; --print_commands works there"])
     for key, folder in (("out", setup.out), ("results", setup.results)):
         with files.writing(folder, way_out=f"--{key}=… names another folder"):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
+    if pack:
+        with files.writing(pack.path, way_out="--pack=… gives it another place"):
+            tempfile.TemporaryFile(dir=pack.path.parent).close()
 
 
-def run_all(states, budget_minutes, argv):
-    """Runs what can be run, and prints the outcome. -> exit code"""
+def run_all(states, options, pack, rates, is_plan, argv):
+    """Runs what can be run, and prints the outcome. rates: of estimates.rates_of. -> exit code"""
+    screen = Overview(states)
     dirty = git_of_training()["dirty"]
     if dirty is not False:
         why = "There are uncommitted changes" if dirty else "git knows no commit of this code"
         print(f"{why}: records made now are shown in tables, but count in no mean.")
     print(totals(states), flush=True)
     print_reasons(states, sys.stderr)
-    deadline = time.monotonic() + 60 * budget_minutes if budget_minutes else math.inf
-    with collected_signals() as signals:
-        run_queue(states, deadline, signals)
+    deadline = time.monotonic() + 60 * options.budget_minutes if options.budget_minutes else math.inf
+    with collected_signals() as signals, screen.bar:
+        runner = running.Runner(states, screen, signals, options.jobs, deadline, pack=pack)
+        if is_plan and options.budget_minutes:
+            forecast = Forecast(rates, options.jobs, runner.seconds)
+            runner.fits = lambda run, state, seconds: forecast.seconds(run, state) <= seconds
+            if forecast.is_guess:
+                alone = console.duration(GUESS_SECONDS)
+                screen.say(f"no record tells how long a run takes here: guessing {alone} for one at paper size, alone")
+        runner.run()
     kinds = {state.kind for state in states.values()}
     print(totals(states))
     if kinds & {"cut", "missing", "to be copied"}:
         why = f"Stopped by {signal.Signals(signals[0]).name}" if signals else "The time is over"
+        if is_plan and not signals and time.monotonic() < deadline:
+            why = f"No further run would end within the {console.duration(deadline - time.monotonic())} left"
         print(f"{why}. To go on: {shlex.join(['python', os.path.relpath(__file__), *argv])}", flush=True)
     print_reasons(states, sys.stderr)
     if signals:
@@ -342,106 +345,28 @@ def collected_signals():
         yield signals
 
 
-def run_queue(states, deadline, signals):
-    """Runs everything that can be run until the deadline or a signal, and keeps `states` up to date."""
-    queue = [run for run, state in states.items() if state.kind not in ("finished", "cannot be run")]
-    postponed = []  # runs of other processes get a second look at the end: they may be finished, or cut
-    screen = Overview(states)
-    with screen.bar:
-        for run in itertools.chain(queue, postponed):
-            if signals or time.monotonic() > deadline - SECONDS_TO_START:
-                break
-            states[run] = attempt(run, screen, deadline, signals)
-            if states[run].kind == "running elsewhere" and run not in postponed:
-                postponed.append(run)
-            else:
-                screen.end(run, states[run])
-
-
-def attempt(run, screen, deadline, signals):
-    """Runs train.py unless another process does so now, or has meanwhile. -> State"""
-    lock = planned_runs.take_lock(run.lock)
-    if lock is None:
-        return planned_runs.running_elsewhere(run)
-    with lock:
-        state = planned_runs.state_of(run, planned_runs.read_results(run.home.parent))
-        if state.kind in ("missing", "cut"):
-            state = run_train(run, state, lock, screen, deadline, signals)
-        return keep_record(run) if state.kind == "to be copied" else state
-
-
-def run_train(run, state, lock, screen, deadline, signals):
-    """Runs train.py to its end. -> the State that it leaves"""
-    screen.start(run, state)
-    log = run.folder.with_name(f"{run.name}.log")
-    with open(log, "ab") as output:
-        # A session of its own keeps the terminal's Ctrl-C from train.py, which a second signal would end unsaved.
-        process = subprocess.Popen(
-            command_of(run, state, sys.executable),
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock.fileno()],
-            start_new_session=True,
-        )
-    is_stopped = wait_for(process, run, screen, deadline, signals)
-    code, left = process.returncode, planned_runs.state_of_folder(run)
-    if code == 0 and left.kind == "to be copied":
-        return left
-    if is_stopped and code in (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL):
-        return left
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    why = f", {left.text or 'no summary.json'}" if code == 0 else ""
-    lines = log.read_text(errors="replace").strip().splitlines() or ["(it is empty)"]
-    return State("failed", f"{how}{why}; the last line of {shown_path(log)}: {lines[-1].strip()}", left.step)
-
-
-def wait_for(process, run, screen, deadline, signals):
-    """Waits for train.py, and stops it at the deadline or on a signal. -> whether it was stopped"""
-    is_stopped = False
-    while True:
-        try:
-            process.wait(POLL_SECONDS)
-            return is_stopped
-        except subprocess.TimeoutExpired:
-            screen.update(run, *last_logged(run.folder / "metrics.jsonl"))
-        if len(signals) > 1:
-            process.kill()
-        elif not is_stopped and (signals or time.monotonic() > deadline):
-            screen.say(f"stopping {run.name}, which saves" + ("; a second signal ends it at once" if signals else ""))
-            process.terminate()
-            is_stopped = True
-
-
-def keep_record(run):
-    """Copies the record of a complete run to results/. -> State"""
-    source, path = run.folder / "summary.json", record_path(run)
-    record = records.read(source)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, source.read_bytes())
-    text = f"{record['clean']['best']['nats']:.4f} nats in {console.duration(record['seconds']['total'])}"
-    return State("finished", f"{text}, kept as {shown_path(path)}", run.config.max_iters)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv):
     names, scale, options, setup = parse_command(argv)
-    kept = planned_runs.read_results(setup.results)
-    states = planned_runs.states_of(planned_runs.plan(TABLES, names, scale, options.seeds, setup), kept)
+    kept, is_plan = planned_runs.read_results(setup.results), names == [PLAN]
+    decides = planned_runs.by_priority(TABLES, PRIORITIES, scale, setup) if is_plan else {}
+    runs = list(decides) or planned_runs.plan(TABLES, names, scale, options.seeds, setup)
+    states = planned_runs.states_of(runs, kept)
     warn_of_records(states, kept)
-    about = f"{', '.join(names)} at scale {scale}, {how_many(options.seeds, 'seed')} from {FIRST_SEED}"
+    about = f"{', '.join(names)} at scale {scale}"
+    about += "" if is_plan else f", {how_many(options.seeds, 'seed')} from {FIRST_SEED}"
     about += f": runs in {shown_path(setup.out)}, records in {shown_path(setup.results)}"
     print(about, file=sys.stderr if options.print_commands else sys.stdout, flush=True)
     if options.list:
-        print_list(states, kept, scale)
+        print_list(states, kept, scale, decides)
     elif options.print_commands:
         print_commands(states)
     else:
-        check_can_run(setup)
-        return run_all(states, options.budget_minutes, argv)
+        pack = Pack(Path(options.pack).absolute(), tqdm.write) if options.pack else None
+        check_can_run(setup, pack)
+        return run_all(states, options, pack, rates_of(states, kept, TABLES.values(), scale), is_plan, argv)
     return 0
 
 

@@ -8,9 +8,9 @@
 
 A run lives in its out_dir: config.json, metrics.jsonl (a line a log or evaluation), ckpt.pt (the last state), best.pt
 (the weights with the best validation loss), and summary.json once it is complete. Ctrl-C saves; the same command with
---init_from=resume goes on (--init_from=auto: where there is something to go on with). Exit codes: 0 done, 2 an invalid
-request, 3 loss or gradient not finite, 4 another process of the run ended, 128 + n stopped by signal n (130
-SIGINT, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP).
+--init_from=resume goes on (--init_from=auto: where there is something to go on with), and --init_from=out/other begins
+with the best weights of another run. Exit codes: 0 done, 2 an invalid request, 3 loss or gradient not finite, 4 another
+process of the run ended, 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP).
 """
 
 import contextlib
@@ -33,11 +33,13 @@ from run.dataset import open_dataset, prepare
 from run.identity import Identity
 from run.processes import Processes, is_lost_connection
 from run.run_folder import RunFolder, check_resumable, difference
+from run.saving import Saver, saves_in_background
 from run.settings import Config
+from run.start import open_start, vocabulary_of
 from run.state import TrainingState, checkpoint_of, identity_of, own_part, restore
 from run.totals import RunningTotals
 from run.update import NotFinite, Updater, set_random_state, without_side_effects
-from support import configurator, console, machines
+from support import compile_cache, configurator, console, machines
 from support.files import FileError
 from support.options import ConfigError
 
@@ -77,6 +79,8 @@ def train(config, argv, machine, processes):
     # The run's folder, and the checkpoint to resume from.
     folder = RunFolder(config)
     saved = folder.open()
+    start = open_start(config, folder, saved)
+    saved = None if config.eval_only else saved
     config = dataclasses.replace(config, init_from="resume" if saved else "scratch")
     for line in (machine.reason, folder.note, progress.overridden_cpu_size(__file__, argv)):
         if line:
@@ -86,14 +90,14 @@ def train(config, argv, machine, processes):
     if processes.is_first:
         prepare(config, print)
     processes.barrier()
-    dataset = open_dataset(config, machine.device)
+    dataset = open_dataset(config, machine.device, vocabulary_of(start, saved))
     changed = check_resumable(saved, config, dataset, folder.has_diverged) if saved else []
-    if saved and not changed and (folder / "summary.json").exists() and not config.eval_only:
+    if saved and not changed and (folder / "summary.json").exists():
         print(f"{folder} is complete: there is nothing to resume. A larger max_iters would extend it, but where its")
         print(
             "learning rate then jumps, its record enters no mean: with another --out_dir the longer run is made anew."
         )
-        print(screen_report.final_report(json.loads((folder / "summary.json").read_text())))
+        print(screen_report.final_report(json.loads((folder / "summary.json").read_text()), folder))
         return 0
 
     # Model, optimiser and counters: new, or as the checkpoint has them.
@@ -101,6 +105,9 @@ def train(config, argv, machine, processes):
     model = GPT(config, dataset.vocabulary.size, dataset.symbol_counts("train")).to(machine.device)
     updater = Updater(model, config, machine, processes)
     state, totals, random = TrainingState(machines.git_state()), RunningTotals(), None
+    if start:
+        start.load_into(model, config)
+        state.start = start.about
     if not processes.is_first:  # the same weights, but dropout and noise of its own
         torch.manual_seed(mix_seeds(config.seed, processes.rank))
     if saved:
@@ -120,7 +127,8 @@ def train(config, argv, machine, processes):
     rows = config.batch_size * config.gradient_accumulation_steps  # sequences of one update
     first_batch = dataset.batch("train", config.seed, 0, rows, config.block_size)
     if machine.compile:
-        compiled = updater.compile(*first_batch)
+        with compile_cache.reused(config.compile_cache, machine, config.hash(), print):
+            compiled = updater.compile(*first_batch)
         if compiled.failure:
             print(f"torch.compile failed, so this run is not compiled: {compiled.failure}")
         state.seconds["compile"] += compiled.seconds
@@ -131,9 +139,8 @@ def train(config, argv, machine, processes):
         state.seconds["compile"] += captured.seconds
     machine = updater.machine
     if config.eval_only:
-        if not saved:
-            print("untrained weights: --init_from=resume evaluates those of out_dir")
-        line = evaluate.evaluation(updater.eval_model, dataset, config, machine, state.step)
+        print(progress.weights_text(start, dataset))
+        line = evaluate.evaluation(updater.eval_model, dataset, config, machine, start.step if start else 0)
         print(progress.evaluation_text(line, config))
         print(f"sampled validation: {line['paper']['val']:.4f} nats on {config.eval_iters} random batches")
         return 0
@@ -158,8 +165,10 @@ def train(config, argv, machine, processes):
                 print(f"the file system of {folder} has no locks: nothing keeps a second run out of it")
             changes = "".join(f"; {key} is now {ours} (was {theirs})" for key, ours, theirs in changed)
             print(f"resuming {folder} at step {state.step:,}{changes}" if saved else f"writing to {folder}")
+            if start:
+                print(f"The weights are those of {start}.")
             if not is_straight:
-                print("This is no longer a straight run of its config, so its record will enter no mean.")
+                print("This is not a straight run of its config, so its record will enter no mean.")
         slow_hint = progress.cpu_size_hint(__file__, argv) if machine.device.type == "cpu" else None
         screen = progress.Screen(config, state.step, processes.is_first, print, slow_hint)
         run = Run(argv, dataset, updater, state, totals, folder, metrics, screen, started, other_load)
@@ -169,7 +178,7 @@ def train(config, argv, machine, processes):
             set_random_state(random)
         totals.exclude(time.perf_counter() - restored)
 
-        with screen, console.StopSignals() as signals:
+        with screen, console.StopSignals() as signals, run.saver:
             while True:
                 step = state.step  # updates made so far
                 model.set_step(step)
@@ -226,6 +235,8 @@ class Run:
         self.config, self.model, self.machine = updater.config, updater.model, updater.machine
         self.processes, self.is_alone = updater.processes, updater.processes.world_size == 1
         self.best, self.last_save = None, time.monotonic()
+        is_background = self.processes.is_first and saves_in_background(self.config, self.machine.device)
+        self.saver = Saver(is_background, self.machine.device)
 
     def pending_action(self, signals):
         """What this process wants before the next update: 0 nothing, SAVE, or SAVE + the number of a stop signal."""
@@ -252,6 +263,9 @@ class Run:
         self.write(line)
         self.screen.log(state.step, line)
         self.totals.restart()
+        if self.saver.has_failed:
+            with self.saving_on_failure():
+                self.saver.finish()
 
     def write(self, line):
         if self.metrics:
@@ -277,9 +291,6 @@ class Run:
         if not math.isfinite(nats):
             raise NotFinite(f"the validation loss at step {state.step:,}")
         is_best = all(nats < past["clean"]["nats"] for past in state.evaluations)
-        if is_best:
-            weights = {name: value.to("cpu", copy=True) for name, value in self.model.state_dict().items()}
-            self.best = {"step": state.step, "model": weights}
         for past in state.evaluations:
             past.pop("routing", None)  # metrics.jsonl has it
         state.evaluations.append(line)
@@ -300,6 +311,7 @@ class Run:
             if self.is_alone:
                 self.updater.guard.raise_if_skipped()
                 self.save()
+                self.saver.finish()
                 self.screen.say(f"\nfailed after step {self.state.step:,}; saved. {self.how_to_go_on()}")
             raise
 
@@ -313,28 +325,37 @@ class Run:
         self.totals.exclude(seconds)
 
     def save(self, is_best=False):
-        """Write ckpt.pt; is_best: and best.pt."""
+        """Write ckpt.pt; is_best: and best.pt, with the weights of this step. See saving.py for what may go on
+        meanwhile. If the save before has failed, its failure is raised when this one is over."""
         state = self.state
         with self.clock_of_saving():
+            failure = self.saver.wait()
             state.seconds["total"] = time.perf_counter() - self.started
             state.others = self.other_load.so_far()
             if self.metrics:
-                state.metrics_bytes = self.metrics.sync()
+                state.metrics_bytes = self.metrics.length
             parts = (self.model, self.updater.optimizer, state, self.best, self.totals)
             content = checkpoint_of(self.config, self.dataset, *parts, self.processes)
+            content = self.saver.frozen(content, is_best)
+            self.best = content["best"]
             if self.processes.is_first:
-                self.folder.save(content, is_best)
+                self.saver.start(self.folder.save, content, is_best)
             self.last_save = time.monotonic()
+        if failure:
+            self.saver.finish()
+            raise failure
 
     def save_snapshot(self):
         """Keep the weights of this step in snapshots/."""
         with self.saving_on_failure(), self.clock_of_saving():
             if self.processes.is_first:
-                weights = {"step": self.state.step, "model": self.model.state_dict()}
-                self.folder.save_snapshot(identity_of(self.config, self.dataset), weights)
+                self.saver.finish()
+                weights = {"step": self.state.step, "model": self.saver.frozen_weights(self.model.state_dict())}
+                self.saver.start(self.folder.save_snapshot, identity_of(self.config, self.dataset), weights)
 
     def stop(self, number):
         """Say that the run is saved, and how it goes on. number: of the signal. -> the exit code"""
+        self.saver.finish()
         self.processes.barrier()  # a launcher may end all when the first of them has ended
         name = signal.Signals(number).name
         self.screen.say(f"\nstopped by {name} after step {self.state.step:,}; saved. {self.how_to_go_on()}")
@@ -349,6 +370,8 @@ class Run:
         if "test" in self.dataset.sizes:
             self.screen.doing("reading the test split")
             test = signals.unless_stopped(self.test_loss_of_best, at_once=self.is_alone)
+        with self.clock_of_saving():
+            self.saver.finish()
         state.seconds["total"] = time.perf_counter() - self.started
         state.others = self.other_load.so_far()
         if processes.is_first and not signals.caught:
@@ -366,7 +389,7 @@ class Run:
             record = records.record_of(self.config, self.dataset, self.model, state, is_straight, *measured)
             self.folder.complete(record)
             self.screen.bar.close()
-            self.screen.say(screen_report.final_report(record))
+            self.screen.say(screen_report.final_report(record, self.folder))
         return 0
 
     def test_loss_of_best(self):

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import gzip
 import hashlib
 import io
@@ -163,6 +164,9 @@ def prepare_dataset(
                     say(f"no: {failures[-1]}")
                 continue
             say(f"read {origin}")
+            if spec.sha256 is None and spec.unit == CHARACTER and content.startswith(codecs.BOM_UTF8):
+                content = content.removeprefix(codecs.BOM_UTF8)
+                say("its byte-order mark is left out; it is no character of the text")
             _check_replaced(folder, canonical, sha256_of(content), "--out" if home else "--name", say)
             try:
                 return write_dataset(folder, name, canonical, content, spec.unit, spec.splits, again)

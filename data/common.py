@@ -206,6 +206,28 @@ class Dataset:
         sizes, tokens = self.sizes | {"train": count}, self._tokens | {"train": self._tokens["train"][:count]}
         return dataclasses.replace(self, sizes=sizes, _tokens=tokens)
 
+    def in_vocabulary(self, vocabulary: Vocabulary) -> Dataset:
+        """The same text in the ids of another vocabulary. Raises DataError naming the symbols which that one lacks."""
+        if vocabulary == self.vocabulary:
+            return self
+        if vocabulary.unit != self.unit:
+            raise DataError(f"{self.name} is prepared as {self.unit}s, the model knows {vocabulary.unit}s")
+        if lacking := sorted({*self.vocabulary.symbols} - {*vocabulary.symbols}):
+            some = ", ".join(map(repr, lacking[:8])) + (", …" if len(lacking) > 8 else "")
+            lack = f"{self.name} has {len(lacking)} {self.unit}s that are not among the model's {vocabulary.size}"
+            raise DataError(f"{lack}: {some}; prepare the text without them")
+        ids = {symbol: i for i, symbol in enumerate(vocabulary.symbols)}
+        table = np.array([ids[symbol] for symbol in self.vocabulary.symbols])
+        tokens = {}
+        for split, old in self._tokens.items():
+            if self.resident:
+                dtype = torch.uint8 if vocabulary.size <= 256 else torch.int32
+                new = torch.from_numpy(table).to(self.device, dtype)
+                tokens[split] = torch.cat([new[piece.long()] for piece in old.split(CHUNK)])
+            else:
+                tokens[split] = table.astype(TOKEN)[old]
+        return dataclasses.replace(self, vocabulary=vocabulary, _tokens=tokens)
+
     def batch(
         self, split: str, seed: int, step: int, batch_size: int, block_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,7 +87,7 @@ TABLES = (
         text="The heads are the first megabytes of enwik8 and text8: real text, but not those data sets.",
         rows=tuple(_rows_of_summary()),
         views=(
-            View("Loss", ("clean", "clean_bpc", "paper", "paper_with_aux", "test_bpc")),
+            View("Loss", (*LOSSES, "test_bpc")),
             View("Cost", ("train_seconds", "inference_speed", "epochs")),
         ),
         figures=(),
@@ -96,6 +96,7 @@ TABLES = (
 
 
 CLAIM_LOSSES = ("clean", "paper", "paper_with_aux")
+TESTED_LOSSES = ("test", *CLAIM_LOSSES)  # where the text has a test split, it decides: nothing was chosen on it
 
 
 def _moe_of(dataset):
@@ -106,10 +107,10 @@ def _moe_of(dataset):
 def _moe_is_worse(id, table, dataset, title, scales):
     return Claim(
         id=id,
-        sentence=f"On {title}, every MoE configuration has a higher best validation loss than the dense model.",
+        sentence=f"On {title}, every MoE configuration has a higher loss than the dense model.",
         table=table,
         pairs=_moe_of(dataset),
-        measures=CLAIM_LOSSES,
+        measures=CLAIM_LOSSES if dataset == "shakespeare" else TESTED_LOSSES,
         holds=ABOVE_0,
         scales=scales,
     )
@@ -118,11 +119,10 @@ def _moe_is_worse(id, table, dataset, title, scales):
 def _moe4_is_worse_on_head(id, dataset):
     return Claim(
         id=id,
-        sentence=f"On the head of {dataset} (not the data set), 4 experts have a higher best validation loss than the "
-        "dense model.",
+        sentence=f"On the head of {dataset} (not the data set), 4 experts have a higher loss than the dense model.",
         table="A_summary",
         pairs=((f"{dataset}_head_moe4", f"{dataset}_head_dense"),),
-        measures=CLAIM_LOSSES,
+        measures=TESTED_LOSSES,
         holds=ABOVE_0,
     )
 
@@ -138,7 +138,10 @@ CLAIMS = (
         pairs=(("shakespeare_moe4", "shakespeare_dense"),),
         measures=CLAIM_LOSSES,
         holds=(0.035, 0.105),
-        why="half of the published gap to one and a half times the gap",
+        why="half of the published gap to one and a half times the gap, which with its rounding is 0.06 to 0.08. If A "
+        "counted the balancing loss into its validation loss, 0.06 of it are that loss by construction (6 layers of "
+        "0.01 each), and our difference should be between 0 and 0.02",
+        expected=0.07,
         scales=("paper",),
     ),
     Claim(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from analysis import analyses
+from papers.break_even import equivalent_steps
 
 
 def _field(*path):
@@ -42,10 +43,9 @@ class Measure:
     digits: int  # after the point
     read: Callable[[dict], float | None]  # record -> the number; None where it has none
     timed: bool = False  # counts only where the run had its hardware to itself
-    # Estimated from random batches, which depend on seed and step alone. Rows of one seed share them, and with them
-    # most of the noise, so differences are paired over seeds.
-    shares_batches: bool = False
     is_exclusive: Callable[[dict], bool] = _field("exclusive")  # of a timed one: whether the run was alone
+    # (comparison, row) -> {seed: number}, of one that rests on other rows too; its `read` finds nothing in a record.
+    of_table: Callable[..., dict[int, float]] | None = None
 
 
 def _aux_per_layer(record):
@@ -54,35 +54,43 @@ def _aux_per_layer(record):
     return (paper["best_val_with_aux"] - paper["best_val"]) / layers if layers else None
 
 
+def _cross_fitted(record):
+    """The cross-fitted best; None in records from before it was kept."""
+    return (record.get("cross_fitted") or {}).get("nats")
+
+
 _SHARE = "of H(expert)"
 MEASURES = {
     "clean": Measure("best full validation", "nats", 4, _field("clean", "best", "nats")),
+    "cross_fitted": Measure("best full validation, cross-fitted", "nats", 4, _cross_fitted),
     "clean_bpc": Measure("best full validation", "bits per character", 4, _field("clean", "best", "bpc")),
-    "paper": Measure("best sampled validation", "nats", 4, _field("paper", "best_val"), shares_batches=True),
+    "paper": Measure("best sampled validation", "nats", 4, _field("paper", "best_val")),
     "paper_with_aux": Measure(
         "best sampled validation + auxiliary losses",
         "nats",
         4,
         _field("paper", "best_val_with_aux"),
-        shares_batches=True,
     ),
     "aux_per_layer": Measure("loss added by auxiliary losses, per MoE layer", "nats", 4, _aux_per_layer),
+    "test": Measure("test, whole split", "nats", 4, _field("test", "nats")),
     "test_bpc": Measure("test, whole split", "bits per character", 4, _field("test", "bpc")),
-    "final_train": Measure("final train, eval mode", "nats", 4, _field("paper", "final_train"), shares_batches=True),
-    "final_val": Measure("final sampled validation", "nats", 4, _field("paper", "final_val"), shares_batches=True),
+    "final_train": Measure("final train, eval mode", "nats", 4, _field("paper", "final_train")),
+    "final_val": Measure("final sampled validation", "nats", 4, _field("paper", "final_val")),
     "gap": Measure(
         "final validation − final train",
         "nats",
         4,
         lambda record: record["paper"]["final_val"] - record["paper"]["final_train"],
-        shares_batches=True,
     ),
-    "train_mode": Measure("final train, train mode", "nats", 4, _field("train_mode", "loss"), shares_batches=True),
+    "train_mode": Measure("final train, train mode", "nats", 4, _field("train_mode", "loss")),
     "train_mode_with_aux": Measure(
-        "final train, train mode + auxiliary losses", "nats", 4, _field("train_mode", "objective"), shares_batches=True
+        "final train, train mode + auxiliary losses", "nats", 4, _field("train_mode", "objective")
     ),
     "train_seconds": Measure("training", "s", 1, _field("seconds", "train"), timed=True),
     "tokens_per_second": Measure("training speed", "characters/s", 0, _field("tokens_per_second"), timed=True),
+    "equivalent_steps": Measure(
+        "dense steps to the same loss ÷ own steps", "", 3, lambda record: None, of_table=equivalent_steps
+    ),
     "inference_speed": Measure(
         "inference, the papers' protocol",
         "characters/s",
@@ -95,9 +103,10 @@ MEASURES = {
     "total_parameters": Measure("parameters", "", 0, _field("parameters", "total")),
     "active_parameters": Measure("active per character", "", 0, _field("parameters", "active")),
     "training_flops": Measure("training FLOPs per character", "", 0, _field("training_flops_per_token")),
+    "iterations": Measure("steps", "", 0, _field("iterations")),
     "epochs": Measure("epochs", "", 2, _field("epochs")),
     "load_cv2": Measure("squared CV of the router's choices", "", 3, _mean_over_layers("load_cv2")),
-    "drop_rate": Measure("choices dropped", "", 4, _mean_over_layers("drop_rate")),
+    "drop_rate": Measure("dropped", "of choices", 4, _mean_over_layers("drop_rate")),
     "entropy": Measure("router entropy", "nats", 3, _mean_over_layers("entropy")),
     # Read from an analysis.
     "analysed_nats": Measure("full validation of the last weights", "nats", 4, _field("nats")),
@@ -146,5 +155,5 @@ MEASURES = {
 }
 
 # Measures that several tables show together.
-LOSSES = ("clean", "clean_bpc", "paper", "paper_with_aux")
+LOSSES = ("clean", "cross_fitted", "clean_bpc", "paper", "paper_with_aux")
 COSTS = ("total_parameters", "active_parameters", "train_seconds", "tokens_per_second", "inference_speed")

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.common import DataError, find_dataset, is_prepared, prepare_command
+from papers.priorities import Priority
 from papers.table import FIRST_SEED
-from run import checkpoint, identity, records
+from run import checkpoint, identity, records, run_folder
 from run.records import RecordError
 from run.settings import Config
 from support import files
 from support.files import ROOT, shown_path
 
 # "to be copied": complete in out/, but its record is not in results/ yet. "cannot be run": its data set is not
-# prepared, or running it would destroy another run.
+# prepared, or running it would destroy another run. "failed": also where its loss is known to become not finite.
 KINDS = ("finished", "to be copied", "running elsewhere", "cut", "missing", "failed", "cannot be run")
+WORTH_TRYING = ("to be copied", "running elsewhere", "cut", "missing")
 
 
 class Setup(NamedTuple):
@@ -100,16 +102,41 @@ def plan(tables, names, scale, seeds, setup) -> list[PlannedRun]:
     """
     everywhere = distinct_rows(tables.values(), scale)
     homes = everywhere if "all" in names else distinct_rows([tables[name] for name in names], scale)
-    runs = []
-    for seed, (hash, (home, _)) in itertools.product(range(FIRST_SEED, FIRST_SEED + seeds), homes.items()):
-        _, row = everywhere[hash]
-        config = dataclasses.replace(row.config_at(scale), seed=seed, **setup.changes)
-        name = row.cell(scale, seed)
-        folder = free_folder(setup.out / name, config)
-        arguments = [*row.arguments(scale, seed), f"--out_dir={from_root(folder)}", *setup.words]
-        machine = records.machine_of({"machine": setup.machine, "config": config.to_dict()})
-        runs.append(PlannedRun(name, folder, setup.results / home, arguments, config, machine))
+    seeds = range(FIRST_SEED, FIRST_SEED + seeds)
+    return [
+        planned_run(everywhere[hash][1], home, scale, seed, setup)
+        for seed, (hash, (home, _)) in itertools.product(seeds, homes.items())
+    ]
+
+
+def by_priority(tables, priorities, scale, setup) -> dict[PlannedRun, Priority]:
+    """The runs of a list of priorities in its order, each with the first entry that asks for it.
+
+    Rows are those of `tables`, and records belong to the table that has the row first; rows without this scale are
+    left out.
+    """
+    everywhere = distinct_rows(tables.values(), scale)
+    hash_of = {row.name: row.config_at(scale).hash() for table in tables.values() for row in table.rows_at(scale)}
+    asked = {}
+    for priority in priorities:
+        for seed, name in itertools.product(priority.seeds, priority.rows):
+            if name in hash_of:
+                asked.setdefault((hash_of[name], seed), priority)
+    runs = {}
+    for (hash, seed), priority in asked.items():
+        home, row = everywhere[hash]
+        runs[planned_run(row, home, scale, seed, setup)] = priority
     return runs
+
+
+def planned_run(row, home, scale, seed, setup) -> PlannedRun:
+    """home: the name of the table whose folder gets the record."""
+    config = dataclasses.replace(row.config_at(scale), seed=seed, **setup.changes)
+    name = row.cell(scale, seed)
+    folder = free_folder(setup.out / name, config)
+    arguments = [*row.arguments(scale, seed), f"--out_dir={from_root(folder)}", *setup.words]
+    machine = records.machine_of({"machine": setup.machine, "config": config.to_dict()})
+    return PlannedRun(name, folder, setup.results / home, arguments, config, machine)
 
 
 def free_folder(folder, config):
@@ -217,6 +244,14 @@ def state_of_folder(run) -> State:
             return State("to be copied", step=run.config.max_iters)
         is_ours = run_id == run.config.run_id
         return holds(f"a run of another machine ({machine})" if is_ours else f"another experiment ({run_id})")
+    try:
+        reason = run_folder.last_divergence(run.folder, run.config)
+    except (OSError, ValueError, KeyError, TypeError):
+        return holds("a diverged.json that cannot be read")
+    if reason:
+        step, _ = last_logged(run.folder / "metrics.jsonl")
+        again = f"remove {shown_path(run.folder / 'diverged.json')} to try it again"
+        return State("failed", f"{reason} is not finite, in an earlier try with the same settings; {again}", step)
     if not held & {"ckpt.pt", "ckpt.previous.pt", "best.pt"}:  # stopped before its first checkpoint: nothing is lost
         return State("missing", words=("--overwrite=True",) if held else ())
     try:

@@ -97,6 +97,8 @@ class Table:
     views: tuple[View, ...]
     of: str = "records"  # what its cells hold: records of train.py, or analyses of analyze.py
     figures: tuple[str, ...] | None = None  # in this order; None for the usual ones
+    # Rows that are one model with several schedule lengths, a tuple a model; the first is the reference of break-evens.
+    lengths: tuple[tuple[str, ...], ...] = ()
 
     @property
     def figure_names(self) -> tuple[str, ...]:
@@ -130,12 +132,19 @@ ABOVE_0, BELOW_0 = (0.0, math.inf), (-math.inf, 0.0)
 ABOVE_1, BELOW_1 = (1.0, math.inf), (0.0, 1.0)
 
 
+class Reading(NamedTuple):
+    """Other bounds of a claim whose source can be read in two ways, and where they come from."""
+
+    holds: tuple[float, float]
+    why: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Claim:
     """A sentence that records can contradict.
 
-    Every pair of rows has an effect. The claim holds where each effect's 95% interval lies within `holds`, did not hold
-    where one lies wholly outside, and stays undecided otherwise.
+    Every pair of rows has an effect, paired by seed. The claim holds where each effect's interval lies within `holds`,
+    did not hold where one lies wholly outside, and stays undecided otherwise: report/verdicts.py.
     """
 
     id: str  # its letter names its source, see papers.SOURCES
@@ -146,12 +155,30 @@ class Claim:
     measures: tuple[str, ...] = ("clean", "paper")  # the first decides; the others are told where they disagree
     is_ratio: bool = False  # the effect is row / other, not row - other
     why: str = ""  # where the bounds come from
+    other_reading: Reading | None = None
+    cost: str = ""  # a measure: the ratio must lie above the ratio of this cost, not within `holds`
+    expected: float | None = None  # the effect that the source reports; the power of the planned seeds is told for it
+    # Scale -> the first fresh seed. A claim noticed there in earlier seeds is decided on later ones, and the earlier
+    # are shown apart. At another scale all seeds are fresh.
+    fresh_from: Mapping[str, int] = field(default_factory=dict)
     scales: tuple[str, ...] = ("paper", "cpu")
 
     @property
     def effect(self) -> str:
         """difference, ratio, or value (of the row alone)."""
         return "value" if not self.pairs[0][1] else "ratio" if self.is_ratio else "difference"
+
+    @property
+    def no_effect(self) -> float:
+        """The effect of a row that is like the other."""
+        return 1.0 if self.effect == "ratio" else 0.0
+
+    @property
+    def is_equivalence(self) -> bool:
+        """Whether it says that two rows are alike: `holds` is then a margin around no effect."""
+        lowest, highest = self.holds
+        about_both = self.effect != "value" and -math.inf < lowest and highest < math.inf
+        return about_both and lowest < self.no_effect < highest
 
 
 def each_against(rows: Iterable[str], other: str) -> tuple[tuple[str, str], ...]:
@@ -171,15 +198,22 @@ class Comparison(NamedTuple):
     machine: str  # as records.machine_of names it; "" where nothing was run
     cells: dict[str, list[dict]]  # row name -> its records, sorted by seed
     apart: dict[str, list[tuple[dict, str]]]  # row name -> (record, why it is listed but never averaged)
+    elsewhere: frozenset[str] = frozenset()  # rows that have runs on another machine
 
     def values(self, row: str, measure: str) -> dict[int, float]:
         """seed -> the measure's value. Records without one, and times that do not count, are left out."""
         entry, values = MEASURES[measure], {}
+        if entry.of_table:
+            return entry.of_table(self, row)
         for record in self.cells[row]:
             value = entry.read(record)
             if value is not None and (not entry.timed or entry.is_exclusive(record)):
                 values[record["config"]["seed"]] = value
         return values
+
+    def texts(self, *rows: str) -> set[str]:
+        """The SHA-256 of the texts on which the rows were trained."""
+        return {record["dataset"]["sha256"] for row in rows for record in self.cells[row]}
 
 
 def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:
@@ -207,7 +241,9 @@ def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:
                 apart[name].append((record, f"another text ({record['dataset']['name']})"))
             else:
                 cells[name].append(record)
-        comparisons.append(Comparison(table, scale, machine, cells, apart))
+        others = (record for other, of in machines.items() if other != machine for record in of)
+        elsewhere = frozenset(row_of[config_hash(record)] for record in others)
+        comparisons.append(Comparison(table, scale, machine, cells, apart, elsewhere))
     return comparisons
 
 

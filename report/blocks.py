@@ -48,6 +48,13 @@ class Ruling(NamedTuple):
     provisional: bool = False  # from too few seeds; shown wherever the verdict is
 
 
+class Folded(NamedTuple):
+    """Blocks behind a line that opens them."""
+
+    title: str
+    blocks: list
+
+
 class Section(NamedTuple):
     """A heading and the blocks under it."""
 

@@ -62,8 +62,8 @@ def exclusive(runs) -> list[dict]:
 def note_of_times(cells) -> str:
     alone, runs = (sum(len(of(cell.runs)) for cell in cells) for of in (exclusive, list))
     if not alone:
-        return "No times are shown: no run is known to have had its cores to itself."
-    return f"Training times come from the {alone} of {runs} runs that had their cores to themselves."
+        return "No times are shown: no run is known to have had its hardware to itself."
+    return f"Training times come from the {alone} of {runs} runs that had their hardware to themselves."
 
 
 def unit_of(cells, plural="") -> str:

@@ -15,11 +15,11 @@ import statistics
 from papers.measures import MEASURES
 from papers.table import Comparison, View
 from report.blocks import Grid
-from report.verdicts import NOT_RUN, effect_of
+from report.verdicts import NOT_ALONE, NOT_MEASURED, NOT_RUN, effect_of, problem_of
 from run import records
 
 DAGGER = "†"
-NOT_ALONE, NOTHING = "not timed alone", "–"
+NOTHING = "–"
 
 
 def grid_of(comparison: Comparison, view: View) -> Grid:
@@ -87,7 +87,8 @@ def relative_cell(comparison, row, measure):
         return "1"
     effect = effect_of(comparison, measure, row.name, row.baseline, "ratio")
     if effect is None:
-        return empty_cell(comparison, row, MEASURES[measure])
+        problem = problem_of(comparison, measure, row.name, row.baseline, "ratio")
+        return NOTHING if problem == NOT_MEASURED else problem
     return f"{effect.mean:.3f}" + ("" if effect.low is None else f" [{effect.low:.3f}, {effect.high:.3f}]")
 
 
@@ -112,7 +113,7 @@ def notes_of(comparison, view):
     if any(DAGGER in marked_label(comparison, row) for row in rows):
         notes.append(f"{DAGGER} a text that is not the published data set, or routing that sees later characters")
     if view.relative:
-        notes.append("ratio of geometric means, with its 95% interval")
+        notes.append("ratio of geometric means over the seeds that both rows have, with its 95% interval")
     notes += filter(None, (note_on_times(comparison, MEASURES[measure]) for measure in view.measures))
     for row in rows:
         for record, why in comparison.apart[row.name]:
@@ -132,7 +133,7 @@ def note_on_times(comparison, entry):
         return ""
     runs = [record for of_row in comparison.cells.values() for record in of_row if entry.read(record) is not None]
     left = sum(not entry.is_exclusive(record) for record in runs)
-    left_out = f"{left} of {len(runs)} runs not known to be alone on their cores are left out"
+    left_out = f"{left} of {len(runs)} runs not known to be alone on their hardware are left out"
     return f"{entry.heading}: {left_out}" if left else ""
 
 

@@ -80,7 +80,7 @@ def relative_cost(comparison: Comparison) -> Drawing | None:
         cells,
         f"{' and '.join(RATIOS[measure][1] for measure in shown)} divided by that of "
         f"{baseline_label(comparison, cells)}. Filled: ratio of the geometric means, with its 95% "
-        "interval where both have several runs.",
+        "interval, paired by seed, where both have several runs.",
         "Open: published, for the paper's size and machine." if has_published else "",
         note_of_times(cells_of(comparison)),
     )
@@ -135,7 +135,8 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
         cells,
         f"validation loss with auxiliary losses counted in, minus the loss of {baseline}, split into the model's own "
         "difference and the auxiliary losses. Sampled validation: minimum over estimates from random batches. Whisker: "
-        "95% interval, paired over the seeds that both have.",
+        "95% interval, paired over the seeds that both have. What a balancing loss adds is no finding: with even loads "
+        "it is its weight in every MoE layer, by construction.",
         *(f"Dashed: the published gap of {gap} nats{at_their_size}." for gap in minus),
     )
     spoken = "; ".join(
@@ -187,8 +188,8 @@ def boundary_map(comparison: Comparison) -> Drawing | None:
         comparison,
         [cell for cell in cells_of(comparison) if difference_to_baseline(comparison, cell.row, "clean")],
         "best validation loss of 4 experts minus that of the dense model with equal active FLOPs, on the full "
-        "validation split, with its 95% interval. Every run reads equally many characters, so fewer unique characters "
-        "mean more epochs.",
+        "validation split, with its 95% interval, paired by seed. Every run reads equally many characters, so fewer "
+        "unique characters mean more epochs.",
     )
     spoken = "; ".join(
         f"{width} wide, {names[size]} characters {number(effect.mean, sign='+')}"
@@ -244,8 +245,8 @@ def differences(comparison: Comparison) -> Drawing | None:
     caption = caption_of_table(
         comparison,
         cells,
-        f"each row's {measure.heading} minus that of its baseline, with the 95% interval over seeds where there are "
-        "several.",
+        f"each row's {measure.heading} minus that of its baseline, with the 95% interval of the differences paired by "
+        "seed, where both have several.",
         "Open: published difference, at the paper's size and by the paper's own measure." if handles else "",
     )
     how = f"Dots of the difference to the baseline, {measure.unit}, with intervals."

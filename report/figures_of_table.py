@@ -204,6 +204,63 @@ def draw_cost(axes, comparison, cells, measure) -> None:
     axes.autoscale_view()
 
 
+@styled
+def loss_by_length(comparison: Comparison) -> Drawing | None:
+    """Best loss of complete runs against the FLOPs and the seconds of their training, one line a model.
+
+    A line joins the schedule lengths of a model (`Table.lengths`).
+    """
+    cells = cells_of(comparison)
+    if not cells:
+        return None
+    names = {"training_flops": "training FLOPs, 10¹²", "train_seconds": "training time, s"}
+    if not any(exclusive(cell.runs) for cell in cells):
+        del names["train_seconds"]
+    figure, panels, corner = layout.panels_of(len(names), height=3.0)
+    for panel, (measure, name) in zip(panels, names.items()):
+        means = {cell.row.name: draw_run(panel, comparison, cell, measure) for cell in cells}
+        for model in comparison.table.lengths:
+            line = sorted(means[row] for row in model if means.get(row))
+            style = next((cell.style for cell in cells if cell.row.name in model), None)
+            if len(line) > 1:
+                panel.plot(*zip(*line), color=style.colour, linewidth=1.1, zorder=1)
+        layout.x_axis(panel, name, ticks=5, margin=0.1)
+    panels[0].set_ylabel(f"best validation loss,\nnats per {unit_of(cells)}")
+    handles = [layout.legend_mark(**cell.style.mark, markersize=6) for cell in cells]
+    layout.legend_in(figure, corner, handles, [cell.label_with_n for cell in cells])
+    ratios = {cell.label: comparison.values(cell.row.name, "equivalent_steps") for cell in cells}
+    even = "; ".join(
+        f"{label} {number(statistics.geometric_mean(of.values()), 2)}" for label, of in ratios.items() if of
+    )
+    caption = caption_of_table(
+        comparison,
+        cells,
+        "best cross-entropy on the full validation split of complete runs, against the FLOPs and the time of their "
+        "training. Small: one seed; large: mean ± sample SD. Lower left is better. A line joins the schedule lengths "
+        "of a model.",
+        f"Steps that the dense model needs to the same loss, over the row's own: {even}." if even else "",
+        note_of_times(cells),
+    )
+    return Drawing(figure, caption, f"Dots of best validation loss against FLOPs and seconds of training. {caption}")
+
+
+def draw_run(axes, comparison, cell, measure) -> tuple[float, float] | None:
+    """Draws each seed of a row, and their mean (cost, loss), which is returned; None where no cost counts."""
+    losses = comparison.values(cell.row.name, "clean")
+    if measure == "training_flops":
+        costs = {run["config"]["seed"]: run["training_flops_per_token"] * run["tokens"] / 1e12 for run in cell.runs}
+    else:
+        costs = comparison.values(cell.row.name, measure)
+    x, y = zip(*[(costs[seed], losses[seed]) for seed in losses if seed in costs]) if costs else ((), ())
+    if not x:
+        return None
+    if len(x) > 1:
+        axes.plot(x, y, **cell.style.mark | ONE_SEED)
+    (cost, cost_sd), (loss, loss_sd) = mean_and_sd(x), mean_and_sd(y)
+    axes.errorbar(cost, loss, xerr=cost_sd, yerr=loss_sd, **cell.style.mark, **ERROR_BARS, markersize=6)
+    return cost, loss
+
+
 def side_by_side(places, near, gap=8.0, widest=70.0) -> list[float]:
     """An offset in points for each place, so that places nearer than `near` do not hide each other."""
     groups = []

@@ -16,8 +16,8 @@ from support.schema import COUNT, FITS, NUMBER
 
 
 def read_runs(folders: Iterable[str]) -> tuple[list[dict], list[str]]:
-    """(the runs with an evaluation, a line for everything else). A run has a title, its folder's name, an Identity
-    and evaluations. A folder that is given twice counts once."""
+    """(the runs with an evaluation, a line for everything else). A run has a title, its folder, an Identity and
+    evaluations. A folder that is given twice counts once, and so does a run with copies."""
     runs, left_out, seen = [], [], {}
     for folder in map(Path, folders):
         place = folder.resolve()
@@ -29,7 +29,28 @@ def read_runs(folders: Iterable[str]) -> tuple[list[dict], list[str]]:
             runs.append(read_run(folder, left_out))
         except RecordError as error:
             left_out.append(str(error))
-    return runs, left_out
+    return without_copies(runs, left_out), left_out
+
+
+def without_copies(runs, left_out):
+    """The runs without those that another one repeats: of the same experiment and seed, with the same losses as far as
+    both have come. The one that has come farther counts."""
+    kept = {}
+    for run in runs:
+        losses = [(line["step"], line["clean"]["nats"], line["paper"]["train"]) for line in run["evaluations"]]
+        identity = run["identity"]
+        same = kept.setdefault((identity.experiment, identity.config.seed, identity.straight), [])
+        for i, (other, theirs) in enumerate(same):
+            common = min(len(losses), len(theirs))
+            if losses[:common] == theirs[:common]:
+                copy, counts = (other, run) if len(losses) > len(theirs) else (run, other)
+                left_out.append(f"{copy['folder']}: the same run as {counts['folder']}, which counts once")
+                same[i] = (counts, max(losses, theirs, key=len))
+                break
+        else:
+            same.append((run, losses))
+    counting = [id(run) for same in kept.values() for run, _ in same]
+    return [run for run in runs if id(run) in counting]
 
 
 def read_run(folder, left_out):
@@ -47,8 +68,8 @@ def read_run(folder, left_out):
         raise RecordError(f"{config}: not the config of a run ({error})") from None
     if not evaluations:
         raise RecordError(f"{folder}: has no evaluation yet")
-    name = folder.resolve().name
-    return {"title": found.config.title or name, "folder": name, "identity": found, "evaluations": evaluations}
+    title = found.config.title or folder.resolve().name
+    return {"title": title, "folder": str(folder), "identity": found, "evaluations": evaluations}
 
 
 def in_record(path, found):

@@ -15,7 +15,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
-from report.blocks import Grid, Paragraph, Passage, Picture, Ruling, Section
+from report.blocks import Folded, Grid, Paragraph, Passage, Picture, Ruling, Section
 from report.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
 from support.palette import EXPERT_COLOURS, PAPER, PAPER_ON_DARK
 
@@ -192,7 +192,15 @@ def _passage(block, sheet):
     )
 
 
-WRITERS = {Paragraph: _paragraph, Grid: _grid, Picture: _picture, Passage: _passage, Ruling: _ruling}
+def _folded(block, sheet):
+    return _fold(_inline(block.title), _html_of(block.blocks, sheet))
+
+
+def _fold(title, html):
+    return f"<details><summary>{title}</summary>\n{html}</details>\n"
+
+
+WRITERS = {Paragraph: _paragraph, Grid: _grid, Picture: _picture, Passage: _passage, Ruling: _ruling, Folded: _folded}
 
 
 def _html_of(blocks, sheet):
@@ -237,17 +245,28 @@ def _overview_rows(rulings):
 
 
 def _overview(groups, anchor):
-    """groups: (section's title, its anchor, its rulings)."""
+    """groups: (section's title, its anchor, its rulings). Claims of which nothing was run are folded."""
+    decided, missing = (
+        [(title, place, chosen) for title, place, rulings in groups if (chosen := [r for r in rulings if keep(r[0])])]
+        for keep in (lambda ruling: ruling.status != NOT_RUN, lambda ruling: ruling.status == NOT_RUN)
+    )
+    count = sum(len(rulings) for _, _, rulings in missing)
+    return (
+        f'<section><h2 id="{anchor}">{OVERVIEW}</h2>\n'
+        + (_overview_table(decided, anchor) if decided else "")
+        + (_fold(f"{count} {NOT_RUN}", _overview_table(missing, anchor)) if missing else "")
+        + "</section>\n"
+    )
+
+
+def _overview_table(groups, anchor):
     bodies = "".join(
         '<tbody>\n<tr class="group"><th colspan="4" scope="rowgroup">'
         f'<a href="#{place}">{_inline(title)}</a></th></tr>\n{_overview_rows(rulings)}</tbody>\n'
         for title, place, rulings in groups
     )
     heads = "".join(f'<th scope="col">{head}</th>' for head in ("Id", "Claim", "Verdict", "Effect"))
-    return (
-        f'<section><h2 id="{anchor}">{OVERVIEW}</h2>\n<table class="overview" aria-labelledby="{anchor}">\n'
-        f"<thead><tr>{heads}</tr></thead>\n{bodies}</table></section>\n"
-    )
+    return f'<table class="overview" aria-labelledby="{anchor}">\n<thead><tr>{heads}</tr></thead>\n{bodies}</table>\n'
 
 
 def page(title: str, lead: list, sections: list[Section]) -> str:

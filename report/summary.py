@@ -2,9 +2,10 @@
 
 import papers
 from report import cells, wording
-from report.blocks import Paragraph, Passage, Ruling, Section
+from report.blocks import Folded, Paragraph, Passage, Ruling, Section
 from report.page import page
 from report.sections import Results
+from report.verdicts import NOT_RUN
 from report.wording import CLAIMS_BY_SOURCE, HOW_EXPERTS_ARE_READ, HOW_TO_READ
 
 
@@ -13,14 +14,12 @@ def summary_markdown(results: Results) -> str:
     lines = ["# Measured results", "", "Written by `plot_results.py` from the records beside it.", ""]
     lines += [wording.headline(results.n_runs, results.machines), "", HOW_TO_READ, "", CLAIMS_BY_SOURCE, ""]
     lines += ["## Verdicts", "", wording.verdict_counts(results.verdicts), ""]
-    lines += ["| | claim | scale | verdict | effect |", "| --- | --- | --- | --- | --- |"]
-    several = len(results.machines) > 1
-    for verdict in results.verdicts:
-        claim, comparison = verdict.claim, verdict.comparison
-        where = comparison.scale + (f", {comparison.machine}" if several and comparison.machine else "")
-        status, effect = wording.status_text(verdict), wording.deciding_text(verdict)
-        lines.append(f"| {claim.id} | {claim.sentence} | {where} | {status} | {effect} |")
-    lines += [""]
+    decided, missing = by_whether_run(results.verdicts)
+    if decided:
+        lines += [*verdict_lines(decided), ""]
+    if missing:
+        lines += ["<details>", f"<summary>{len(missing)} {NOT_RUN}</summary>", "", *verdict_lines(missing)]
+        lines += ["", "</details>", ""]
     for section in results.sections:
         lines += [f"## {section.title}", "", section.description, "", *grid_lines(section), *picture_lines(section)]
     for bench in results.benches:
@@ -28,6 +27,22 @@ def summary_markdown(results: Results) -> str:
     if results.left_out:
         lines += ["## Records left out", "", *(f"- {why}" for why in results.left_out)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def by_whether_run(verdicts):
+    """(those on claims of which something was run, the others)"""
+    return [[verdict for verdict in verdicts if (verdict.status == NOT_RUN) == missing] for missing in (False, True)]
+
+
+def verdict_lines(verdicts):
+    lines = ["| | claim | scale | verdict | effect |", "| --- | --- | --- | --- | --- |"]
+    machines = {verdict.comparison.machine for verdict in verdicts if verdict.comparison.machine}
+    for verdict in verdicts:
+        claim, comparison = verdict.claim, verdict.comparison
+        where = comparison.scale + (f", {comparison.machine}" if len(machines) > 1 and comparison.machine else "")
+        status, effect = wording.status_text(verdict), wording.deciding_text(verdict)
+        lines.append(f"| {claim.id} | {claim.sentence} | {where} | {status} | {effect} |")
+    return lines
 
 
 def grid_lines(section):
@@ -48,13 +63,13 @@ def report_html(results: Results) -> str:
         texts = section.description, *(HOW_EXPERTS_ARE_READ if section.comparison.table.of == "analyses" else ())
         blocks = [*map(Paragraph, texts), *section.grids, *section.pictures.values()]
         blocks += [passage for analysis in section.shown for passage in passages_of(analysis)]
-        blocks += [ruling_of(verdict) for verdict in section.verdicts]
+        blocks += ruling_blocks(section.verdicts)
         sections.append(Section(section.title, blocks))
     for bench in results.benches:
         sections.append(Section(bench.title, [Paragraph(bench.description), *bench.pictures.values(), *bench.grids]))
     not_run = [verdict for verdict in results.verdicts if not verdict.comparison.machine]
     if not_run:
-        sections.append(Section("Not run yet", [ruling_of(verdict) for verdict in not_run]))
+        sections.append(Section("Not run yet", ruling_blocks(not_run)))
     if results.left_out:
         sections.append(Section("Records left out", [Paragraph(why) for why in results.left_out]))
     lead = wording.headline(results.n_runs, results.machines), HOW_TO_READ, CLAIMS_BY_SOURCE
@@ -71,6 +86,12 @@ def passages_of(analysis):
     return [Paragraph(f"**{label}**, as `python sample.py --show_experts` shows it."), *blocks] if blocks else []
 
 
+def ruling_blocks(verdicts):
+    """The verdicts as blocks of the page; those on claims that were not run are folded."""
+    decided, missing = (list(map(ruling_of, of)) for of in by_whether_run(verdicts))
+    return [*decided, Folded(f"{len(missing)} {NOT_RUN}", missing)] if missing else decided
+
+
 def ruling_of(verdict):
     """A verdict as a block of the page."""
     claim, table = verdict.claim, verdict.comparison.table
@@ -82,6 +103,6 @@ def ruling_of(verdict):
         wording.deciding_text(verdict),
         source="" if source == table.source and was_run else source,
         details=wording.detail_lines(verdict) if was_run else [],
-        notes=[wording.rule_text(claim)],
+        notes=[wording.rule_text(claim), *wording.power_lines(verdict)],
         provisional=verdict.is_provisional,
     )

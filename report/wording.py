@@ -6,19 +6,30 @@ import papers
 from papers.measures import MEASURES
 from papers.table import SEEDS_FOR_A_VERDICT, Claim
 from report.cells import DAGGER, marked_label
-from report.verdicts import NOT_RUN, STATUSES, Verdict
-from support.intervals import Effect
+from report.verdicts import (
+    HELD,
+    NO_FRESH_SEEDS,
+    NO_SPREAD,
+    NOT_HELD,
+    NOT_RUN,
+    STATUSES,
+    UNDECIDED,
+    Finding,
+    Verdict,
+    problem_of,
+)
+from support.intervals import CONFIDENCE, MOST_SEEDS, Effect
 
 HOW_TO_READ = (
     "Losses are cross-entropy in nats per character (per byte on enwik8), in eval mode unless stated otherwise. **Full "
     "validation** covers the whole validation split and predicts each character once. **Sampled validation** is the "
     "papers' protocol: the lowest mean loss on random batches among the evaluations of a run; auxiliary losses are "
-    "added only where stated. A cell is mean ± sample SD (n seeds). An effect comes with its 95% interval: Welch's "
-    "over seeds, or the paired one over common seeds for measures from random batches, which are the same in all rows "
-    "of a seed. A claim held if the whole interval lies within its bounds, did not hold if the interval lies wholly "
-    "outside, and is undecided otherwise; of several pairs of rows, one that contradicts the claim is enough. "
-    "Intervals are not corrected for the number of claims. Times count only from runs that had their GPU, or 95% of "
-    "their cores' time, to themselves."
+    "added only where stated. A cell is mean ± sample SD (n seeds). An effect is paired by seed: the mean of the "
+    "differences, or of the log ratios, over the seeds that both rows have, with its 95% interval (Student's t). A "
+    "claim **held** if every interval lies within its bounds, and **did not hold** if one lies wholly outside; of m "
+    "pairs of rows, one refutes a claim only with its interval at 1 − 0.05/m. Otherwise it is **undecided**. A claim "
+    "that two rows are alike has a margin. Intervals are not corrected for the number of claims. Times count only from "
+    "runs that had their GPU, or 95% of their cores' time, to themselves."
 )
 *_PAPERS, _OURS = papers.SOURCES.values()
 CLAIMS_BY_SOURCE = f"The letter of a claim names its source. {'. '.join(_PAPERS)}. E: {_OURS}."
@@ -41,73 +52,156 @@ HOW_EXPERTS_ARE_READ = (
 
 def rule_text(claim: Claim) -> str:
     """The bounds of a claim as a sentence."""
-    lowest, highest = claim.holds
     unit = "" if claim.is_ratio else MEASURES[claim.measures[0]].unit
-    if highest == math.inf:
-        bounds = f"is above {lowest:g}"
-    elif lowest == -math.inf or (claim.is_ratio and lowest == 0):
-        bounds = f"is below {highest:.4g}"
-    else:
-        bounds = f"lies between {lowest:g} and {highest:g}"
     every = "every interval" if len(claim.pairs) > 1 else "the interval"
     reason = f" ({claim.why})" if claim.why else ""
-    return f"Holds where {every} of the {claim.effect} {bounds}{f' {unit}' if unit else ''}{reason}."
+    test = "An equivalence test. " if claim.is_equivalence else ""
+    bounds = f"{bounds_text(claim, claim.holds)}{f' {unit}' if unit else ''}"
+    text = f"{test}Holds where {every} of the {claim.effect} {bounds}{reason}."
+    if claim.cost:
+        text = f"Holds where {every} of the ratio lies above that of the ratio of {MEASURES[claim.cost].heading}"
+        text += f" times, did not hold where it lies below{reason}."
+    if claim.other_reading:
+        text += f" Read otherwise, it {bounds_text(claim, claim.other_reading.holds)} ({claim.other_reading.why})."
+    for scale, seed in claim.fresh_from.items():
+        text += f" Decided on seeds from {seed} on (scale {scale})."
+    return text
 
 
-def effect_text(effect: Effect | None, measure: str, kind: str) -> str:
-    """An effect with its interval: '+0.0123 [+0.0045, +0.0201] nats, n = 3'."""
+def bounds_text(claim: Claim, holds: tuple[float, float]) -> str:
+    """'is below 0.02'"""
+    lowest, highest = holds
+    if highest == math.inf:
+        return f"is above {lowest:g}"
+    if lowest == -math.inf or (claim.is_ratio and lowest == 0):
+        return f"is below {highest:.4g}"
+    return f"lies between {lowest:g} and {highest:g}"
+
+
+def effect_text(effect: Effect | None, measure: str, kind: str, problem="", confidence=CONFIDENCE) -> str:
+    """An effect with its interval: '+0.0123 [+0.0045, +0.0201] nats, n = 3'.
+
+    problem: why there is no effect or no interval, in a word. confidence: told where it is not the usual one.
+    """
     if effect is None:
-        return NOT_RUN
+        return problem or NOT_RUN
     entry = MEASURES[measure]
     digits = 3 if kind == "ratio" else entry.digits
     sign = "+" if kind == "difference" else ""
-    unit = "" if kind == "ratio" or not entry.unit else f" {entry.unit}"
-    numbers = f"{effect.mean:{sign}z.{digits}f}"
-    if effect.low is not None:
-        numbers += f" [{effect.low:{sign}z.{digits}f}, {effect.high:{sign}z.{digits}f}]"
-    counts = f"{effect.n}" if effect.n_against in (None, effect.n) else f"{effect.n} and {effect.n_against}"
-    return f"{numbers}{unit}, n = {counts}" + (" (no interval from one seed)" if effect.low is None else "")
+    text = f"{effect.mean:{sign}z.{digits}f}"
+    if effect.low is not None and problem != NO_SPREAD:
+        text += f" [{effect.low:{sign}z.{digits}f}, {effect.high:{sign}z.{digits}f}]"
+    text += "" if kind == "ratio" or not entry.unit else f" {entry.unit}"
+    text += "" if confidence == CONFIDENCE else f" at {100 * confidence:.3g}%"
+    return f"{text}, n = {effect.n}" + (f" ({problem})" if problem else "")
 
 
-def effect_lines(verdict: Verdict, measure: str) -> list[str]:
-    """The effects on one measure, a line per pair of rows."""
-    kind, comparison, lines = verdict.claim.effect, verdict.comparison, []
-    for finding in verdict.findings[measure]:
-        rows = [comparison.table.row(name) for name in (finding.row, finding.against) if name]
-        names = (" ÷ " if kind == "ratio" else " − ").join(marked_label(comparison, row) for row in rows)
-        lines.append(f"{names}: {effect_text(finding.effect, measure, kind)}")
+def finding_text(verdict: Verdict, finding: Finding, measure: str) -> str:
+    """A pair's effect with the interval that decides, and the cost with which it is compared, if any."""
+    claim, text = verdict.claim, deciding_effect_text(finding, verdict.claim, measure)
+    if not claim.cost or not finding.effect:
+        return text
+    problem = problem_of(verdict.comparison, claim.cost, finding.row, finding.against, "ratio")
+    cost = effect_text(finding.cost, claim.cost, "ratio", problem)
+    return f"steps × {text}; {MEASURES[claim.cost].heading} × {cost}"
+
+
+def deciding_effect_text(finding: Finding, claim: Claim, measure: str) -> str:
+    """A pair's effect, with the interval that decides: where it refutes the claim, the corrected one."""
+    if finding.status == NOT_HELD and len(claim.pairs) > 1:
+        confidence = 1 - (1 - CONFIDENCE) / len(claim.pairs)
+        return effect_text(finding.refuting, measure, claim.effect, finding.problem, confidence)
+    return effect_text(finding.effect, measure, claim.effect, finding.problem)
+
+
+def effect_lines(verdict: Verdict, measure: str, findings: list[Finding]) -> list[str]:
+    """The effects on one measure, a line per pair of rows, with the seeds that count in none."""
+    claim, comparison, lines = verdict.claim, verdict.comparison, []
+    for finding in findings:
+        labels = {name: marked_label(comparison, comparison.table.row(name)) for name in finding[:2] if name}
+        names = (" ÷ " if claim.effect == "ratio" else " − ").join(labels.values())
+        alone = "; ".join(f"{labels[name]} alone has {numbers(seeds)}" for name, seeds in finding.alone.items())
+        lines.append(f"{names}: {finding_text(verdict, finding, measure)}{f'; {alone}' if alone else ''}")
     return lines
+
+
+def numbers(seeds: list[int]) -> str:
+    """'seeds 1340, 1341'"""
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
 
 
 def detail_lines(verdict: Verdict) -> list[str]:
     """All effects on the measure that decides, and those of measures that disagree."""
     first = verdict.claim.measures[0]
-    lines = [f"{MEASURES[first].heading}:", *effect_lines(verdict, first)]
+    lines = [f"{MEASURES[first].heading}:", *effect_lines(verdict, first, verdict.findings[first])]
+    if verdict.seen:
+        lines += ["In the seeds in which it was noticed:", *effect_lines(verdict, first, verdict.seen)]
     for measure, status in verdict.dissent.items():
-        lines += [f"but {status} by {MEASURES[measure].heading}:", *effect_lines(verdict, measure)]
+        lines.append(f"but {status} by {MEASURES[measure].heading}:")
+        lines += effect_lines(verdict, measure, verdict.findings[measure])
     return lines
 
 
 def deciding_text(verdict: Verdict) -> str:
     """The effect that decided, in a line: the only one, or the one that contradicts the claim most."""
-    first, (lowest, highest) = verdict.claim.measures[0], verdict.claim.holds
+    claim, comparison = verdict.claim, verdict.comparison
+    first = claim.measures[0]
+    finding = most_contrary(claim, [finding for finding in verdict.findings[first] if finding.status == verdict.status])
+    text = with_label(verdict, finding, finding_text(verdict, finding, first))
+    if verdict.status == NOT_RUN:
+        text = f"`{comparison.table.command(comparison.scale)}`"
+    parts = [text]
+    if verdict.status == UNDECIDED and claim.is_equivalence and finding.effect and finding.effect.low is not None:
+        if not finding.effect.low <= claim.no_effect <= finding.effect.high:
+            parts.append(f"{'above' if finding.effect.low > claim.no_effect else 'below'} {claim.no_effect:g}")
+    if verdict.seen and finding.problem == NO_FRESH_SEEDS:
+        seen = most_contrary(claim, verdict.seen)
+        parts.append(f"when it was noticed {with_label(verdict, seen, finding_text(verdict, seen, first))}")
+    if verdict.other_status not in ("", NOT_RUN, verdict.status):
+        parts.append(f"{verdict.other_status} if read {claim.other_reading.why}")
+    parts += [f"but {status} by {MEASURES[measure].heading}" for measure, status in verdict.dissent.items()]
+    if verdict.is_weak:
+        parts.append(power_text(verdict))
+    return "; ".join(parts)
+
+
+def most_contrary(claim: Claim, findings: list[Finding]) -> Finding:
+    """One without an interval, since it keeps a claim undecided; else that of the effect nearest to a contradiction."""
+    lowest, highest = claim.holds
 
     def contradiction(finding):
         mean = finding.effect.mean if finding.effect else 0
-        return max(lowest - mean, mean - highest)
+        has_interval = finding.effect is not None and finding.effect.low is not None
+        return not has_interval, max(lowest - mean, mean - highest)
 
-    deciding = [finding for finding in verdict.findings[first] if finding.status == verdict.status]
-    finding = max(deciding, key=contradiction)
-    text = effect_text(finding.effect, first, verdict.claim.effect)
-    label = marked_label(verdict.comparison, verdict.comparison.table.row(finding.row))
-    if finding.effect and (len(verdict.findings[first]) > 1 or DAGGER in label):
-        text = f"{label}: {text}"
-    if verdict.status == NOT_RUN:
-        text = f"`{verdict.comparison.table.command(verdict.comparison.scale)}`"
-        if all(verdict.comparison.cells[name] for pair in verdict.claim.pairs for name in pair if name):
-            text = "run, but no run is known to have had its cores to itself"
-    dissent = [f"{status} by {MEASURES[measure].heading}" for measure, status in verdict.dissent.items()]
-    return "; but ".join([text, *dissent])
+    return max(findings, key=contradiction)
+
+
+def with_label(verdict: Verdict, finding: Finding, text: str) -> str:
+    """The text after its row's label, where a claim is about several pairs or the row has a dagger."""
+    pairs, comparison = verdict.claim.pairs, verdict.comparison
+    label = marked_label(comparison, comparison.table.row(finding.row))
+    if len(pairs) > 1 and len({row for row, _ in pairs}) == 1:
+        label = f"against {marked_label(comparison, comparison.table.row(finding.against))}"
+    return f"{label}: {text}" if finding.effect and (len(pairs) > 1 or DAGGER in label) else text
+
+
+def power_text(verdict: Verdict) -> str:
+    """What the planned seeds can decide."""
+    claim, planned = verdict.claim, verdict.power
+    unit = "" if claim.effect == "ratio" else f" {MEASURES[claim.measures[0]].unit}"
+    case = "if the rows are alike" if claim.expected is None else f"for the reported {claim.expected:.4g}{unit}"
+    enough = f"more than {MOST_SEEDS:,}" if planned.needed is None else f"{planned.needed:,}"
+    return f"{SEEDS_FOR_A_VERDICT} seeds have a power of {100 * planned.power:.0f}% {case}; 80% needs {enough}"
+
+
+def power_lines(verdict: Verdict) -> list[str]:
+    """The power with the SD that it rests on; nothing where it is not known, or where the claim is decided."""
+    if not verdict.power or verdict.status in (HELD, NOT_HELD):
+        return []
+    of = "logarithms" if verdict.claim.effect == "ratio" else "effects"
+    basis = "" if verdict.power.is_measured else ", assumed from the seeds of one row"
+    return [f"{power_text(verdict)} (SD of the per-seed {of} {verdict.power.sd:.2g}{basis})."]
 
 
 def status_text(verdict: Verdict) -> str:

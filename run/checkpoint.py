@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from support.files import FileError, first_line, write_atomically
+from support.files import FileError, first_line, replace_file
 
 FORMAT = "charmoe checkpoint 4"
 SEAL = re.compile(rb"(charmoe checkpoint [0-9]{1,9}) sha256 ([0-9a-f]{64})\Z")
+SEAL_LENGTH = len(FORMAT) + len(" sha256 ") + 64
 RUN_FILES = (  # of a run
     *("config.json", "metrics.jsonl", "ckpt.pt", "ckpt.previous.pt", "best.pt", "diverged.json", "summary.json"),
 )
@@ -36,9 +37,66 @@ class Unreadable(CheckpointError):
 def save(path: Path, state: dict, previous: Path | None = None) -> None:
     """Write a checkpoint. state: nested dicts and lists of tensors, numbers, strings, None; previous: the path under
     which the old file is kept."""
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
-    write_atomically(path, sealed(buffer.getvalue()), previous)
+    state, length = {"format": FORMAT, **state}, Length()
+    with torch.serialization.skip_data():
+        torch.save(state, length)
+
+    def write(file):
+        sealing = Sealing(file)
+        torch.save(state, sealing)
+        sealing.seal()
+
+    replace_file(path, length.count + SEAL_LENGTH, write, previous)
+
+
+class Length:
+    """A file that keeps nothing but its length in bytes."""
+
+    def __init__(self):
+        self.count = 0
+
+    def write(self, content):
+        self.count += len(content)
+
+    def seek(self, offset, whence):  # over the tensors, which skip_data leaves out
+        self.count += offset
+
+    def flush(self):
+        pass
+
+
+class Sealing:
+    """A file for a zip archive, to which it adds format and SHA-256 as the archive's comment.
+
+    The archive's last two bytes hold the length of the comment. file: a files.HashedFile.
+    """
+
+    def __init__(self, file):
+        self.file, self.end = file, b""  # the archive's last two bytes, not yet written
+        self.error = None
+
+    def write(self, content):
+        """Write a part of the archive. An OSError is kept for `seal`, since torch would hide it behind its own."""
+        if self.error:
+            return
+        if len(content) < 2:
+            content, self.end = self.end + bytes(content), b""
+        content = memoryview(content)
+        try:
+            self.file.write(self.end)
+            self.file.write(content[:-2])
+        except OSError as error:
+            self.error = error
+        self.end = bytes(content[-2:])
+
+    def flush(self):
+        pass
+
+    def seal(self):
+        if self.error:
+            raise self.error
+        self.file.write(SEAL_LENGTH.to_bytes(2, "little"))
+        self.file.write(f"{FORMAT} sha256 {self.file.sha256.hexdigest()}".encode())
 
 
 def load(path: Path) -> dict:
@@ -67,10 +125,3 @@ def load(path: Path) -> dict:
     except Exception as error:  # torch.load raises many kinds for what it does not allow
         why = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {why}") from error
-
-
-def sealed(archive: bytes) -> bytes:
-    """Add format and SHA-256 to a zip archive, as its comment, whose length is in the archive's last two bytes."""
-    length = len(FORMAT) + len(" sha256 ") + 64
-    body = archive[:-2] + length.to_bytes(2, "little")
-    return body + f"{FORMAT} sha256 {hashlib.sha256(body).hexdigest()}".encode()

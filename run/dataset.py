@@ -29,9 +29,12 @@ def prepare(config, say):
         raise DataError(f"{config.dataset} could not be prepared (the reason is above)")
 
 
-def open_dataset(config, device):
-    """The prepared data set. DataError where a split is shorter than a block."""
+def open_dataset(config, device, vocabulary=None):
+    """The prepared data set, in the ids of a model's vocabulary if one is given. DataError where that lacks symbols of
+    the text, or where a split is shorter than a block."""
     dataset = Dataset.open(find_dataset(config.dataset), device).train_on_first(config.train_characters)
+    if vocabulary is not None:
+        dataset = dataset.in_vocabulary(vocabulary)
     for split in ("train", "val"):
         size = dataset.sizes[split]
         if size <= config.block_size:

@@ -18,7 +18,7 @@ import torch
 import balance
 from data.characters import character_class
 from model import IGNORED, sample
-from run import records
+from run import cross_fit, records
 from run.processes import ONE_PROCESS
 
 # The random batches of an evaluation come from another stream than those of training with the same seed.
@@ -31,6 +31,7 @@ class FullLoss(NamedTuple):
     nats: float  # per character (per byte on enwik8)
     tokens: int  # predicted characters
     stats: list[balance.RoutingStats]  # per MoE layer, over these tokens
+    halves: list[dict] | None = None  # see cross_fit.py
 
     @property
     def bpc(self):
@@ -72,8 +73,9 @@ def full_loss(model, dataset, split, config, machine, processes=ONE_PROCESS) -> 
     total, *sums = processes.all_reduce_sum([torch.stack(losses), *(value for layer in stats for value in layer)])
     width = len(balance.RoutingStats._fields)
     stats = [balance.RoutingStats(*sums[i : i + width]) for i in range(0, len(sums), width)]
-    tokens = int(torch.stack(counts).sum())
-    return FullLoss(total.cpu().double().sum().item() / tokens, tokens, stats)
+    total, counts = total.cpu().double(), torch.stack(counts).cpu()
+    tokens = int(counts.sum())
+    return FullLoss(total.sum().item() / tokens, tokens, stats, cross_fit.halves(total.tolist(), counts.tolist()))
 
 
 @torch.no_grad()
@@ -100,6 +102,7 @@ def evaluation(model, dataset, config, machine, step, processes=ONE_PROCESS) -> 
         "kind": "eval",
         "step": step,
         "clean": {"nats": full.nats, "bpc": full.bpc},
+        **({"halves": full.halves} if full.halves else {}),
         "paper": {"train": train.nats, "val": val.nats, "train_with_aux": train.with_aux, "val_with_aux": val.with_aux},
         "load": loads,
         "collapsed": records.collapsed_blocks(config, loads),

@@ -86,6 +86,16 @@ def evaluation_text(line, config, is_best=False):
     return f"step {line['step']:,} of {config.max_iters:,}: {found}"
 
 
+def weights_text(start, dataset):
+    """Which weights are evaluated on which text. start: a start.Start; None for untrained weights."""
+    text = f"{dataset.name} ({dataset.sizes['val']:,} {dataset.unit}s of validation)"
+    if not start:
+        whose = "--init_from=resume evaluates those of out_dir, --init_from=RUN the best ones of another run"
+        return f"evaluating untrained weights on {text}; {whose}"
+    other = "" if start.text["sha256"] == dataset.source_sha256 else ", another text"
+    return f"evaluating {start} on {text}{other}"
+
+
 def collapse_warnings(evaluations, config):
     """A warning for each router that the last evaluation found collapsed, and the one before did not. The untrained
     model at step 0 does not count."""

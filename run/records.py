@@ -19,6 +19,7 @@ from pathlib import Path
 
 from data.characters import CLASSES
 from data.names import is_kept
+from run import cross_fit
 from run.settings import Config
 from support.files import one_line, read_json, shown
 from support.options import ConfigError
@@ -68,6 +69,7 @@ ROUTING = {  # of one MoE layer: see balance.summarize
 EVALUATION = {
     "step": COUNT,
     "clean": LOSS,
+    "halves?": [{"nats": LOSS_NUMBER, "tokens": POSITIVE}],  # of the full validation; missing in older records
     "paper": dict.fromkeys(("train", "val", "train_with_aux", "val_with_aux"), LOSS_NUMBER),
     "train_mode": (TRAIN_MODE, None),
     "train_seconds": NUMBER,
@@ -109,10 +111,12 @@ SCHEMA = {
     "iterations": COUNT,
     "resumed": COUNT,  # times
     "straight?": FLAG,  # made as an uninterrupted run of this config; see is_straight where it is missing
+    "start?": ({"run_id": TEXT, "step": COUNT, "text": TEXT, "text_sha256": SHA256}, None),  # weights: see start.py
     "stretches?": [{"step": COUNT, "changed": OBJECT}],  # where it resumed with something changed: see straight.py
     "tokens": COUNT,
     "epochs": NUMBER,
     "clean": {"best": LOSS_AT_STEP, "final": LOSS_AT_STEP},
+    "cross_fitted?": (LOSS, None),  # the best loss, chosen on one half of the split and told on the other
     "paper": dict.fromkeys(
         ("best_val", "best_val_with_aux", "final_train", "final_val", "final_train_with_aux", "final_val_with_aux"),
         LOSS_NUMBER,
@@ -153,7 +157,7 @@ def record_of(config, dataset, model, state, is_straight, test, writing, peak_me
         "format": FORMAT,
         **said,
         "leaky": not config.is_causal,
-        "config": config.to_dict(),
+        "config": config.to_record(),
         "dataset": dataset.describe(),
         "parameters": accounting.count_parameters(model),
         "training_flops_per_token": accounting.training_flops_per_token(model),
@@ -163,6 +167,7 @@ def record_of(config, dataset, model, state, is_straight, test, writing, peak_me
         "exclusive": is_exclusive(device_type, share, others["device_bytes"]),
         "resumed": state.resumed,
         "straight": is_straight,
+        "start": state.start,
         "stretches": state.stretches,
         "epochs": said["tokens"] / dataset.sizes["train"],
         "test": None if test is None else {"nats": test.nats, "bpc": test.bpc, "step": said["clean"]["best"]["step"]},
@@ -186,12 +191,14 @@ def derived(config, evaluations) -> dict:
     best = min(evaluations, key=lambda line: line["clean"]["nats"])  # the first, if several
     final = evaluations[-1]
     tokens = config.max_iters * config.batch_size * config.block_size * config.gradient_accumulation_steps
+    crossed = cross_fit.cross_fitted(evaluations)
     return {
         "run_id": config.run_id,
         "title": config.title,
         "iterations": config.max_iters,
         "tokens": tokens,
         "clean": {"best": {**best["clean"], "step": best["step"]}, "final": {**final["clean"], "step": final["step"]}},
+        "cross_fitted": None if crossed is None else {"nats": crossed, "bpc": crossed / math.log(2)},
         "paper": {
             "best_val": min(line["paper"]["val"] for line in evaluations),
             "best_val_with_aux": min(line["paper"]["val_with_aux"] for line in evaluations),
@@ -280,6 +287,8 @@ def why_not_straight(record) -> str:
         for stretch in record.get("stretches", ())
         for key, (was, then) in stretch["changed"].items()
     ]
+    if start := record.get("start"):
+        changes.insert(0, f"it began with the weights of run {start['run_id']} at step {start['step']:,}")
     return f"not a straight run of its config ({'; '.join(changes) or 'resumed with something changed'})"
 
 
@@ -345,6 +354,8 @@ def contradictions(record, config) -> Iterator[str]:
         yield f"steps of the evaluations are {shown(steps)}; expected multiples of {config.eval_interval}"
     if record.get("straight") and steps != evaluation_steps(config):
         yield f"straight is true, but the steps of the evaluations are {shown(steps)}"
+    if record.get("straight") and record.get("start"):
+        yield "straight is true, but start tells of another run's weights"
     if (config.init_from == "resume") != (resumed > 0):
         yield f"resumed is {resumed}, but config.init_from is {config.init_from!r}"
     experts = [config.expert_counts()[block] for block in config.moe_layers]
@@ -370,14 +381,18 @@ def contradictions(record, config) -> Iterator[str]:
         summary["leaky"] = bool(config.leaks_of_any_router)
     yield from deviations(record, summary)
     for i, line in enumerate(evaluations):
-        yield from deviations(line["clean"], {"bpc": line["clean"]["nats"] / math.log(2)}, f"evaluations[{i}].clean")
+        expected = {"bpc": line["clean"]["nats"] / math.log(2)}
+        if halves := line.get("halves"):
+            tokens = sum(half["tokens"] for half in halves)
+            expected["nats"] = sum(half["nats"] * half["tokens"] for half in halves) / tokens
+        yield from deviations(line["clean"], expected, f"evaluations[{i}].clean")
 
 
 def deviations(found, expected, where="") -> Iterator[str]:
     """Yields each field in which `found` is not `expected`, floats within 1e-9."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for name, inner in expected.items():
-            yield from deviations(found[name], inner, f"{where}.{name}" if where else name)
+            yield from deviations(found.get(name), inner, f"{where}.{name}" if where else name)
     elif isinstance(expected, float) and isinstance(found, (int, float)):
         if not math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12):
             yield f"{where} is {found}, but the rest of the record makes it {expected}"

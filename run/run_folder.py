@@ -69,10 +69,11 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError([f"out_dir={config.out_dir} is a file; expected a folder, or a name for a new one"])
         has_checkpoint = "ckpt.pt" in held or "ckpt.previous.pt" in held
-        if config.init_from != "scratch" and config.overwrite:
+        goes_on = config.init_from in ("resume", "auto")
+        if goes_on and config.overwrite:
             going_on = f"--init_from={config.init_from} goes on with a run"
             raise ConfigError([f"{going_on} and --overwrite=True throws it away: choose one"])
-        if has_checkpoint and config.init_from != "scratch":
+        if has_checkpoint and goes_on:
             if config.init_from == "auto":
                 self.refuse_to_diverge_again()
             return self.newest_good()
@@ -105,11 +106,9 @@ class RunFolder:
 
     def refuse_to_diverge_again(self):
         """NotFinite where this config has already run into a loss or gradient that is not finite."""
-        if not self.has_diverged or self.config.eval_only:
-            return
-        last = files.read_json(self / "diverged.json")
-        if not self.config.differences(Config.from_dict(last["config"]), (EXPERIMENT, SCHEDULE)):
-            raise NotFinite(f"{last['reason']} (of the last try, which init_from=auto does not repeat unchanged)")
+        reason = None if self.config.eval_only else last_divergence(self.path, self.config)
+        if reason:
+            raise NotFinite(f"{reason} (of the last try, which init_from=auto does not repeat unchanged)")
 
     def newest_good(self):
         """The content of ckpt.pt; where it is damaged, of the checkpoint before it, and then `note` says so."""
@@ -187,10 +186,15 @@ class RunFolder:
                 raise
 
     def save(self, state, is_best):
-        """Write ckpt.pt, and keep the old one as ckpt.previous.pt. is_best: also write best.pt, from state["best"]."""
+        """Write ckpt.pt, and keep the old one as ckpt.previous.pt. is_best: also write best.pt, from state["best"].
+
+        What metrics.jsonl holds is on the disk before the checkpoint that knows its length.
+        """
         metrics = self / "metrics.jsonl"
         if not metrics.exists() or not os.path.samestat(os.stat(metrics), os.fstat(self.file.fileno())):
             raise CheckpointError(f"{self} was deleted or replaced while this run went on: nothing more is written")
+        with files.writing(metrics):
+            os.fsync(self.file.fileno())
         checkpoint.save(self / "ckpt.pt", state, previous=self / "ckpt.previous.pt")
         if is_best:
             self.save_best(state)
@@ -214,6 +218,16 @@ class RunFolder:
         for name in ("ckpt.previous.pt", "diverged.json"):
             (self / name).unlink(missing_ok=True)
         files.write_json(self / "summary.json", record)
+
+
+def last_divergence(folder, config) -> str | None:
+    """Which loss or gradient was not finite when this config was last tried in a folder; None where none was, or
+    another config was tried."""
+    path = Path(folder, "diverged.json")
+    if not path.exists():
+        return None
+    last = files.read_json(path)
+    return None if config.differences(Config.from_dict(last["config"]), (EXPERIMENT, SCHEDULE)) else last["reason"]
 
 
 def snapshots_in(folder):
@@ -245,10 +259,9 @@ class Metrics:
         if self.mirror:
             self.mirror(line)
 
-    def sync(self):
-        """Synchronise the file to the disk. -> its length in bytes"""
-        with files.writing(self.file.name):
-            os.fsync(self.file.fileno())
+    @property
+    def length(self):
+        """In bytes."""
         return self.file.seek(0, os.SEEK_END)
 
 

@@ -9,7 +9,7 @@ from support.console import duration
 from support.files import ROOT
 
 
-def final_report(record) -> str:
+def final_report(record, out_dir) -> str:
     """Losses, time, speed and load of a finished run, a line each, and the command that samples from it."""
     config = Config.from_dict(record["config"])
     dagger = "" if is_comparable(record) else " †"
@@ -48,9 +48,9 @@ def final_report(record) -> str:
         rows.append(("†", "not the published text"))
     if not is_straight(record):
         rows.append(("enters no mean", why_not_straight(record)))
-    rows.append(("checkpoint", f"{config.out_dir}/best.pt"))
+    rows.append(("checkpoint", f"{out_dir}/best.pt"))
     if not record["leaky"]:
         script = os.path.relpath(ROOT / "sample.py")
-        rows.append(("sample from it", f"python {script} --out_dir={shlex.quote(config.out_dir)}"))
+        rows.append(("sample from it", f"python {script} --out_dir={shlex.quote(str(out_dir))}"))
     head = f"\n{config.title or 'run'}: {record['dataset']['name']}, seed {config.seed}"
     return "\n".join([head, *(f"  {name:<18} {text}" for name, text in rows)])

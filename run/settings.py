@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from data.names import of_this_text, one_spelling
 from support.config_files import ConfigFile
 from support.configurator import Reading
-from support.files import ROOT, is_utf8, shown
+from support.files import ROOT, is_utf8, read_json, shown
 from support.options import (
     EXPERIMENT,
     MACHINE,
@@ -43,6 +44,7 @@ MOST_EXPERTS = 2**15 - 1  # choices are sorted as int16
 LARGEST_FACTOR = 10**6  # of losses, logits, capacity: far beyond any use, and results stay finite
 TEMPERATURE = dict(at_least=1e-3, at_most=LARGEST_FACTOR)
 FACTOR = dict(at_least=0, at_most=LARGEST_FACTOR)
+STARTS = ("scratch", "resume", "auto")
 Schedule = Literal["constant", "linear", "cosine"]
 Problem = tuple[tuple[str, ...], str]  # the keys that do not go together, and why
 
@@ -65,16 +67,24 @@ class Config:
         at_least=0,
         at_most=2**32 - 1,
     )
-    init_from: Literal["scratch", "resume", "auto"] = run_key(
-        "scratch", "scratch: a new run; resume: continue from out_dir's ckpt.pt; auto: resume if there is one"
+    init_from: Literal["scratch", "resume", "auto"] | str = run_key(
+        "scratch",
+        "scratch: a new run; resume: continue from out_dir's ckpt.pt; auto: resume if there is one; or another run's "
+        "folder (its best.pt) or checkpoint: a new run with its weights",
+        is_path=True,
     )
     overwrite: bool = run_key(False, "replace the run that is in out_dir")
-    eval_only: bool = run_key(False, "evaluate once and exit, without training")
+    eval_only: bool = run_key(
+        False, "evaluate once and exit, without training; of init_from=RUN, with RUN's settings if no file is given"
+    )
     save_minutes: float = run_key(
         10.0, "minutes between checkpoints, besides the one at each evaluation; 0 = only those", at_least=0
     )
     save_every: int = run_key(
         0, "every so many steps, keep a copy of the weights in out_dir/snapshots, for analyze.py; 0 = never", at_least=0
+    )
+    save_in_background: bool | Literal["auto"] = run_key(
+        "auto", "write checkpoints in a thread while training goes on; auto = on CUDA"
     )
     always_save_checkpoint: bool = run_key(
         True, "no effect, accepted for nanoGPT's configs: every evaluation saves ckpt.pt, each new best also best.pt"
@@ -204,6 +214,9 @@ class Config:
     device: str = machine_key("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = machine_key("auto", "precision of the matrix products")
     compile: bool | Literal["auto"] = machine_key("auto", "use torch.compile; auto = where it pays")
+    compile_cache: str = machine_key(
+        "", "folder that keeps what torch.compile made, for the next run; empty = none", is_path=True
+    )
     capture: bool | Literal["auto"] = machine_key(
         "auto", "make each update one CUDA graph; auto = where it is compiled for CUDA and one process trains"
     )
@@ -323,12 +336,33 @@ class Config:
             message = "shared experts are whole MLPs"
             yield ("n_shared_expert", "expert_kind"), f"{message}; set expert_kind='mlp'"
 
+    @property
+    def names_a_run(self) -> bool:
+        """Whether init_from is the folder or a checkpoint of another run."""
+        return self.init_from not in STARTS
+
+    @classmethod
+    def inherited(cls, values: dict[str, Any], files: list[ConfigFile]) -> tuple[dict[str, Any], str]:
+        """(values of keys that nothing sets, where they come from): to evaluate another run without a config file, that
+        run's own settings."""
+        path = values.get("init_from", "scratch")
+        if files or path in STARTS or not values.get("eval_only"):
+            return {}, ""
+        path = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+        try:
+            found = dict(read_json(path))
+        except (OSError, ValueError, TypeError):  # reading the weights tells why
+            return {}, path
+        options = options_of(cls)
+        return {key: found[key] for key in found if key in options and options[key].scope != MACHINE}, path
+
     def completed(self, files: list[ConfigFile]) -> Config:
         """Fills an empty title and out_dir from the config files, and spells the data set in one way."""
-        title = self.title or ", ".join(file.title for file in files)
-        names = "-".join(file.path.stem for file in files) or "default"
+        dataset, names = one_spelling(self.dataset), "-".join(file.path.stem for file in files) or "default"
+        texts = [file.values["dataset"] for file in files if "dataset" in file.values]
+        title = self.title or of_this_text(", ".join(file.title for file in files), dataset, texts)
         out_dir = self.out_dir or f"out/{names}-s{self.seed}"
-        return dataclasses.replace(self, title=title, out_dir=out_dir, dataset=one_spelling(self.dataset))
+        return dataclasses.replace(self, title=title, out_dir=out_dir, dataset=dataset)
 
     def expert_counts(self) -> list[int] | str:
         """The number of experts of each block, 0 for a dense one; or what is wrong with n_expert_by_block."""
@@ -392,6 +426,16 @@ class Config:
         """Every key, as JSON types."""
         return dataclasses.asdict(self)
 
+    def to_record(self) -> dict[str, Any]:
+        """Every key as a record keeps it: paths are relative to the project, and outside of it only their last name."""
+        values = self.to_dict()
+        for name in [name for name, key in options_of(type(self)).items() if key.is_path]:
+            if os.path.isabs(values[name]):
+                inside = os.path.relpath(values[name], ROOT)
+                is_outside = inside.split(os.sep)[0] == os.pardir
+                values[name] = os.path.basename(os.path.normpath(values[name])) if is_outside else inside
+        return values
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "record") -> Config:
         """The config of a checkpoint or record, which error messages call `origin`.
@@ -427,21 +471,3 @@ class Config:
         scopes, theirs = tuple(scopes), other.to_dict()
         options = options_of(type(self))
         return [(k, v, theirs[k]) for k, v in self.to_dict().items() if options[k].scope in scopes and v != theirs[k]]
-
-
-def one_spelling(dataset: str) -> str:
-    """The name of a folder in data/, else its absolute path, however it was spelled; a folder must be there.
-
-    Hashes are of the spelling, so that names, which committed records have, stay as they are.
-    """
-    if "/" not in dataset and os.sep not in dataset:
-        return dataset
-    path = os.path.expanduser(dataset)
-    if not os.path.isdir(path):
-        return dataset
-    home = os.path.join(ROOT, "data")
-    for folder in (os.path.abspath(path), os.path.realpath(path)):
-        is_known = any(os.path.exists(os.path.join(folder, name)) for name in ("prepare.py", "train.bin"))
-        if is_known and os.path.dirname(folder) in (home, os.path.realpath(home)):
-            return os.path.basename(folder)
-    return os.path.realpath(path)

@@ -33,6 +33,7 @@ class TrainingState:
     machine: dict | None = None  # machines.describe and the number of processes
     others: dict | None = None  # machines.OtherLoad, up to the last save
     resumed: int = 0  # times
+    start: dict | None = None  # the weights of another run with which it started: see start.py
     stretches: list[dict] = field(default_factory=list)  # where it resumed with something changed: see straight.py
     metrics_bytes: int = 0  # length of metrics.jsonl at the last save
     wandb_id: str | None = None  # of the run at Weights & Biases, with which a resumed run goes on; None without one

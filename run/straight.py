@@ -32,8 +32,10 @@ def new_stretch(saved, changed, config, machine) -> list[dict]:
 def is_straight(config, progress) -> bool:
     """Whether all updates and evaluations so far are those of an uninterrupted run of this config.
 
-    progress: of a checkpoint, with step, evaluations and stretches (missing in older ones).
+    progress: of a checkpoint, with step, evaluations, and start and stretches (missing in older ones).
     """
+    if progress.get("start"):  # with the weights of another run
+        return False
     end, evaluated = progress["step"], [line["step"] for line in progress["evaluations"]]
     due = [step for step in evaluation_steps(config) if step <= end]
     if evaluated not in (due, [step for step in due if step < end]):  # the one at this step may be still to come

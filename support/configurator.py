@@ -55,6 +55,7 @@ def parse(
     Every field of `cls` is made with `option`. The class may have
     - `takes_files = True` (a ClassVar): arguments without `--` are config files;
     - `absent` (a ClassVar): {key of nanoGPT that is no key here: why, and what to do};
+    - `inherited(values, files)`: ({key: value}, origin) for keys that no argument sets;
     - `problems(self)`: yields (keys, message) for each impossible combination of keys; `problems_of` replaces it;
     - `completed(self, files)`: the instance with the values derived from its ConfigFiles.
 
@@ -66,6 +67,10 @@ def parse(
     apply_arguments(reading, [a for a in argv if a != "--print-config"], getattr(cls, "takes_files", False))
     for name, value in reading.values.items():
         reading.values[name] = os.path.expanduser(value) if reading.options[name].is_path else value
+    if hasattr(cls, "inherited"):
+        inherited, origin = cls.inherited(reading.values, reading.files)
+        for name in inherited.keys() - reading.values.keys() - reading.broken:
+            reading.assign(name, inherited[name], origin, accept_value)
     instance = reading.finish(cls, problems_of)
     completed = instance.completed(reading.files) if hasattr(cls, "completed") else instance
     if "--print-config" in argv:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,22 +133,40 @@ def writing(path, size=None, way_out="what was saved before is untouched"):
         raise FileError(one_line(f"{path} could not be written: {reason}; {way_out}")) from error
 
 
-def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Replace the file at `path` by content in one step; previous: where the old file is kept.
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the file at `path` by content in one step: see replace_file."""
+    replace_file(path, len(content), lambda file: file.write(content))
+
+
+class HashedFile:
+    """A file open for writing, and the SHA-256 of what was written to it."""
+
+    def __init__(self, file):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, content):
+        self.file.write(content)
+        self.sha256.update(content)
+
+
+def replace_file(path: Path, size: int, write: Callable[[HashedFile], object], previous: Path | None = None) -> None:
+    """Replace the file at `path` in one step. write: writes the new content, of `size` bytes, to a HashedFile;
+    previous: where the old file is kept.
 
     A reader, also after a power failure, finds the old file or the new one. Raises FileError.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    with writing(path, len(content)):
-        if shutil.disk_usage(path.parent).free < len(content):
+    with writing(path, size):
+        if shutil.disk_usage(path.parent).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
             with open(partial, "wb") as file:
-                file.write(content)
+                hashed = HashedFile(file)
+                write(hashed)
                 file.flush()
                 os.fsync(file.fileno())
-            if not _holds(partial, content):
+            if _sha256_on_disk(partial) != hashed.sha256.digest():
                 raise OSError(errno.EIO, "the disk gives back something else than what was written")
             if previous and path.exists():
                 _keep(path, Path(previous))
@@ -159,12 +178,12 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
             raise
 
 
-def _holds(path, content):
-    """Whether the file has this content, read from the disk itself where the system can drop its cached copy."""
+def _sha256_on_disk(path):
+    """The SHA-256 of a file, read from the disk itself where the system can drop its cached copy."""
     with open(path, "rb") as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return hashlib.file_digest(file, "sha256").digest() == hashlib.sha256(content).digest()
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _keep(path, previous):

@@ -40,6 +40,9 @@ INCIDENTAL = {
     "out_dir",
     "init_from",
     "overwrite",
+    "save_in_background",
+    "save_every",
+    "capture",
 }
 
 

@@ -372,7 +372,7 @@ def test_a_checkpoint_with_changed_content_is_refused_or_can_be_sampled(n, dense
 
 def shown_everywhere(record):
     """Draw everything that shows a single record, except figures."""
-    assert screen_report.final_report(record).encode() and records.machine_of(record)
+    assert screen_report.final_report(record, "out").encode() and records.machine_of(record)
     for table in TABLES.values():
         for comparison in gather(table, [record] if table.of == "records" else [], "cpu"):
             for view in table.views:

@@ -58,7 +58,7 @@ def test_times_of_busy_machines_are_left_out_with_a_note():
     view = View("Cost", ("train_seconds", "total_parameters"))
     assert cells_by_row(comparison, view)["learned"] == ["100.0 (n = 1)", "1,234,567"]
     assert cells_by_row(comparison, view)["frozen"][0] == "not timed alone"
-    note = "training: 2 of 3 runs not known to be alone on their cores are left out"
+    note = "training: 2 of 3 runs not known to be alone on their hardware are left out"
     assert note in cells.grid_of(comparison, view).notes
     assert not any("left out" in note for note in cells.grid_of(comparison, LOSS).notes)
 

@@ -16,7 +16,7 @@ import routing
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from run import settings  # noqa: E402
+from data import names  # noqa: E402
 from run.settings import Config  # noqa: E402
 from support.configurator import Message, parse  # noqa: E402
 from support.options import EXPERIMENT, SCHEDULE, ConfigError, option, options_of  # noqa: E402
@@ -468,6 +468,33 @@ def test_the_title_is_the_files_first_lines(write):
     assert parse(Config, []).title == ""
 
 
+@pytest.mark.parametrize(
+    "dataset, expected",
+    [
+        ("mine", "mine, MoE 4 top-1, on a CPU"),
+        ("./texts/mine", "mine, MoE 4 top-1, on a CPU"),
+        ("/texts/my shakespeare/", "my shakespeare, MoE 4 top-1, on a CPU"),
+        ("text8", "text8, MoE 4 top-1, on a CPU"),
+        ("shakespeare_char", "Shakespeare, MoE 4 top-1, on a CPU"),
+        (r"a\1b", r"a\1b, MoE 4 top-1, on a CPU"),
+    ],
+)
+def test_a_title_names_no_text_but_that_of_the_run(dataset, expected):
+    files = ["config/shakespeare_moe4.py", "config/cpu.py"]
+    assert parse(Config, [*files, f"--dataset={dataset}"]).title == expected
+    assert parse(Config, [*files, f"--dataset={dataset}", "--title=Shakespeare"]).title == "Shakespeare"
+
+
+def test_a_title_names_no_text_of_another_config_file(write):
+    mine = write("mine.py", '"""My novel, wide"""\ndataset = "novel"')
+    plain = write("train_shakespeare_char.py", "n_layer = 2")
+    assert parse(Config, [mine]).title == "My novel, wide"
+    assert parse(Config, [mine, "--dataset=./letters"]).title == "My letters, wide"
+    assert parse(Config, [str(ROOT / "config/text8_dense.py"), mine]).title == "novel, dense, My novel, wide"
+    assert parse(Config, [plain, "--dataset=poems"]).title == "train_poems"
+    assert parse(Config, [plain]).title == "train_shakespeare_char"
+
+
 @pytest.mark.parametrize("docstring", ["# no docstring", '""""""', '"""\n\n"""', "from base import *"])
 def test_a_file_without_a_docstring_is_titled_by_its_name(write, docstring):
     write("base.py", '"""Base"""\n')
@@ -684,7 +711,7 @@ def test_one_text_spelled_in_several_ways_is_one_experiment(tmp_path, monkeypatc
     (tmp_path / "project" / "data" / "small" / "train.bin").touch()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
-    monkeypatch.setattr(settings, "ROOT", tmp_path / "project")
+    monkeypatch.setattr(names, "ROOT", tmp_path / "project")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path / "project")
     inside = ("small", "./data/small", "data/small/", "data//small", str(tmp_path / "project/data/small"))

@@ -14,8 +14,8 @@ from conftest import tiny
 import balance
 from data.characters import character_class
 from data.common import Dataset, Vocabulary
-from model import GPT
-from run import evaluate
+from model import GPT, IGNORED
+from run import cross_fit, evaluate
 from support import machines
 
 CPU = machines.choose("cpu", "float32", False)
@@ -82,6 +82,46 @@ def test_clean_does_not_depend_on_batch_size(dataset, changes):
         evaluate.full_loss(model, dataset, "val", tiny(**changes, batch_size=size), CPU).nats for size in (1, 4, 7, 64)
     ]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+
+
+def test_the_halves_of_a_split_are_its_even_and_odd_batches(dataset):
+    config = tiny(batch_size=4)
+    model = model_of(config, dataset)
+    measured = evaluate.full_loss(model, dataset, "val", config, CPU)
+    windows = list(dataset.windows("val", config.block_size, config.batch_size))
+    assert len(windows) > 2
+    for first, half in enumerate(measured.halves):
+        with torch.no_grad():
+            outputs = [(model(x, y).loss.item(), int((y != IGNORED).sum())) for x, y in windows[first::2]]
+        assert half["tokens"] == sum(count for _, count in outputs)
+        expected = sum(loss * count for loss, count in outputs) / half["tokens"]
+        assert half["nats"] == pytest.approx(expected, rel=1e-6)
+    assert measured.tokens == sum(half["tokens"] for half in measured.halves)
+    assert evaluate.full_loss(model, dataset, "val", tiny(batch_size=4096), CPU).halves is None  # a single batch
+
+
+def test_the_cross_fitted_best_is_chosen_on_one_half_and_told_on_the_other():
+    def line(even, odd):
+        return {"halves": [{"nats": even, "tokens": 30}, {"nats": odd, "tokens": 10}]}
+
+    lines = [line(3.0, 3.0), line(1.0, 1.8), line(1.6, 1.1), line(1.0, 0.5 + 1.0)]
+    # The even half chooses the first 1.0 and is told 1.8; the odd half chooses 1.1 and is told 1.6.
+    assert cross_fit.cross_fitted(lines) == pytest.approx((1.8 * 10 + 1.6 * 30) / 40)
+    assert cross_fit.cross_fitted([*lines, {}]) is None
+    assert cross_fit.halves([2.0], [4]) is None
+    assert cross_fit.halves([2.0, 3.0, 4.0], [4, 2, 1]) == [{"nats": 1.2, "tokens": 5}, {"nats": 1.5, "tokens": 2}]
+
+
+def test_the_cross_fitted_best_is_not_optimistic():
+    """Of evaluations that differ by chance alone, the plain best is too low and the cross-fitted one is not."""
+    generator = np.random.default_rng(0)
+    plain, crossed = [], []
+    for _ in range(400):
+        noise = generator.normal(1.5, 0.02, (20, 2))
+        lines = [{"halves": [{"nats": a, "tokens": 10}, {"nats": b, "tokens": 10}]} for a, b in noise.tolist()]
+        crossed.append(cross_fit.cross_fitted(lines))
+        plain.append(min(noise.mean(axis=1)))
+    assert np.mean(plain) < 1.5 - 0.02 and np.mean(crossed) == pytest.approx(1.5, abs=0.003)
 
 
 def test_the_statistics_of_clean_count_each_character_once(dataset):

@@ -17,7 +17,7 @@ from papers import TABLES
 from papers.table import Comparison
 from report import captions, figures_of_differences, figures_of_rows, figures_of_run, figures_of_table, style
 from report.figures import FIGURES
-from support.intervals import interval_of_difference
+from support.intervals import interval_of_mean
 
 DENSE, MOE4 = "shakespeare_dense", "shakespeare_moe4"
 MACHINE = "AMD EPYC, 2 cores, 2 threads, torch 2.13.0+cpu, float32"
@@ -39,7 +39,7 @@ def record(seed, nats=1.9, experts=0, aux=0.0, seconds=100.0, exclusive=True, **
     evaluations[-1]["clean"]["nats"] = nats
     return {
         "config": {"seed": seed, "batch_size": 12, "block_size": 64, "gradient_accumulation_steps": 1},
-        "dataset": {"name": "shakespeare_char", "canonical": True, "unit": "character"},
+        "dataset": {"name": "shakespeare_char", "sha256": "a", "canonical": True, "unit": "character"},
         "leaky": False,
         "exclusive": exclusive,
         "evaluations": evaluations,
@@ -49,6 +49,8 @@ def record(seed, nats=1.9, experts=0, aux=0.0, seconds=100.0, exclusive=True, **
         "seconds": {"train": seconds},
         "inference": {"tokens_per_second": 30_000.0 / seconds, "exclusive": exclusive},
         "epochs": 1.53,
+        "training_flops_per_token": 5_000_000,
+        "tokens": 1_536_000,
         **changes,
     }
 
@@ -76,6 +78,7 @@ def filled(table, seeds, scale="cpu", only=lambda name: True):
 PICTURES = {  # figure -> a table and its seeds
     "loss_curves": ("A", 3),
     "loss_against_cost": ("A", 3),
+    "loss_by_length": ("equal", 3),
     "relative_cost": ("B", 3),
     "load_over_training": ("C", 2),
     "aux_decomposition": ("A", 3),
@@ -154,7 +157,7 @@ def test_missing_rows_leave_the_rest_readable():
 
 def test_without_the_baseline_nothing_is_compared_with_it():
     found = {name for name, drawing in sparse_drawings("no baseline").items() if drawing}
-    assert found == {"loss_curves", "loss_against_cost", "load_over_training"}
+    assert found == {"loss_curves", "loss_against_cost", "loss_by_length", "load_over_training"}
 
 
 def test_without_records_there_is_no_picture():
@@ -193,7 +196,7 @@ def test_without_exclusive_runs_no_time_is_drawn():
     of = comparison("A", {DENSE: [record(1, exclusive=False)], MOE4: [record(1, 1.8, 4, exclusive=False)]})
     for drawing in (figures_of_table.loss_curves(of), figures_of_table.loss_against_cost(of)):
         assert not [axes for axes in drawing.figure.axes if "time" in axes.get_xlabel()]
-        assert "no run is known to have had its cores to itself" in drawing.caption
+        assert "no run is known to have had its hardware to itself" in drawing.caption
     assert figures_of_differences.relative_cost(of) is None
 
 
@@ -261,7 +264,7 @@ def test_boundary_map_has_numbers_where_both_models_ran_and_hatching_elsewhere()
     drawing = figures_of_differences.boundary_map(comparison("boundary", cells))
     squares, texts = drawing.figure.axes[0].patches, [text.get_text() for text in drawing.figure.axes[0].texts]
     assert len(squares) == 12 and [bool(square.get_hatch()) for square in squares] == [False] + [True] * 11
-    effect = interval_of_difference([2.05, 2.07], [2.0, 2.0])
+    effect = interval_of_mean([0.05, 0.07])
     interval = f"[{effect.low:.3f}, {effect.high:.3f}]".replace("-", "−")
     assert texts == [f"+0.060\n{interval}\nn = 2, 51 epochs"] + ["not run"] * 11
     red, _, blue, _ = squares[0].get_facecolor()
@@ -277,9 +280,9 @@ def test_differences_have_intervals_beside_the_published_ones():
     }
     drawing = figures_of_differences.differences(comparison("A", cells))
     axes = drawing.figure.axes[0]
-    effect = interval_of_difference([1.88, 1.91], [1.90, 1.92])
+    effect = interval_of_mean([-0.02, -0.01])
     interval = f"[{effect.low:.3f}, {effect.high:.3f}]".replace("-", "−")
-    assert [text.get_text() for text in axes.texts] == ["+0.020, n = 1", f"−0.015 {interval}, n = 2"]
+    assert [text.get_text() for text in axes.texts] == ["+0.030, n = 1", f"−0.015 {interval}, n = 2"]
     whiskers = [[point[0] for point in path.vertices] for bar in axes.collections for path in bar.get_paths()]
     assert whiskers == [pytest.approx([effect.low, effect.high])]
     assert (pytest.approx(0.07), 1) in [line[0] for line in lines_of(axes)] and "Open: published" in drawing.caption
@@ -288,7 +291,9 @@ def test_differences_have_intervals_beside_the_published_ones():
 
 
 def test_daggers_are_explained_in_the_caption():
-    odd = record(1, leaky=True, dataset={"name": "enwik8-head-4.15M", "canonical": False, "unit": "byte"})
+    odd = record(
+        1, leaky=True, dataset={"name": "enwik8-head-4.15M", "sha256": "b", "canonical": False, "unit": "byte"}
+    )
     drawing = figures_of_table.loss_curves(comparison("A", {DENSE: [record(1)], MOE4: [odd]}))
     assert "4 experts, aux 0.01 †" in drawing.alt and "dense †" not in drawing.alt
     assert "† a text that is not the published data set (enwik8-head-4.15M); routing that sees" in drawing.caption

@@ -13,11 +13,11 @@ from run.settings import Config
 from support.configurator import parse
 
 PATHS = {
-    Config: ["out_dir"],
+    Config: ["out_dir", "compile_cache"],
     sample.SampleConfig: ["out_dir"],
     analyze.Options: ["results"],
     bench.BenchConfig: ["json", "compare"],
-    sweep.SweepOptions: ["out", "results"],
+    sweep.SweepOptions: ["out", "results", "pack"],
 }
 
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -20,6 +21,7 @@ KINDS = {
         name: dict(n_expert=4, dropout=0.1, max_iters=12, eval_interval=6, log_interval=4) | STATEFUL[name]
         for name in STATEFUL
     },
+    "background": dict(save_in_background=True, save_minutes=1e-9, log_interval=3) | HARD,
 }
 
 
@@ -28,15 +30,24 @@ KINDS = {
 
 
 class Reaper:
-    """Kills its own process at the n-th announced moment (never if n is None), and counts the moments."""
+    """Kills its own process at the n-th announced moment (never if n is None), and counts the moments. pause: seconds
+    in which the loop goes on while a thread saves; then only moments of that thread count."""
 
-    def __init__(self, n, is_power_cut):
-        self.n, self.is_power_cut, self.count, self.files = n, is_power_cut, 0, []
+    def __init__(self, n, is_power_cut, pause):
+        self.n, self.is_power_cut, self.pause, self.count, self.files = n, is_power_cut, pause, 0, []
+        self.lock = threading.Lock()
 
     def moment(self):
-        self.count += 1
-        if self.count != self.n:
-            return
+        if self.pause:
+            if threading.current_thread() is threading.main_thread():
+                return
+            time.sleep(self.pause)
+        with self.lock:
+            self.count += 1
+            if self.count == self.n:
+                self.kill()
+
+    def kill(self):
         if self.is_power_cut:  # what was not synchronised to the disk is lost
             for file in self.files:
                 if not file.closed:
@@ -56,8 +67,9 @@ class Reaper:
         """Announce a moment before and after each file operation and batch, and in the middle of each write."""
         from data.common import Dataset
         from run import checkpoint, run_folder
+        from support import files
 
-        reaper, fsync = self, os.fsync
+        reaper, fsync, write = self, os.fsync, files.HashedFile.write
 
         class Torn(io.FileIO):
             def write(self, content):
@@ -80,14 +92,21 @@ class Reaper:
                 if not file.closed and file.fileno() == descriptor:
                     file.durable = os.fstat(descriptor).st_size
 
+        def written(file, content):  # the weights of a checkpoint
+            write(file, content)
+            file.writes = getattr(file, "writes", 0) + 1
+            if file.writes == 100:
+                reaper.moment()
+
         checkpoint.open = run_folder.open = opened
+        files.HashedFile.write = written
         os.fsync = self.around(synced)
         for name in ("replace", "link", "unlink"):
             setattr(os, name, self.around(getattr(os, name)))
         Dataset.batch = self.around(Dataset.batch)
 
 
-def child(options, n, is_power_cut, log):
+def child(options, n, is_power_cut, pause, log):
     """Run train.py with these options and kill it at its n-th moment. A survivor writes their number to `log`."""
     import torch
 
@@ -95,7 +114,7 @@ def child(options, n, is_power_cut, log):
 
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a")
-    reaper = Reaper(n, is_power_cut)
+    reaper = Reaper(n, is_power_cut, pause)
     reaper.watch()
     code = train.main([f"--{key}={value}" for key, value in options.items()])
     print(json.dumps(reaper.count), flush=True)
@@ -111,7 +130,7 @@ def runner(forkserver, words, tmp_path_factory):
     """A function that runs a KIND in a process, to its end or until a kill. -> (exit code, moments, seconds)"""
     log = tmp_path_factory.mktemp("logs") / "log"
 
-    def run(kind, out_dir, n=None, after=None, is_power_cut=False, **changes):
+    def run(kind, out_dir, n=None, after=None, is_power_cut=False, pause=0, **changes):
         options = {
             **TINY,
             "dataset": words,
@@ -122,7 +141,7 @@ def runner(forkserver, words, tmp_path_factory):
         }
         log.write_text("")
         started = time.monotonic()
-        process = forkserver.Process(target=child, args=(options, n, is_power_cut, log))
+        process = forkserver.Process(target=child, args=(options, n, is_power_cut, pause, log))
         process.start()
         process.join(after)
         if after is not None and process.exitcode is None:
@@ -196,12 +215,29 @@ def test_resume_after_a_kill_within_any_file_operation_is_bit_identical(runner, 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("is_power_cut", [False, True], ids=["killed", "power cut"])
-def test_resume_after_a_kill_at_every_moment_is_bit_identical(runner, uninterrupted, tmp_path, is_power_cut):
-    whole, count, _ = uninterrupted("hard")
+@pytest.mark.parametrize("kind", ["hard", "background"])
+def test_resume_after_a_kill_at_every_moment_is_bit_identical(runner, uninterrupted, tmp_path, kind, is_power_cut):
+    whole, count, _ = uninterrupted(kind)
     for n in range(1, count + 1):
-        code, *_ = runner("hard", tmp_path / "run", n=n, is_power_cut=is_power_cut)
+        code, *_ = runner(kind, tmp_path / "run", n=n, is_power_cut=is_power_cut)
         assert code == -signal.SIGKILL
-        complete(runner, "hard", tmp_path / "run", whole)
+        complete(runner, kind, tmp_path / "run", whole)
+
+
+@thorough(2, 400)
+def test_resume_after_a_kill_at_each_stage_of_a_save_in_the_background_is_bit_identical(runner, tmp_path, n):
+    """Meanwhile the loop has gone on."""
+    options, whole = dict(pause=0.01, save_minutes=0), tmp_path / "whole"
+    code, count, _ = runner("background", whole, **options)
+    assert code == 0 and count >= 50
+    kills = generator(n).sample(range(1, count + 1), min(n, count))
+    for i, moment in enumerate(kills):
+        code, *_ = runner("background", tmp_path / "run", n=moment, is_power_cut=i % 2 == 0, **options)
+        assert code == -signal.SIGKILL
+        code, *_ = runner("background", tmp_path / "run", **options)
+        assert code == 0
+        assert_same_run(whole, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
 
 
 @thorough(1, 40)

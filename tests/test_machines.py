@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from run.records import is_exclusive
 from support import machines
 from support.options import ConfigError
 
 CPU = machines.choose("cpu", "float32", False)
+GIB = 2**30
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
 
@@ -278,6 +280,21 @@ def test_other_load_is_the_time_of_others_on_the_same_cores(monkeypatch):
     monkeypatch.setattr(machines, "_busy_seconds", lambda: None)
     assert other_load.so_far()["core_seconds"] is None
     assert machines.OtherLoad(CPU).so_far()["core_seconds"] is None
+
+
+def test_on_a_gpu_the_memory_of_another_run_is_the_load_of_others(monkeypatch):
+    """5 GiB in use, 4 of them ours with the context; then another run takes 3 GiB and leaves again."""
+    free = [75 * GIB]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 * GIB)
+    gpu = CPU._replace(device=torch.device("cuda", 0))
+    other_load = machines.OtherLoad(gpu)
+    assert is_exclusive("cuda", None, other_load.so_far()["device_bytes"])
+    free[0] = 72 * GIB
+    with_another = other_load.so_far()
+    free[0] = 75 * GIB
+    assert machines.OtherLoad(gpu, with_another).so_far()["device_bytes"] == 4 * GIB
+    assert not is_exclusive("cuda", None, 4 * GIB)
 
 
 def test_what_an_earlier_session_could_not_tell_stays_unknown(monkeypatch):

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -390,6 +391,20 @@ def test_full_expert_stays_full_for_the_rest_of_a_cached_sequence():
 )
 def test_capacity_is_rounded_up(factor, k, T, E, expected):
     assert selection.capacity(tiny(n_expert=E, expert_top_k=k, capacity_factor=factor, block_size=T)) == expected
+
+
+def test_the_capacity_of_a_number_on_the_device_is_that_of_the_number():
+    """And both are ceil(cf · k · T · B / E), where rounding errors do not count."""
+    for factor, k, T, E in itertools.product(
+        (0.01, 0.1, 1 / 3, 0.5, 1.0, 1.1, 1.25, 2.0, 1e6), (1, 2), (10, 256), (2, 3, 7)
+    ):
+        config = tiny(n_expert=E, expert_top_k=k, capacity_factor=factor, block_size=T, aux_loss="none")
+        for B in (1, 2, 3, 10, 64, 1000):
+            exact = Fraction(str(factor) if factor != 1 / 3 else "1/3") * k * T * B / E
+            expected = max(1, min(B * T, math.ceil(exact)))
+            assert selection.capacity(config, B) == expected
+            on_device = selection.capacity(config, torch.tensor(B))
+            assert on_device.dtype == torch.int64 and on_device == expected
 
 
 def test_capacity_depends_on_block_size_and_not_on_current_length():

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from report import page
-from report.blocks import Grid, Paragraph, Picture, Ruling, Section
+from report.blocks import Folded, Grid, Paragraph, Picture, Ruling, Section
 
 EVIL = "<script>alert(1)</script>&\"'><b onload=x>"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><path id="a" d="M0 0h9"/></svg>'
@@ -74,6 +74,7 @@ def whole(text="text"):
                     Ruling(text, "held", text, text, text, [text, text], [text], provisional=True),
                     Paragraph(f"`{text}`"),
                     Picture(SVG, text, text),
+                    Folded(text, [Paragraph(text)]),
                 ],
             ),
             Section(text, [Ruling(text, status, text) for status in page.LOOKS]),
@@ -151,8 +152,16 @@ def test_verdicts_are_counted_over_all_sections_and_listed_under_theirs():
     ]
     html = page.page("", [], sections)
     assert [int(count) for count in re.findall(r"<b>(\d+)</b>", html)] == [2, 0, 0, 1]
-    overview = html.partition('<table class="overview"')[2].partition("</table>")[0]
-    assert re.findall(r'href="#([^"]+)"', overview) == ["one", "claim-a1", "claim-a2", "two", "claim-a1-2"]
+    overview = html.partition('<table class="overview"')[2].partition("</section>")[0]
+    listed, _, folded = overview.partition("<details><summary>1 not run</summary>")
+    assert re.findall(r'href="#([^"]+)"', listed) == ["one", "claim-a1", "two", "claim-a1-2"]
+    assert re.findall(r'href="#([^"]+)"', folded) == ["one", "claim-a2"]
+
+
+def test_folded_blocks_stand_behind_their_title():
+    html = page.page("", [], [Section("S", [Folded("a <title>", [ruling("A1", "not run")])])])
+    inside = html.partition("<details><summary>a &lt;title&gt;</summary>")[2].partition("</details>")[0]
+    assert 'id="claim-a1"' in inside
 
 
 def test_an_unknown_status_is_refused():

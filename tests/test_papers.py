@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from papers import CLAIMS, TABLES
+from papers import CLAIMS, TABLES, planned_runs
 from papers.measures import MEASURES
+from papers.priorities import PRIORITIES
 from papers.table import SCALES, gather
 from report.figures import FIGURES
 from run.accounting import dense_equal_active, dense_equal_total
@@ -170,9 +171,53 @@ def test_published_numbers_give_the_effects_that_the_claims_quote():
     published = {row.name: row.published for row in TABLES["A"].rows}
     gap = published["shakespeare_moe4"]["paper"] - published["shakespeare_dense"]["paper"]
     assert math.isclose(gap, 0.07)
-    bounds = {claim.id: claim.holds[0] for claim in CLAIMS}
-    assert math.isclose(6 * bounds["E4"], gap / 2) and math.isclose(6 * bounds["E5"], 5 * gap)
+    claims = {claim.id: claim for claim in CLAIMS}
+    assert math.isclose(claims["A4"].expected, gap) and claims["A4"].holds == pytest.approx((gap / 2, 1.5 * gap))
+    assert math.isclose(claims["B2"].expected, rows["shakespeare_top2"]["paper"] / base["paper"])
+    soft = rows["shakespeare_soft4"]["paper"]
+    assert math.isclose(claims["B6"].expected, rows["shakespeare_top2"]["paper"] - soft)
+
+
+def test_a_text_with_a_test_split_is_decided_on_it():
+    tested = ("A_enwik8", "A_text8", "A_summary", "D")
+    assert all((claim.measures[0] == "test") == (claim.table in tested) for claim in CLAIMS)
+
+
+def test_claims_noticed_in_their_own_records_need_fresh_seeds():
+    assert {claim.id: claim.fresh_from for claim in CLAIMS if claim.fresh_from} == dict.fromkeys(
+        ("E7", "E8", "E9"), {"cpu": 1340}
+    )
+
+
+def test_rows_that_ran_on_another_machine_are_known():
+    found = gather(TABLE, [record(device="a GPU"), record("shakespeare_moe4_frozen", seed=1)], "cpu")
+    assert {comparison.machine.split(",")[0]: comparison.elsewhere for comparison in found} == {
+        "a CPU": {"shakespeare_moe4"}, "a GPU": {"shakespeare_moe4_frozen"},
+    }  # fmt: skip
 
 
 def test_scales_have_different_hashes():
     assert TABLE.rows[0].config_at("cpu").hash() != TABLE.rows[0].config_at("paper").hash()
+
+
+def test_the_plan_names_rows_of_tables_at_paper_size_and_no_run_twice():
+    names = {row.name for table in TABLES.values() for row in table.rows_at("paper")}
+    asked = [(name, seed) for entry in PRIORITIES for seed in entry.seeds for name in entry.rows]
+    assert {name for name, _ in asked} <= names and len(set(asked)) == len(asked)
+    assert all(entry.decides and entry.decides[0] != " " and "\n" not in entry.decides for entry in PRIORITIES)
+
+
+def test_the_plan_begins_with_four_experts_by_router_and_by_table_beside_the_dense_model():
+    """On a machine of another kind than that of the committed dense runs, these too are made."""
+    asked = [(name, seed) for entry in PRIORITIES for seed in entry.seeds for name in entry.rows]
+    assert {*asked[:15]} == {(f"shakespeare_{n}", s) for n in ("dense", "moe4", "hash4") for s in range(1337, 1342)}
+
+
+def test_runs_of_the_plan_are_those_of_the_tables_and_land_in_their_folders(tmp_path):
+    setup = planned_runs.Setup(tmp_path / "out", tmp_path / "results", [], {}, record()["machine"])
+    runs = planned_runs.by_priority(TABLES, PRIORITIES, "paper", setup)
+    homes = {run.config.run_id.split("-")[0]: run.home.name for run in [*runs][:15]}
+    assert sorted(homes.values()) == ["A", "B", "router"]
+    of_tables = planned_runs.plan(TABLES, ["all"], "paper", 5, setup)
+    places = {run.key: (run.home, run.name, run.arguments) for run in of_tables}
+    assert all(places[run.key] == (run.home, run.name, run.arguments) for run in runs)

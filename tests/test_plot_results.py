@@ -583,6 +583,31 @@ def test_the_same_folder_twice_counts_once(made, tmp_path):
     assert len(runs) == 1 and len(left_out) == 2 and "the same folder as" in left_out[0]
 
 
+def test_a_copy_of_a_run_counts_once_and_the_one_that_has_come_farther_counts(made, tmp_path):
+    run = local_run(tmp_path / "run", made)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    early, copy = (Path(shutil.copytree(run, tmp_path / name)) for name in ("early", "copy"))
+    (early / "metrics.jsonl").write_text("".join(lines[:2]))
+    runs, left_out = latest.read_runs(map(str, (early, run, copy)))
+    assert [one["folder"] for one in runs] == [str(run)]
+    assert left_out == [f"{folder}: the same run as {run}, which counts once" for folder in (early, copy)]
+
+
+def test_runs_with_other_losses_seed_text_or_config_are_no_copies(made, tmp_path):
+    run = local_run(tmp_path / "run", made)
+    folders, config = [run], json.loads((run / "config.json").read_text())
+    changes = dict(seed=7, text_sha256="a" * 64, learning_rate=0.5, straight=False)
+    for name, value in changes.items():
+        folders.append(Path(shutil.copytree(run, tmp_path / name)))
+        (folders[-1] / "config.json").write_text(json.dumps(config | {name: value}))
+    folders.append(Path(shutil.copytree(run, tmp_path / "losses")))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[-1]["clean"]["nats"] += 1e-9
+    (folders[-1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs, left_out = latest.read_runs(map(str, folders))
+    assert len(runs) == 6 and not left_out
+
+
 def test_the_text_of_an_older_folder_is_that_of_its_record(made, tmp_path):
     run = local_run(tmp_path / "run", made)
     shutil.copy(of_cell(made), run / "summary.json")

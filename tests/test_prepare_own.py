@@ -98,6 +98,18 @@ def test_unit_splits_and_name_are_as_asked(prepare, tmp_path):
     assert "this replaces the text in " in prepare(b"another one " * 9)
 
 
+def test_a_byte_order_mark_is_no_character_but_bytes_like_others(prepare, tmp_path):
+    text = "Ein Müller. " * 20
+    assert "byte-order mark" not in prepare(text.encode())
+    plain = files(tmp_path / "mine")
+    assert "its byte-order mark is left out" in prepare(text.encode("utf-8-sig"))
+    assert files(tmp_path / "mine") == plain, "one text, one identity"
+    prepare(("\ufeff" + text).encode("utf-8-sig"))
+    assert "\ufeff" in Dataset.open(tmp_path / "mine").vocabulary.symbols, "a second one is of the text"
+    assert "byte-order mark" not in prepare(text.encode("utf-8-sig"), "--unit=byte")
+    assert 0xEF in Dataset.open(tmp_path / "mine").vocabulary.symbols
+
+
 def test_a_text_too_short_for_a_block_is_refused_with_the_longest_block(prepare, tmp_path):
     prepare(b"abcd" * 50, "--unit=byte")
     config = SimpleNamespace(dataset=f"{tmp_path}/mine", train_characters=0, block_size=20)

@@ -191,7 +191,8 @@ def test_a_signal_to_one_stops_all_and_resume_is_bit_identical(
 ):
     """Each process has dropout and jitter of its own; the stop is between two log lines."""
     options = HARD | dict(gradient_accumulation_steps=accumulated)
-    (code, said), (other_code, _) = together(tmp_path / "cut", dies=stopped, at=12, by=signal.SIGUSR1, **options)
+    changes = dict(dies=stopped, at=12, by=signal.SIGUSR1, save_in_background=True)
+    (code, said), (other_code, _) = together(tmp_path / "cut", **changes, **options)
     assert code == other_code == 128 + signal.SIGUSR1
     assert "stopped by SIGUSR1 after step" in said and "torchrun --nproc_per_node=2" in said
     assert [code for code, _ in together(tmp_path / "cut", init_from="resume", **options)] == [0, 0]

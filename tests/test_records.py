@@ -16,6 +16,7 @@ from conftest import english, prepare_text, train_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from papers.measures import MEASURES
 from run import records
 from run.records import RecordError
 from run.screen_report import final_report
@@ -136,6 +137,28 @@ RUNS = {
 def test_the_record_of_a_run_is_read_back_unchanged(words, tmp_path, run):
     assert train_tiny(words, tmp_path, **RUNS[run]) == 0
     assert records.read(tmp_path / "summary.json") == json.loads((tmp_path / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "path, kept",
+    [
+        (str(ROOT / "out" / "a" / "b"), "out/a/b"),
+        ("/home/somebody/runs/a-s1", "a-s1"),
+        (f"{ROOT}-2/out/a/", "a"),
+        ("out/a", "out/a"),
+        ("", ""),
+    ],
+)
+def test_a_record_names_no_folder_of_the_machine_outside_the_project(path, kept):
+    values = Config(out_dir=path, compile_cache=path).to_record()
+    assert (values["out_dir"], values["compile_cache"]) == (kept, kept)
+    assert values == Config(out_dir=kept, compile_cache=kept).to_dict()
+
+
+def test_the_record_of_a_run_in_an_absolute_folder_names_only_its_last_part(words, tmp_path):
+    assert train_tiny(words, tmp_path / "run", max_iters=1, compile_cache=tmp_path / "cache") == 0
+    record = records.read(tmp_path / "run" / "summary.json")
+    assert (record["config"]["out_dir"], record["config"]["compile_cache"]) == ("run", "cache")
 
 
 @pytest.mark.parametrize("name", ["dense", "moe", "cuda"])
@@ -337,6 +360,10 @@ CONTRADICTIONS = [
     ("dense", {"clean.best.step": 0}, "clean.best.step is 0"),
     ("dense", {"clean.final.step": 10}, "clean.final.step is 10, but the rest of the record makes it 20"),
     ("dense", {"evaluations.1.clean": {"nats": 0.1, "bpc": 0.1 / math.log(2)}}, "clean.best.nats is"),
+    ("dense", {"evaluations.1.halves.0.nats": doubled}, "evaluations[1].clean.nats is"),
+    ("dense", {"evaluations.1.halves": []}, "cross_fitted is"),
+    ("dense", {"cross_fitted.nats": doubled}, "cross_fitted.nats is"),
+    ("dense", {"cross_fitted": None}, "cross_fitted is None"),
     ("dense", {"test.bpc": doubled}, "test.bpc is"),
     ("dense", {"test.step": 10}, "test.step is 10, but the rest of the record makes it 20"),
     ("moe", {"paper.best_val": doubled}, "paper.best_val is"),
@@ -358,10 +385,18 @@ def test_a_contradiction_is_refused(name, changes, message, request):
 
 def test_the_first_of_equally_good_evaluations_is_the_best(dense):
     """best.pt holds its weights."""
-    least = dense["evaluations"][2]["clean"]
-    record = changed(dense, {"evaluations.1.clean": least, "clean.best.step": 10, "test.step": 10})
+    least = {f"evaluations.1.{key}": dense["evaluations"][2][key] for key in ("clean", "halves")}
+    record = changed(dense, {**least, "clean.best.step": 10, "test.step": 10})
     assert records.problems(record) == []
     assert records.problems(changed(record, {"clean.best.step": 20}))
+
+
+def test_a_record_from_before_halves_were_kept_is_read_and_has_no_cross_fitted_loss(dense):
+    older = copy.deepcopy(dense)
+    for line in [older, *older["evaluations"]]:
+        line.pop("cross_fitted", None), line.pop("halves", None)
+    assert records.problems(older) == [] and MEASURES["cross_fitted"].read(older) is None
+    assert MEASURES["cross_fitted"].read(dense) == dense["cross_fitted"]["nats"] >= dense["clean"]["best"]["nats"]
 
 
 def test_floats_may_differ_by_rounding_only(dense):
@@ -439,7 +474,7 @@ def test_any_change_is_refused_in_one_line_or_changes_no_result(dense, moe, tmp_
     except RecordError as error:
         assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
     else:
-        assert final_report(read) and records.machine_of(read)
+        assert final_report(read, "out") and records.machine_of(read)
         for name in ("run_id", "tokens", "clean", "paper", "train_mode", "test", "exclusive"):
             assert read[name] == record[name]
 

@@ -53,6 +53,16 @@ def test_resume_after_a_stop_is_bit_identical(words, tmp_path, uninterrupted, at
     assert record["straight"] and record["stretches"] == []
 
 
+@pytest.mark.parametrize("first, second", [(True, True), (False, True), (True, False)])
+def test_captured_updates_may_begin_and_end_anywhere_in_a_run(words, tmp_path, uninterrupted, at_step, first, second):
+    """Between two log lines, with running totals, moments and random numbers in midstream."""
+    at_step(interrupt(), 12)
+    assert train_tiny(words, tmp_path / "run", capture=first, **HARD) == 130
+    assert train_tiny(words, tmp_path / "run", capture=second, init_from="resume", **HARD) == 0
+    assert_same_run(uninterrupted, tmp_path / "run")
+    assert record_of(tmp_path / "run")["machine"].get("capture", False) is second
+
+
 def test_a_stop_saves_the_finished_step_and_prints_how_to_go_on(words, tmp_path, at_step, capsys):
     at_step(interrupt(), 12)
     out_dir = tmp_path / "a run's folder"  # needs quoting

@@ -2,7 +2,9 @@
 pretended train.py runs in place of the real one."""
 
 import contextlib
+import dataclasses
 import fcntl
+import gzip
 import io
 import json
 import multiprocessing
@@ -11,8 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,9 @@ from conftest import TINY
 
 import sweep
 from data.common import DataError, find_dataset
-from papers import planned_runs
+from papers import estimates, planned_runs, running
+from papers import pack as pack_of
+from papers.priorities import Priority
 from papers.table import Row, Table
 from run import records
 from support import configurator, console, machines
@@ -40,7 +46,7 @@ PRETENDER = """
     from support import configurator
     from run.settings import Config
 
-    here = Path(__file__).parent
+    here, started = Path(__file__).parent, time.time()
     config = configurator.parse(Config, sys.argv[1:])
     folder = Path(config.out_dir)
     orders = json.loads((here / "orders.json").read_text()).get(folder.name, {{}})
@@ -60,6 +66,8 @@ PRETENDER = """
     first = int((folder / "ckpt.pt").read_text()) if resumed else 0
     for step in range(first, config.max_iters + 1):
         with open(folder / "metrics.jsonl", "a") as file:
+            if step % config.eval_interval == 0:
+                file.write(json.dumps({{"kind": "eval", "step": step, "clean": {{"nats": 2.5}}}}) + "\\n")
             file.write(json.dumps({{"kind": "train", "step": step, "loss": 2.5}}) + "\\n")
         (folder / "ckpt.pt").write_text(str(step))
         if stopped and "deaf" not in orders:
@@ -69,6 +77,8 @@ PRETENDER = """
     record |= {{"config": config.to_dict(), "run_id": config.run_id, "title": config.title, "resumed": int(resumed)}}
     record["inference"] = {{"samples": 10, "tokens_per_second": 99.0}}
     (folder / "summary.json").write_text(json.dumps(record))
+    with open(here / "spans", "a") as file:
+        file.write(json.dumps([folder.name, started, time.time()]) + "\\n")
 """
 
 
@@ -104,9 +114,17 @@ class Place:
         return planned_runs.plan(sweep.TABLES, ["T"], "cpu", 1, setup)[0]
 
     def calls(self):
+        return self.lines("calls")
+
+    def lines(self, name):
         with contextlib.suppress(OSError):
-            return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
+            return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
         return []
+
+    def most_at_once(self):
+        """The most complete runs of the pretender that went on at one time."""
+        spans = self.lines("spans")
+        return max(sum(start <= at < end for _, start, end in spans) for _, at, _ in spans)
 
     def names(self):
         return [name for name, _, _ in self.calls()]
@@ -132,8 +150,10 @@ def place(tmp_path, words, dense_run, monkeypatch):
     twin = row("twin", words, beta2=0.91)
     tables = {"T": table("T", first, second), "U": table("U", twin, third)}
     monkeypatch.setattr(sweep, "TABLES", tables)
-    monkeypatch.setattr(sweep, "TRAIN", tmp_path / "train.py")
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(running, "TRAIN", tmp_path / "train.py")
+    monkeypatch.setattr(running, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(running, "SECONDS_BETWEEN_STARTS", 0.05)
+    monkeypatch.setattr(sweep, "PRIORITIES", ())
     (tmp_path / "train.py").write_text(textwrap.dedent(PRETENDER.format(root=str(ROOT))))
     shutil.copy(dense_run / "summary.json", tmp_path / "record.json")
     machine = json.loads((tmp_path / "record.json").read_text())["machine"]
@@ -369,6 +389,27 @@ def test_with_prepare_false_an_unprepared_data_set_is_reported_and_not_started(p
 # Failures and mistakes
 
 
+def test_a_diverged_run_is_failed_and_not_tried_again(place, capfd):
+    """Also where it diverged before its first checkpoint. After a change of its config it is another run."""
+    folder = place.out / "one-cpu-s1337"
+    config = a_row("one").config_at("cpu").to_dict()
+    write(folder / "config.json", config)
+    write(folder / "metrics.jsonl", '{"kind": "train", "step": 10, "loss": 2.0}\n')
+    diverged = write(folder / "diverged.json", {"reason": "the loss at step 12", "config": config})
+    for held in ([], ["ckpt.pt"]):
+        for name in held:
+            write(folder / name, "10")
+        assert place.main("T", "--seeds=1") == 1
+        assert place.names() == ["two-cpu-s1337"]
+        told = capfd.readouterr().err
+        assert "failed: one-cpu-s1337: the loss at step 12 is not finite, in an earlier try with the same" in told
+        assert f"remove {diverged} to try it again" in told
+    assert place.main("T", "--seeds=1", "--list") == 0
+    assert "failed: the loss at step 12" in capfd.readouterr().out
+    write(diverged, {"reason": "the loss at step 12", "config": {**config, "learning_rate": 0.5}})
+    assert place.main("T", "--seeds=1") == 0 and place.names()[1:] == ["one-cpu-s1337"]
+
+
 def test_a_failed_run_does_not_stop_the_rest_and_is_not_repeated(place, capfd):
     place.order(**{"one-cpu-s1337": {"exit": 3}, "two-cpu-s1337": {"exit": 2}, "one-cpu-s1338": {"kill": True}})
     assert place.main("T", "--seeds=2") == 1
@@ -402,6 +443,12 @@ BAD_WORDS = {
     "another folder": (["T", "--out_dir=x"], "would make another run"),
     "a config file": (["T", "--", "config/cpu.py"], "would make another run"),
     "a bad value": (["T", "--device=gpu"], "expected auto, cpu"),
+    "no jobs": (["T", "--jobs=0"], "an integer from 1"),
+    "the plan and a table": (["plan", "T"], "plan goes alone, for it has an order of its own; leave out T, or plan"),
+    "the plan with seeds": (["plan", "--seeds=3"], "the plan names the seeds of its runs"),
+    "a pack in no folder": (["T", "--pack=/not/there/x.tar"], "--pack=/not/there/x.tar: there is no folder /not/there"),
+    "a pack that is a folder": (["T", "--pack=/"], "--pack=/: is there and no tar"),
+    "a pack that is another file": (["T", f"--pack={__file__}"], "test_sweep.py: is there and no tar"),
 }
 
 
@@ -545,12 +592,222 @@ def test_a_run_started_by_hand_is_not_disturbed(place, capfd):
     assert "one-cpu-s1337: running elsewhere: step 0" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("jobs, most", [(1, 1), (2, 2), (3, 3)])
+def test_so_many_jobs_run_at_once_and_the_next_fills_the_place_of_one_that_ends(place, capfd, jobs, most):
+    place.order(**{f"{name}-cpu-s{seed}": {"pause": 0.02} for name in ROWS for seed in (1337, 1338)})
+    assert place.main("T", "--seeds=2", f"--jobs={jobs}") == 0
+    assert place.most_at_once() == most and len(place.calls()) == len(place.kept()) == 4
+    shown = capfd.readouterr().out
+    assert "4 runs: 4 finished" in shown and all(f"[{i}/4]" in shown for i in range(1, 5))
+    assert all(("--inference_samples=0" in words[-1:]) == (jobs > 1) for _, _, words in place.calls())
+
+
+def test_a_failure_leaves_the_jobs_beside_it_alone(place, capfd):
+    place.order(**{"one-cpu-s1337": {"exit": 3}, "two-cpu-s1337": {"pause": 0.05}, "one-cpu-s1338": {"kill": True}})
+    assert place.main("T", "--seeds=2", "--jobs=3") == 1
+    assert place.kept() == ["T/two-cpu-s1337.json", "T/two-cpu-s1338.json"] and len(place.calls()) == 4
+    told = capfd.readouterr().err
+    assert "failed: one-cpu-s1337: exit code 3; " in told and "failed: one-cpu-s1338: killed by SIGKILL; " in told
+
+
+def test_one_signal_saves_and_ends_all_jobs(place, capfd):
+    names = ["one-cpu-s1337", "two-cpu-s1337"]
+    place.order(**{name: {"pause": 0.05} for name in names})
+    process = place.begin("T", "--seeds=2", "--jobs=2")
+    wait_for(lambda: all((place.out / name / "ckpt.pt").exists() for name in names))
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130 and sorted(place.names()) == names
+    for _, pid, _ in place.calls():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    shown = capfd.readouterr().out
+    assert all(f"stopping {name}, which saves" in shown for name in names)
+    assert "4 runs: 2 cut, 2 missing" in shown
+    place.order()
+    assert place.main("T", "--seeds=2", "--jobs=2") == 0
+    assert sorted("--init_from=resume" in words for _, _, words in place.calls()) == [False] * 4 + [True] * 2
+
+
+def test_an_error_of_the_sweep_saves_and_ends_its_jobs(place, monkeypatch):
+    """As where the disk of results/ is full."""
+    place.order(**{"one-cpu-s1337": {"pause": 0.05}, "two-cpu-s1337": {"pause": 0.5}})
+
+    def full(path, content):
+        raise FileError("the disk is full")
+
+    monkeypatch.setattr(running.files, "write_atomically", full)
+    with pytest.raises(FileError, match="the disk is full"):
+        place.main("T", "--seeds=1", "--jobs=2")
+    with pytest.raises(ProcessLookupError):
+        os.kill(place.calls()[1][1], 0)
+    assert not planned_runs.is_locked(place.out / "two-cpu-s1337.lock")
+
+
+def test_compilers_of_several_jobs_share_the_cores(place, monkeypatch):
+    monkeypatch.setattr(running, "core_count", lambda: 8)
+    monkeypatch.setattr(running.subprocess, "Popen", lambda words, **options: environments.append(options["env"]))
+    environments = []
+    for jobs in (1, 3):
+        runner = running.Runner({}, types.SimpleNamespace(start=lambda run, state: None), [], jobs)
+        place.out.mkdir(exist_ok=True)
+        with open(place.folder / "lock", "ab") as lock:
+            runner.start(place.first_run(), planned_runs.State("missing"), lock)
+    assert [environment.get("TORCHINDUCTOR_COMPILE_THREADS") for environment in environments] == [None, "2"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --pack
+
+
+def packed(path):
+    """The members of a tar, by name."""
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def metrics_in(pack, name):
+    return [json.loads(line) for line in gzip.decompress(packed(pack)[f"{name}.metrics.jsonl.gz"]).splitlines()]
+
+
+def test_a_pack_holds_what_was_made_and_what_was_there(place, monkeypatch):
+    monkeypatch.setattr(running, "SECONDS_TO_START", 0)
+    pack = place.folder / "made.tar"
+    with tarfile.open(pack, "w") as tar:
+        tar.add(write(place.folder / "before.json", "{}"), "before.json")
+    place.order(**{"two-cpu-s1337": {"pause": 0.2}, "two-cpu-s1338": {"exit": 3}})
+    write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337))
+    assert place.main("T", "--seeds=2", "--jobs=3", "--budget_minutes=0.05", f"--pack={pack}") == 1
+    names = ["before.json", "one-cpu-s1338.json", "one-cpu-s1338.metrics.jsonl.gz", "two-cpu-s1337.metrics.jsonl.gz"]
+    assert sorted(packed(pack)) == [*names, "two-cpu-s1338.log"], "what was finished before is not in it"
+    assert packed(pack)["one-cpu-s1338.json"] == (place.results / "T" / "one-cpu-s1338.json").read_bytes()
+    assert packed(pack)["two-cpu-s1338.log"].endswith(b"the reason\n")
+    whole = (place.out / "two-cpu-s1337" / "metrics.jsonl").read_text().splitlines()
+    assert metrics_in(pack, "two-cpu-s1337") == [json.loads(line) for line in whole] and len(whole) < 20
+    assert not list(place.folder.glob("*.partial"))
+
+
+def test_a_machine_that_goes_away_leaves_a_pack_of_the_last_evaluation(place, monkeypatch):
+    monkeypatch.setattr(pack_of, "PACK_SECONDS", 0)
+    place.order(**{"one-cpu-s1337": {"pause": 0.1}})
+    pack = place.folder / "made.tar"
+    process = place.begin("T", "--seeds=1", f"--pack={pack}")
+    evaluations = lambda: [line["step"] for line in metrics_in(pack, "one-cpu-s1337") if line["kind"] == "eval"]  # noqa: E731
+    wait_for(lambda: pack.exists() and packed(pack) and evaluations() == [0, 10])
+    process.kill()
+    process.join()
+    os.kill(place.calls()[0][1], signal.SIGKILL)
+    assert evaluations() == [0, 10]
+
+
+def test_a_pack_is_written_at_most_once_in_a_few_seconds(place, monkeypatch):
+    times = []
+    monkeypatch.setattr(pack_of, "write_file", lambda path, content: times.append(time.monotonic()))
+    monkeypatch.setattr(pack_of, "PACK_SECONDS", 0.3)
+    place.order(**{"one-cpu-s1337": {"pause": 0.05}})
+    monkeypatch.setattr(pack_of, "EVALUATION", b"kind")  # as though each line were one
+    assert place.main("T", "--seeds=1", f"--pack={place.folder / 'made.tar'}") == 0
+    while_it_ran = times[: len(times) // 2]
+    assert len(times) > 3 and all(b - a >= 0.3 for a, b in zip(while_it_ran, while_it_ran[1:], strict=False))
+
+
+def test_a_pack_that_cannot_be_written_is_told_once_and_stops_nothing(place, monkeypatch, capfd):
+    def full(path, content):
+        raise FileError(f"{path} could not be written: the disk is full")
+
+    monkeypatch.setattr(pack_of, "write_file", full)
+    assert place.main("T", "--seeds=1", f"--pack={place.folder / 'made.tar'}") == 0
+    assert len(place.kept()) == 2 and capfd.readouterr().out.count("the disk is full") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+@pytest.fixture
+def priorities(place, monkeypatch):
+    """Row "three" is only in table U."""
+    plan = (
+        Priority(("two", "one"), (1337, 1338), "which of both is better"),
+        Priority(("three",), (1341,), "whether three is"),
+        Priority(("one", "absent"), (1338, 1339), "nothing new"),
+    )
+    monkeypatch.setattr(sweep, "PRIORITIES", plan)
+    return ["two-cpu-s1337", "one-cpu-s1337", "two-cpu-s1338", "one-cpu-s1338", "three-cpu-s1341", "one-cpu-s1339"]
+
+
+def test_the_plan_is_run_from_the_top_and_its_records_go_to_their_tables(place, priorities):
+    write(place.results / "elsewhere" / "x-s1337.json", record_of(place, a_row("one"), 1337))
+    assert place.main("plan") == 0
+    assert place.names() == [name for name in priorities if name != "one-cpu-s1337"]
+    homes = {"two": "T", "one": "T", "three": "U", "x": "elsewhere"}
+    assert {name.rpartition("/")[2].split("-")[0]: name.partition("/")[0] for name in place.kept()} == homes
+    assert place.main("plan") == 0 and len(place.calls()) == 5
+
+
+def test_the_list_of_the_plan_tells_what_comes_next_and_what_each_run_decides(place, priorities, capfd):
+    write(place.results / "T" / "two-cpu-s1337.json", record_of(place, a_row("two"), 1337, dirty=False, seconds=100.0))
+    assert place.main("plan", "--list") == 0 and place.calls() == []
+    _, *lines = capfd.readouterr().out.splitlines()
+    assert [line for line in lines[:-1] if not line.startswith(" ")] == [e.decides for e in sweep.PRIORITIES]
+    assert [line.split()[0] for line in lines if line.startswith(" ")] == priorities
+    assert lines[1].startswith("  two-cpu-s1337    finished: ")
+    assert [line.split()[0] for line in lines if line.endswith(", next")] == ["one-cpu-s1337"]
+    assert "  one-cpu-s1337    missing, 2 min 31 s by its FLOPs, next" in lines
+
+
+@pytest.mark.parametrize("alone, jobs, started", [(False, 2, True), (True, 1, True), (True, 2, False)])
+def test_with_a_budget_the_plan_starts_no_run_that_could_not_end(place, priorities, capfd, alone, jobs, started):
+    """A record of a run that was alone counts for as many jobs as there are."""
+    record = record_of(place, a_row("one"), 1340, dirty=False, seconds=100.0)
+    record["others"] = {"cpu_share": 0.0 if alone else 0.5, "device_bytes": None}
+    record["exclusive"] = alone
+    write(place.results / "T" / "one-cpu-s1340.json", record)
+    seconds = 100 + 10 * 500 / 99 + estimates.START_SECONDS
+    assert place.main("plan", f"--budget_minutes={(seconds + 20) / 60}", f"--jobs={jobs}") == 0
+    assert bool(place.calls()) == started
+    told = capfd.readouterr().out
+    assert ("No further run would end within the 3 min " in told) != started
+    assert "no record tells" not in told
+
+
+def test_the_plan_learns_from_its_own_runs_and_takes_a_shorter_run_where_a_longer_has_no_room(place, monkeypatch):
+    made, long = place.first_run(), place.first_run()
+    short = dataclasses.replace(long, config=dataclasses.replace(long.config, max_iters=2))
+    missing = planned_runs.State("missing")
+    forecast = estimates.Forecast({}, 2, seconds := {})
+    assert forecast.is_guess and forecast.seconds(long, missing) < estimates.START_SECONDS + 1
+    seconds[made] = 40.0
+    assert forecast.seconds(long, missing) == pytest.approx(40 + estimates.START_SECONDS)
+    assert forecast.seconds(short, missing) == pytest.approx(4 + estimates.START_SECONDS)
+    other = dataclasses.replace(long, config=dataclasses.replace(long.config, weight_decay=0.3))
+    seconds[other] = 90.0
+    assert forecast.seconds(long, missing) == pytest.approx(40 + estimates.START_SECONDS), "of its own config"
+    del seconds[other]
+    halfway = planned_runs.State("cut", step=10)
+    assert forecast.seconds(long, halfway) == pytest.approx(20 + estimates.START_SECONDS)
+    runner = running.Runner({long: missing, short: missing}, None, [], deadline=time.monotonic() + 30)
+    runner.fits = lambda run, state, left: forecast.seconds(run, state) <= left
+    assert runner.next_of([long, short]) is short
+
+
+def test_what_the_budget_leaves_of_the_plan_is_cut_and_packed(place, priorities, monkeypatch, capfd):
+    monkeypatch.setattr(estimates, "START_SECONDS", 0)
+    place.order(**{name: {"pause": 0.15} for name in priorities})
+    pack = place.folder / "made.tar"
+    assert place.main("plan", "--budget_minutes=0.02", "--jobs=2", f"--pack={pack}") == 0
+    shown = capfd.readouterr().out
+    assert "no record tells how long a run takes here: guessing 1 min 0 s for one at paper size, alone" in shown
+    assert "6 runs: 2 cut, 4 missing" in shown and "The time is over. To go on: " in shown
+    assert sorted(packed(pack)) == [f"{name}.metrics.jsonl.gz" for name in sorted(priorities[:2])]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopping and resuming
 
 
 def test_a_run_stopped_by_the_budget_is_resumed_by_the_next_sweep(place, capfd, monkeypatch):
-    monkeypatch.setattr(sweep, "SECONDS_TO_START", 0)
+    monkeypatch.setattr(running, "SECONDS_TO_START", 0)
     place.order(**{"one-cpu-s1337": {"pause": 0.15}})
     assert place.main("T", "--seeds=1", "--budget_minutes=0.02") == 0
     shown = capfd.readouterr().out
@@ -599,7 +856,7 @@ def test_a_real_run_is_stopped_resumed_and_recorded(place, words, monkeypatch, c
     """With the real train.py, on the machine that the sweep foresees."""
     machine = MACHINE_HERE({"device": "cpu"})
     monkeypatch.setattr(sweep, "machine_here", lambda changes: machine)
-    monkeypatch.setattr(sweep, "TRAIN", ROOT / "train.py")
+    monkeypatch.setattr(running, "TRAIN", ROOT / "train.py")
     monkeypatch.setattr(sweep, "TABLES", {"T": table("T", row("real", words, max_iters=200, eval_interval=200))})
     passed_on = ["--device=cpu", "--inference_samples=0", "--log_interval=5"]
     process = place.begin("T", "--seeds=1", *passed_on)

@@ -103,7 +103,7 @@ def test_the_record_counts_what_was_done(words, tmp_path):
     assert record["parameters"]["total"] == sum(p.numel() for p in model.parameters()) == record["parameters"]["active"]
     assert record["training_flops_per_token"] == accounting.training_flops_per_token(model)
     assert record["run_id"] == config.run_id
-    assert record["config"] == config.to_dict()
+    assert record["config"] == config.to_record()
     assert record["dataset"] == dataset.describe() and set(dataset.sizes) == {"train", "val", "test"}
     assert record["resumed"] == 0 and record["leaky"] is False and record["seconds"]["compile"] == 0
 

@@ -33,6 +33,7 @@ CHANGING = {
         n_expert=4, router_temperature=3.0, router_temperature_schedule="linear", aux_loss_coef_end=0.5,
         aux_loss_coef_schedule="linear", expert_dropout=0.2, expert_dropout_schedule="cosine", dropout=0.1,
     ),
+    "batch": dict(n_expert=4, expert_top_k=2, capacity_factor=0.5, capacity_group="batch"),
     "shared": dict(n_expert=4, n_shared_expert=1, router_level="segment", segment_size=5),
 }  # fmt: skip
 
