@@ -63,12 +63,12 @@ def test_a_second_copy_uses_the_memory_of_the_first():
 def test_best_weights_stay_while_others_are_saved(is_background):
     saver, weight = Saver(is_background, CPU), torch.zeros(5)
     content = {"model": {"weight": weight}, "best": None, "progress": {"step": 0}}
-    best = None
+    best = known = None
     for step, is_best in enumerate([True, False, False, True, False, True, True, False]):
         weight.fill_(step)
         frozen = saver.frozen({**content, "best": best, "progress": {"step": step}}, is_best)
         best = frozen["best"]
-        known = step if is_best else known  # noqa: F821
+        known = step if is_best else known
         assert frozen["model"]["weight"].eq(step).all() and best["model"]["weight"].eq(known).all()
         assert best["step"] == known
 
@@ -159,6 +159,21 @@ def test_a_stop_waits_for_the_save_and_the_rest_is_bit_identical(words, tmp_path
     assert not list((tmp_path / "run").glob("*.partial"))
     assert train_tiny(words, tmp_path / "run", init_from="resume", capture=True, **BACKGROUND, **HARD) == 0
     assert_same_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.cuda
+def test_a_run_on_a_gpu_is_saved_in_the_background_and_goes_on_anywhere(words, tmp_path, at_step):
+    """Saves are under way at nearly every step. The last one has the weights with which the run goes on."""
+    options = dict(device="cuda", compile=False, save_minutes=1e-9, **HARD)
+    for i, device in enumerate(["cuda", "cpu"]):
+        out_dir = tmp_path / device
+        at_step(interrupt(), 12 + i)  # each step is interrupted once
+        assert train_tiny(words, out_dir, **options) == 130
+        stopped = checkpoint.load(out_dir / "ckpt.pt")
+        assert all(value.device.type == "cpu" and value.isfinite().all() for value in stopped["model"].values())
+        assert {int(entry["step"]) for entry in stopped["optimizer"]["state"].values()} == {13 + i}
+        assert train_tiny(words, out_dir, init_from="resume", **{**options, "device": device}) == 0
+        assert record_of(out_dir)["clean"]["best"]["step"] == 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
