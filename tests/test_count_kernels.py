@@ -1,0 +1,41 @@
+"""Kernels and bytes of a training step and an evaluation batch, counted without a GPU, do not grow."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import soaked
+
+ROOT = Path(__file__).resolve().parents[1]
+PINNED = re.search(r"^torch==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
+
+pytestmark = [
+    pytest.mark.skipif(not torch.__version__.startswith(PINNED), reason=f"counted with torch {PINNED}"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="counted with a CPU build of torch"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+]
+
+
+COUNTED = [  # config, layers; kernels and bytes of an update, then of an evaluation batch
+    ("shakespeare_dense", 2, [78, 3_316_110_448, 30, 968_309_812]),
+    ("shakespeare_moe4", 2, [145, 4_234_319_176, 80, 1_191_858_252]),
+    soaked("shakespeare_dense", 6, [202, 9_465_522_608, 78, 3_038_211_124]),
+    soaked("shakespeare_moe4", 6, [367, 12_401_674_760, 184, 3_662_415_404]),
+]
+
+
+@pytest.mark.parametrize("stem, n_layer, counted", COUNTED)
+def test_kernels_and_bytes_only_fall(stem, n_layer, counted, tmp_path, monkeypatch):
+    """More is slower on every GPU. Fewer is an improvement, and belongs into COUNTED, so that it stays one."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    command = [sys.executable, "tests/count_kernels.py", f"config/{stem}.py", f"--n_layer={n_layer}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert [found[part][what] for part in ("update", "evaluation") for what in ("kernels", "bytes")] == counted
