@@ -129,6 +129,9 @@ def train(config, argv, machine, processes):
     if machine.compile:
         with compile_cache.reused(config.compile_cache, machine, config.hash(), print):
             compiled = updater.compile(*first_batch)
+        if compiled.failure and config.compile is True:
+            way_out = "--compile=auto goes on without where it fails, --compile=False does not try it"
+            raise ConfigError([f"--compile=True, but torch.compile failed: {compiled.failure}", way_out])
         if compiled.failure:
             print(f"torch.compile failed, so this run is not compiled: {compiled.failure}")
         state.seconds["compile"] += compiled.seconds
