@@ -211,7 +211,43 @@ def gathered(x, index, is_permutation):
 
 
 def grouped_mm(rows, weights, offsets):
+    product = torch.ops.charmoe.grouped_mm if rows.is_cuda else functional_grouped_mm
+    return product(rows, weights, offsets)
+
+
+def functional_grouped_mm(rows, weights, offsets):
     return F.grouped_mm(rows, weights, offs=offsets)
+
+
+# On CUDA an operator of our own, with flexible layouts: for F.grouped_mm the compiler fixes the layout of its inputs, and
+# so computes the GELU and the cast that make them twice, once for the product and once for its gradient.
+our_grouped_mm = torch.library.custom_op(
+    "charmoe::grouped_mm",
+    functional_grouped_mm,
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weights, Tensor offsets) -> Tensor",
+    tags=(torch.Tag.flexible_layout,),
+)
+our_grouped_mm.register_fake(functional_grouped_mm)
+
+
+def save_for_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def gradients_of_grouped_mm(ctx, gradient):
+    """A weight's gradient is laid out as the weight is: (E, in, out), or its transpose."""
+    rows, weights, offsets = ctx.saved_tensors
+    gradient = gradient.contiguous()
+    of_rows = torch.ops.charmoe.grouped_mm(gradient, weights.transpose(1, 2), offsets)
+    if weights.stride(1) == 1:
+        of_weights = torch.ops.charmoe.grouped_mm(gradient.t(), rows, offsets).transpose(1, 2)
+    else:
+        of_weights = torch.ops.charmoe.grouped_mm(rows.t(), gradient, offsets)
+    return of_rows, of_weights, None
+
+
+our_grouped_mm.register_autograd(gradients_of_grouped_mm, setup_context=save_for_gradients)
 
 
 def padded_mm(rows, weights, room):
