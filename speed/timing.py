@@ -73,16 +73,11 @@ class Candidate:
         """Compiles and captures training, where the machine says so. Yields why one of them failed."""
         if self.is_reference:
             return
-        if self.machine.compile:
-            attempt = self.updater.compile(*self.batch(0))
+        for key, attempt in self.updater.make_ready(*self.batch(0), self.totals).items():
             if attempt.failure:
-                yield f"torch.compile failed, so it is not compiled: {attempt.failure}"
-            else:
+                yield f"{key} failed: {attempt.failure}"
+            elif key == "compile":
                 self.compile_seconds["train"] = attempt.seconds
-        if self.machine.capture:
-            attempt = self.updater.capture(*self.batch(0), self.totals)
-            if attempt.failure:
-                yield f"an update cannot be captured: {attempt.failure}"
 
     def batch(self, step):
         config = self.config
