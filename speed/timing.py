@@ -92,7 +92,8 @@ class Candidate:
             with self.machine.autocast():
                 objective = self.model(x, y).objective
             objective.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+            if self.config.grad_clip:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         else:
