@@ -170,6 +170,8 @@ class Bench:
             for failure in candidate.make_ready():
                 print(f"{candidate.title}: {failure}")
         self.keep_right(timing.check_training)
+        if self.machine.capture:
+            self.keep_right(timing.check_capture)
         config, units = self.candidates[0].config, {candidate: candidate.training() for candidate in self.candidates}
         self.measure("train", config.batch_size, config.batch_size * config.block_size, units)
 

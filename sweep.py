@@ -102,9 +102,8 @@ def parse_command(argv):
     machine = machine_here(changes)
     if machine["compile"]:
         # Asked for, a failure to compile ends a run at its start: else it would be one of another kind of machine.
-        passed_on.append("--compile=True")
-        if "compile_cache" not in changes:
-            passed_on.append(f"--compile_cache={from_root(out / 'compile_cache')}")
+        asked = {"compile": True, "compile_cache": from_root(ROOT / "out" / "compile_cache")}
+        passed_on += [f"--{key}={value}" for key, value in asked.items() if key not in changes]
     if options.jobs > 1 and "inference_samples" not in changes:
         passed_on.append("--inference_samples=0")
     setup = Setup(out, results, passed_on, changes_of(passed_on), machine)

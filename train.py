@@ -93,10 +93,8 @@ def train(config, argv, machine, processes):
     dataset = open_dataset(config, machine.device, vocabulary_of(start, saved))
     changed = check_resumable(saved, config, dataset, folder.has_diverged) if saved else []
     if saved and not changed and (folder / "summary.json").exists():
-        print(f"{folder} is complete: there is nothing to resume. A larger max_iters would extend it, but where its")
-        print(
-            "learning rate then jumps, its record enters no mean: with another --out_dir the longer run is made anew."
-        )
+        print(f"{folder} is complete: there is nothing to resume. A larger max_iters extends it, but its record then")
+        print("usually enters no mean. For a longer run that counts, choose another --out_dir.")
         print(screen_report.final_report(json.loads((folder / "summary.json").read_text()), folder))
         return 0
 
@@ -127,7 +125,7 @@ def train(config, argv, machine, processes):
     rows = config.batch_size * config.gradient_accumulation_steps  # sequences of one update
     first_batch = dataset.batch("train", config.seed, 0, rows, config.block_size)
     with compile_cache.reused(config.compile_cache if machine.compile else "", machine, config.hash(), print):
-        attempts = updater.make_ready(*first_batch, totals)
+        attempts = updater.make_ready(*first_batch, None if config.eval_only else totals)
     for key, attempt in attempts.items():
         state.seconds["compile"] += attempt.seconds
         if attempt.failure and getattr(config, key) is True:

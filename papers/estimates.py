@@ -39,7 +39,7 @@ def estimates(states, rates) -> dict:
     times = {}
     for run, state in states.items():
         if by_hash and state.kind in ("cut", "missing"):
-            own = by_hash.get(run.config.hash())  # median: busy hours count little
+            own = by_hash.get(run.config.hash())
             seconds = (own or statistics.median(by_hash.values())) * training_flops(run.config)
             times[run] = seconds * part_left(run, state), "as measured" if own else "by its FLOPs"
     return times

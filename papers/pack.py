@@ -17,8 +17,7 @@ import tarfile
 import time
 from pathlib import Path
 
-from support.files import FileError, read_whole
-from support.files import write_atomically as write_file
+from support.files import FileError, read_whole, write_atomically
 from support.options import ConfigError
 
 PACK_SECONDS = 3
@@ -55,6 +54,7 @@ class Pack:
             self.members[f"{run.name}.json"] = (run.folder / "summary.json").read_bytes()
         if (run.folder / "metrics.jsonl").exists():
             self.add_metrics(run.name, whole_lines(run.folder / "metrics.jsonl"))
+        self.members.pop(f"{run.name}.log", None)
         if log:
             self.members[f"{run.name}.log"] = log.read_bytes()[-LARGEST_LOG:]
         self.is_stale = True
@@ -70,7 +70,7 @@ class Pack:
             return
         content = self.content()
         try:
-            write_file(self.path, content)
+            write_atomically(self.path, content)
             self.is_stale = False
         except FileError as error:
             self.tell(str(error))

@@ -77,9 +77,10 @@ class Runner:
                     waiting.clear()
                     postponed.clear()
                     self.stop_jobs()
-                if not waiting and not self.jobs:
-                    waiting, postponed, is_second_look = postponed, deque(), True
                 run = self.next_of(waiting)
+                if not run and not self.jobs and postponed:
+                    waiting, postponed, is_second_look = postponed, deque(), True
+                    run = self.next_of(waiting)
                 if run:
                     waiting.remove(run)
                     state = self.attempt(run)
@@ -95,9 +96,6 @@ class Runner:
         finally:
             self.abandon_jobs()
             self.update_pack(at_once=True)
-
-    def running(self):
-        return [job.run for job in self.jobs]
 
     def next_of(self, waiting):
         """The first run that may start now, or None."""
@@ -168,7 +166,7 @@ class Runner:
             if state.kind == "finished" and job.is_new:
                 self.seconds[job.run] = time.monotonic() - job.started
             self.end(job.run, state)
-            if self.pack:
+            if self.pack and state.kind != "finished":  # then `kept` has packed it
                 self.pack.add(job.run, log=job.log if state.kind == "failed" else None)
 
     def end(self, run, state):

@@ -208,15 +208,21 @@ class Comparison(NamedTuple):
     elsewhere: frozenset[str] = frozenset()  # rows that have runs on another machine
 
     def values(self, row: str, measure: str) -> dict[int, float]:
-        """seed -> the measure's value. Records without one, and times that do not count, are left out."""
+        """seed -> the measure's value. Records without one, and times that do not count, are left out: those of runs
+        that were not alone and, where there are captured runs, those of the others."""
         entry, values = MEASURES[measure], {}
         if entry.of_table:
             return entry.of_table(self, row)
         for record in self.cells[row]:
             value = entry.read(record)
-            if value is not None and (not entry.timed or entry.is_exclusive(record)):
+            if value is not None and (not entry.timed or entry.is_exclusive(record) and self.is_timed_alike(record)):
                 values[record["config"]["seed"]] = value
         return values
+
+    def is_timed_alike(self, record) -> bool:
+        """Whether its updates were CUDA graphs, where those of any record are: that changes times, and not losses."""
+        captured = [one["machine"].get("capture", False) for of_row in self.cells.values() for one in of_row]
+        return record["machine"].get("capture", False) == any(captured)
 
     def texts(self, *rows: str) -> set[str]:
         """The SHA-256 of the texts on which the rows were trained."""

@@ -25,7 +25,7 @@ from support.intervals import CONFIDENCE, Effect, interval_of_mean, pooled_sd, p
 
 STATUSES = HELD, NOT_HELD, UNDECIDED, NOT_RUN = "held", "did not hold", "undecided", "not run"
 # Why a pair has no effect, or no interval.
-NOT_ALONE, NOT_MEASURED = "not timed alone", "not measured"
+NOT_ALONE, NOT_MEASURED, ONE_LENGTH = "not timed alone", "not measured", "one schedule length"
 NO_COMMON_SEEDS, NO_FRESH_SEEDS, ONE_SEED = "no common seeds", "no fresh seeds", "one seed"
 TWO_MACHINES, TWO_TEXTS, NO_RATIO = "two machines", "two texts", "no ratio"
 NO_SPREAD = "the same in every seed"  # then the effect is its own interval
@@ -180,7 +180,7 @@ def problem_of(comparison, measure, row, against, kind, seeds=None) -> str:
     for name in names:
         if not comparison.values(name, measure):
             has_any = any(entry.read(record) is not None for record in comparison.cells[name])
-            return NOT_ALONE if has_any else NOT_MEASURED
+            return NOT_ALONE if has_any else ONE_LENGTH if entry.of_table else NOT_MEASURED
     if len(comparison.texts(*names)) > 1 and len(names) > 1:
         return TWO_TEXTS
     if kind == "ratio" and min(min(comparison.values(name, measure).values()) for name in names) <= 0:

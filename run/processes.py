@@ -49,7 +49,7 @@ class Processes:
         if config.device not in ("auto", "cuda", "cpu"):
             problems.append(f"device={config.device!r} is one device for {count} processes; expected auto, cuda or cpu")
         if config.capture is True:
-            problems.append(f"{count} processes exchange gradients, which no captured update can; set capture=auto")
+            problems.append(f"{count} processes exchange gradients, and a captured update cannot; set capture=auto")
         if config.eval_only:
             problems.append("eval_only evaluates in one process: start it without torchrun")
         if self.splits_batches(config) and config.batch_size % count:

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from run.update import NotFinite
+
 ALIGNMENT = 64  # bytes
 
 
@@ -39,9 +41,11 @@ class Saver:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
         with self.thread or contextlib.nullcontext():
-            self.finish()
+            failure = self.wait()
+            if failure and not isinstance(error, NotFinite):  # which would come again, however often the run goes on
+                raise failure
 
     def frozen(self, content, is_best):
         """A checkpoint's content, as state.checkpoint_of makes it, which training does not change any more.
@@ -96,8 +100,7 @@ class HostMemory:
     def copy(self, value):
         """`value`, nested dicts, lists and tuples, with copies of its tensors, which overwrite the copy before.
 
-        Tensors that share memory do so in the copy. Waits for a GPU once, and not in the thread: a call of CUDA from
-        there would spoil a graph that is being captured.
+        Tensors that share memory do so in the copy. Waits for a GPU once.
         """
         storages = {}
         replace_tensors(value, lambda tensor: storages.setdefault(_key(tensor), tensor.untyped_storage()))

@@ -85,7 +85,8 @@ def open_start(config, folder, saved) -> Start | None:
         expected = f"expected {', '.join(STARTS)}, or the folder of another run"
         raise ConfigError([f"{found}; {expected}{f'; nearest: {guess}' if guess else ''}"])
     of_run, name = (path, CHECKPOINTS["best"]) if path.is_dir() else (path.parent, path.name)
-    if not config.eval_only and folder.path.is_dir() and folder.path.samefile(of_run):
+    its_folder = of_run.parent if of_run.name == "snapshots" else of_run
+    if not config.eval_only and folder.path.is_dir() and its_folder.is_dir() and folder.path.samefile(its_folder):
         raise ConfigError([f"init_from and out_dir are one folder, {folder}; choose another --out_dir for the new run"])
     return Start(of_run / name, read_weights(of_run, name))
 

@@ -125,9 +125,10 @@ class Updater:
         return parallel
 
     def make_ready(self, x, y, totals) -> dict[str, Attempt]:
-        """Compile and capture, where the machine says so. -> {"compile": …, "capture": …}, of what was attempted
+        """Compile and capture, where the machine says so. -> {"compile": …, "capture": …}, an Attempt for each tried
 
-        x, y: all sequences of an update; totals: the RunningTotals of all updates to come.
+        x, y: all sequences of an update; totals: the RunningTotals of all updates to come; None: there will be none,
+        and only evaluation is captured.
         """
         attempts = {}
         if self.machine.compile:
@@ -168,22 +169,25 @@ class Updater:
         nothing behind: the guard refuses them.
         """
         size, failure, started = self.config.batch_size, None, time.perf_counter()
-        held = [value.clone() for value in totals.tensors()]
+        held = [value.clone() for value in totals.tensors()] if totals else []
         self.run_model.train()
         with without_side_effects(self.model), self.guard.closed():
             try:
-                inputs = (0, self.config.learning_rate, x, y)
-                function = functools.partial(self.make_update, totals=totals)
-                captured = Captured(function, inputs, self.machine.device, self.stream)
+                if totals:
+                    inputs = (0, self.config.learning_rate, x, y)
+                    function = functools.partial(self.make_update, totals=totals)
+                    captured = Captured(function, inputs, self.machine.device, self.stream)
                 eval_model = CapturedEvaluation(self.run_model, self.machine, x[:size], y[:size], self.stream)
-                self.captured, self.captured_totals, self.eval_model = captured, totals, eval_model
+                self.captured, self.captured_totals = (captured, totals) if totals else (None, None)
+                self.eval_model = eval_model
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a driver raises, training can go on without it
                 failure = f"{type(error).__name__}: {files.first_line(error)}"
         for group in self.optimizer.param_groups:
             group |= {"lr": self.config.learning_rate, "capturable": False}
-        totals.set(held)
+        if totals:
+            totals.set(held)
         self.machine.synchronize()
         self.machine = self.machine._replace(capture=failure is None)
         return Attempt(time.perf_counter() - started, failure)

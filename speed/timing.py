@@ -279,6 +279,24 @@ def check_training(candidate):
     return worst_error("training, loss and gradients against the reference backend", *results, machine.dtype)
 
 
+def check_capture(candidate):
+    """{what, error, limit} of a captured update's gradient norm, against the same update kernel by kernel.
+
+    With the same random numbers; nothing moves, for the guard refuses both.
+    """
+    updater, norms = candidate.updater, []
+    captured = updater.captured
+    for way in (captured, None):
+        with update.without_side_effects(candidate.model), updater.guard.closed():
+            torch.manual_seed(0)
+            updater.captured = way
+            norms.append(updater.update(0, *candidate.batch(0), candidate.totals).gradient_norm.clone())
+    updater.captured = captured
+    what = "a captured update, its gradient norm against that without a graph"
+    found, plain = ([norm] for norm in norms)
+    return worst_error(what, found, plain, plain, candidate.machine.dtype)
+
+
 @torch.no_grad()
 def check_decoding(candidate, decoder, batch_size):
     """{what, error, limit} of the logits after half a block is read at once, and after each of 16 more characters."""

@@ -22,13 +22,13 @@ WARM_UPS = 3  # calls before the capture: libraries set up their workspaces, ker
 class Captured:
     """function(*inputs) -> tensors in nested tuples, lists and dicts (or None).
 
-    inputs: tensors, or numbers, which the function gets as 0-d tensors: float32 on CUDA, float64 elsewhere. The
+    inputs: tensors, or numbers, which the function gets as 0-d tensors: float64 on a CPU, float32 elsewhere. The
     function runs WARM_UPS times first, so the caller undoes its side effects. It must not wait for the device, nor copy
     from it, nor make shapes depend on values. stream: the torch.cuda.Stream on which it was compiled (see `aside`).
     """
 
     def __init__(self, function, inputs, device, stream=None):
-        number = torch.float32 if device.type == "cuda" else torch.float64  # what fused optimisers read a rate as
+        number = torch.float64 if device.type == "cpu" else torch.float32  # what fused optimisers read a rate as
         self.function, self.outputs, self.graph = function, None, None
         self.inputs = [
             value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=number, device=device)
@@ -38,9 +38,12 @@ class Captured:
             for _ in range(WARM_UPS):
                 function(*self.inputs)
         if device.type == "cuda":
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream):
-                self.outputs = function(*self.inputs)
+            self.graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(self.graph, stream=stream):
+                    self.outputs = function(*self.inputs)
+            finally:
+                torch.cuda.set_stream(current)  # which torch forgets where a capture fails
 
     def __call__(self, *inputs):
         for fixed, value in zip(self.inputs, inputs, strict=True):
@@ -66,7 +69,7 @@ def side_stream(device):
 
 @contextlib.contextmanager
 def aside(stream):
-    """Work inside runs on this stream, between what was begun before and what comes after. None: on the usual one.
+    """Run the block on this stream, ordered after earlier and before later work. None: on the current one.
 
     A gradient is accumulated on the stream on which its parameter was first used, so a model that will be captured
     has to be compiled and warmed up on the stream of the capture.

@@ -29,8 +29,9 @@ def reused(folder: str, machine, key: str, say):
     if not folder:
         yield
         return
-    about = {"format": FORMAT, "device": describe(machine)["device"], "torch": str(torch.__version__), "key": key}
-    name = re.sub(r"[^\w.+-]+", "_", f"{about['device']}-torch-{about['torch']}-{key}.cache")
+    described = describe(machine)
+    about = {"format": FORMAT, "key": key} | {name: described[name] for name in ("device", "torch", "dtype")}
+    name = re.sub(r"[^\w.+-]+", "_", f"{about['device']}-torch-{about['torch']}-{about['dtype']}-{key}.cache")
     path = Path(folder) / name
     loaded = load(path, about, say)
     yield
@@ -39,9 +40,9 @@ def reused(folder: str, machine, key: str, say):
 
 def load(path: Path, about: dict, say) -> set[tuple[str, str]]:
     """Give torch what the file holds. -> (kind, key) of each part; none where the file is absent or unusable"""
-    if not path.exists():
-        return set()
     try:
+        if not path.exists():
+            return set()
         head, _, content = path.read_bytes().partition(b"\n")
         found = json.loads(head)
         if found != {**about, "sha256": hashlib.sha256(content).hexdigest()}:

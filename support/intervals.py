@@ -29,7 +29,8 @@ def interval_of_mean(values: list[float], confidence: float = CONFIDENCE, least_
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return Effect(mean, None, None, n, None)
-    sd = max(statistics.stdev(values), least_sd)
+    sd = statistics.stdev(values)
+    sd = max(sd, least_sd) if sd else sd
     half = t_quantile(n, confidence) * sd / math.sqrt(n)
     return Effect(mean, mean - half, mean + half, n, sd)
 

@@ -27,6 +27,7 @@ def comparison(losses, seconds=None):
             "clean": {"best": {"nats": losses[row][seed]}},
             "seconds": {"train": taken or 1.0},
             "exclusive": taken is not None,
+            "machine": {},
         }
 
     table = TABLES["equal"]

@@ -252,3 +252,19 @@ def test_captured_updates_on_cuda_train_as_plain_ones(kind, is_compiled):
         updater.guard.raise_if_skipped()
     plain, captured = losses
     assert captured == pytest.approx(plain, rel=2e-2) and captured[-1] < captured[0]
+
+
+@pytest.mark.cuda
+def test_a_capture_that_fails_on_cuda_leaves_training_possible(monkeypatch):
+    """Reading a value is not allowed in a graph. Afterwards dropout must still draw, on the usual stream."""
+    config, machine = tiny(dropout=0.2, device="cuda"), machines.choose("cuda", compile=False, capture=True)
+    updater = update.Updater(GPT(config, VOCABULARY).to("cuda"), config, machine)
+    x, y = torch.randint(VOCABULARY, (2, config.batch_size, config.block_size), device="cuda")
+    make_update, stream = updater.make_update, torch.cuda.current_stream()
+    monkeypatch.setattr(updater, "make_update", lambda *values, totals: make_update(*values, totals).item())
+    assert updater.capture(x, y, RunningTotals()).failure
+    monkeypatch.undo()
+    for step in range(3):
+        updater.update(step, x, y, RunningTotals())
+    updater.guard.raise_if_skipped()
+    assert torch.cuda.current_stream() == stream

@@ -42,6 +42,7 @@ def record(seed, nats=1.9, experts=0, aux=0.0, seconds=100.0, exclusive=True, **
         "dataset": {"name": "shakespeare_char", "sha256": "a", "canonical": True, "unit": "character"},
         "leaky": False,
         "exclusive": exclusive,
+        "machine": {},
         "evaluations": evaluations,
         "clean": {"best": {"nats": nats, "bpc": nats / math.log(2)}},
         "paper": {"best_val": nats, "best_val_with_aux": nats + aux},

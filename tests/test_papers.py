@@ -153,6 +153,16 @@ def test_times_count_only_from_exclusive_runs_and_losses_from_all():
     assert found.values("shakespeare_moe4", "inference_speed") == {}
 
 
+def test_times_of_captured_runs_do_not_mix_with_others():
+    """A CUDA graph changes times and not losses."""
+    captured = record(seed=2)
+    captured["machine"]["capture"] = True
+    (found,) = gather(TABLE, [record(seed=1), captured, record("shakespeare_moe4_frozen", seed=1)], "cpu")
+    assert found.values("shakespeare_moe4", "clean") == {1: 1.5, 2: 1.5}
+    assert found.values("shakespeare_moe4", "train_seconds") == {2: 100.0}
+    assert found.values("shakespeare_moe4_frozen", "train_seconds") == {}
+
+
 def test_the_boundary_covers_its_grid():
     for scale, size in (("cpu", 128), ("paper", 384)):
         rows = TABLES["boundary"].rows_at(scale)

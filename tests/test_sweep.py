@@ -722,7 +722,7 @@ def test_a_machine_that_goes_away_leaves_a_pack_of_the_last_evaluation(place, mo
 
 def test_a_pack_is_written_at_most_once_in_a_few_seconds(place, monkeypatch):
     times = []
-    monkeypatch.setattr(pack_of, "write_file", lambda path, content: times.append(time.monotonic()))
+    monkeypatch.setattr(pack_of, "write_atomically", lambda path, content: times.append(time.monotonic()))
     monkeypatch.setattr(pack_of, "PACK_SECONDS", 0.3)
     place.order(**{"one-cpu-s1337": {"pause": 0.05}})
     monkeypatch.setattr(pack_of, "EVALUATION", b"kind")  # as though each line were one
@@ -735,7 +735,7 @@ def test_a_pack_that_cannot_be_written_is_told_once_and_stops_nothing(place, mon
     def full(path, content):
         raise FileError(f"{path} could not be written: the disk is full")
 
-    monkeypatch.setattr(pack_of, "write_file", full)
+    monkeypatch.setattr(pack_of, "write_atomically", full)
     assert place.main("T", "--seeds=1", f"--pack={place.folder / 'made.tar'}") == 0
     assert len(place.kept()) == 2 and capfd.readouterr().out.count("the disk is full") == 1
 

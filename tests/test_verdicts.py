@@ -46,6 +46,7 @@ def comparison(elsewhere=(), **losses):
             "dataset": {"sha256": "a", "canonical": True},
             "leaky": False,
             "exclusive": True,
+            "machine": {},
             "clean": {"best": {"nats": nats}},
             "paper": {"best_val": nats - 0.1},
             "seconds": {"train": nats},
