@@ -119,12 +119,14 @@ TABLES = (RATES, HEADS, READINGS)
 
 _A4 = "A4 and E1: whether 4 experts lose 0.07 nats to the dense model, or that gap is the balancing loss"
 _E7 = "E7: whether a fixed table of characters beats a learned router"
+_E10 = "E10: whether one table for all layers is as good as one each"
 
 PRIORITIES = (
     Priority(("shakespeare_moe4",), FIVE, _A4),
     Priority(("shakespeare_dense",), FIVE, "the dense baseline, with which every comparison is paired by seed"),
     Priority(("shakespeare_hash4",), (1340, 1341), f"{_E7}, on fresh seeds"),
     Priority(("shakespeare_hash4",), THREE, f"{_E7}: the seeds in which it was seen at CPU size"),
+    Priority(("shakespeare_hash4_shared",), ONE, _E10),
     Priority(
         tuple(f"shakespeare_{name}_rate2" for name in ("dense", "moe4", "hash4")),
         ONE,
@@ -136,6 +138,7 @@ PRIORITIES = (
         "whether experts still lose where the text is read 13 times and not 82 times",
     ),
     Priority(("shakespeare_dense_wide",), THREE, "E2: whether experts beat a dense model of equal total parameters"),
+    Priority(("shakespeare_hash4_shared",), THREE[1:], _E10),
     Priority(("shakespeare_moe4_inner_dropout",), THREE, "A6: whether dropout inside experts mends their overfitting"),
     Priority(("shakespeare_moe2",), FIVE, "A1: whether 2 experts lose to the dense model as 4 do"),
     Priority(("shakespeare_moe4_aux01",), THREE, "A5: whether a balancing loss of weight 0.1 harms"),
