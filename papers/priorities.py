@@ -52,31 +52,6 @@ RATES = Table(
 )
 
 
-def _rows_of_heads():
-    """Dense and 4 experts on the head of text8 and on its first characters, by the Shakespeare protocol."""
-    for size, tag in ((1_000_000, "1m"), (2_500_000, "2500k"), (0, "all")):
-        for name, label in {"dense": "dense", "moe4": "4 experts"}.items():
-            yield Row(
-                name=f"text8_head_{tag}_{name}",
-                label=f"{f'{size:,}' if size else 'all'} characters, {label}",
-                config=f"shakespeare_{name}",
-                options={"dataset": "text8_head", **({"train_characters": size} if size else {})},
-                baseline="" if name == "dense" else f"text8_head_{tag}_dense",
-                scales=PAPER,
-            )
-
-
-HEADS = Table(
-    name="heads",
-    title="Repetition: dense and 4 experts on more and more of text8's head",
-    source=SOURCE,
-    text="5,000 steps of batch 64 at a learning rate of 1e-3, so that fewer characters mean more epochs. In A_summary "
-    "the same head is read for 100,000 steps.",
-    rows=tuple(_rows_of_heads()),
-    views=(View("Loss", (*LOSSES, "test_bpc", "epochs")), View("Cost", COSTS)),
-    figures=("loss_curves",),
-)
-
 # B's learning rate, length and dropout are lost in our copy of its text.
 PROBES = {
     "1000": ("1,000 steps", {"max_iters": 1000}),
@@ -115,11 +90,13 @@ READINGS = Table(
     figures=("loss_curves",),
 )
 
-TABLES = (RATES, HEADS, READINGS)
+TABLES = (RATES, READINGS)
 
 _A4 = "A4 and E1: whether 4 experts lose 0.07 nats to the dense model, or that gap is the balancing loss"
 _E7 = "E7: whether a fixed table of characters beats a learned router"
 _E10 = "E10: whether one table for all layers is as good as one each"
+_E11 = "E11: at how many unique characters experts begin to pay"
+_PREFIXES = tuple(f"text8_head_{tag}_{name}" for tag in ("500k", "1m", "2500k") for name in ("dense", "moe4"))
 
 PRIORITIES = (
     Priority(("shakespeare_moe4",), FIVE, _A4),
@@ -133,9 +110,9 @@ PRIORITIES = (
         "whether the differences between these rows outlast a higher learning rate, for none was tuned",
     ),
     Priority(
-        ("text8_head_all_dense", "text8_head_all_moe4"),
+        ("text8_head_dense", "text8_head_moe4"),
         THREE,
-        "whether experts still lose where the text is read 13 times and not 82 times",
+        "A11: whether experts still lose where the text is read 13 times and not 82 times",
     ),
     Priority(("shakespeare_dense_wide",), THREE, "E2: whether experts beat a dense model of equal total parameters"),
     Priority(("shakespeare_hash4_shared",), THREE[1:], _E10),
@@ -146,11 +123,7 @@ PRIORITIES = (
     Priority(
         tuple(f"shakespeare_dense_probe_{name}" for name in PROBES), ONE, "which protocol gives B's printed baseline"
     ),
-    Priority(
-        tuple(f"text8_head_{tag}_{name}" for tag in ("1m", "2500k") for name in ("dense", "moe4")),
-        ONE,
-        "at how many unique characters experts begin to pay",
-    ),
+    Priority(_PREFIXES, ONE, f"{_E11}, from one seed"),
     Priority(("shakespeare_moe4_random",), ONE, "C2: whether a router drawn anew each step is worse"),
     Priority(("shakespeare_soft4",), ONE, "B1 and B6: where soft routing stands"),
     Priority(
@@ -163,4 +136,5 @@ PRIORITIES = (
         ONE,
         "B10: the same per sequence; A1: whether 8 experts lose more than 4",
     ),
+    Priority(_PREFIXES, THREE[1:], f"{_E11}, with an interval"),
 )
