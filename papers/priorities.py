@@ -9,6 +9,7 @@ that no source's table has are in TABLES here. To add a priority, write an entry
 
 from typing import NamedTuple
 
+from papers.b import PROBES
 from papers.measures import COSTS, LOSSES
 from papers.ours import SOURCE
 from papers.table import Row, Table, View
@@ -52,45 +53,7 @@ RATES = Table(
 )
 
 
-# B's learning rate, length and dropout are lost in our copy of its text.
-PROBES = {
-    "1000": ("1,000 steps", {"max_iters": 1000}),
-    "1500": ("1,500 steps", {"max_iters": 1500}),
-    "rate3e4": ("learning rate 3e-4", {"learning_rate": 3e-4, "min_lr": 3e-5}),
-    "rate1e4": ("learning rate 1e-4", {"learning_rate": 1e-4, "min_lr": 1e-5}),
-    "dropout": ("dropout 0.4", {"dropout": 0.4}),
-}
-
-READINGS = Table(
-    name="B_readings",
-    title="Other readings of B: its protocol, and capacity per batch",
-    source="B: Huang, Chen, Zheng 2025, Information 16, 483",
-    text="Which protocol gives B's baseline: validation 1.474, training 1.387, the last as good as the best? And a "
-    "capacity that is counted over the whole batch, as Fedus et al. 2022 do, instead of per sequence.",
-    rows=(
-        Row("shakespeare_dense", "dense, the template's protocol", scales=PAPER),
-        *(
-            Row(
-                f"shakespeare_dense_probe_{name}",
-                f"dense, {label}",
-                "shakespeare_dense",
-                options=options,
-                baseline="shakespeare_dense",
-                scales=PAPER,
-            )
-            for name, (label, options) in PROBES.items()
-        ),
-        Row("shakespeare_top2", "MoE Top-2", baseline="shakespeare_dense", scales=PAPER),
-        *(
-            Row(f"shakespeare_top2_{name}", f"{label} per batch", baseline="shakespeare_top2", scales=PAPER)
-            for name, label in {"cap05_batch": "capacity 0.5", "cap10_batch": "capacity 1.0"}.items()
-        ),
-    ),
-    views=(View("Loss", ("paper", "clean", "final_train", "train_mode", "final_val", "gap")),),
-    figures=("loss_curves",),
-)
-
-TABLES = (RATES, READINGS)
+TABLES = (RATES,)
 
 _A4 = "A4 and E1: whether 4 experts lose 0.07 nats to the dense model, or that gap is the balancing loss"
 _E7 = "E7: whether a fixed table of characters beats a learned router"
@@ -120,16 +83,14 @@ PRIORITIES = (
     Priority(("shakespeare_moe2",), FIVE, "A1: whether 2 experts lose to the dense model as 4 do"),
     Priority(("shakespeare_moe4_aux01",), THREE, "A5: whether a balancing loss of weight 0.1 harms"),
     Priority(("shakespeare_moe4_frozen",), THREE, "C1: whether a frozen random router is as good as a learned one"),
-    Priority(
-        tuple(f"shakespeare_dense_probe_{name}" for name in PROBES), ONE, "which protocol gives B's printed baseline"
-    ),
+    Priority(tuple(row.name for row in PROBES[1:]), ONE, "B15 to B20: which protocol gives B's printed baseline"),
     Priority(_PREFIXES, ONE, f"{_E11}, from one seed"),
     Priority(("shakespeare_moe4_random",), ONE, "C2: whether a router drawn anew each step is worse"),
     Priority(("shakespeare_soft4",), ONE, "B1 and B6: where soft routing stands"),
     Priority(
         ("shakespeare_top2", "shakespeare_top2_cap05_batch", "shakespeare_top2_cap10_batch"),
         ONE,
-        "B2: where top-2 stands; B10: whether a capacity per batch ever drops a choice",
+        "B2: where top-2 stands; B14: whether a capacity per batch ever drops a choice",
     ),
     Priority(
         ("shakespeare_top2_cap05", "shakespeare_top2_cap10", "shakespeare_moe8"),

@@ -172,7 +172,7 @@ def test_heads_are_read_as_shakespeare_is_and_not_100_times():
 
 
 def test_published_numbers_give_the_effects_that_the_claims_quote():
-    rows = {row.name: row.published for row in TABLES["B"].rows}
+    rows = {row.name: row.published for row in TABLES["B"].rows if row.published}
     base = rows.pop("shakespeare_dense")
     assert all(abs(row["paper"] / base["paper"] - 1) < 0.002 for row in rows.values())  # B1
     assert rows["shakespeare_top2"]["paper"] < base["paper"]  # B2
@@ -238,3 +238,36 @@ def test_runs_of_the_plan_are_those_of_the_tables_and_land_in_their_folders(tmp_
     of_tables = planned_runs.plan(TABLES, ["all"], "paper", 5, setup)
     places = {run.key: (run.home, run.name, run.arguments) for run in of_tables}
     assert all(places[run.key] == (run.home, run.name, run.arguments) for run in runs)
+
+
+def test_a_protocol_is_accepted_by_three_distances_from_the_baseline_of_b():
+    base = TABLES["B"].row("shakespeare_dense").published
+    assert (base["final_val"], base["final_train"]) == (1.474, 1.387)
+
+    def distance(val=1.474, train=1.387, best=None, eval_train=1.3):
+        paper = {"final_val": val, "best_val": val if best is None else best, "final_train": eval_train}
+        found = {"paper": paper, "train_mode": {"loss": train, "objective": train}}
+        return [MEASURES[name].read(found) for name in ("from_b", "from_b_in_eval_mode")]
+
+    assert distance() == pytest.approx([0, 4.35])
+    assert distance(val=1.479)[0] == pytest.approx(0.5) and distance(val=1.463)[0] > 1
+    assert distance(train=1.377)[0] == pytest.approx(0.5) and distance(train=1.408)[0] > 1
+    assert distance(best=1.4738)[0] == pytest.approx(0.4) and distance(best=1.473)[0] > 1
+    assert MEASURES["from_b"].read({"paper": {"final_val": 1.0, "best_val": 1.0}, "train_mode": None}) is None
+    claims = [claim for claim in CLAIMS if claim.table == "B_readings"]
+    assert [claim.pairs for claim in claims] == [((row.name, ""),) for row in TABLES["B_readings"].rows]
+    assert {claim.holds for claim in claims} == {(-math.inf, 1.0)}
+
+
+def test_four_times_the_balancing_loss_is_counted_into_the_training_loss():
+    read = MEASURES["train_mode_with_aux4"].read
+    assert read({"train_mode": {"loss": 1.4, "objective": 1.46}}) == pytest.approx(1.64)
+    assert read({"train_mode": None}) is None
+
+
+def test_capacity_over_the_batch_stands_beside_capacity_in_each_sequence():
+    rows = {row.name: row for row in TABLES["B"].rows}
+    for name in ("shakespeare_top2_cap05", "shakespeare_top2_cap10"):
+        of_sequence, of_batch = (rows[f"{name}{end}"].config_at("paper") for end in ("", "_batch"))
+        assert (of_sequence.capacity_group, of_batch.capacity_group) == ("sequence", "batch")
+        assert of_sequence.capacity_factor == of_batch.capacity_factor and "batch" in rows[f"{name}_batch"].label
