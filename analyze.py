@@ -235,7 +235,8 @@ def write(folder, analysis, options):
     drawings = figures_of_run.of_run(analysis)
     for name, drawing in drawings.items():
         files.write_atomically(folder / f"analysis_{name}.svg", style.svg(drawing.figure).encode())
-    said = f"  wrote {os.path.relpath(folder)}/analysis.json and analysis_{{{','.join(drawings)}}}.svg"
+    names = ", ".join(["analysis.json", *(f"analysis_{name}.svg" for name in drawings)])
+    said = f"  wrote {names} in {os.path.relpath(folder)}"
     if options.results:
         kept = Path(options.results) / records.ANALYSIS / f"{folder.resolve().name}.json"
         with files.writing(kept):

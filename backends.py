@@ -211,7 +211,42 @@ def gathered(x, index, is_permutation):
 
 
 def grouped_mm(rows, weights, offsets):
+    return our_grouped_mm(rows, weights, offsets) if rows.is_cuda else torch_grouped_mm(rows, weights, offsets)
+
+
+def torch_grouped_mm(rows, weights, offsets):
     return F.grouped_mm(rows, weights, offs=offsets)
+
+
+# On CUDA an operator of our own. For F.grouped_mm the compiler demands a layout, and therefore computes the GELUs and
+# casts that make its inputs twice: once for the product and once for the gradient. With flexible_layout it does not.
+our_grouped_mm = torch.library.custom_op(
+    "charmoe::grouped_mm",
+    torch_grouped_mm,
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weights, Tensor offsets) -> Tensor",
+    tags=(torch.Tag.flexible_layout,),
+)
+our_grouped_mm.register_fake(torch_grouped_mm)
+
+
+def save_for_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def gradients_of_grouped_mm(ctx, gradient):
+    """A weight's gradient is laid out as the weight is: (E, in, out), or its transpose."""
+    rows, weights, offsets = ctx.saved_tensors
+    gradient = gradient.contiguous()
+    of_rows = our_grouped_mm(gradient, weights.transpose(1, 2), offsets)
+    if weights.stride(1) == 1:
+        of_weights = our_grouped_mm(gradient.t(), rows, offsets).transpose(1, 2)
+    else:
+        of_weights = our_grouped_mm(rows.t(), gradient, offsets)
+    return of_rows, of_weights, None
+
+
+our_grouped_mm.register_autograd(gradients_of_grouped_mm, setup_context=save_for_gradients)
 
 
 def padded_mm(rows, weights, room):

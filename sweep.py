@@ -100,8 +100,11 @@ def parse_command(argv):
     out, results = (Path(getattr(options, name) or ROOT / name).resolve() for name in ("out", "results"))
     changes = changes_of(passed_on)
     machine = machine_here(changes)
-    if machine["compile"] and "compile_cache" not in changes:
-        passed_on.append(f"--compile_cache={from_root(out / 'compile_cache')}")
+    if machine["compile"]:
+        # Asked for, a failure to compile ends a run at its start: else it would be one of another kind of machine.
+        passed_on.append("--compile=True")
+        if "compile_cache" not in changes:
+            passed_on.append(f"--compile_cache={from_root(out / 'compile_cache')}")
     if options.jobs > 1 and "inference_samples" not in changes:
         passed_on.append("--inference_samples=0")
     setup = Setup(out, results, passed_on, changes_of(passed_on), machine)

@@ -36,7 +36,7 @@ from run.run_folder import RunFolder, check_resumable, difference
 from run.saving import Saver, saves_in_background
 from run.settings import Config
 from run.start import open_start, vocabulary_of
-from run.state import TrainingState, change_of_code, checkpoint_of, identity_of, own_part, restore
+from run.state import TrainingState, checkpoint_of, identity_of, own_part, restore
 from run.totals import RunningTotals
 from run.update import NotFinite, Updater, set_random_state, without_side_effects
 from support import compile_cache, configurator, console, machines
@@ -126,17 +126,14 @@ def train(config, argv, machine, processes):
     )
     rows = config.batch_size * config.gradient_accumulation_steps  # sequences of one update
     first_batch = dataset.batch("train", config.seed, 0, rows, config.block_size)
-    if machine.compile:
-        with compile_cache.reused(config.compile_cache, machine, config.hash(), print):
-            compiled = updater.compile(*first_batch)
-        if compiled.failure:
-            print(f"torch.compile failed, so this run is not compiled: {compiled.failure}")
-        state.seconds["compile"] += compiled.seconds
-    if machine.capture and not config.eval_only:
-        captured = updater.capture(*first_batch, totals)
-        if captured.failure:
-            print(f"an update cannot be captured, so it is made kernel by kernel: {captured.failure}")
-        state.seconds["compile"] += captured.seconds
+    with compile_cache.reused(config.compile_cache if machine.compile else "", machine, config.hash(), print):
+        attempts = updater.make_ready(*first_batch, totals)
+    for key, attempt in attempts.items():
+        state.seconds["compile"] += attempt.seconds
+        if attempt.failure and getattr(config, key) is True:
+            raise ConfigError([f"--{key}=True, but it failed: {attempt.failure}", f"--{key}=auto goes on without it"])
+        if attempt.failure:
+            print(f"this run goes on without {key}, which failed: {attempt.failure}")
     machine = updater.machine
     if config.eval_only:
         print(progress.weights_text(start, dataset))
@@ -161,16 +158,8 @@ def train(config, argv, machine, processes):
             if config.wandb_log:
                 state.wandb_id = state.wandb_id or uuid.uuid4().hex
             metrics.mirror = progress.start_wandb(config, state.wandb_id, print)
-            if not folder.is_locked:
-                print(f"the file system of {folder} has no locks: nothing keeps a second run out of it")
-            changes = "".join(f"; {key} is now {ours} (was {theirs})" for key, ours, theirs in changed)
-            print(f"resuming {folder} at step {state.step:,}{changes}" if saved else f"writing to {folder}")
-            if saved and (why := change_of_code(saved["progress"]["git"], state.git)):
-                print(f"{folder} was {why}: its record will enter no mean")
-            if start:
-                print(f"The weights are those of {start}.")
-            if not is_straight:
-                print("This is not a straight run of its config, so its record will enter no mean.")
+            for line in progress.opening_lines(folder, saved, state, changed, start, is_straight):
+                print(line)
         slow_hint = progress.cpu_size_hint(__file__, argv) if machine.device.type == "cpu" else None
         screen = progress.Screen(config, state.step, processes.is_first, print, slow_hint)
         run = Run(argv, dataset, updater, state, totals, folder, metrics, screen, started, other_load)

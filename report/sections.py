@@ -16,7 +16,7 @@ from report import cells, figures_of_run, figures_of_speed, speed_cells, style
 from report.blocks import Grid, Picture
 from report.figures import FIGURES
 from report.style import Drawing
-from report.verdicts import Verdict, decide
+from report.verdicts import NOT_RUN, Verdict, decide
 from run import records
 from speed import bench_records
 from support import console
@@ -90,9 +90,8 @@ def table_sections(found: dict[str, list[dict]]) -> list[TableSection]:
 def table_section(comparison: Comparison, number: int) -> TableSection:
     """number: counts the machines on which this table was run at this scale."""
     table, scale = comparison.table, comparison.scale
-    verdicts = [
-        decide(claim, comparison) for claim in papers.CLAIMS if claim.table == table.name and scale in claim.scales
-    ]
+    claims = [claim for claim in papers.CLAIMS if claim.table == table.name and scale in claim.scales]
+    verdicts = [verdict for verdict in (decide(claim, comparison) for claim in claims) if verdict.status != NOT_RUN]
     shown = analyses_to_show(comparison)
     pictures = {
         f"{table.name}_{scale}_{name}{numbered(number)}.svg": picture_of(drawing)
@@ -130,7 +129,7 @@ def analyses_to_show(comparison: Comparison) -> list[dict]:
 
 
 def verdicts_of(sections: list[TableSection]) -> list[Verdict]:
-    """Every claim at every scale that it is made for, in the order of CLAIMS, with those of which nothing was run."""
+    """Every claim at every scale that it is made for, in the order of CLAIMS; once, where no machine has run it."""
     decided = {}
     for section in sections:
         for verdict in section.verdicts:

@@ -67,7 +67,7 @@ def report_html(results: Results) -> str:
         sections.append(Section(section.title, blocks))
     for bench in results.benches:
         sections.append(Section(bench.title, [Paragraph(bench.description), *bench.pictures.values(), *bench.grids]))
-    not_run = [verdict for verdict in results.verdicts if not verdict.comparison.machine]
+    _, not_run = by_whether_run(results.verdicts)
     if not_run:
         sections.append(Section("Not run yet", ruling_blocks(not_run)))
     if results.left_out:

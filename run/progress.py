@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from run.evaluate import bits
+from run.state import change_of_code
 from support import console, files
 from support.config_files import run_file
 from support.files import ROOT
@@ -76,6 +77,21 @@ class Screen:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lines of text
+
+
+def opening_lines(folder, saved, state, changed, start, is_straight):
+    """What a person reads before the first step. changed: (key, ours, theirs) of a resumed run; start: the run whose
+    weights begin this one, or None."""
+    if not folder.is_locked:
+        yield f"the file system of {folder} has no locks: nothing keeps a second run out of it"
+    changes = "".join(f"; {key} is now {ours} (was {theirs})" for key, ours, theirs in changed)
+    yield f"resuming {folder} at step {state.step:,}{changes}" if saved else f"writing to {folder}"
+    if saved and (why := change_of_code(saved["progress"]["git"], state.git)):
+        yield f"{folder} was {why}: its record will enter no mean"
+    if start:
+        yield f"The weights are those of {start}."
+    if not is_straight:
+        yield "This is not a straight run of its config, so its record will enter no mean."
 
 
 def evaluation_text(line, config, is_best=False):

@@ -28,10 +28,10 @@ from support.schema import COMMIT, COUNT, FLAG, LOSS_NUMBER, NUMBER, OBJECT, POS
 FORMAT = "charmoe record 2"
 BENCH, ANALYSIS = "bench", "analysis"  # folders of results/ that hold no records of runs
 # Times of a run count only if other programs took at most this share of the cores' time on a CPU, or at most this much
-# memory on CUDA, which is more than the run's own process takes outside of torch: its CUDA context (0.8 GB on an H200),
-# its libraries' kernels and its CUDA graphs.
+# memory on CUDA, which is more than the run's own process takes outside of torch: its CUDA context, its libraries'
+# kernels and its CUDA graphs, in all 0.9 GB on an H200.
 OTHERS_CPU_SHARE = 0.05
-OTHERS_DEVICE_BYTES = 5 * 2**28
+OTHERS_DEVICE_BYTES = 2**30
 # A layer whose utilisation is lower has collapsed. With 4 experts and top-1: one expert gets 86% of the tokens, the
 # others share the rest evenly. Learned routers by token start above two thirds.
 COLLAPSED_BELOW = 0.25

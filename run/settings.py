@@ -216,7 +216,7 @@ class Config:
 
     device: str = machine_key("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = machine_key("auto", "precision of the matrix products")
-    compile: bool | Literal["auto"] = machine_key("auto", "use torch.compile; auto = where it pays")
+    compile: bool | Literal["auto"] = machine_key("auto", "use torch.compile; auto = where it pays and works")
     compile_cache: str = machine_key(
         "", "folder that keeps what torch.compile made, for the next run; empty = none", is_path=True
     )

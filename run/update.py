@@ -2,8 +2,7 @@
 
     updater = Updater(model, config, machine)
     totals = RunningTotals()
-    updater.compile(x, y)                           # optional: torch.compile
-    updater.capture(x, y, totals)                   # optional: the whole update as one CUDA graph
+    updater.make_ready(x, y, totals)                # torch.compile, and a CUDA graph, where the machine says so
     model.set_step(step)
     update = updater.update(step, x, y, totals)     # nothing in here waits for the device
 
@@ -125,6 +124,18 @@ class Updater:
                 objective.backward()
         return parallel
 
+    def make_ready(self, x, y, totals) -> dict[str, Attempt]:
+        """Compile and capture, where the machine says so. -> {"compile": …, "capture": …}, of what was attempted
+
+        x, y: all sequences of an update; totals: the RunningTotals of all updates to come.
+        """
+        attempts = {}
+        if self.machine.compile:
+            attempts["compile"] = self.compile(x, y)
+        if self.machine.capture:
+            attempts["capture"] = self.capture(x, y, totals)
+        return attempts
+
     def compile(self, x, y) -> Attempt:
         """Run the compiled model from now on, where it compiles. x, y: all sequences of an update.
 
@@ -152,9 +163,9 @@ class Updater:
     def capture(self, x, y, totals) -> Attempt:
         """Make each update, and the forward pass of evaluations, one CUDA graph from now on, where that is possible.
 
-        x, y: all sequences of an update; totals: the RunningTotals of all updates to come. Comes after a checkpoint is
-        restored, since the graphs keep the addresses of weights, moments and totals. On a CPU they run step by step
-        under the same rules. The trial updates leave nothing behind: the guard refuses them.
+        x, y, totals: see make_ready. Comes after a checkpoint is restored, since the graphs keep the addresses of
+        weights, moments and totals. Without CUDA they run step by step under the same rules. The trial updates leave
+        nothing behind: the guard refuses them.
         """
         size, failure, started = self.config.batch_size, None, time.perf_counter()
         held = [value.clone() for value in totals.tensors()]

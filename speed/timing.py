@@ -42,6 +42,7 @@ class Unit(NamedTuple):
     run: Callable
     prepare: Callable = lambda: None  # called before each run, not timed
     repeats: int = 1  # units of the task in one run
+    uncaptured: Callable | None = None  # the same without a graph, whose memory torch does not count as in use
 
 
 class Candidate:
@@ -73,16 +74,11 @@ class Candidate:
         """Compiles and captures training, where the machine says so. Yields why one of them failed."""
         if self.is_reference:
             return
-        if self.machine.compile:
-            attempt = self.updater.compile(*self.batch(0))
+        for key, attempt in self.updater.make_ready(*self.batch(0), self.totals).items():
             if attempt.failure:
-                yield f"torch.compile failed, so it is not compiled: {attempt.failure}"
-            else:
+                yield f"{key} failed: {attempt.failure}"
+            elif key == "compile":
                 self.compile_seconds["train"] = attempt.seconds
-        if self.machine.capture:
-            attempt = self.updater.capture(*self.batch(0), self.totals)
-            if attempt.failure:
-                yield f"an update cannot be captured: {attempt.failure}"
 
     def batch(self, step):
         config = self.config
@@ -97,7 +93,8 @@ class Candidate:
             with self.machine.autocast():
                 objective = self.model(x, y).objective
             objective.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+            if self.config.grad_clip:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         else:
@@ -105,10 +102,18 @@ class Candidate:
             self.updater.update(self.steps_made, x, y, self.totals)
         self.steps_made += 1
 
+    def train_uncaptured(self):
+        """One update, kernel by kernel."""
+        if self.is_reference:
+            return self.train()
+        captured, self.updater.captured = self.updater.captured, None
+        self.train()
+        self.updater.captured = captured
+
     def training(self):
         """A Unit of updates: on CUDA several in a row, as in training, where one batch is read while another trains."""
         repeats = UPDATES_IN_A_ROW if self.machine.device.type == "cuda" else 1
-        return Unit(lambda: [self.train() for _ in range(repeats)], repeats=repeats)
+        return Unit(lambda: [self.train() for _ in range(repeats)], repeats=repeats, uncaptured=self.train_uncaptured)
 
     def decoder(self, batch_size):
         """The fastest decoder of batch_size texts at once; for a reference, one without a cache."""
@@ -349,7 +354,7 @@ def peak_bytes(machine, unit, held):
     unit.prepare()
     before = allocated(machine)
     torch.cuda.reset_peak_memory_stats(machine.device)
-    unit.run()
+    (unit.uncaptured or unit.run)()
     machine.synchronize()
     return held + torch.cuda.max_memory_allocated(machine.device) - before
 

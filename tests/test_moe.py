@@ -737,3 +737,20 @@ def test_balancing_prevents_collapse_of_the_load(balance, most):
 def test_excessive_balancing_makes_routing_random():
     """D: too strong a loss and the router becomes essentially random. Its entropy goes to its maximum, log 4."""
     assert mean_of("entropy") < 0.3 * math.log(4) and mean_of("entropy", aux_loss_coef=10.0) > 0.95 * math.log(4)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_our_grouped_product_has_the_gradients_of_torch(is_transposed):
+    """Bit for bit, and a weight's gradient lies in memory as the weight does."""
+    rows = torch.randn(64, 16, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.randn(4, 16, 24, dtype=torch.bfloat16)
+    if is_transposed:
+        weights = weights.transpose(1, 2).contiguous().transpose(1, 2)
+    weights.requires_grad_()
+    offsets, gradient = torch.tensor([10, 10, 40, 64], dtype=torch.int32), torch.randn(64, 24, dtype=torch.bfloat16)
+    results = []
+    for product in (backends.torch_grouped_mm, backends.our_grouped_mm):
+        y = product(rows, weights, offsets)
+        results.append([y, *torch.autograd.grad(y, (rows, weights), gradient)])
+    for theirs, ours in zip(*results):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()

@@ -601,7 +601,7 @@ def test_a_run_is_clean_if_a_commit_identifies_its_code(commit, dirty, clean):
     "device, cpu_share, device_bytes, exclusive",
     [
         ("cpu", 0.05, None, True), ("cpu", 0.06, None, False), ("cpu", None, None, False), ("mps", 0.0, None, True),
-        ("cuda", 0.9, 5 * 2**28, True), ("cuda", 0.0, 5 * 2**28 + 1, False), ("cuda", 0.0, None, False),
+        ("cuda", 0.9, 2**30, True), ("cuda", 0.0, 5 * 2**28 + 1, False), ("cuda", 0.0, None, False),
     ],
 )  # fmt: skip
 def test_times_count_if_other_programs_left_the_hardware_alone(device, cpu_share, device_bytes, exclusive):

@@ -312,8 +312,19 @@ def test_fast_ways_on_cuda_are_right_and_their_memory_is_counted(words, name, is
         assert not list(one.make_ready()) and one.is_captured
     assert timing.is_right(timing.check_training(one))
     one.train()
-    assert timing.peak_bytes(gpu, timing.Unit(one.train), one.bytes_held(True)) > one.bytes_held(True)
+    activations = 4 * config.batch_size * config.block_size * config.n_embd * config.n_layer  # at least, in bytes
+    assert timing.peak_bytes(gpu, one.training(), one.bytes_held(True)) > one.bytes_held(True) + activations
     for batch_size in (1, 8):
         decodings = timing.Decoding(one, batch_size)
         assert timing.is_right(timing.check_decoding(one, decodings.decoder, batch_size))
         assert isinstance(decodings.decoder, decoding.CapturedDecoder), decodings.decoder.how
+
+
+def test_memory_is_that_of_an_update_without_a_graph(dataset):
+    """Weights move as in a captured update, and the next one is captured again."""
+    one = timing.Candidate("moe4", "moe4", tiny(**KINDS["moe4"]), dataset, CPU._replace(capture=True))
+    assert not list(one.make_ready()) and one.is_captured
+    captured = one.updater.captured
+    one.train()
+    one.training().uncaptured()
+    assert one.steps_made == 2 and one.totals.steps == 2 and one.updater.captured is captured

@@ -32,6 +32,7 @@ from run import accounting, checkpoint, evaluate, identity, progress, records, u
 from run.settings import Config
 from support import machines
 from support.files import FileError
+from support.options import ConfigError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A complete run
@@ -369,9 +370,14 @@ def test_a_model_that_does_not_compile_is_trained_without(words, tmp_path, unint
             raise RuntimeError(message)
 
     monkeypatch.setattr(torch, "compile", lambda model, **options: Broken())
-    assert train_tiny(words, tmp_path / "run", compile=True, **HARD) == 0
+    with pytest.raises(ConfigError, match="--compile=True, but it failed: RuntimeError"):
+        train_tiny(words, tmp_path / "asked for", compile=True, **HARD)
+    assert not (tmp_path / "asked for").exists()
+    compiling = machines.choose("cpu", compile=True)
+    monkeypatch.setattr(machines, "choose", lambda *_: compiling)  # as compile=auto chooses on CUDA
+    assert train_tiny(words, tmp_path / "run", **HARD) == 0
     out = capsys.readouterr().out
-    assert "torch.compile failed" in out and "RuntimeError" in out and "a page more" not in out
+    assert "goes on without compile, which failed" in out and "RuntimeError" in out and "a page more" not in out
     assert essence(weights_of(tmp_path / "run")) == essence(weights_of(uninterrupted))
     assert record_of(tmp_path / "run")["machine"]["compile"] is False
 
