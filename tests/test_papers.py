@@ -189,6 +189,10 @@ def test_published_numbers_give_the_effects_that_the_claims_quote():
     assert math.isclose(claims["B6"].expected, rows["shakespeare_top2"]["paper"] - soft)
 
 
+def test_thresholds_of_papers_that_count_other_tokens_are_read_in_two_ways():
+    assert {claim.id for claim in CLAIMS if claim.other_reading} == {"C1", "D2", "D9"}
+
+
 def test_a_text_with_a_test_split_is_decided_on_it():
     tested = ("A_enwik8", "A_text8", "A_summary", "D")
     assert all((c.measures[0] == "test") == (c.table in tested or c.id == "E11") for c in CLAIMS)
