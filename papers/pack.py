@@ -17,12 +17,13 @@ import tarfile
 import time
 from pathlib import Path
 
-from support.files import FileError, write_atomically
+from support.files import FileError, read_whole, write_atomically
 from support.options import ConfigError
 
 PACK_SECONDS = 3
 LARGEST_LOG = 2**16  # bytes of a failed run's log, from its end
 LARGEST_PACK = 2**24  # bytes; a larger one is told
+LARGEST_READ = 2**30  # bytes
 EVALUATION = b'"kind": "eval"'
 
 
@@ -101,10 +102,15 @@ def members_of(path: Path) -> dict[str, bytes]:
     if not path.exists():
         return {}
     try:
-        with tarfile.open(path) as tar:
-            return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+        content = read_whole(path, LARGEST_READ)
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+        if content[tar.offset :].strip(b"\0") or tar.offset == len(content):  # tarfile takes damage for the end
+            raise tarfile.ReadError
+        return members
     except (OSError, tarfile.TarError):
-        raise ConfigError([f"--pack={path}: is there and no tar that can be read; give another name"]) from None
+        told = f"--pack={path}: is there and no tar that is whole and uncompressed; give another name"
+        raise ConfigError([told]) from None
 
 
 def whole_lines(path: Path) -> bytes:

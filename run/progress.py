@@ -99,7 +99,8 @@ def evaluation_text(line, config, is_best=False):
     nats, bpc, train = line["clean"]["nats"], line["clean"]["bpc"], line["paper"]["train"]
     best = " (best so far)" if is_best else ""
     found = f"validation {nats:.4f} nats, {bpc:.4f} bpc{best}; train {train:.4f} nats ({config.eval_iters} batches)"
-    return f"step {line['step']:,} of {config.max_iters:,}: {found}"
+    of = "" if config.eval_only else f" of {config.max_iters:,}"  # the steps may be another run's
+    return f"step {line['step']:,}{of}: {found}"
 
 
 def weights_text(start, dataset):

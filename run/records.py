@@ -23,7 +23,20 @@ from run import cross_fit
 from run.settings import Config
 from support.files import one_line, read_json, shown
 from support.options import ConfigError
-from support.schema import COMMIT, COUNT, FLAG, LOSS_NUMBER, NUMBER, OBJECT, POSITIVE, SHA256, SHARE, TEXT, mismatches
+from support.schema import (
+    COMMIT,
+    COUNT,
+    FLAG,
+    LINE,
+    LOSS_NUMBER,
+    NUMBER,
+    OBJECT,
+    POSITIVE,
+    SHA256,
+    SHARE,
+    TEXT,
+    mismatches,
+)
 
 FORMAT = "charmoe record 2"
 BENCH, ANALYSIS = "bench", "analysis"  # folders of results/ that hold no records of runs
@@ -95,13 +108,13 @@ SCHEMA = {
     "training_flops_per_token": COUNT,
     "git": {"commit": (COMMIT, None), "dirty": (FLAG, None)},
     "machine": {
-        "device": TEXT,
+        "device": LINE,
         "device_type": {"cpu", "cuda", "mps"},
         "cores": POSITIVE,
         "threads": POSITIVE,
-        "torch": TEXT,
-        "cuda": (TEXT, None),
-        "python": TEXT,
+        "torch": LINE,
+        "cuda": (LINE, None),
+        "python": LINE,
         "dtype": {"float32", "bfloat16"},
         "compile": FLAG,
         "capture?": FLAG,  # whether an update was one CUDA graph; false where it is missing

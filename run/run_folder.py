@@ -314,5 +314,8 @@ def difference(there, here):
     if there is None:
         return f"which one is not known, {here['device']} here"
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    sides = (", ".join(f"{name} {machine.get(name)}" for name in names) for machine in (there, here))
+    sides = (
+        ", ".join(f"{name} {machine[name]}" if name in machine else f"no {name}" for name in names)
+        for machine in (there, here)
+    )
     return "{} there, {} here".format(*sides)

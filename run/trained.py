@@ -64,6 +64,9 @@ def model_in(saved, path, device) -> Trained:
 
 def model_of(config, vocabulary, weights):
     """The model with these weights. RuntimeError or TypeError where they do not fit it."""
+    blocks = {str(name).split(".")[1] for name in weights if str(name).startswith("blocks.")}
+    if len(blocks) != config.n_layer:  # to build a thousand blocks takes seconds, even without memory
+        raise RuntimeError(f"it has {len(blocks)} blocks, and n_layer is {config.n_layer}")
     with torch.device("meta"):  # compare sizes before memory is taken for a model of the config's size
         GPT(config, vocabulary.size).load_state_dict(weights, assign=True)
     if broken := [name for name, weight in weights.items() if weight.is_floating_point() and weight.isnan().any()]:

@@ -63,8 +63,9 @@ def save(path: Path, about: dict, loaded: set[tuple[str, str]], say) -> None:
         made = torch.compiler.save_cache_artifacts()
         if made is None or parts_of(made[1]) <= loaded:
             return
-        with files.writing(path, way_out="the run goes on without"):
+        with files.writing(path.parent, way_out="the run goes on without"):
             path.parent.mkdir(parents=True, exist_ok=True)
+        with files.writing(path, way_out="the run goes on without"):
             with open(path.with_name(f"{path.name}.lock"), "ab") as lock:
                 if files.lock(lock) is not False:  # else another run with the same settings writes the same
                     head = json.dumps({**about, "sha256": hashlib.sha256(made[0]).hexdigest()})

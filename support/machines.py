@@ -15,7 +15,7 @@ import torch
 import torch._functorch.config  # torch itself imports it late
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from support.files import ROOT
+from support.files import ROOT, one_line
 from support.options import ConfigError
 
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -107,7 +107,7 @@ def describe(machine: Machine) -> dict:
     device = machine.device
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "device": one_line(torch.cuda.get_device_name(device) if cuda else _cpu_name()),
         "device_type": device.type,
         "cores": core_count(),
         "threads": torch.get_num_threads(),
@@ -122,7 +122,7 @@ def describe(machine: Machine) -> dict:
 
 def _cpu_name():
     with contextlib.suppress(OSError):
-        if name := re.search("^model name.*?: *(.*?) *$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+        if name := re.search(r"^model name.*?: *(\S.*?) *$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return name[1]
     return platform.processor() or platform.machine()
 

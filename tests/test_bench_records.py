@@ -77,6 +77,8 @@ KINDS = [
     ({"seconds": "400"}, "seconds is '400'; expected a finite number above 0"),
     ({"ceilings.bytes_per_second": 0}, "ceilings.bytes_per_second is 0; expected a finite number above 0"),
     ({"machine.cores": 0}, "machine.cores is 0; expected an integer from 1"),
+    ({"machine.device": "a CPU\n"}, "machine.device is 'a CPU\\n'; expected a line of text"),
+    ({"machine.torch": ""}, "machine.torch is ''; expected a line of text"),
     ({"others.core_seconds": -1}, "others.core_seconds is -1; expected a finite number"),
     ({"models": []}, "models is []; expected an object"),
     ({"models.moe4": None}, "models.moe4 is None; expected an object"),

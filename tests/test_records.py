@@ -182,7 +182,7 @@ def test_a_run_resumed_with_another_schedule_is_read(words, tmp_path):
 
 def test_text_may_be_of_any_characters(dense):
     """Each of them one that JSON writes as two escapes."""
-    assert records.problems(changed(dense, {"machine.device": "𝕏 \U0010ffff \ue000 \ud7ff"})) == []
+    assert records.problems(changed(dense, {"dataset.name": "𝕏 \U0010ffff \ue000 \ud7ff"})) == []
 
 
 def test_a_record_without_newer_fields_is_read(dense):

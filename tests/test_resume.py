@@ -470,14 +470,14 @@ def test_times_of_a_run_that_changed_machines_do_not_count(words, tmp_path, at_s
     here = {**machines.describe(machines.choose("cpu")), "processes": 1}
     assert state["progress"]["machine"] == here
     if where == "another":
-        state["progress"]["machine"] |= {"cores": 999, "python": "2.7"}
+        state["progress"]["machine"] |= {"cores": 999, "python": "2.7", "capture": True}
     elif where == "an unknown":  # as in checkpoints that are older
         del state["progress"]["machine"]
     checkpoint.save(tmp_path / "run" / "ckpt.pt", state)
     capsys.readouterr()
     assert train_tiny(words, tmp_path / "run", max_iters=4, init_from="resume") == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "another machine" in line]
-    both = f"cores 999, python 2.7 there, cores {here['cores']}, python {here['python']} here"
+    both = f"cores 999, python 2.7, capture True there, cores {here['cores']}, python {here['python']}, no capture here"
     between = {"another": both, "an unknown": f"which one is not known, {here['device']} here"}.get(where)
     assert told == ([f"resumed on another machine ({between}): its times will not count"] if between else [])
     record = record_of(tmp_path / "run")

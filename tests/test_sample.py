@@ -437,6 +437,7 @@ def test_a_model_that_is_not_causal_is_refused_with_the_reason(altered):
         (lambda state: state["model"].pop("norm.weight"), 'Missing key(s) in state_dict: "norm.weight"'),
         (lambda state: state["model"].update({"norm.weight": torch.ones(16, dtype=torch.int64)}), "do not fit"),
         (lambda state: state["config"].update(n_embd=10**12), "do not fit"),
+        (lambda state: state["config"].update(n_layer=1000), "it has 2 blocks, and n_layer is 1000"),
         (lambda state: state["config"].update(n_shared_expert=2**62), "do not fit"),
         (lambda state: state["vocabulary"].update(vocab_size=torch.ones(2)), "vocab_size is tensor"),
     ],

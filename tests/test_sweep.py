@@ -687,6 +687,26 @@ def test_a_pack_holds_what_was_made_and_what_was_there(place, monkeypatch):
     assert not list(place.folder.glob("*.partial"))
 
 
+@pytest.mark.parametrize("damage", ["a pipe", "cut", "cut between files", "a damaged name", "compressed"])
+def test_a_pack_of_which_something_would_be_lost_is_refused(place, damage):
+    path = place.folder / "made.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("a.json", "b.json"):
+            tar.add(write(place.folder / name, "{}"), name)
+    whole = path.read_bytes()
+    block = tarfile.BLOCKSIZE  # a.json, its content, b.json, its content
+    contents = {
+        "cut": whole[: 3 * block],
+        "cut between files": whole[: 2 * block],
+        "a damaged name": whole[: 2 * block] + b"x" + whole[2 * block + 1 :],
+        "compressed": gzip.compress(whole),
+    }
+    path.unlink()
+    path.write_bytes(contents[damage]) if damage in contents else os.mkfifo(path)
+    with pytest.raises(ConfigError, match="made.tar: is there and no tar that is whole and uncompressed"):
+        place.main("T", f"--pack={path}")
+
+
 def test_a_machine_that_goes_away_leaves_a_pack_of_the_last_evaluation(place, monkeypatch):
     monkeypatch.setattr(pack_of, "PACK_SECONDS", 0)
     place.order(**{"one-cpu-s1337": {"pause": 0.1}})

@@ -450,3 +450,4 @@ def test_the_line_of_an_evaluation_names_both_losses():
     assert told == (
         "step 250 of 2,000: validation 1.5000 nats, 2.1640 bpc (best so far); train 1.2500 nats (7 batches)"
     )
+    assert progress.evaluation_text(line, tiny(max_iters=20, eval_only=True)).startswith("step 250: validation")
