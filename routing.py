@@ -277,6 +277,13 @@ class HashRouter(FixedRouter):
         return None if is_expert_V.all() else "its table has experts that are not there"
 
 
+class SharedHashRouter(HashRouter):
+    """The same table in every layer: the one that HashRouter gives the first."""
+
+    def __init__(self, config, layer, symbol_counts):
+        super().__init__(config, 0, symbol_counts)
+
+
 class NgramHashRouter(FixedRouter):
     """A hash of the last `router_ngram` symbols, this token's included. Balanced only by chance."""
 
@@ -399,6 +406,7 @@ ROUTERS: dict[str, type[Router]] = {
     "frozen": FrozenRouter,
     "random": RandomRouter,
     "hash": HashRouter,
+    "hash_shared": SharedHashRouter,
     "ngram_hash": NgramHashRouter,
     "two_level": TwoLevelRouter,
     "expert_choice": ExpertChoiceRouter,

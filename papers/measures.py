@@ -54,6 +54,31 @@ def _aux_per_layer(record):
     return (paper["best_val_with_aux"] - paper["best_val"]) / layers if layers else None
 
 
+def _with_aux4(record):
+    """The training loss with four times the auxiliary losses, which are then weighted by 0.04 where it was 0.01."""
+    if record["train_mode"] is None:
+        return None
+    loss, objective = (record["train_mode"][key] for key in ("loss", "objective"))
+    return loss + 4 * (objective - loss)
+
+
+def _above_best(record):
+    return record["paper"]["final_val"] - record["paper"]["best_val"]
+
+
+def _from_b(read_train):
+    """A reader of the largest distance from the baseline that paper B prints, each over its margin: papers/b.py."""
+
+    def read(record):
+        train = read_train(record)
+        if train is None:
+            return None
+        val = record["paper"]["final_val"]
+        return max(abs(val - 1.474) / 0.01, abs(train - 1.387) / 0.02, _above_best(record) / 0.0005)
+
+    return read
+
+
 def _cross_fitted(record):
     """The cross-fitted best; None in records from before it was kept."""
     return (record.get("cross_fitted") or {}).get("nats")
@@ -85,6 +110,12 @@ MEASURES = {
     "train_mode": Measure("final train, train mode", "nats", 4, _field("train_mode", "loss")),
     "train_mode_with_aux": Measure(
         "final train, train mode + auxiliary losses", "nats", 4, _field("train_mode", "objective")
+    ),
+    "train_mode_with_aux4": Measure("final train, train mode + 4 × auxiliary losses", "nats", 4, _with_aux4),
+    "above_best": Measure("final − best sampled validation", "nats", 4, _above_best),
+    "from_b": Measure("largest distance from B, train mode", "margins", 2, _from_b(_field("train_mode", "loss"))),
+    "from_b_in_eval_mode": Measure(
+        "largest distance from B, eval mode", "margins", 2, _from_b(_field("paper", "final_train"))
     ),
     "train_seconds": Measure("training", "s", 1, _field("seconds", "train"), timed=True),
     "tokens_per_second": Measure("training speed", "characters/s", 0, _field("tokens_per_second"), timed=True),

@@ -1,9 +1,7 @@
-"""This project's own tables: equal costs, the value of a router, the scale boundary, what the experts do.
+"""This project's own tables: equal costs, the value of a router, repetition, what the experts do.
 
 Table "experts" is here too, though claims of every source are decided on it.
 """
-
-import itertools
 
 from papers.measures import COSTS, LOSSES
 from papers.table import ABOVE_0, ABOVE_1, BELOW_0, Claim, Row, Table, View
@@ -17,7 +15,8 @@ ROUTER = Table(
     source=SOURCE,
     text="A fixed table gives each character one expert, balanced by frequency, and learns nothing. Its gate is 1 "
     "and it has no balancing loss. A learned router's gate is its probability, and it has a balancing loss; so two "
-    "more rows have a gate of 1, and two no balancing loss.",
+    "more rows have a gate of 1, and two no balancing loss. Each layer has a table of its own; one more row has the "
+    "same table in every layer.",
     rows=(
         Row("shakespeare_moe4", "learned"),
         Row(
@@ -36,6 +35,7 @@ ROUTER = Table(
             baseline="shakespeare_moe4",
         ),
         Row("shakespeare_hash4", "table of characters", baseline="shakespeare_moe4"),
+        Row("shakespeare_hash4_shared", "one table for all layers", baseline="shakespeare_moe4"),
         Row("shakespeare_dense", "dense", baseline="shakespeare_moe4"),
     ),
     views=(View("Loss", LOSSES), View("Cost", COSTS), View("Routing", ("load_cv2", "entropy"))),
@@ -98,32 +98,37 @@ EQUAL = Table(
 )
 
 
-def _rows_of_boundary():
-    """Dense and 4 experts over width × unique characters. Every run reads equally many, so epochs follow."""
-    widths = {"cpu": (64, 128, 256), "paper": (96, 192, 384)}
-    places = [(scale, width) for scale, of_scale in widths.items() for width in of_scale]
-    for (scale, width), size in itertools.product(places, (30_000, 100_000, 300_000, 0)):
-        tag = f"w{width}_{f'{size // 1000}k' if size else 'all'}"
-        for name, label in {"dense": "dense", "moe4": "4 experts"}.items():
-            yield Row(
-                name=f"{tag}_{name}",
-                label=f"{width} wide, {f'{size:,}' if size else 'all'} characters, {label}",
-                config=f"shakespeare_{name}",
-                options={"n_embd": width, "train_characters": size},
-                baseline="" if name == "dense" else f"{tag}_dense",
-                scales=(scale,),
-            )
+def _rows_of_repetition():
+    """Dense and 4 experts on longer and longer prefixes of one text, the whole last."""
+    texts = {
+        "cpu": ("shakespeare", {"_30k": 30_000, "_100k": 100_000, "_300k": 300_000, "": 0}),
+        "paper": ("text8_head", {"_500k": 500_000, "_1m": 1_000_000, "_2500k": 2_500_000, "": 0}),
+    }
+    for scale, (text, sizes) in texts.items():
+        dataset = {} if text == "shakespeare" else {"dataset": text}
+        for tag, size in sizes.items():
+            for name, label in {"dense": "dense", "moe4": "4 experts"}.items():
+                yield Row(
+                    name=f"{text}{tag}_{name}",
+                    label=f"{f'{size:,}' if size else 'all'} characters, {label}",
+                    config=f"shakespeare_{name}",
+                    options=dataset | ({"train_characters": size} if size else {}),
+                    baseline="" if name == "dense" else f"{text}{tag}_dense",
+                    scales=(scale,),
+                )
 
 
-BOUNDARY = Table(
-    name="boundary",
-    title="The scale boundary: width × unique characters",
+REPETITION = Table(
+    name="repetition",
+    title="Repetition: dense and 4 experts on more and more unique characters",
     source=SOURCE,
-    text="Every run reads as many characters as any other of its scale, so fewer unique ones mean more epochs. "
-    "Paper A says that there is a scale below which sparsity harms.",
-    rows=tuple(_rows_of_boundary()),
-    views=(View("Loss", ("clean", "paper", "epochs", "total_parameters")),),
-    figures=("boundary_map",),
+    text="Prefixes of one text: of text8's first megabytes at paper size (not that data set), of Shakespeare at CPU "
+    "size. Every run reads as many characters as any other of its scale, so fewer unique ones mean more epochs. Paper "
+    "A says that there is a scale below which sparsity harms.",
+    rows=tuple(_rows_of_repetition()),
+    views=(View("Loss", ("clean", "cross_fitted", "test", "paper", "paper_with_aux", "epochs")),),
+    figures=("difference_by_size",),
+    by_size=True,
 )
 
 EXPERTS = Table(
@@ -168,7 +173,7 @@ EXPERTS = Table(
     figures=("load_by_row", "information_by_row", "stability_by_row", "ablation_by_row"),
 )
 
-TABLES = (ROUTER, EQUAL, BOUNDARY, EXPERTS)
+TABLES = (ROUTER, EQUAL, REPETITION, EXPERTS)
 
 # The break-even in steps against the ratio of the training times.
 EQUAL_TIME = {
@@ -178,6 +183,23 @@ EQUAL_TIME = {
     "holds": ABOVE_1,
     "cost": "train_seconds",
 }
+
+
+def _crossing(id, text, few, many, measures, scale):
+    """4 experts lose where the text is short, and win where it is long; few, many: of the rows' names."""
+    return Claim(
+        id=id,
+        sentence=f"On {text}, 4 experts lose to the dense model on the fewest unique characters and beat it on the "
+        "most: in between, the difference crosses 0.",
+        table="repetition",
+        # The second pair is turned round, so that both effects must lie above 0.
+        pairs=((f"{few}_moe4", f"{few}_dense"), (f"{many}_dense", f"{many}_moe4")),
+        measures=measures,
+        holds=ABOVE_0,
+        why="A's “scale below which sparsity harms”, read as unique characters; the crossing is told with its interval",
+        scales=(scale,),
+    )
+
 
 CLAIMS = (
     Claim(
@@ -241,4 +263,23 @@ CLAIMS = (
         fresh_from=1340,
         **EQUAL_TIME,
     ),
+    Claim(
+        id="E10",
+        sentence="A table of its own in each layer ends at a lower loss than one table for all layers.",
+        table="router",
+        pairs=(("shakespeare_hash4", "shakespeare_hash4_shared"),),
+        holds=BELOW_0,
+        why="if it holds, layers that divide the characters differently explain a part of the table's lead. Another "
+        "implementation saw 0.025 nats at this learning rate, and less than 0.007 at each row's best rate; no run of "
+        "this one had been made when the claim was written down",
+    ),
+    _crossing(
+        "E11",
+        "the head of text8 (not the data set)",
+        "text8_head_500k",
+        "text8_head",
+        ("test", "clean", "cross_fitted"),
+        "paper",
+    ),
+    _crossing("E12", "Shakespeare", "shakespeare_30k", "shakespeare", ("clean", "cross_fitted"), "cpu"),
 )

@@ -9,6 +9,7 @@ that no source's table has are in TABLES here. To add a priority, write an entry
 
 from typing import NamedTuple
 
+from papers.b import PROBES
 from papers.measures import COSTS, LOSSES
 from papers.ours import SOURCE
 from papers.table import Row, Table, View
@@ -24,14 +25,16 @@ class Priority(NamedTuple):
 
 PAPER = ("paper",)
 ONE, THREE, FIVE = (1337,), (1337, 1338, 1339), (1337, 1338, 1339, 1340, 1341)
+FRESH = (1340, 1341, 1342, 1343, 1344)  # for claims that were noticed in the first three seeds
 
 
 RATES = Table(
     name="rates",
     title="The learning rate: dense, a learned router and a table of characters at 1e-3 and 2e-3",
     source=SOURCE,
-    text="No paper tuned its learning rate. The final rate of the cosine is a tenth of the first, as in the papers' "
-    "protocol.",
+    text="No paper tuned its learning rate. Two rates tune no row: they show whether differences move with the rate, "
+    "and decide nothing between rows at their best rates. The final rate of the cosine is a tenth of the first, as in "
+    "the papers' protocol.",
     rows=tuple(
         row
         for name, label in {"dense": "dense", "moe4": "4 experts", "hash4": "table of characters"}.items()
@@ -52,112 +55,49 @@ RATES = Table(
 )
 
 
-def _rows_of_heads():
-    """Dense and 4 experts on the head of text8 and on its first characters, by the Shakespeare protocol."""
-    for size, tag in ((1_000_000, "1m"), (2_500_000, "2500k"), (0, "all")):
-        for name, label in {"dense": "dense", "moe4": "4 experts"}.items():
-            yield Row(
-                name=f"text8_head_{tag}_{name}",
-                label=f"{f'{size:,}' if size else 'all'} characters, {label}",
-                config=f"shakespeare_{name}",
-                options={"dataset": "text8_head", **({"train_characters": size} if size else {})},
-                baseline="" if name == "dense" else f"text8_head_{tag}_dense",
-                scales=PAPER,
-            )
-
-
-HEADS = Table(
-    name="heads",
-    title="Repetition: dense and 4 experts on more and more of text8's head",
-    source=SOURCE,
-    text="5,000 steps of batch 64 at a learning rate of 1e-3, so that fewer characters mean more epochs. In A_summary "
-    "the same head is read for 100,000 steps.",
-    rows=tuple(_rows_of_heads()),
-    views=(View("Loss", (*LOSSES, "test_bpc", "epochs")), View("Cost", COSTS)),
-    figures=("loss_curves",),
-)
-
-# B's learning rate, length and dropout are lost in our copy of its text.
-PROBES = {
-    "1000": ("1,000 steps", {"max_iters": 1000}),
-    "1500": ("1,500 steps", {"max_iters": 1500}),
-    "rate3e4": ("learning rate 3e-4", {"learning_rate": 3e-4, "min_lr": 3e-5}),
-    "rate1e4": ("learning rate 1e-4", {"learning_rate": 1e-4, "min_lr": 1e-5}),
-    "dropout": ("dropout 0.4", {"dropout": 0.4}),
-}
-
-READINGS = Table(
-    name="B_readings",
-    title="Other readings of B: its protocol, and capacity per batch",
-    source="B: Huang, Chen, Zheng 2025, Information 16, 483",
-    text="Which protocol gives B's baseline: validation 1.474, training 1.387, the last as good as the best? And a "
-    "capacity that is counted over the whole batch, as Fedus et al. 2022 do, instead of per sequence.",
-    rows=(
-        Row("shakespeare_dense", "dense, the template's protocol", scales=PAPER),
-        *(
-            Row(
-                f"shakespeare_dense_probe_{name}",
-                f"dense, {label}",
-                "shakespeare_dense",
-                options=options,
-                baseline="shakespeare_dense",
-                scales=PAPER,
-            )
-            for name, (label, options) in PROBES.items()
-        ),
-        Row("shakespeare_top2", "MoE Top-2", baseline="shakespeare_dense", scales=PAPER),
-        *(
-            Row(f"shakespeare_top2_{name}", f"{label} per batch", baseline="shakespeare_top2", scales=PAPER)
-            for name, label in {"cap05_batch": "capacity 0.5", "cap10_batch": "capacity 1.0"}.items()
-        ),
-    ),
-    views=(View("Loss", ("paper", "clean", "final_train", "train_mode", "final_val", "gap")),),
-    figures=("loss_curves",),
-)
-
-TABLES = (RATES, HEADS, READINGS)
+TABLES = (RATES,)
 
 _A4 = "A4 and E1: whether 4 experts lose 0.07 nats to the dense model, or that gap is the balancing loss"
 _E7 = "E7: whether a fixed table of characters beats a learned router"
+_E10 = "E10: whether one table for all layers is as good as one each"
+_E11 = "E11: at how many unique characters experts begin to pay"
+_PREFIXES = tuple(f"text8_head_{tag}_{name}" for tag in ("500k", "1m", "2500k") for name in ("dense", "moe4"))
 
 PRIORITIES = (
     Priority(("shakespeare_moe4",), FIVE, _A4),
     Priority(("shakespeare_dense",), FIVE, "the dense baseline, with which every comparison is paired by seed"),
-    Priority(("shakespeare_hash4",), (1340, 1341), f"{_E7}, on fresh seeds"),
-    Priority(("shakespeare_hash4",), THREE, f"{_E7}: the seeds in which it was seen at CPU size"),
+    Priority(("shakespeare_hash4",), FRESH[:2], f"{_E7}, on fresh seeds (two of five)"),
+    Priority(("shakespeare_hash4", "shakespeare_moe4"), FRESH[2:], f"{_E7}, on fresh seeds (the other three)"),
+    Priority(("shakespeare_hash4_shared",), FRESH[:1], _E10),
     Priority(
         tuple(f"shakespeare_{name}_rate2" for name in ("dense", "moe4", "hash4")),
-        ONE,
-        "whether the differences between these rows outlast a higher learning rate, for none was tuned",
+        FRESH[:1],
+        "whether the differences between these rows move with the learning rate; two rates tune none of them",
     ),
     Priority(
-        ("text8_head_all_dense", "text8_head_all_moe4"),
+        ("text8_head_dense", "text8_head_moe4"),
         THREE,
-        "whether experts still lose where the text is read 13 times and not 82 times",
+        "A11: whether experts still lose where the text is read 13 times and not 82 times",
     ),
     Priority(("shakespeare_dense_wide",), THREE, "E2: whether experts beat a dense model of equal total parameters"),
+    Priority(("shakespeare_hash4_shared",), FRESH[1:3], _E10),
     Priority(("shakespeare_moe4_inner_dropout",), THREE, "A6: whether dropout inside experts mends their overfitting"),
     Priority(("shakespeare_moe2",), FIVE, "A1: whether 2 experts lose to the dense model as 4 do"),
     Priority(("shakespeare_moe4_aux01",), THREE, "A5: whether a balancing loss of weight 0.1 harms"),
     Priority(("shakespeare_moe4_frozen",), THREE, "C1: whether a frozen random router is as good as a learned one"),
-    Priority(
-        tuple(f"shakespeare_dense_probe_{name}" for name in PROBES), ONE, "which protocol gives B's printed baseline"
-    ),
-    Priority(
-        tuple(f"text8_head_{tag}_{name}" for tag in ("1m", "2500k") for name in ("dense", "moe4")),
-        ONE,
-        "at how many unique characters experts begin to pay",
-    ),
+    Priority(tuple(row.name for row in PROBES[1:]), ONE, "B15 to B20: which protocol gives B's printed baseline"),
+    Priority(_PREFIXES, ONE, f"{_E11}, from one seed"),
     Priority(("shakespeare_moe4_random",), ONE, "C2: whether a router drawn anew each step is worse"),
     Priority(("shakespeare_soft4",), ONE, "B1 and B6: where soft routing stands"),
     Priority(
         ("shakespeare_top2", "shakespeare_top2_cap05_batch", "shakespeare_top2_cap10_batch"),
         ONE,
-        "B2: where top-2 stands; B10: whether a capacity per batch ever drops a choice",
+        "B2: where top-2 stands; B14: whether a capacity per batch ever drops a choice",
     ),
     Priority(
         ("shakespeare_top2_cap05", "shakespeare_top2_cap10", "shakespeare_moe8"),
         ONE,
         "B10: the same per sequence; A1: whether 8 experts lose more than 4",
     ),
+    Priority(_PREFIXES, THREE[1:], f"{_E11}, with an interval"),
 )

@@ -99,6 +99,7 @@ class Table:
     figures: tuple[str, ...] | None = None  # in this order; None for the usual ones
     # Rows that are one model with several schedule lengths, a tuple a model; the first is the reference of break-evens.
     lengths: tuple[tuple[str, ...], ...] = ()
+    by_size: bool = False  # whether its rows are one comparison on longer and longer prefixes of one text
 
     @property
     def figure_names(self) -> tuple[str, ...]:

@@ -7,21 +7,17 @@ Published differences and ratios stand beside the measured ones.
 
 from __future__ import annotations
 
-import math
-
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 
 from papers.measures import MEASURES
 from papers.table import Comparison
-from report import layout
+from report import layout, wording
 from report.captions import baseline_label, caption_of_table, cells_of, interval_text, note_of_times, number, unit_of
 from report.layout import legend_mark
 from report.style import BOUND, ERROR_BARS, INK, ZERO, Drawing, styled
-from report.verdicts import effect_of
+from report.verdicts import crossing_of, differences_by_size, effect_of
 from support.intervals import Effect
-from support.palette import BLUE, ORANGE, VERMILION
+from support.palette import BLUE, ORANGE, SKY
 
 PUBLISHED = {"color": INK, "marker": "D", "linestyle": "", "fillstyle": "none", "markersize": 5.5}
 MEASURED = PUBLISHED | {"fillstyle": "full"}
@@ -147,71 +143,49 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
 
 
 @styled
-def boundary_map(comparison: Comparison) -> Drawing | None:
-    """Best validation loss of MoE minus dense over width × unique characters; None for a table without these two."""
-    rows = {
-        (row.options["n_embd"], row.options["train_characters"] or math.inf): row
-        for row in comparison.table.rows_at(comparison.scale)
-        if row.baseline and {"n_embd", "train_characters"} <= set(row.options)
-    }
-    effects = {place: difference_to_baseline(comparison, row, "clean") for place, row in rows.items()}
-    if not any(effects.values()):
+def difference_by_size(comparison: Comparison) -> Drawing | None:
+    """Loss of 4 experts minus the dense model's against unique characters; None where fewer than two sizes were run."""
+    measure = next((m for m in ("test", "clean") if len(differences_by_size(comparison, m)) > 1), None)
+    if not measure:
         return None
-    widths, sizes = (sorted({place[axis] for place in rows}) for axis in (0, 1))
-    limit = max(0.005, *(abs(effect.mean) for effect in effects.values() if effect))
-    colour_map = LinearSegmentedColormap.from_list("signs", (BLUE, "#f4f4f4", VERMILION), N=15)
-    colours = ScalarMappable(Normalize(-limit, limit), colour_map)
-    figure = layout.new_figure(1.2 + 0.8 * len(widths))
+    by_size = differences_by_size(comparison, measure)
+    rows = {row.name: row for row in comparison.table.rows_at(comparison.scale)}
+    effects = {size: difference_to_baseline(comparison, rows[name], measure) for size, (name, _) in by_size.items()}
+    epochs = {size: comparison.cells[name][0]["epochs"] for size, (name, _) in by_size.items()}
+    figure = layout.new_figure(3.4)
     axes = figure.subplots()
-    for (width, size), effect in effects.items():
-        place = sizes.index(size), widths.index(width)
-        if not effect:
-            draw_square(axes, place, "not run", facecolor="none", edgecolor=INK, hatch="///", alpha=0.5)
-            continue
-        epochs = comparison.cells[rows[width, size].name][0]["epochs"]
-        interval = interval_text(effect.low, effect.high).lstrip()
-        lines = [number(effect.mean, sign="+"), interval, f"n = {effect.n}, {epochs:.2g} epochs"]
-        text = "\n".join(filter(None, lines))
-        draw_square(axes, place, text, facecolor=colours.to_rgba(effect.mean), edgecolor="none")
-    names = {size: "all" if size == math.inf else f"{size:,}" for size in sizes}
-    axes.set_xticks(range(len(sizes)), names.values())
-    axes.set_yticks(range(len(widths)), widths)
-    axes.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.5, len(widths) - 0.5))
-    axes.set(xlabel="unique characters of training text", ylabel="width of the model")
-    axes.grid(False)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    bar = figure.colorbar(colours, ax=axes, aspect=25, pad=0.02, label="MoE − dense, nats\n(blue: MoE is better)")
-    bar.outline.set_visible(False)
-    bar.solids.set_edgecolor("face")  # no seams
+    axes.set_xscale("log")
+    axes.axhline(0, **ZERO)
+    for seed in sorted(set().union(*(values for _, values in by_size.values()))):
+        line = [(size, values[seed]) for size, (_, values) in by_size.items() if seed in values]
+        axes.plot(*zip(*line), color=SKY, marker=".", linewidth=0.8, alpha=0.8)
+    axes.plot([*effects], [effect.mean for effect in effects.values()], color=BLUE)
+    for size, effect in effects.items():
+        bars = {"yerr": layout.whiskers(*effect[:3]), **ERROR_BARS}
+        axes.errorbar(size, effect.mean, **bars, color=BLUE, marker="o", markersize=6)
+    crossing = crossing_of(comparison, measure)
+    if crossing:
+        axes.axvline(crossing.place, **BOUND)
+        if crossing.low is not None:
+            axes.axvspan(max(crossing.low, min(effects)), min(crossing.high, max(effects)), color=INK, alpha=0.1, lw=0)
+    axes.set_xticks([*effects], [f"{size:,}\n({epochs[size]:.3g} epochs)" for size in effects], minor=False)
+    axes.set_xticks([], minor=True)
+    unit = unit_of(cells_of(comparison))
+    axes.set_xlabel("unique characters of training text")
+    axes.set_ylabel(f"{MEASURES[measure].heading},\nminus baseline's, nats per {unit}\n(below 0: experts are better)")
+    where = f"{wording.crossing_text(comparison, measure)}."
     caption = caption_of_table(
         comparison,
-        [cell for cell in cells_of(comparison) if difference_to_baseline(comparison, cell.row, "clean")],
-        "best validation loss of 4 experts minus that of the dense model with equal active FLOPs, on the full "
-        "validation split, with its 95% interval, paired by seed. Every run reads equally many characters, so fewer "
-        "unique characters mean more epochs.",
+        [cell for cell in cells_of(comparison) if cell.row.name in {name for name, _ in by_size.values()}],
+        f"{MEASURES[measure].heading} of 4 experts minus that of the dense model with equal active FLOPs. Large: mean "
+        "with its 95% interval, paired by seed; small: one seed. Every run reads equally many characters, so fewer "
+        "unique ones mean more epochs.",
+        f"Dashed, with its 95% interval in grey, by the seeds that all sizes have: {where}"
+        if crossing
+        else f"{where[0].upper()}{where[1:]}",
     )
-    spoken = "; ".join(
-        f"{width} wide, {names[size]} characters {number(effect.mean, sign='+')}"
-        for (width, size), effect in effects.items()
-        if effect
-    )
-    return Drawing(figure, caption, f"Map of the loss difference in nats. {spoken}.")
-
-
-def draw_square(axes, place, text, **look) -> None:
-    x, y = place
-    axes.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, linewidth=0, **look))
-    axes.annotate(text, place, ha="center", va="center", color=text_colour_on(look["facecolor"]))
-
-
-def text_colour_on(colour) -> str:
-    """Black or white, whichever has more contrast (WCAG); ink on the page itself."""
-    if colour == "none":
-        return INK
-    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
-    luminance = sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts))
-    return "#000000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#ffffff"
+    spoken = "; ".join(f"{size:,} {number(effect.mean, sign='+')}" for size, effect in effects.items())
+    return Drawing(figure, caption, f"The loss difference in nats by unique characters: {spoken}.")
 
 
 @styled

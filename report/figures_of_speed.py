@@ -12,7 +12,7 @@ import math
 
 from report import layout
 from report.captions import number
-from report.speed_cells import PUBLISHED, bench_headline
+from report.speed_cells import PUBLISHED, PUBLISHED_ROWS, bench_headline
 from report.style import ERROR_BARS, INK, ZERO, Drawing, row_style, styled
 from run import records
 from speed import bench_records
@@ -83,7 +83,7 @@ def edges_of(found, task) -> list[float]:
 def published_times(task) -> list[float]:
     """MoE divided by baseline, from the paper that prints times."""
     measure = "train_seconds" if task == "train" else "inference_speed"
-    pairs = [PUBLISHED.published_pair(row, measure) for row in PUBLISHED.rows if row.baseline]
+    pairs = [PUBLISHED.published_pair(row, measure) for row in PUBLISHED_ROWS if row.baseline]
     return [ours / theirs if task == "train" else theirs / ours for ours, theirs in pairs]
 
 

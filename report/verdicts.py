@@ -21,7 +21,16 @@ from typing import NamedTuple
 
 from papers.measures import MEASURES
 from papers.table import SEEDS_FOR_A_VERDICT, Claim, Comparison
-from support.intervals import CONFIDENCE, Effect, interval_of_mean, pooled_sd, power, seeds_needed
+from support.intervals import (
+    CONFIDENCE,
+    Crossing,
+    Effect,
+    crossing_of_mean,
+    interval_of_mean,
+    pooled_sd,
+    power,
+    seeds_needed,
+)
 
 STATUSES = HELD, NOT_HELD, UNDECIDED, NOT_RUN = "held", "did not hold", "undecided", "not run"
 # Why a pair has no effect, or no interval.
@@ -192,6 +201,30 @@ def problem_of(comparison, measure, row, against, kind, seeds=None) -> str:
     if len(values) == 1:
         return ONE_SEED
     return NO_SPREAD if statistics.stdev(values.values()) == 0 else ""
+
+
+def differences_by_size(comparison: Comparison, measure: str) -> dict[int, tuple[str, dict[int, float]]]:
+    """Unique characters, rising -> (row, {seed: row - its baseline}); empty where a table is not by size."""
+    found = {}
+    for row in comparison.table.rows_at(comparison.scale) if comparison.table.by_size else ():
+        values = values_by_seed(comparison, measure, row.name, row.baseline, "difference") if row.baseline else {}
+        if values:
+            found[comparison.cells[row.name][0]["dataset"]["splits"]["train"]] = row.name, values
+    return dict(sorted(found.items()))
+
+
+def crossing_of(comparison: Comparison, measure: str) -> Crossing | None:
+    """At how many unique characters the difference is 0; None where it does not cross 0 once.
+
+    By the seeds that all sizes have. Between two sizes the difference is linear in the logarithm of the characters.
+    """
+    by_size = differences_by_size(comparison, measure)
+    seeds = set.intersection(*(set(values) for _, values in by_size.values())) if len(by_size) > 1 else ()
+    if not seeds:
+        return None
+    curves = [[values[seed] for _, values in by_size.values()] for seed in sorted(seeds)]
+    crossing = crossing_of_mean([math.log(size) for size in by_size], curves)
+    return crossing and Crossing(*(place if place is None else math.exp(place) for place in crossing[:3]), crossing.n)
 
 
 def fewest_seeds(findings: list[Finding]) -> int:

@@ -4,7 +4,7 @@ import math
 
 import papers
 from papers.measures import MEASURES
-from papers.table import SEEDS_FOR_A_VERDICT, Claim
+from papers.table import SEEDS_FOR_A_VERDICT, Claim, Comparison
 from report.cells import DAGGER, marked_label
 from report.verdicts import (
     HELD,
@@ -16,6 +16,8 @@ from report.verdicts import (
     UNDECIDED,
     Finding,
     Verdict,
+    crossing_of,
+    differences_by_size,
     problem_of,
 )
 from support.intervals import CONFIDENCE, MOST_SEEDS, Effect
@@ -160,9 +162,29 @@ def deciding_text(verdict: Verdict) -> str:
     if verdict.other_status not in ("", NOT_RUN, verdict.status):
         parts.append(f"{verdict.other_status} if read {claim.other_reading.why}")
     parts += [f"but {status} by {MEASURES[measure].heading}" for measure, status in verdict.dissent.items()]
+    if comparison.table.by_size and verdict.status != NOT_RUN:
+        parts.append(crossing_text(comparison, first))
     if verdict.is_weak:
         parts.append(power_text(verdict))
     return "; ".join(parts)
+
+
+def crossing_text(comparison: Comparison, measure: str) -> str:
+    """Where the difference of two models is 0: 'difference 0 at 1,200,000 [900,000, 1,700,000] unique characters'."""
+    crossing, sizes = crossing_of(comparison, measure), [*differences_by_size(comparison, measure)]
+    if crossing is None:
+        return "no single crossing of 0" + (f" from {sizes[0]:,} to {sizes[-1]:,} unique characters" if sizes else "")
+    text = f"difference 0 at {rounded(crossing.place)}"
+    if crossing.low is not None:
+        low = rounded(crossing.low) if crossing.low else f"≤{sizes[0]:,}"
+        high = rounded(crossing.high) if crossing.high < math.inf else f"≥{sizes[-1]:,}"
+        text += f" [{low}, {high}]"
+    return f"{text} unique characters, n = {crossing.n}"
+
+
+def rounded(count: float) -> str:
+    """'1,230,000': three digits that count."""
+    return f"{float(f'{count:.3g}'):,.0f}"
 
 
 def most_contrary(claim: Claim, findings: list[Finding]) -> Finding:

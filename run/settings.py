@@ -133,11 +133,13 @@ class Config:
     )
     expert_inner_dropout: float = moe_key(0.0, "dropout rate of the experts' hidden units", at_least=0, below=1)
 
-    router: Literal["learned", "frozen", "random", "hash", "ngram_hash", "two_level", "expert_choice"] = moe_key(
+    router: Literal[
+        "learned", "frozen", "random", "hash", "hash_shared", "ngram_hash", "two_level", "expert_choice"
+    ] = moe_key(
         "learned",
         "learned: trained; frozen: stays as initialised; random: redrawn each step; hash: a fixed table, character -> "
-        "expert; ngram_hash: a hash of the last characters; two_level: a group, then experts in it; expert_choice: "
-        "experts choose characters (not causal)",
+        "expert, for each layer; hash_shared: one table for all layers; ngram_hash: a hash of the last characters; "
+        "two_level: a group, then experts in it; expert_choice: experts choose characters (not causal)",
     )
     router_ngram: int = moe_key(3, "router=ngram_hash: number of characters hashed", at_least=1)
     n_expert_group: int = moe_key(2, "router=two_level: number of groups of experts", at_least=1)

@@ -1,9 +1,10 @@
-"""Statistics of a few seeds: Student's t intervals, the pooled SD, and the power of a planned test. Needs no torch."""
+"""Statistics of a few seeds: Student's t intervals, the pooled SD, crossings, the power of a planned test. No torch."""
 
 import bisect
 import functools
 import math
 import statistics
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +52,48 @@ def pooled_sd(groups: list[list[float]], unlike: float = 0.05) -> float | None:
         return None
     squares = sum(statistics.variance(group) * (len(group) - 1) for group in groups)
     return math.sqrt(squares / sum(len(group) - 1 for group in groups))
+
+
+class Crossing(NamedTuple):
+    """Where the mean of several curves is 0, with its interval."""
+
+    place: float
+    low: float | None  # None where one curve gives no interval; infinite where the first place is not excluded
+    high: float | None
+    n: int  # curves: one a seed
+
+
+def crossing_of_mean(places: list[float], curves: list[list[float]], confidence: float = CONFIDENCE) -> Crossing | None:
+    """Where the mean of the seeds' curves is 0, or None where it does not cross 0 exactly once.
+
+    places: at least two, rising; curves: of each seed, its values there, joined by straight lines. The interval reaches
+    from the first to the last place where Student's interval of the seeds' mean holds 0 (Fieller 1954, of a ratio). It
+    has its confidence however few the seeds, for at the true crossing their values have the mean 0. A t interval of the
+    seeds' own crossings has not: a seed with a flat curve crosses 0 anywhere or nowhere. No one line is laid through
+    all places, since overfitting bends it, and nothing is told beyond the first and the last.
+    """
+    values = np.array(curves, dtype=float)
+    n, means = len(values), values.mean(axis=0)
+    within = [i for i, (one, other) in enumerate(pairwise(means)) if one * other < 0 or (other == 0 and one != 0)]
+    if len(within) != 1 or means[0] * means[-1] >= 0:
+        return None
+
+    def place_at(i, share):
+        return float(places[i] + share * (places[i + 1] - places[i]))
+
+    (i,) = within
+    place = place_at(i, means[i] / (means[i] - means[i + 1]))
+    if n < 2:
+        return Crossing(place, None, None, n)
+    ends, scale = [place], t_quantile(n, confidence) ** 2 / n
+    for i in range(len(places) - 1):  # mean² = t² variance / n is quadratic in the share of the way to the next place
+        start, way = values[:, i], values[:, i + 1] - values[:, i]
+        (of_start, of_both), (_, of_way) = np.cov(start, way)
+        a, b, c = way.mean(), start.mean(), scale
+        roots = np.roots([a * a - c * of_way, 2 * (a * b - c * of_both), b * b - c * of_start])
+        ends += [place_at(i, root.real) for root in roots if abs(root.imag) < 1e-12 and 0 <= root.real <= 1]
+    is_open = means**2 < scale * values.var(axis=0, ddof=1)
+    return Crossing(place, -math.inf if is_open[0] else min(ends), math.inf if is_open[-1] else max(ends), n)
 
 
 @functools.cache

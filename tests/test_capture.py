@@ -32,6 +32,7 @@ KINDS = {
     "frozen": dict(n_expert=4, router="frozen", **NO_LOSS),
     "random": dict(n_expert=4, router="random", **NO_LOSS),
     "hash": dict(n_expert=4, router="hash", **NO_LOSS),
+    "hash_shared": dict(n_expert=4, router="hash_shared", **NO_LOSS),
     "ngram_hash": dict(n_expert=4, router="ngram_hash", **NO_LOSS),
     "two_level": dict(n_expert=4, router="two_level", n_expert_group=2),
     "expert_choice": dict(n_expert=4, router="expert_choice", capacity_factor=1.0, aux_loss="none"),

@@ -66,8 +66,8 @@ def extended(tmp_path_factory):
     routers, settings = copy / "routing.py", copy / "run" / "settings.py"
     routers.write_text(routers.read_text() + "\n\n" + CLASS + "\n\n" + LINE)
     text = settings.read_text()
-    assert text.count('"expert_choice"]') == 1
-    settings.write_text(text.replace('"expert_choice"]', '"expert_choice", "scaled"]'))
+    assert text.count('"expert_choice"') == 1
+    settings.write_text(text.replace('"expert_choice"', '"expert_choice", "scaled"'))
     (copy / "config" / "shakespeare_scaled.py").write_text(CONFIG)
     return copy
 

@@ -39,12 +39,13 @@ def record(seed, nats=1.9, experts=0, aux=0.0, seconds=100.0, exclusive=True, **
     evaluations[-1]["clean"]["nats"] = nats
     return {
         "config": {"seed": seed, "batch_size": 12, "block_size": 64, "gradient_accumulation_steps": 1},
-        "dataset": {"name": "shakespeare_char", "sha256": "a", "canonical": True, "unit": "character"},
+        "dataset": text_of(1_003_854),
         "leaky": False,
         "exclusive": exclusive,
         "machine": {},
         "evaluations": evaluations,
         "clean": {"best": {"nats": nats, "bpc": nats / math.log(2)}},
+        "test": None,
         "paper": {"best_val": nats, "best_val_with_aux": nats + aux},
         "parameters": {"active": 800_000 + 500 * experts, "total": 800_000 + 500_000 * max(0, experts - 1)},
         "seconds": {"train": seconds},
@@ -54,6 +55,11 @@ def record(seed, nats=1.9, experts=0, aux=0.0, seconds=100.0, exclusive=True, **
         "tokens": 1_536_000,
         **changes,
     }
+
+
+def text_of(size):
+    splits = {"train": size, "val": 111_540}
+    return {"name": "shakespeare_char", "sha256": "a", "canonical": True, "unit": "character", "splits": splits}
 
 
 def comparison(table, cells, scale="cpu"):
@@ -73,6 +79,8 @@ def filled(table, seeds, scale="cpu", only=lambda name: True):
             record(1337 + k, 1.9 - 0.01 * i + 0.004 * k, experts, aux, 100 + 9 * i + k)
             for k in range(seeds if only(row.name) else 0)
         ]
+        for one in cells[row.name]:
+            one["dataset"] = text_of(row.options.get("train_characters") or 1_003_854)
     return comparison(table, cells, scale)
 
 
@@ -83,7 +91,7 @@ PICTURES = {  # figure -> a table and its seeds
     "relative_cost": ("B", 3),
     "load_over_training": ("C", 2),
     "aux_decomposition": ("A", 3),
-    "boundary_map": ("boundary", 3),
+    "difference_by_size": ("repetition", 3),
     "differences": ("A", 3),
 }
 RUNS = {"one": [{"evaluations": record(1)["evaluations"]}], "two": [record(1, 1.8), record(2, 1.7)]}
@@ -150,7 +158,7 @@ def test_a_picture_is_readable_and_stands_alone_in_light_and_dark(name):
 
 def test_missing_rows_leave_the_rest_readable():
     found = {name: drawing for name, drawing in sparse_drawings("one seed").items() if drawing}
-    assert set(found) == PICTURES.keys() - {"boundary_map"}
+    assert set(found) == PICTURES.keys() - {"difference_by_size"}
     for name, drawing in found.items():
         assert_readable(name, drawing.figure, points=8)
         assert_caption_stands_alone(name, drawing)
@@ -256,21 +264,40 @@ def test_auxiliary_loss_is_drawn_apart_from_the_models_own():
     assert "the published gap of 0.07 nats." in paper.caption
 
 
-def test_boundary_map_has_numbers_where_both_models_ran_and_hatching_elsewhere():
-    cells = {
-        "w64_30k_dense": [record(1, 2.0), record(2, 2.0)],
-        "w64_30k_moe4": [record(1, 2.05, 4, epochs=51.2), record(2, 2.07, 4, epochs=51.2)],
-        "w128_all_dense": [record(1)],  # alone, it makes no difference
-    }
-    drawing = figures_of_differences.boundary_map(comparison("boundary", cells))
-    squares, texts = drawing.figure.axes[0].patches, [text.get_text() for text in drawing.figure.axes[0].texts]
-    assert len(squares) == 12 and [bool(square.get_hatch()) for square in squares] == [False] + [True] * 11
-    effect = interval_of_mean([0.05, 0.07])
-    interval = f"[{effect.low:.3f}, {effect.high:.3f}]".replace("-", "−")
-    assert texts == [f"+0.060\n{interval}\nn = 2, 51 epochs"] + ["not run"] * 11
-    red, _, blue, _ = squares[0].get_facecolor()
-    assert red > blue  # MoE is worse
-    assert figures_of_differences.boundary_map(filled("A", 1)) is None
+def by_size(differences, seeds=(1, 2, 3)):
+    """A comparison with this difference at each size: {"_30k": nats of each seed, …}."""
+    cells, sizes = {}, {"_30k": 30_000, "_100k": 100_000, "_300k": 300_000, "": 1_003_854}
+    for tag, of_seeds in differences.items():
+        text = {"dataset": text_of(sizes[tag]), "epochs": 1_536_000 / sizes[tag]}
+        cells[f"shakespeare{tag}_dense"] = [record(s, 1.9 + 0.01 * s, **text) for s in seeds]
+        cells[f"shakespeare{tag}_moe4"] = [
+            record(s, 1.9 + 0.01 * s + nats, 4, **text) for s, nats in zip(seeds, of_seeds)
+        ]
+    return comparison("repetition", cells)
+
+
+def test_the_difference_by_size_has_each_seed_the_mean_and_the_crossing():
+    drawing = figures_of_differences.difference_by_size(
+        by_size({"_100k": (0.04, 0.05, 0.06), "": (-0.06, -0.05, -0.04)})
+    )
+    axes = drawing.figure.axes[0]
+    seeds = [line for line in lines_of(axes) if [x for x, _ in line] == [100_000, 1_003_854]]
+    assert [line[0][1] for line in seeds] == pytest.approx([0.04, 0.05, 0.06, 0.05])  # the mean last
+    crossing = math.sqrt(100_000 * 1_003_854)
+    assert pytest.approx([crossing, crossing]) in [[x for x, _ in line] for line in lines_of(axes) if len(line) == 2]
+    assert [text.get_text() for text in axes.get_xticklabels()] == [
+        "100,000\n(15.4 epochs)",
+        "1,003,854\n(1.53 epochs)",
+    ]
+    assert "difference 0 at 317,000 [" in drawing.caption and "n = 3." in drawing.caption
+    assert drawing.alt == "The loss difference in nats by unique characters: 100,000 +0.050; 1,003,854 −0.050."
+
+
+def test_without_two_sizes_or_a_crossing_none_is_told():
+    assert figures_of_differences.difference_by_size(by_size({"": (-0.06, -0.05, -0.04)})) is None
+    assert figures_of_differences.difference_by_size(filled("A", 1)) is None
+    drawing = figures_of_differences.difference_by_size(by_size({"_30k": (0.2, 0.3, 0.1), "_300k": (0.1, 0.1, 0.2)}))
+    assert "No single crossing of 0 from 30,000 to 300,000 unique characters." in drawing.caption
 
 
 def test_differences_have_intervals_beside_the_published_ones():
@@ -313,8 +340,3 @@ def test_local_runs_are_drawn_with_seeds_mean_and_training_loss():
     ends = [line[-1][1] for line in lines_of(drawing.figure.axes[0])]
     assert ends == pytest.approx([1.9, 1.9, 1.8, 1.8, 1.7, 1.75, 1.65])  # seeds, mean, train: of each label
     assert drawing.figure.legends[0].get_texts()[1].get_text() == "two (n = 2)"
-
-
-def test_text_in_a_square_is_black_or_white_by_contrast():
-    colours = [figures_of_differences.text_colour_on(colour) for colour in ("#0072B2", "#f4f4f4")]
-    assert colours == ["#ffffff", "#000000"]

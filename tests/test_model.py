@@ -473,6 +473,7 @@ TRACED = [
         dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", capacity_factor=1.0),
         dict(n_expert=4, expert_top_k=0, expert_kind="linear_sum", aux_loss="none"),
         dict(n_expert=4, router="hash", aux_loss="none", expert_inner_dropout=0.1),
+        dict(n_expert=4, router="hash_shared", aux_loss="none"),
         dict(n_expert=4, router="ngram_hash", aux_loss="none", n_shared_expert=1, expert_hidden=8),
         dict(n_expert=4, router="random", router_level="sequence", aux_loss="none"),
         dict(n_expert=4, router="expert_choice", capacity_factor=1.0, aux_loss="none"),

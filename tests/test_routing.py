@@ -82,6 +82,15 @@ def test_hash_tables_differ_between_layers_and_seeds():
         assert (loads / loads.mean() - 1).abs().max() < 0.03
 
 
+def test_a_shared_hash_table_is_that_of_the_first_layer_in_every_layer():
+    counts = [round(1e6 / (rank + 2)) for rank in range(60)]
+    first, *others = (router_of("hash_shared", layer=layer, counts=counts).table for layer in range(3))
+    assert torch.equal(first, router_of("hash", layer=0, counts=counts).table)
+    assert all(torch.equal(first, other) for other in others)
+    other_seed = router_of("hash_shared", seed=2, counts=counts).table
+    assert not torch.equal(first, other_seed)
+
+
 def test_ngram_hash_depends_on_the_last_n_symbols_only():
     router = router_of("ngram_hash", router_ngram=3, n_expert=64)
     ids = torch.randint(SYMBOLS, (200, 8))
