@@ -58,7 +58,7 @@ def test_a_file_is_written_read_and_written_again_only_where_it_lacks_something(
     compiler.made = {"a": "code"}
     assert use(folder) == [] and compiler.loaded == []
     path = the_file(folder)
-    assert path.name.endswith(f"-torch-{torch.__version__}-dense.cache") and " " not in path.name
+    assert path.name.endswith(f"-torch-{torch.__version__}-float32-dense.cache") and " " not in path.name
     before = path.stat().st_mtime_ns
     assert use(folder) == [f"compiled before: using {path}"] and compiler.loaded == [{"a": "code"}]
     assert path.stat().st_mtime_ns == before
