@@ -5,9 +5,9 @@
 
 The model is compiled as for CUDA, with tensors that have shapes and a device but no memory, up to Inductor's schedule:
 its kernels, and the bytes that they read and write if each buffer is moved once a kernel. An update is the forward and
-backward pass over a micro-batch, without clipping, AdamW and totals. Attention counts as cuDNN's, and what would be
-tried out on a GPU (padding of products) as left alone. Needs torch 2.13, Triton, and a C++ compiler, for torch's CPU
-build must believe in CUDA: it asks C++ for the device and its streams.
+backward pass over a micro-batch, without clipping, AdamW and totals. Attention counts as cuDNN's; padding of products,
+which torch chooses by timing, is off. Needs torch 2.13, Triton and a C++ compiler: torch's CPU build asks C++ for the
+device and its streams, so a small library pretends to be CUDA.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 """
 
 
-def believe_in_cuda():
+def pretend_cuda():
     """Registers the stub with torch's libraries, before torch is imported and asks for it."""
     torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
     for name in ("libc10.so", "libtorch_cpu.so"):
@@ -59,7 +59,7 @@ def believe_in_cuda():
         ctypes.CDLL(str(library))
 
 
-believe_in_cuda()
+pretend_cuda()
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 sys.path.insert(0, str(ROOT))
 

@@ -152,6 +152,7 @@ print(dict(counters["aot_autograd"]))
 """
 
 
+@pytest.mark.soak
 def test_torch_compiles_from_the_file_in_a_second_process(tmp_path):
     """With an empty cache of inductor's own, as on a new machine."""
     said = []
