@@ -44,7 +44,7 @@ class Measure:
     read: Callable[[dict], float | None]  # record -> the number; None where it has none
     timed: bool = False  # counts only where the run had its hardware to itself
     is_exclusive: Callable[[dict], bool] = _field("exclusive")  # of a timed one: whether the run was alone
-    # (comparison, row) -> {seed: number}, of one that rests on other rows too; its `read` finds nothing in a record.
+    # For a measure computed from several rows: (comparison, row) -> {seed: number}; its `read` finds nothing.
     of_table: Callable[..., dict[int, float]] | None = None
 
 

@@ -1,4 +1,4 @@
-"""One tar with what a sweep has made so far, for a machine that may go away at any moment.
+"""Keeps the records and metrics of a sweep in one tar, for a machine that may go away at any moment.
 
     pack = Pack(Path("made.tar"), say=print)
     pack.watch(run)         # of a run that goes on: packed anew after each evaluation

@@ -1,10 +1,10 @@
-"""What torch.compile made, kept in a file for the next process.
+"""Keeps the output of torch.compile in a file, for the next process.
 
     with compile_cache.reused("out/compile_cache", machine, key=config.hash(), say=print):
         ...                 # compile
 
-Before: the file of this device, version of torch and key is loaded. After: it is written, where something was compiled
-that it lacks. A file is one line that says of what it is, and torch's artifacts. They are code: load none but your own.
+Before: the file of this device, precision, version of torch and key is loaded. After: it is written, where something
+was compiled that it lacks. A file is a header line and torch's artifacts. They are code: load none but your own.
 """
 
 import contextlib
