@@ -22,7 +22,6 @@ from support.options import ConfigError
 
 PACK_SECONDS = 3
 LARGEST_LOG = 2**16  # bytes of a failed run's log, from its end
-LARGEST_PACK = 2**24  # bytes; a larger one is told
 LARGEST_READ = 2**30  # bytes
 EVALUATION = b'"kind": "eval"'
 
@@ -34,7 +33,7 @@ class Pack:
         self.path, self.say = path, say
         self.members = members_of(path)  # name -> bytes
         self.sizes, self.evaluations = {}, {}  # run's name -> bytes and evaluations of its metrics, as packed
-        self.is_stale, self.last_write, self.told = not path.exists(), -math.inf, set()
+        self.is_stale, self.last_write, self.has_failed = not path.exists(), -math.inf, False
 
     def watch(self, run):
         """Look for new evaluations of a run that goes on."""
@@ -68,21 +67,14 @@ class Pack:
         """Write the file where it has become stale. An error is told once, and the next call tries again."""
         if not self.is_stale or (not at_once and time.monotonic() - self.last_write < PACK_SECONDS):
             return
-        content = self.content()
         try:
-            write_atomically(self.path, content)
+            write_atomically(self.path, self.content())
             self.is_stale = False
         except FileError as error:
-            self.tell(str(error))
-        if len(content) > LARGEST_PACK:
-            self.tell(f"{self.path} has {len(content):,} bytes, more than {LARGEST_PACK:,}")
+            if not self.has_failed:
+                self.say(str(error))
+            self.has_failed = True
         self.last_write = time.monotonic()
-
-    def tell(self, text):
-        kind = text.partition(" has ")[0]
-        if kind not in self.told:
-            self.told.add(kind)
-            self.say(text)
 
     def content(self) -> bytes:
         """The tar, records first."""
