@@ -3,16 +3,13 @@
     python sweep.py plan --list         what is there, what comes next, and what each decides
     python sweep.py plan --jobs=4 --budget_minutes=9 --inference_samples=0 --pack=made.tar
 
-PRIORITIES names rows of tables: their runs are those of the tables, and their records go to the same folders. Rows
-that no source's table has are in TABLES here. To add a priority, write an entry where it belongs in the order.
+PRIORITIES names rows of tables: their runs are those of the tables, and their records go to the same folders. To add a
+priority, write an entry where it belongs in the order.
 """
 
 from typing import NamedTuple
 
 from papers.b import PROBES
-from papers.measures import COSTS, LOSSES
-from papers.ours import SOURCE
-from papers.table import Row, Table, View
 
 
 class Priority(NamedTuple):
@@ -23,39 +20,8 @@ class Priority(NamedTuple):
     decides: str
 
 
-PAPER = ("paper",)
 ONE, THREE, FIVE = (1337,), (1337, 1338, 1339), (1337, 1338, 1339, 1340, 1341)
 FRESH = (1340, 1341, 1342, 1343, 1344)  # for claims that were noticed in the first three seeds
-
-
-RATES = Table(
-    name="rates",
-    title="The learning rate: dense, a learned router and a table of characters at 1e-3 and 2e-3",
-    source=SOURCE,
-    text="No paper tuned its learning rate. Two rates tune no row: they show whether differences move with the rate, "
-    "and decide nothing between rows at their best rates. The final rate of the cosine is a tenth of the first, as in "
-    "the papers' protocol.",
-    rows=tuple(
-        row
-        for name, label in {"dense": "dense", "moe4": "4 experts", "hash4": "table of characters"}.items()
-        for row in (
-            Row(f"shakespeare_{name}", f"{label}, 1e-3", scales=PAPER),
-            Row(
-                f"shakespeare_{name}_rate2",
-                f"{label}, 2e-3",
-                f"shakespeare_{name}",
-                options={"learning_rate": 2e-3, "min_lr": 2e-4},
-                baseline=f"shakespeare_{name}",
-                scales=PAPER,
-            ),
-        )
-    ),
-    views=(View("Loss", (*LOSSES, "final_train")), View("Cost", COSTS)),
-    figures=("loss_curves",),
-)
-
-
-TABLES = (RATES,)
 
 _A4 = "A4 and E1: whether 4 experts lose 0.07 nats to the dense model, or that gap is the balancing loss"
 _E7 = "E7: whether a fixed table of characters beats a learned router"
