@@ -5,6 +5,7 @@
     python bench.py --size=paper --tasks=decode --models=moe4    the dense model is always measured too
     python bench.py --models=all                  also 8 experts and the variants of paper B
     python bench.py --profile --models=dense      traces, and what a step's time goes into
+    python bench.py --tasks=decode --decoders=attention       another way of writing, beside the usual one
     python bench.py --json=results/bench/NAME.json     the record that plot_results.py reads
     python bench.py --flags=pdl --tasks=train --compare=FILE     a switch of torch tried out (FILE: without it)
 
@@ -37,7 +38,7 @@ from data.common import DataError, Dataset, find_dataset
 from run import accounting
 from run.records import RecordError
 from run.settings import Config
-from speed import bench_records, bench_screen, flags, kernels, profiles, timing
+from speed import bench_records, bench_screen, decoding, flags, kernels, profiles, timing
 from speed.timing import Candidate, Decoding, Unit, is_right, percentiles
 from support import configurator, console, files, machines
 from support.files import FileError
@@ -56,6 +57,7 @@ MODELS = {  # name -> title, config file, changes to it
     "moe4_linear_cap05": ("4 linear experts, capacity 0.5", "shakespeare_top2_cap05", {}),
     "moe4_linear_cap10": ("4 linear experts, capacity 1.0", "shakespeare_top2_cap10", {}),
 }
+OTHER_DECODERS = [name for name in decoding.DECODERS if name != "auto"]
 USUAL = 6  # the first so many of MODELS are measured by default
 ALL = "all"
 BATCH_SIZES = (1, 8, 32)  # of prefill and decode
@@ -81,6 +83,9 @@ class BenchConfig:
         "", f"some of {', '.join(MODELS)}, with commas between, or {ALL}; empty = the first {USUAL}", group="What"
     )
     tasks: str = option("", f"some of {', '.join(bench_records.TASKS)}; empty = all", group="What")
+    decoders: str = option(
+        "", f"also {', '.join(OTHER_DECODERS)}: ways of writing on CUDA, beside the usual one", group="What"
+    )
     quick: bool = option(False, "fewer rounds and shorter texts: a first look, not for quoting", group="What")
     seed: int = option(1337, "of weights, batches and samples", group="What", at_least=0, at_most=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="Machine")
@@ -95,7 +100,8 @@ class BenchConfig:
     profile: bool = option(False, "trace a training and a decoding step; say what their time goes into", group="Output")
 
     def problems(self):
-        for key, known in (("models", (*MODELS, ALL)), ("tasks", bench_records.TASKS), ("flags", flags.FLAGS)):
+        known_words = {"models": (*MODELS, ALL), "tasks": bench_records.TASKS, "flags": flags.FLAGS}
+        for key, known in {**known_words, "decoders": OTHER_DECODERS}.items():
             for word in words_in(getattr(self, key)):
                 if word not in known:
                     yield (key,), f"{word!r} is none of {', '.join(known)}"
@@ -149,7 +155,9 @@ class NothingToCompare(Exception):
 
 
 class Bench:
-    """Measures models, task by task. A candidate whose output is wrong is reported, and left out from then on."""
+    """Measures models, task by task. A candidate whose output is wrong is reported, and left out from then on.
+
+    Candidates with a decoder of their own only read and write."""
 
     def __init__(self, candidates, machine, effort, ceilings):
         self.candidates, self.machine, self.effort, self.ceilings = candidates, machine, effort, ceilings
@@ -162,22 +170,27 @@ class Bench:
             self.decode(batch_size, tasks)
         if "papers" in tasks:
             count = self.effort.characters
-            texts = {one: functools.partial(one.sample_without_cache, count) for one in self.candidates}
+            texts = {one: functools.partial(one.sample_without_cache, count) for one in self.trained}
             self.measure("papers", 1, count, {candidate: Unit(text) for candidate, text in texts.items()})
 
+    @property
+    def trained(self):
+        return [candidate for candidate in self.candidates if candidate.way == "auto"]
+
     def train(self):
-        for candidate in self.candidates:
+        for candidate in self.trained:
             for failure in candidate.make_ready():
                 print(f"{candidate.title}: {failure}")
-        self.keep_right(timing.check_training)
+        self.keep_right(timing.check_training, self.trained)
         if self.machine.capture:
-            self.keep_right(timing.check_capture)
-        config, units = self.candidates[0].config, {candidate: candidate.training() for candidate in self.candidates}
+            self.keep_right(timing.check_capture, self.trained)
+        config, units = self.candidates[0].config, {candidate: candidate.training() for candidate in self.trained}
         self.measure("train", config.batch_size, config.batch_size * config.block_size, units)
 
     def decode(self, batch_size, tasks):
         decodings = {candidate: Decoding(candidate, batch_size) for candidate in self.candidates}
-        self.keep_right(lambda candidate: timing.check_decoding(candidate, decodings[candidate].decoder, batch_size))
+        check = timing.check_decoding
+        self.keep_right(lambda one: check(one, decodings[one].decoder, batch_size), self.candidates)
         half = self.candidates[0].config.block_size // 2
         for task, tokens in (("prefill", batch_size * half), ("decode", batch_size)):
             if task in tasks:
@@ -185,12 +198,12 @@ class Bench:
                 held = {candidate: decodings[candidate].bytes_held for candidate in self.candidates}
                 self.measure(task, batch_size, tokens, units, held)
 
-    def keep_right(self, check):
-        """Checks each candidate and drops wrong ones. References are what the others are checked against.
+    def keep_right(self, check, candidates):
+        """Checks these candidates and drops wrong ones. References are what the others are checked against.
 
         check: candidate -> {what, error, limit}, which is kept for the record.
         """
-        for candidate in [one for one in self.candidates if not one.is_reference]:
+        for candidate in [one for one in candidates if not one.is_reference]:
             row = check(candidate)
             if is_right(row):
                 candidate.checks.append(row)
@@ -277,7 +290,8 @@ def profile_all(candidates, size):
     folder.mkdir(parents=True, exist_ok=True)
     for candidate in candidates:
         if not candidate.is_reference:
-            for task, unit in {"train": candidate.training(), "decode": Decoding(candidate, 1).decode()}.items():
+            units = {"train": candidate.training()} if candidate.way == "auto" else {}
+            for task, unit in {**units, "decode": Decoding(candidate, 1).decode()}.items():
                 print("\n" + "\n".join(profiles.profile_lines(candidate, task, unit, folder)), flush=True)
 
 
@@ -304,6 +318,8 @@ def main(argv):
     configs = {name: model_config(name, size, machine, config.seed) for name in names}
     candidates = [Candidate(name, MODELS[name][0], configs[name], dataset, machine) for name in names]
     dense = candidates[names.index(bench_records.DENSE)]
+    usual = [candidate for candidate in candidates if not candidate.is_reference]
+    candidates += [candidate.written_by(way) for way in words_in(config.decoders) for candidate in usual]
     bench = Bench(candidates, machine, QUICK if config.quick else FULL, timing.ceilings(machine, dense.model))
     try:
         bench.run(config.chosen_tasks())

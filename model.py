@@ -278,6 +278,14 @@ class Decoder:
         logits_BV, routing = self.read(ids_BT)
         return Generated(sample(logits_BV, self.temperature, self.top_k, uniform_B), routing)
 
+    def continued(self, ids_BT, uniform_SB) -> Iterator[Generated]:
+        """Reads ids, then each token drawn but the last: one Generated for each of the S rows of uniform_SB. There must
+        be room in the cache. A step's routing is valid until the next one is asked for."""
+        for uniform_B in uniform_SB:
+            step = self.next(ids_BT, uniform_B)
+            yield step
+            ids_BT = step.tokens[:, None]
+
     def write(self, idx, max_new_tokens, generators=None) -> Iterator[Generated]:
         """Continues idx (B, T) by max_new_tokens, one Generated a step, from an empty cache.
 
@@ -289,16 +297,16 @@ class Decoder:
         block_size = self.model.config.block_size
         uniform = torch.stack([uniforms(max_new_tokens, g) for g in generators or [None] * idx.size(0)], dim=1)
         uniform = uniform.to(idx.device)
-        self.clear()
-        window = unread = idx[:, -block_size:]
-        for uniform_B in uniform:
-            if self.length + unread.size(1) > block_size:
-                window = unread = window[:, -max(1, block_size // 2) :]
-                self.clear()
-            step = self.next(unread, uniform_B)
-            yield step
-            unread = step.tokens[:, None]
-            window = torch.cat((window, unread), dim=1)
+        window = idx[:, -block_size:]
+        while len(uniform):
+            self.clear()
+            fit = block_size + 1 - window.size(1)  # the last one is not read
+            written = [window]
+            for step in self.continued(window, uniform[:fit]):
+                yield step
+                written.append(step.tokens[:, None])
+            uniform = uniform[fit:]
+            window = torch.cat(written, dim=1)[:, -max(1, block_size // 2) :]
 
 
 def uniforms(count, generator=None):

@@ -42,6 +42,9 @@ class SampleConfig:
     checkpoint: Literal["best", "last"] = model_key("best", "best.pt (lowest validation loss) or ckpt.pt")
     device: str = model_key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = model_key("auto", "precision of matrix products")
+    decoder: Literal["auto", "attention"] = model_key(
+        "auto", "way of writing on CUDA: auto = what was measured to be fastest; see docs/speed.md"
+    )
     start: str = text_key("", "prompt, or FILE:path; empty = a newline, else a space, else the first symbol")
     num_samples: int = text_key(1, "number of samples", at_least=1)
     max_new_tokens: int = text_key(500, "characters of each sample", at_least=1, at_most=10**7)
@@ -220,7 +223,9 @@ def main(argv):
         prompt_ids(config.start, vocabulary),
         vocabulary.encode(in_its_form(config.stop, vocabulary)).tolist(),
     )
-    decoder = decoding.fastest(model, 1, machine, config.temperature, config.top_k or None)
+    decoder = decoding.fastest(model, 1, machine, config.temperature, config.top_k or None, config.decoder)
+    if config.decoder != "auto":
+        print(f"decoder={config.decoder}: {decoder.how}", file=sys.stderr)
     for i in range(config.num_samples):
         if i:
             print("-" * 40)

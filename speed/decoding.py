@@ -5,77 +5,79 @@
 
 A step of decoding reads every weight once and computes little, so its time goes to memory and, at this size, to
 launches of small operations. On a CPU, weight matrices are packed for oneDNN once, and only the chosen experts are
-read. On CUDA, weights are cast once, the experts of small batches run as Triton kernels (`kernels.py`), and a step is
-one CUDA graph. Elsewhere: `model.Decoder`.
+read. On CUDA: `captured_decoding.py`. Elsewhere: `model.Decoder`.
 
 A seed gives the same text with every decoder, up to rounding: sums differ in their last bits, so now and then a draw at
 the edge between two characters falls on the other side.
 """
 
 import copy
+import functools
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import backends
-from model import Decoder, Generated, sample
-from routing import LEVELS, is_linear_top_k
+from model import Decoder
+from routing import LEVELS
 from selection import GATES, Routing, top_k_experts
 from speed import kernels
-from support import machines
+from speed.captured_decoding import AutocastDecoder, CapturedDecoder, is_plain
 
 PACK = "_reorder_linear_weight"  # of torch.ops.mkldnn; torch.compile uses it too
-FEW_TOKENS = 64  # the most for kernels.py
 PACKED_FOR = 256  # rows; layouts for 8 to 256 were equally fast at batch 1, 8 and 32, that for 1 was slowest
+DECODERS = {  # asked for -> what is tried on CUDA, in this order
+    "auto": ("captured",),
+    "attention": ("attention", "captured"),
+}
 
 
-def fastest(model, batch_size, machine, temperature=1.0, top_k=None) -> Decoder:
-    """The fastest Decoder of `model` (a GPT) for this many sequences on this machine, with a copy of its weights."""
-    how = batch_size, machine, temperature, top_k
-    if machine.device.type == "cpu" and can_pack(machine.dtype):
-        return PackedDecoder(model, *how)
-    reason = None
+def fastest(model, batch_size, machine, temperature=1.0, top_k=None, decoder="auto") -> Decoder:
+    """The fastest Decoder of `model` (a GPT) for this many sequences on this machine, with a copy of its weights.
+
+    decoder: one of DECODERS. `how` of the Decoder says why one that was tried was not taken."""
+    how, made, reasons = (batch_size, machine, temperature, top_k), None, {}
+    ways = {
+        "attention": (needs_triton, functools.partial(CapturedDecoder, attention=True)),
+        "captured": (lambda model: None, CapturedDecoder),
+    }
     if machine.device.type == "cuda":
-        reason = obstacle(model)
-        if not reason:
-            try:
-                return CapturedDecoder(model, *how)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a compiler or a driver raises, writing can go on without it
-                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return AutocastDecoder(copy.deepcopy(model).eval(), *how, reason)
+        for way in DECODERS[decoder]:
+            find_obstacle, make = ways[way]
+            reasons[way] = obstacle(model) or find_obstacle(model)
+            if not reasons[way]:
+                try:
+                    made = make(model, *how)
+                    break
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # whatever a compiler or a driver raises, writing can go on without it
+                    reasons[way] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    elif decoder != "auto":
+        reasons[decoder] = "it needs CUDA"
+    if made is None and machine.device.type == "cpu" and can_pack(machine.dtype):
+        made = PackedDecoder(model, *how)
+    made = made or AutocastDecoder(copy.deepcopy(model).eval(), *how)
+    made.how += "".join(f" (not {way}: {reason})" for way, reason in reasons.items() if reason)
+    return made
 
 
 def obstacle(model):
     """The reason why a step of this model cannot be one CUDA graph, or None."""
     if looks_back(model):
         return "its routers look back, so that shapes change"
-    if model.moe_layers() and not kernels.AVAILABLE:
-        return "Triton is not installed"
-    return None
+    return needs_triton(model) if model.moe_layers() else None
+
+
+def needs_triton(model):
+    return None if kernels.AVAILABLE else "Triton is not installed"
 
 
 def looks_back(model):
     """Whether a router needs earlier tokens than the one at hand."""
     layers = model.moe_layers()
     return any(layer.router.needs_history or LEVELS[layer.config.router_level].needs_history for layer in layers)
-
-
-class AutocastDecoder(Decoder):
-    """Decodes in the machine's precision. reason: why no faster decoder was taken."""
-
-    def __init__(self, model, batch_size, machine, temperature=1.0, top_k=None, reason=None):
-        self.machine = machine
-        if reason:
-            self.how = f"{self.how} (not captured: {reason})"
-        with machine.autocast():
-            super().__init__(model, batch_size, temperature, top_k)
-
-    def read(self, ids_BT):
-        with self.machine.any_length():
-            return super().read(ids_BT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,140 +159,6 @@ class PackedExperts:
                 one = self.w_out[expert](one) if self.w_out else one
                 y = one if y is None else y + one
         return x_1D.new_zeros(1, (self.w_out or self.w_in)[0].width) if y is None else y
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# CUDA
-
-
-class CapturedDecoder(AutocastDecoder):
-    """Decodes on CUDA: weights cast once, experts by `kernels.py`, a step of one token per sequence as a CUDA graph.
-
-    machine.compile: torch.compile first, to fuse small operations. A step's routing is overwritten by the next step.
-    """
-
-    def __init__(self, model, batch_size, machine, temperature=1.0, top_k=None):
-        super().__init__(cast(model, machine.dtype), batch_size, machine, temperature, top_k)
-        if machine.compile and kernels.AVAILABLE:
-            self.step = machines.compiled(self.step)
-        self.position = torch.zeros(1, dtype=torch.int64, device=machine.device)
-        self.ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=machine.device)
-        self.uniform = torch.zeros(batch_size, device=machine.device)
-        with torch.no_grad(), machine.autocast():
-            self.made, self.replay = self.capture()
-        self.clear()
-
-    @property
-    def how(self):
-        in_triton = any(layer.experts.w_out is not None for layer in self.model.moe_layers())
-        compiled = "compiled, " if self.machine.compile and kernels.AVAILABLE else ""
-        return f"{compiled}CUDA graph{', experts in Triton' if in_triton else ''}"
-
-    def step(self):
-        """Reads self.ids, draws with self.uniform, advances self.position. -> (logits (B, V), tokens (B,), routing)"""
-        self.cache.position = self.position
-        out = self.model(self.ids, cache=self.cache, last_only=True)
-        self.cache.position = None
-        self.position += 1
-        logits = out.logits[:, -1].float()
-        return logits, sample(logits, self.temperature, self.top_k, self.uniform), out.routing
-
-    def warm_up(self):
-        """Compiles and sets up, which a graph must not contain. Each step starts from an empty cache, as the captured
-        one does, so that the compiler sees one case."""
-        for _ in range(3):
-            self.clear()
-            self.step()
-        self.clear()
-
-    def capture(self):
-        """-> (outputs of step, in fixed memory; a function that runs the step again)"""
-        with torch.cuda.device(self.machine.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.warm_up()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                made = self.step()
-        return made, graph.replay
-
-    def clear(self):
-        super().clear()
-        self.position.zero_()
-
-    def read(self, ids_BT):
-        if ids_BT.size(1) > 1:
-            logits_and_routing = super().read(ids_BT)
-            self.position.fill_(self.length)
-            return logits_and_routing
-        logits, _, routing = self.read_one(ids_BT)
-        return logits.clone(), routing
-
-    def next(self, ids_BT, uniform_B):
-        if ids_BT.size(1) > 1:
-            return super().next(ids_BT, uniform_B)
-        self.uniform.copy_(uniform_B)
-        _, tokens, routing = self.read_one(ids_BT)
-        return Generated(tokens.clone(), routing)
-
-    def read_one(self, ids_B1):
-        if self.length == self.model.config.block_size:
-            raise ValueError(f"{self.length + 1} positions, but block_size is {self.length}")
-        self.ids.copy_(ids_B1)
-        self.replay()
-        self.cache.length += 1
-        return self.made
-
-
-def cast(model, dtype):
-    """A copy of the model for CUDA: matrices cast to `dtype` once, experts by `kernels.py`."""
-    model = copy.deepcopy(model).eval().requires_grad_(False)  # else autocast caches casts, and a graph lacks them
-    for _, module in model.modules_without_routers():
-        if isinstance(module, nn.Linear):
-            module.to(dtype)
-    for layer in model.moe_layers():
-        layer.experts.to(dtype)
-        layer.own_backend = by_kernels
-        if is_plain(layer):
-            layer.route = KernelRoute(layer)
-    return model
-
-
-def by_kernels(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
-    """A backend (see `backends.py`) for few tokens. Many tokens and linear_sum go to a backend of training."""
-    if x_ND.size(0) > FEW_TOKENS or w_out is None:
-        name = backends.choose_backend(w_in.shape, routing.experts.size(1), x_ND.device, w_in.dtype)
-        return backends.BACKENDS[name](x_ND, routing, w_in, bias_in, w_out, activate, gate_after)
-    hidden = kernels.up(x_ND.to(w_in.dtype), w_in, bias_in, routing.experts, routing.gates, gate_first=not gate_after)
-    return kernels.down(hidden, w_out, routing.experts, routing.gates, gate_last=gate_after)
-
-
-class KernelRoute:
-    """`MoE.route` of a plain layer, in one kernel."""
-
-    def __init__(self, layer):
-        config = layer.config
-        self.how = config.expert_top_k or config.n_expert, config.gate, config.gate_renormalize, layer.temperature
-        self.weight = layer.router.weight
-
-    def __call__(self, x_BTD, ids_BT, cache=None, real_BT=None):
-        x_ND = x_BTD.reshape(-1, x_BTD.size(-1)).float()
-        routed = kernels.route(x_ND, self.weight, *self.how)
-        every = torch.ones_like(routed[2], dtype=torch.bool)
-        return Routing(*routed, every, every, x_ND.size(0))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Routing without special cases and training
-
-
-def is_plain(layer):
-    """Whether routing is a linear router and top-k of the token's own vector."""
-    config = layer.config
-    special = config.capacity_factor, config.router_top_p, config.router_bias_rate, config.gate_straight_through
-    return is_linear_top_k(layer.router) and config.router_level == "token" and not any(special)
 
 
 class PlainRoute:

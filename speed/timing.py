@@ -59,8 +59,19 @@ class Candidate:
         else:
             self.updater, self.totals = update.Updater(self.model, config, machine), RunningTotals()
             self.optimizer = self.updater.optimizer
-        self.steps_made, self.checks, self.decoders_used = 0, [], {}
-        self.compile_seconds = {"train": None, "decode": None}
+        self.steps_made, self.way = 0, "auto"
+        self.forget()
+
+    def forget(self):
+        """Starts what is noted down for the record."""
+        self.checks, self.decoders_used, self.compile_seconds = [], {}, {"train": None, "decode": None}
+
+    def written_by(self, way):
+        """The same model with another one of decoding.DECODERS."""
+        other = copy.copy(self)
+        other.name, other.title, other.way = f"{self.name}_{way}", f"{self.title}, decoder={way}", way
+        other.forget()
+        return other
 
     @property
     def is_compiled(self):
@@ -120,7 +131,7 @@ class Candidate:
         self.model.eval()
         if self.is_reference:
             return Uncached(self.model, self.machine)
-        return decoding.fastest(self.model, batch_size, self.machine, TEMPERATURE, TOP_K)
+        return decoding.fastest(self.model, batch_size, self.machine, TEMPERATURE, TOP_K, decoder=self.way)
 
     def text(self, batch_size):
         """(B, T) tokens of the validation split."""
@@ -214,8 +225,8 @@ class Decoding:
         self.tokens_B = self.decoder.next(ids_BT, self.uniforms(1)[0]).tokens
 
     def _decode(self):
-        for uniform_B in self.uniforms(self.steps):
-            self.tokens_B = self.decoder.next(self.tokens_B[:, None], uniform_B).tokens
+        for step in self.decoder.continued(self.tokens_B[:, None], self.uniforms(self.steps)):
+            self.tokens_B = step.tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------

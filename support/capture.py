@@ -25,9 +25,10 @@ class Captured:
     inputs: tensors, or numbers, which the function gets as 0-d tensors: float64 on a CPU, float32 elsewhere. The
     function runs WARM_UPS times first, so the caller undoes its side effects. It must not wait for the device, nor copy
     from it, nor make shapes depend on values. stream: the torch.cuda.Stream on which it was compiled (see `aside`).
+    reset: called before each of these runs and before the capture, where the function may not run on from the last.
     """
 
-    def __init__(self, function, inputs, device, stream=None):
+    def __init__(self, function, inputs, device, stream=None, reset=lambda: None):
         number = torch.float64 if device.type == "cpu" else torch.float32  # what fused optimisers read a rate as
         self.function, self.outputs, self.graph = function, None, None
         self.inputs = [
@@ -36,7 +37,9 @@ class Captured:
         ]
         with aside(stream):
             for _ in range(WARM_UPS):
+                reset()
                 function(*self.inputs)
+        reset()
         if device.type == "cuda":
             self.graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
@@ -51,10 +54,15 @@ class Captured:
         if self.graph:
             self.graph.replay()
         elif self.outputs is None:
-            self.outputs = self.function(*self.inputs)
+            self.outputs = pytree.tree_map_only(torch.Tensor, own, self.function(*self.inputs))
         else:
             pytree.tree_map_(copy_in_place, self.outputs, self.function(*self.inputs))
         return self.outputs
+
+
+def own(value):
+    """A copy in memory of its own, which no view shares."""
+    return value.detach().clone()
 
 
 def copy_in_place(fixed, value):

@@ -236,8 +236,19 @@ class Shifted(Decoder):
         return logits * (1.01 if routing else 1.0), routing
 
 
+def test_another_decoder_is_timed_beside_the_usual_one_and_trains_nothing(run, tmp_path):
+    options = ["--tasks=train,decode", "--models=dense", "--decoders=attention", f"--json={tmp_path}/record.json"]
+    code, page, _ = run(*options)
+    record = bench_records.read(tmp_path / "record.json")
+    found = [(row["task"], row["model"]) for row in record["measurements"] if row["batch_size"] in (1, 4)]
+    assert code == 0 and found == [("train", "dense"), ("decode", "dense"), ("decode", "dense_attention")]
+    assert record["models"]["dense_attention"]["backend"]["decode"].endswith("(not attention: it needs CUDA)")
+    assert "decoder=attention" in page
+    assert "'quick' is none of" in refused(ConfigError, "--decoders=quick")
+
+
 def test_a_model_that_decodes_wrongly_keeps_its_training_times(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "fastest", lambda model, batch, machine, *about: Shifted(model, batch, *about))
+    monkeypatch.setattr(decoding, "fastest", lambda model, batch, machine, *about, **_: Shifted(model, batch, *about))
     code, _, error = run("--models=moe4", "--tasks=train,decode", f"--json={tmp_path / 'r.json'}")
     assert code == 3 and "4 experts, top-1 is wrong and was not timed: decoding at batch 1" in error
     assert "batch 8" not in error  # it was left out by then

@@ -1,4 +1,4 @@
-"""Every way to write gives the text of `model.Decoder`; what the captured step does is run here without a capture."""
+"""Every way to write gives the text of `model.Decoder`. Without CUDA, a captured step runs again each time."""
 
 import copy
 import functools
@@ -15,29 +15,15 @@ CPU = machines.Machine(torch.device("cpu"), torch.float32, compile=False, reason
 STATIC = [kind for kind in CAUSAL if not decoding.looks_back(gpt(**KINDS[kind]))]
 
 
-class Uncaptured(decoding.CapturedDecoder):
-    """The decoder for CUDA with its step run again in place of a replay."""
-
-    def capture(self):
-        return self.step(), self.again
-
-    @torch.no_grad()
-    def again(self):
-        with self.machine.autocast():
-            logits, tokens, routing = self.step()
-        for old, new in zip(self.made[:2], (logits, tokens)):
-            old.copy_(new)
-        self.made = (*self.made[:2], routing)
-
-
 def float_gpt(kind, **changes):
     return gpt(std=0.3, **KINDS[kind], **changes).float()
 
 
 def decoders(model, batch_size, **options):
     yield decoding.fastest(model, batch_size, CPU, **options)
-    if not decoding.looks_back(model):
-        yield Uncaptured(model, batch_size, CPU, **options)
+    if not decoding.looks_back(model):  # a captured step runs again where there is no CUDA
+        for attention in (False, True):
+            yield decoding.CapturedDecoder(model, batch_size, CPU, **options, attention=attention)
 
 
 def written(decoder, prompt, count, seeds):
@@ -71,7 +57,7 @@ def test_seed_gives_the_same_text_with_every_decoder_also_past_block_size(kind, 
         [torch.stack([step.tokens for step in written(decoder, prompt, 40, (3, 4))]) for _ in range(2)]
         for decoder in (Decoder(model, 2, 0.8, 5), *decoders(model, 2, temperature=0.8, top_k=5))
     )
-    assert len(others) == 2 and torch.equal(plain[0], plain[1])
+    assert len(others) == 3 and torch.equal(plain[0], plain[1])
     for first, again in others:
         assert torch.equal(first, plain[0]) and torch.equal(again, plain[0])
 
@@ -89,25 +75,23 @@ def test_step_with_position_on_device_equals_step_with_length(kind):
         torch.testing.assert_close(model(ids[:, t : t + 1], cache=static).logits, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "top1", "concat_capacity"])
-def test_step_compiles_into_one_graph_before_capture(kind, monkeypatch):
+def test_step_compiles_into_one_graph_before_capture(kind, attention, monkeypatch):
     """Within the recording of a graph nothing can be compiled."""
-
-    class Captured(Uncaptured):
-        def capture(self):
-            self.warm_up()
-            with torch._dynamo.config.patch(error_on_recompile=True):
-                return super().capture()
-
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(kernels, "AVAILABLE", True)
     monkeypatch.setattr(kernels, "uses_triton", lambda x: False)
-    decoder = Captured(float_gpt(kind), 2, CPU._replace(compile=True))
-    assert decoder.how.startswith("compiled") and decoder.made[0].isfinite().all()
+    model = float_gpt(kind)
+    decoder = decoding.CapturedDecoder(model, 2, CPU._replace(compile=True), attention=attention)
+    assert decoder.how.startswith("compiled") and decoder.length == decoder.position.item() == 0
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        logits, _ = decoder.read(tokens(2, 1).zero_())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert decoder.length == decoder.position.item() == 0
+    expected, _ = Decoder(model, 2).read(tokens(2, 1).zero_())
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_full_cache_is_refused_with_the_plain_decoders_message():
@@ -165,7 +149,7 @@ def test_fastest_chooses_the_decoder_for_device_and_dtype(device, dtype, decoder
 def test_cast_to_bfloat16_stays_near_float32(kind):
     machine = machines.Machine(torch.device("cpu"), torch.bfloat16, compile=False, reason="")
     model, ids = float_gpt(kind), tokens(2, 16)
-    decoder, plain = Uncaptured(model, 2, machine), Decoder(model, 2)
+    decoder, plain = decoding.CapturedDecoder(model, 2, machine), Decoder(model, 2)
     for part in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):
         ours, theirs = decoder.read(part)[0], plain.read(part)[0]
         assert ours.dtype == torch.float32
@@ -199,7 +183,7 @@ class AsOnCuda(machines.Machine):
 def test_prompts_and_eager_steps_keep_cudnn_out_on_cuda():
     """Its attention plans anew for each length. A captured step has one length, and torch's choice of attention."""
     machine, allowed = AsOnCuda(*CPU), []
-    for kind in (decoding.AutocastDecoder, Uncaptured):
+    for kind in (decoding.AutocastDecoder, decoding.CapturedDecoder):
         decoder = kind(float_gpt("top1").eval(), 1, machine)
         decoder.model.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled()))
         for length in (3, 1):
