@@ -42,7 +42,7 @@ class SampleConfig:
     checkpoint: Literal["best", "last"] = model_key("best", "best.pt (lowest validation loss) or ckpt.pt")
     device: str = model_key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = model_key("auto", "precision of matrix products")
-    decoder: Literal["auto", "attention"] = model_key(
+    decoder: Literal["auto", "attention", "fused"] = model_key(
         "auto", "way of writing on CUDA: auto = what was measured to be fastest; see docs/speed.md"
     )
     start: str = text_key("", "prompt, or FILE:path; empty = a newline, else a space, else the first symbol")

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 import backends
 from model import Decoder, Generated, sample
+from moe import Experts
 from routing import is_linear_top_k
 from selection import Routing
 from speed import decoding_kernels, kernels
@@ -35,32 +36,31 @@ class AutocastDecoder(Decoder):
 class CapturedDecoder(AutocastDecoder):
     """Decodes on CUDA: weights cast once, experts by `kernels.py`, a step of one token per sequence as a CUDA graph.
 
-    machine.compile: torch.compile first, to fuse small operations. attention: one kernel for what lies between the
-    products of attention. A step's routing is overwritten by the next step.
+    machine.compile: torch.compile first, to fuse small operations. A step's routing is overwritten by the next step.
     """
 
-    def __init__(self, model, batch_size, machine, temperature=1.0, top_k=None, attention=False):
+    def __init__(self, model, batch_size, machine, temperature=1.0, top_k=None):
         super().__init__(cast(model, machine.dtype), batch_size, machine, temperature, top_k)
-        if attention:
-            for block in self.model.blocks:
-                block.attention.forward = KernelAttention(block.attention)
-        in_triton = ["attention"] if attention else []
-        in_triton += ["experts"] if any(layer.experts.w_out is not None for layer in self.model.moe_layers()) else []
-        is_compiled = machine.compile and kernels.AVAILABLE
-        self.how = f"{'compiled, ' if is_compiled else ''}CUDA graph"
-        self.how += f", {' and '.join(in_triton)} in Triton" if in_triton else ""
+        self.batch_size = batch_size
         self.position = torch.zeros(1, dtype=torch.int64, device=machine.device)
-        self.replay = self.captured(machines.compiled(self.step) if is_compiled else self.step)
+        self.how = self.lay_out()
+        self.replay = self.captured(self.step, batch_size)
 
-    def captured(self, step):
-        """The step as a CUDA graph. Each run before starts from an empty cache, so that the compiler sees one case."""
-        device, batch_size = self.machine.device, self.cache.layers[0].keys.size(0)
-        ids, uniform = (
-            torch.zeros(batch_size, 1, dtype=torch.int64, device=device),
-            torch.zeros(batch_size, device=device),
-        )
+    def lay_out(self):
+        """Makes self.step ready to be captured. -> how, in words"""
+        if is_compiled := self.machine.compile and kernels.AVAILABLE:
+            self.step = machines.compiled(self.step)
+        in_triton = any(layer.own_backend is by_kernels for layer in self.model.moe_layers())
+        return f"{'compiled, ' if is_compiled else ''}CUDA graph{', experts in Triton' if in_triton else ''}"
+
+    def captured(self, function, *shape):
+        """function(ids (B, 1), uniform of this shape) as a CUDA graph. Each run before the capture starts from an empty
+        cache, so that the compiler sees one case."""
+        device = self.machine.device
+        ids = torch.zeros(self.batch_size, 1, dtype=torch.int64, device=device)
         with torch.no_grad(), self.machine.autocast():
-            return Captured(step, [ids, uniform], device, side_stream(device), reset=self.clear)
+            uniform = torch.zeros(shape, device=device)
+            return Captured(function, [ids, uniform], device, side_stream(device), reset=self.clear)
 
     def step(self, ids_B1, uniform_B):
         """Reads, draws, and advances self.position. -> (logits (B, V), tokens (B,), routing)"""
@@ -89,14 +89,27 @@ class CapturedDecoder(AutocastDecoder):
         _, tokens, routing = self.read_one(ids_BT, uniform_B)
         return Generated(tokens.clone(), routing)
 
-    @torch.no_grad()
     def read_one(self, ids_B1, uniform_B):
-        if self.length == self.model.config.block_size:
-            raise ValueError(f"{self.length + 1} positions, but block_size is {self.length}")
+        return self.run(self.replay, 1, ids_B1, uniform_B)
+
+    @torch.no_grad()
+    def run(self, replay, count, ids_B1, uniform):
+        """Replays so many steps, if the cache has room for them."""
+        if self.length + count > self.model.config.block_size:
+            raise ValueError(f"{self.length + count} positions, but block_size is {self.model.config.block_size}")
         with self.machine.autocast():
-            made = self.replay(ids_B1, uniform_B)
-        self.cache.length += 1
+            made = replay(ids_B1, uniform)
+        self.cache.length += count
         return made
+
+
+class AttentionDecoder(CapturedDecoder):
+    """The same with one kernel for all that lies between the two products of attention."""
+
+    def lay_out(self):
+        for block in self.model.blocks:
+            block.attention.forward = KernelAttention(block.attention)
+        return f"{super().lay_out()}, attention in Triton"
 
 
 def cast(model, dtype):
@@ -107,7 +120,7 @@ def cast(model, dtype):
             module.to(dtype)
     for layer in model.moe_layers():
         layer.experts.to(dtype)
-        layer.own_backend = by_kernels
+        layer.own_backend = by_kernels if has_gelu_between(layer.experts) else by_training
         if is_plain(layer):
             layer.route = KernelRoute(layer)
     return model
@@ -126,11 +139,21 @@ class KernelAttention:
         return self.attention.proj(y_BD)[:, None]
 
 
+def has_gelu_between(experts):
+    """Whether each expert has two layers with GELU between them, as `kernels.py` computes."""
+    return experts.w_out is not None and type(experts).activate is Experts.activate
+
+
+def by_training(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
+    """A backend (see `backends.py`): one of training's, which a step can be captured with."""
+    name = backends.choose_backend(w_in.shape, routing.experts.size(1), x_ND.device, w_in.dtype)
+    return backends.BACKENDS[name](x_ND, routing, w_in, bias_in, w_out, activate, gate_after)
+
+
 def by_kernels(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
-    """A backend (see `backends.py`) for few tokens. Many tokens and linear_sum go to a backend of training."""
-    if x_ND.size(0) > FEW_TOKENS or w_out is None:
-        name = backends.choose_backend(w_in.shape, routing.experts.size(1), x_ND.device, w_in.dtype)
-        return backends.BACKENDS[name](x_ND, routing, w_in, bias_in, w_out, activate, gate_after)
+    """A backend for few tokens; many go to a backend of training."""
+    if x_ND.size(0) > FEW_TOKENS:
+        return by_training(x_ND, routing, w_in, bias_in, w_out, activate, gate_after)
     hidden = kernels.up(x_ND.to(w_in.dtype), w_in, bias_in, routing.experts, routing.gates, gate_first=not gate_after)
     return kernels.down(hidden, w_out, routing.experts, routing.gates, gate_last=gate_after)
 

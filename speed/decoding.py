@@ -5,14 +5,13 @@
 
 A step of decoding reads every weight once and computes little, so its time goes to memory and, at this size, to
 launches of small operations. On a CPU, weight matrices are packed for oneDNN once, and only the chosen experts are
-read. On CUDA: `captured_decoding.py`. Elsewhere: `model.Decoder`.
+read. On CUDA: `captured_decoding.py`, and `fused_decoding.py` if asked for. Elsewhere: `model.Decoder`.
 
 A seed gives the same text with every decoder, up to rounding: sums differ in their last bits, so now and then a draw at
 the edge between two characters falls on the other side.
 """
 
 import copy
-import functools
 
 import torch
 import torch.nn as nn
@@ -22,14 +21,15 @@ import backends
 from model import Decoder
 from routing import LEVELS
 from selection import GATES, Routing, top_k_experts
-from speed import kernels
-from speed.captured_decoding import AutocastDecoder, CapturedDecoder, is_plain
+from speed import fused_decoding, kernels
+from speed.captured_decoding import AttentionDecoder, AutocastDecoder, CapturedDecoder, is_plain
 
 PACK = "_reorder_linear_weight"  # of torch.ops.mkldnn; torch.compile uses it too
 PACKED_FOR = 256  # rows; layouts for 8 to 256 were equally fast at batch 1, 8 and 32, that for 1 was slowest
 DECODERS = {  # asked for -> what is tried on CUDA, in this order
     "auto": ("captured",),
     "attention": ("attention", "captured"),
+    "fused": ("fused", "captured"),
 }
 
 
@@ -39,13 +39,14 @@ def fastest(model, batch_size, machine, temperature=1.0, top_k=None, decoder="au
     decoder: one of DECODERS. `how` of the Decoder says why one that was tried was not taken."""
     how, made, reasons = (batch_size, machine, temperature, top_k), None, {}
     ways = {
-        "attention": (needs_triton, functools.partial(CapturedDecoder, attention=True)),
-        "captured": (lambda model: None, CapturedDecoder),
+        "fused": (lambda: needs_triton() or fused_decoding.obstacle(model, batch_size), fused_decoding.FusedDecoder),
+        "attention": (needs_triton, AttentionDecoder),
+        "captured": (lambda: None, CapturedDecoder),
     }
     if machine.device.type == "cuda":
         for way in DECODERS[decoder]:
             find_obstacle, make = ways[way]
-            reasons[way] = obstacle(model) or find_obstacle(model)
+            reasons[way] = obstacle(model) or find_obstacle()
             if not reasons[way]:
                 try:
                     made = make(model, *how)
@@ -67,10 +68,10 @@ def obstacle(model):
     """The reason why a step of this model cannot be one CUDA graph, or None."""
     if looks_back(model):
         return "its routers look back, so that shapes change"
-    return needs_triton(model) if model.moe_layers() else None
+    return needs_triton() if model.moe_layers() else None
 
 
-def needs_triton(model):
+def needs_triton():
     return None if kernels.AVAILABLE else "Triton is not installed"
 
 

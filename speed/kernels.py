@@ -231,6 +231,42 @@ INTERPRETED = False  # whether TRITON_INTERPRET=1 was set on import, so that ker
 if AVAILABLE:
 
     @triton.jit
+    def gelu(y):
+        return 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
+
+    @triton.jit
+    def choose(
+        logit, divisor,
+        E: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_E: tl.constexpr,
+    ):  # fmt: skip
+        """(probs, rank, gate) of each expert for one token, whose choice number i is the expert of rank i < K."""
+        e = tl.arange(0, BLOCK_E)
+        cooled = tl.where(e < E, logit / divisor, float("-inf"))
+        if GATE == "softmax":
+            above = cooled - tl.max(cooled, axis=0)
+            log_score = above - tl.log(tl.sum(tl.exp(above), axis=0))
+        else:
+            tl.static_assert(GATE == "sigmoid")
+            log_score = tl.minimum(cooled, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(cooled)))
+        score = tl.exp(log_score - tl.max(log_score, axis=0))
+
+        # NaN ranks last, so that there are always K experts: the next kernels read memory at their numbers.
+        if K == E:
+            rank = e
+        else:
+            value = tl.where(cooled == cooled, cooled, float("-inf"))
+            is_tie = (value[None, :] == value[:, None]) & (e[None, :] < e[:, None])
+            is_before = (value[None, :] > value[:, None]) | is_tie
+            rank = tl.sum(is_before.to(tl.int32), axis=1)
+        if RENORMALIZE:
+            best_score = tl.max(tl.where(rank < K, log_score, float("-inf")), axis=0)
+            share = tl.where(rank < K, tl.exp(log_score - best_score), 0.0)
+            gate = share / tl.sum(share, axis=0)
+        else:
+            gate = tl.exp(log_score)
+        return score / tl.sum(score, axis=0), rank, gate
+
+    @triton.jit
     def route_kernel(
         x, weight, temperature, logits, probs, experts, gates,
         D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, RENORMALIZE: tl.constexpr,
@@ -250,33 +286,10 @@ if AVAILABLE:
         logit = tl.sum(products, axis=1)
         tl.store(logits + n * E + e, logit, mask=e < E)
 
-        cooled = tl.where(e < E, logit / divisor, float("-inf"))
-        if GATE == "softmax":
-            above = cooled - tl.max(cooled, axis=0)
-            log_score = above - tl.log(tl.sum(tl.exp(above), axis=0))
-        else:
-            tl.static_assert(GATE == "sigmoid")
-            log_score = tl.minimum(cooled, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(cooled)))
-        score = tl.exp(log_score - tl.max(log_score, axis=0))
-        tl.store(probs + n * E + e, score / tl.sum(score, axis=0), mask=e < E)
-
-        # NaN ranks last, so that there are always K experts: the next kernels read memory at their numbers.
-        if K == E:
-            rank = e
-        else:
-            value = tl.where(cooled == cooled, cooled, float("-inf"))
-            is_tie = (value[None, :] == value[:, None]) & (e[None, :] < e[:, None])
-            is_before = (value[None, :] > value[:, None]) | is_tie
-            rank = tl.sum(is_before.to(tl.int32), axis=1)
-        is_chosen = rank < K
-        if RENORMALIZE:
-            best_score = tl.max(tl.where(is_chosen, log_score, float("-inf")), axis=0)
-            share = tl.where(is_chosen, tl.exp(log_score - best_score), 0.0)
-            gate = share / tl.sum(share, axis=0)
-        else:
-            gate = tl.exp(log_score)
-        tl.store(experts + n * K + rank, e.to(tl.int64), mask=is_chosen)
-        tl.store(gates + n * K + rank, gate, mask=is_chosen)
+        score, rank, gate = choose(logit, divisor, E, K, GATE, RENORMALIZE, BLOCK_E)
+        tl.store(probs + n * E + e, score, mask=e < E)
+        tl.store(experts + n * K + rank, e.to(tl.int64), mask=rank < K)
+        tl.store(gates + n * K + rank, gate, mask=rank < K)
 
     @triton.jit
     def group_of(group, experts, gates, M, H: tl.constexpr, BY_EXPERT: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -316,8 +329,7 @@ if AVAILABLE:
                 y = tl.sum(w_hd.to(tl.float32) * x_d[None, :], axis=1) + bias_h
                 if GATE_FIRST:
                     y = y * gate
-                y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
-                tl.store(hidden + c * H + h, tl.where(gate != 0, y, 0.0), mask=h < H)
+                tl.store(hidden + c * H + h, tl.where(gate != 0, gelu(y), 0.0), mask=h < H)
 
     @triton.jit(do_not_specialize=["M"])
     def down_kernel(

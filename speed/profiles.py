@@ -16,7 +16,7 @@ from speed.bench_records import significant
 
 CLASSES = (  # (class of kernels, pattern of their names): the first that matches
     # Inductor names a kernel by all operations fused into it, attention too, so these come first.
-    ("matrix products", "^triton_tem_|^(up|down|route)_kernel"),  # the latter of `kernels.py`
+    ("matrix products", "^triton_tem_|^(up|down|route|linear|routed|head)_kernel"),  # the latter are of decoding
     ("norm, dropout, elementwise (Triton)", "^triton_"),
     ("attention", "cudnn|flash|fmha|sdpa|attention"),
     ("optimiser, clipping, totals", "multi_tensor|adam"),

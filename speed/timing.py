@@ -310,19 +310,30 @@ def check_capture(candidate):
 
 @torch.no_grad()
 def check_decoding(candidate, decoder, batch_size):
-    """{what, error, limit} of the logits after half a block is read at once, and after each of 16 more characters."""
+    """{what, error, limit} of the logits after half a block is read at once, after each of 16 more characters, and
+    after some that the decoder draws in a row, as when it is timed."""
     half, machine = candidate.config.block_size // 2, candidate.machine
     text = candidate.text(batch_size)[:, : half + 16]
     decoder.clear()
     found = [decoder.read(text[:, :half])[0], *(decoder.read(ids[:, None])[0] for ids in text[:, half:].t())]
     decoder.clear()
+    decoder.read(text[:, : half - 1])
+    uniform_SB = torch.rand(min(STEPS_IN_A_ROW, half), batch_size, device=machine.device)
+    drawn = [step.tokens.clone() for step in decoder.continued(text[:, half - 1 : half], uniform_SB)]
+    own_text = torch.cat((text[:, :half], torch.stack(drawn, dim=1)), dim=1)
+    found.append(decoder.read(own_text[:, -1:])[0])
+    decoder.clear()
+
+    def logits_of(model):
+        texts = (ids.to(model.token_embedding.weight.device) for ids in (text, own_text))
+        of_text, of_own_text = (model(ids).logits for ids in texts)
+        return [torch.cat((of_text[:, half - 1 :], of_own_text[:, -1:]), dim=1)]
+
     plain, exact = plain_and_exact(candidate)
     with machine.autocast():
-        plainly = plain(text).logits[:, half - 1 :]
-    exactly = exact(text.to(exact.token_embedding.weight.device)).logits[:, half - 1 :]
-    results = [[logits] for logits in (torch.stack(found, dim=1), plainly, exactly)]
+        plainly = logits_of(plain)
     what = f"decoding at batch {batch_size}, logits against the model without a cache"
-    return worst_error(what, *results, machine.dtype)
+    return worst_error(what, [torch.stack(found, dim=1)], plainly, logits_of(exact), machine.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,13 +2,15 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_model import CAUSAL, KINDS, gpt, tokens
 
 from model import Decoder, KVCache
-from speed import decoding, kernels
+from moe import MLPExperts
+from speed import decoding, decoding_kernels, fused_decoding, kernels
 from support import machines
 
 CPU = machines.Machine(torch.device("cpu"), torch.float32, compile=False, reason="")
@@ -19,11 +21,16 @@ def float_gpt(kind, **changes):
     return gpt(std=0.3, **KINDS[kind], **changes).float()
 
 
+def captured(model, batch_size=1):
+    """The decoders for CUDA that take this model."""
+    fused = [] if fused_decoding.obstacle(model, batch_size) else [fused_decoding.FusedDecoder]
+    return [decoding.CapturedDecoder, decoding.AttentionDecoder, *fused]
+
+
 def decoders(model, batch_size, **options):
     yield decoding.fastest(model, batch_size, CPU, **options)
     if not decoding.looks_back(model):  # a captured step runs again where there is no CUDA
-        for attention in (False, True):
-            yield decoding.CapturedDecoder(model, batch_size, CPU, **options, attention=attention)
+        yield from (kind(model, batch_size, CPU, **options) for kind in captured(model, batch_size))
 
 
 def written(decoder, prompt, count, seeds):
@@ -57,9 +64,98 @@ def test_seed_gives_the_same_text_with_every_decoder_also_past_block_size(kind, 
         [torch.stack([step.tokens for step in written(decoder, prompt, 40, (3, 4))]) for _ in range(2)]
         for decoder in (Decoder(model, 2, 0.8, 5), *decoders(model, 2, temperature=0.8, top_k=5))
     )
-    assert len(others) == 3 and torch.equal(plain[0], plain[1])
+    assert len(others) == 3 + ("capacity" not in kind) and torch.equal(plain[0], plain[1])
     for first, again in others:
         assert torch.equal(first, plain[0]) and torch.equal(again, plain[0])
+
+
+FUSED = {  # what four kernels a layer can do, beyond KINDS: biases, renormalised gates, one expert, shared experts
+    "bias": dict(bias=True, mlp_hidden=24),
+    "top2_bias": dict(n_expert=3, expert_top_k=2, gate_renormalize=True, bias=True, router_temperature=0.7),
+    "concat_bias": dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", gate="sigmoid", bias=True),
+    "one": dict(n_expert=1, expert_top_k=1, n_head=1),
+    "shared": dict(n_expert=4, expert_top_k=0, share_experts=True, moe_every=2, n_layer=4, aux_loss="none"),
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("batch_size, temperature, top_k", [(1, 0.8, None), (4, 1.0, 3), (1, 0, None)])
+def test_fused_decoder_gives_the_plain_decoders_text_and_routing(kind, batch_size, temperature, top_k):
+    """Several characters come from one graph: also at the ends of a window and of the text."""
+    model = gpt(std=0.3, **FUSED[kind]).float()
+    fused, plain = (
+        written(decoder, tokens(batch_size, 1).fill_(3), 30, range(batch_size))
+        for decoder in (
+            fused_decoding.FusedDecoder(model, batch_size, CPU, temperature, top_k),
+            Decoder(model, batch_size, temperature, top_k),
+        )
+    )
+    assert len(fused) == 30 and torch.equal(*(torch.stack([step.tokens for step in steps]) for steps in (fused, plain)))
+
+
+def test_each_step_of_a_graph_has_its_own_routing():
+    model = float_gpt("top1")
+    prompt, texts = tokens(2, 1), []
+    for decoder in (fused_decoding.FusedDecoder(model, 2, CPU), Decoder(model, 2)):
+        texts.append(decoder.write(prompt, 40, [torch.Generator().manual_seed(seed) for seed in (5, 6)]))
+    for ours, theirs in zip(*texts):
+        assert len(ours.routing) == len(theirs.routing) == 2
+        for layer in range(2):
+            assert torch.equal(ours.experts(layer), theirs.experts(layer))
+
+
+def test_reader_may_stop_in_the_middle_of_a_graph_and_begin_again():
+    decoder = fused_decoding.FusedDecoder(float_gpt("dense"), 1, CPU, 0.8, 5)
+    prompt = tokens(1, 2)
+    whole = [step.tokens.item() for step in written(decoder, prompt, 13, [1])]
+    for count in (1, 3, 9):
+        steps = decoder.write(prompt, 13, [torch.Generator().manual_seed(1)])
+        assert [next(steps).tokens.item() for _ in range(count)] == whole[:count]
+
+
+@pytest.mark.parametrize("kind, batch_size, reason", [
+    ("dense", 5, "more than 4 sequences"),
+    ("hash", 1, "more than a linear router"),
+    ("two_level", 1, "more than a linear router"),
+    ("top1_capacity", 1, "more than a linear router"),
+    ("shared", 1, "shared experts"),
+    ("sum_every_second", 1, "experts of another kind"),
+])  # fmt: skip
+def test_model_that_does_not_fit_is_written_as_usual_and_told(kind, batch_size, reason, monkeypatch):
+    monkeypatch.setattr(machines.Machine, "device", property(lambda self: FakeDevice()))
+    monkeypatch.setattr(kernels, "AVAILABLE", True)
+    for module, name in ((decoding, "CapturedDecoder"), (fused_decoding, "FusedDecoder")):
+        monkeypatch.setattr(module, name, lambda *_, name=name: SimpleNamespace(how=name))
+    fused = decoding.fastest(float_gpt("top1"), 4, CPU, decoder="fused")
+    assert fused.how == "FusedDecoder"
+    usual = decoding.fastest(float_gpt(kind), batch_size, CPU, decoder="fused")
+    assert usual.how.startswith("CapturedDecoder (not fused: ") and reason in usual.how
+    assert decoding.fastest(float_gpt(kind), batch_size, CPU).how == "CapturedDecoder"
+
+
+def test_too_many_symbols_or_router_weights_do_not_fit(monkeypatch):
+    model = float_gpt("top1")
+    monkeypatch.setattr(fused_decoding, "LARGEST_ROUTER", 63)
+    assert "routers" in fused_decoding.obstacle(model, 1)
+    monkeypatch.setattr(decoding_kernels, "LARGEST_VOCABULARY", 10)
+    assert "symbols" in fused_decoding.obstacle(model, 1)
+
+
+class TanhExperts(MLPExperts):
+    def activate(self, up):
+        return torch.tanh(up)
+
+
+def test_experts_with_another_activation_are_written_right():
+    model = float_gpt("top1")
+    for layer in model.moe_layers():
+        layer.experts.__class__ = TanhExperts
+    assert "another kind" in fused_decoding.obstacle(model, 1)
+    ids = tokens(2, 4)
+    for way in captured(model):
+        decoder, plain = way(model, 2, CPU), Decoder(model, 2)
+        for part in ids.split(1, dim=1):
+            torch.testing.assert_close(decoder.read(part)[0], plain.read(part)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", STATIC)
@@ -75,9 +171,9 @@ def test_step_with_position_on_device_equals_step_with_length(kind):
         torch.testing.assert_close(model(ids[:, t : t + 1], cache=static).logits, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("way", [decoding.CapturedDecoder, decoding.AttentionDecoder])
 @pytest.mark.parametrize("kind", ["dense", "top1", "concat_capacity"])
-def test_step_compiles_into_one_graph_before_capture(kind, attention, monkeypatch):
+def test_step_compiles_into_one_graph_before_capture(kind, way, monkeypatch):
     """Within the recording of a graph nothing can be compiled."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -85,7 +181,7 @@ def test_step_compiles_into_one_graph_before_capture(kind, attention, monkeypatc
     monkeypatch.setattr(kernels, "AVAILABLE", True)
     monkeypatch.setattr(kernels, "uses_triton", lambda x: False)
     model = float_gpt(kind)
-    decoder = decoding.CapturedDecoder(model, 2, CPU._replace(compile=True), attention=attention)
+    decoder = way(model, 2, CPU._replace(compile=True))
     assert decoder.how.startswith("compiled") and decoder.length == decoder.position.item() == 0
     with torch._dynamo.config.patch(error_on_recompile=True):
         logits, _ = decoder.read(tokens(2, 1).zero_())
@@ -149,7 +245,7 @@ def test_fastest_chooses_the_decoder_for_device_and_dtype(device, dtype, decoder
 def test_cast_to_bfloat16_stays_near_float32(kind):
     machine = machines.Machine(torch.device("cpu"), torch.bfloat16, compile=False, reason="")
     model, ids = float_gpt(kind), tokens(2, 16)
-    decoder, plain = decoding.CapturedDecoder(model, 2, machine), Decoder(model, 2)
+    decoder, plain = captured(model)[-1](model, 2, machine), Decoder(model, 2)
     for part in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):
         ours, theirs = decoder.read(part)[0], plain.read(part)[0]
         assert ours.dtype == torch.float32
@@ -207,11 +303,25 @@ def test_writing_works_without_packed_weights(missing, monkeypatch):
 def test_captured_logits_equal_the_plain_decoders(kind, compiled):
     machine = machines.Machine(torch.device("cuda"), torch.float32, compiled, "")
     model, ids = float_gpt(kind).cuda(), tokens(2, 16).cuda()
-    decoder, plain = decoding.CapturedDecoder(model, 2, machine), Decoder(model, 2)
-    for _ in range(2):
-        for part in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):
-            torch.testing.assert_close(decoder.read(part)[0], plain.read(part)[0], rtol=1e-3, atol=1e-3)
-        decoder.clear(), plain.clear()
+    for way in captured(model, 2):
+        decoder, plain = way(model, 2, machine), Decoder(model, 2)
+        for _ in range(2):
+            for part in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):
+                torch.testing.assert_close(decoder.read(part)[0], plain.read(part)[0], rtol=1e-3, atol=1e-3)
+            decoder.clear(), plain.clear()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("kind", FUSED)
+def test_fused_text_on_cuda_is_that_of_a_cpu(kind, batch_size):
+    """Also a check of the eight steps of a graph: each reads the token of the last."""
+    machine = machines.Machine(torch.device("cuda"), torch.float32, False, "")
+    model, prompt = gpt(std=0.3, **FUSED[kind]).float(), tokens(batch_size, 3)
+    expected = written(Decoder(model, batch_size, 0.8, 5), prompt, 40, range(batch_size))
+    decoder = fused_decoding.FusedDecoder(model.cuda(), batch_size, machine, 0.8, 5)
+    found = written(decoder, prompt.cuda(), 40, range(batch_size))
+    assert torch.equal(*(torch.stack([step.tokens.cpu() for step in steps]) for steps in (found, expected)))
 
 
 @pytest.mark.cuda
@@ -219,10 +329,11 @@ def test_captured_logits_equal_the_plain_decoders(kind, compiled):
 def test_captured_step_in_bfloat16_stays_near_float32(kind):
     machine = machines.Machine(torch.device("cuda"), torch.bfloat16, False, "")
     model, ids = float_gpt(kind).cuda(), tokens(2, 16).cuda()
-    decoder, plain = decoding.CapturedDecoder(model, 2, machine), Decoder(model, 2)
-    for part in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):
-        ours, theirs = decoder.read(part)[0], plain.read(part)[0]
-    assert ((ours - theirs).norm() / theirs.norm()).item() < 0.1
+    for way in captured(model, 2):
+        decoder, plain = way(model, 2, machine), Decoder(model, 2)
+        for part in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):
+            ours, theirs = decoder.read(part)[0], plain.read(part)[0]
+        assert ((ours - theirs).norm() / theirs.norm()).item() < 0.1
 
 
 @pytest.mark.cuda
@@ -238,15 +349,16 @@ def test_captured_step_is_unaffected_by_memory_of_another_decoder():
 
 
 @pytest.mark.cuda
-def test_writing_on_cuda_does_not_synchronise_by_itself():
+@pytest.mark.parametrize("way", [decoding.CapturedDecoder, decoding.AttentionDecoder, fused_decoding.FusedDecoder])
+def test_writing_on_cuda_does_not_synchronise_by_itself(way):
     machine = machines.Machine(torch.device("cuda"), torch.float32, False, "")
-    decoder = decoding.CapturedDecoder(float_gpt("top1").cuda(), 1, machine, 0.8, 5)
+    decoder = way(float_gpt("top1").cuda(), 1, machine, 0.8, 5)
     decoder.read(tokens(1, 4).cuda())
-    ids, uniform = tokens(1, 1).cuda(), torch.rand(1).cuda()
+    ids, uniform = tokens(1, 1).cuda(), torch.rand(10, 1).cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
-            ids = decoder.next(ids, uniform).tokens[:, None]
+        for step in decoder.continued(ids, uniform):
+            assert step.tokens.is_cuda
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert kernels.AVAILABLE

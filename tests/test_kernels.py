@@ -294,7 +294,12 @@ class Compiler:
             for name, value in values.items()
         }  # fmt: skip
         fixed = {name: value for name, value in values.items() if signature[name] == "constexpr"}
-        source = triton.compiler.ASTSource(fn=self.kernel, signature=signature, constexprs=fixed)
+        attributes = {
+            (i,): [["tt.divisibility", 16]]
+            for i, parameter in enumerate(self.kernel.params)
+            if signature[parameter.name].startswith("*") and not parameter.do_not_specialize
+        }
+        source = triton.compiler.ASTSource(self.kernel, signature, fixed, attributes)
         options = {"num_warps": num_warps}
         self.compiled.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
 

@@ -14,7 +14,8 @@ from data.common import DataError, Vocabulary
 from run import checkpoint
 from run.checkpoint import CheckpointError
 from selection import main_expert
-from support.options import ConfigError
+from speed import decoding
+from support.options import ConfigError, choices_of, options_of
 
 RULE = "\n" + "-" * 40 + "\n"
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -119,6 +120,15 @@ def test_the_last_character_before_a_stop_has_its_expert(run, moe_run):
     _, stopped, stopped_numbers = rows_of(run(moe_run, *options, f"--stop={text[4:6]}"))
     end = text.index(text[4:6], 3) + 2
     assert (stopped, stopped_numbers) == ([text[:end]], [numbers[:end]])
+
+
+def test_a_decoder_that_is_asked_for_changes_no_text_and_says_why_it_is_not_taken(run, dense_run, capsys):
+    options = ["--start=The", "--max_new_tokens=20"]
+    plain = run(dense_run, *options)
+    sample.main([f"--out_dir={dense_run}", "--device=cpu", *options, "--decoder=fused"])
+    out, err = capsys.readouterr()
+    assert out == plain and err.startswith("decoder=fused: ") and "(not fused: it needs CUDA)" in err
+    assert choices_of(options_of(sample.SampleConfig)["decoder"]) == list(decoding.DECODERS)
 
 
 def test_a_stop_that_cannot_be_written_is_refused(dense_run):
