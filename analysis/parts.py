@@ -17,7 +17,8 @@ import balance
 from analysis import analyses, gradients, information, probe
 from analysis.annotation import CONTEXT, SYNTAX, TOPIC, class_of
 from data.characters import CLASSES
-from routing import hash_table, mix_seeds
+from hashing import hash_table
+from routing import mix_seeds
 from run import records
 from run.checkpoint import CheckpointError
 from run.evaluate import drop_rate_by_class

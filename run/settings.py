@@ -141,6 +141,15 @@ class Config:
         "expert, for each layer; hash_shared: one table for all layers; ngram_hash: a hash of the last characters; "
         "two_level: a group, then experts in it; expert_choice: experts choose characters (not causal)",
     )
+    router_table: Literal["balanced", "even"] = moe_key(
+        "balanced", "fixed tables, character -> expert: balanced by frequency, or as many characters for each expert"
+    )
+    router_prior: float = moe_key(
+        0.0, "a fixed table of router_table adds this to the logit of the character's expert; 0 = no table", **FACTOR
+    )
+    router_prior_table: Literal["own", "shared"] = moe_key(
+        "own", "router_prior: each block has a table of its own, or all have that of the first"
+    )
     router_ngram: int = moe_key(3, "router=ngram_hash: number of characters hashed", at_least=1)
     n_expert_group: int = moe_key(2, "router=two_level: number of groups of experts", at_least=1)
     router_level: Literal["token", "segment", "prefix", "sequence"] = moe_key(

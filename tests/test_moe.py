@@ -18,6 +18,7 @@ import backends
 import balance
 import moe
 import selection
+from hashing import HASH_TABLES
 from model import MLP
 from routing import LEVELS, ROUTERS, RoutingCache
 from run.settings import Config
@@ -35,6 +36,7 @@ CHOICES = {
     "gate_straight_through": [False, True],
     "router_top_p": [0.0, 0.6],
     "router_bias_rate": [0.0, 0.01],
+    "router_prior": [0.0, 1.0],
     "n_shared_expert": [0, 1],
     "bias": [False, True],
 }
@@ -78,7 +80,8 @@ CAUSAL = [config for config in GRID if config.is_causal]
 def name_of(config):
     capacity = f"-cap{config.capacity_factor}-{config.capacity_group}" if config.capacity_factor else ""
     flags = {"renorm": config.gate_renormalize, "st": config.gate_straight_through, "topp": config.router_top_p,
-             "biasrate": config.router_bias_rate, "shared": config.n_shared_expert, "bias": config.bias}  # fmt: skip
+             "biasrate": config.router_bias_rate, "prior": config.router_prior,
+             "shared": config.n_shared_expert, "bias": config.bias}  # fmt: skip
     return (
         f"{config.router}-{config.router_level}-{config.gate}-{config.expert_kind}-{config.n_expert}x{config.expert_top_k}"
         + capacity + "".join(f"-{flag}" for flag, on in flags.items() if on)
@@ -135,6 +138,7 @@ def test_grid_covers_every_entry_of_every_table():
         ("expert_kind", moe.EXPERTS),
         ("aux_loss", balance.AUX_LOSSES),
         ("router_level", LEVELS),
+        ("router_table", HASH_TABLES),
         ("expert_init", moe.INITS),
         ("router_temperature_schedule", moe.SCHEDULES),
         ("aux_loss_coef_schedule", moe.SCHEDULES),
