@@ -303,6 +303,37 @@ class SharedHashRouter(HashRouter):
         super().__init__(config, 0, symbol_counts)
 
 
+class GatedHashRouter(HashRouter, LearnedRouter):
+    """HashRouter's choice with a learned gate: the chosen expert's probability in softmax(x Wᵀ), as in a switch layer.
+
+    The control that tells a fixed choice from a fixed gate. The logit is the log-odds of that probability, so that the
+    sigmoid gives it back; -inf for the other experts.
+    """
+
+    is_trained = True
+    takes_prior = False
+    gives_log_probs = False
+
+    @classmethod
+    def problems(cls, config):
+        yield from super().problems(config)
+        name = config.router
+        if config.balances or config.z_loss_coef:
+            message = f"{name} chooses by a fixed table, which no loss can balance"
+            yield ("router", *BALANCING, "z_loss_coef"), f"{message}; set aux_loss='none' and z_loss_coef=0"
+        if config.gate != "sigmoid":
+            yield ("router", "gate"), f"{name} gives the log-odds of a gate; set gate='sigmoid'"
+        if 1 in config.expert_counts():
+            message = f"the gate of a single expert is always 1, so {name} has nothing to learn"
+            yield ("router", "n_expert", "n_expert_by_block"), f"{message}; set n_expert to 2 or more"
+
+    def forward(self, x_BTD, ids_BS):
+        logits_BTE = LinearRouter.forward(self, x_BTD, ids_BS)
+        choice_BTE = super().forward(x_BTD, ids_BS)  # 0, or -inf
+        others_BT1 = logits_BTE.masked_fill(choice_BTE == 0, -math.inf).logsumexp(dim=-1, keepdim=True)
+        return logits_BTE - others_BT1 + choice_BTE
+
+
 class NgramHashRouter(FixedRouter):
     """A hash of the last `router_ngram` symbols, this token's included. Balanced only by chance."""
 
@@ -426,6 +457,7 @@ ROUTERS: dict[str, type[Router]] = {
     "random": RandomRouter,
     "hash": HashRouter,
     "hash_shared": SharedHashRouter,
+    "hash_gated": GatedHashRouter,
     "ngram_hash": NgramHashRouter,
     "two_level": TwoLevelRouter,
     "expert_choice": ExpertChoiceRouter,

@@ -134,12 +134,13 @@ class Config:
     expert_inner_dropout: float = moe_key(0.0, "dropout rate of the experts' hidden units", at_least=0, below=1)
 
     router: Literal[
-        "learned", "frozen", "random", "hash", "hash_shared", "ngram_hash", "two_level", "expert_choice"
+        "learned", "frozen", "random", "hash", "hash_shared", "hash_gated", "ngram_hash", "two_level", "expert_choice"
     ] = moe_key(
         "learned",
         "learned: trained; frozen: stays as initialised; random: redrawn each step; hash: a fixed table, character -> "
-        "expert, for each layer; hash_shared: one table for all layers; ngram_hash: a hash of the last characters; "
-        "two_level: a group, then experts in it; expert_choice: experts choose characters (not causal)",
+        "expert, for each layer; hash_shared: one table for all layers; hash_gated: hash with a learned gate; "
+        "ngram_hash: a hash of the last characters; two_level: a group, then experts in it; expert_choice: experts "
+        "choose characters (not causal)",
     )
     router_table: Literal["balanced", "even"] = moe_key(
         "balanced", "fixed tables, character -> expert: balanced by frequency, or as many characters for each expert"

@@ -37,6 +37,7 @@ KINDS = {
     "two_level": dict(n_expert=4, router="two_level", n_expert_group=2),
     "expert_choice": dict(n_expert=4, router="expert_choice", capacity_factor=1.0, aux_loss="none"),
     "top_p": dict(n_expert=4, expert_top_k=3, router_top_p=0.6),
+    "hash_gated": dict(n_expert=4, router="hash_gated", gate="sigmoid", **NO_LOSS),
     "prior": dict(n_expert=4, router_prior=1.0),
     "cv2": dict(n_expert=4, expert_top_k=2, aux_loss="cv2", gate_renormalize=True),
     "bias": dict(n_expert=4, router_bias_rate=0.01, gate="sigmoid", aux_loss="none"),

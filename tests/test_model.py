@@ -44,6 +44,7 @@ KINDS = {
     "shared_top_p": dict(n_expert=4, expert_top_k=3, router_top_p=0.5, n_shared_expert=1, expert_hidden=16),
     "one_set": dict(n_expert=4, share_experts=True, router_bias_rate=0.001, aux_loss="none"),
     "prior": dict(n_expert=4, router_prior=1.0, aux_loss="none"),
+    "gated": dict(n_expert=4, router="hash_gated", gate="sigmoid", aux_loss="none"),
     "by_block": dict(n_expert=4, n_expert_by_block="4,2", expert_init="sigma_moe", gate_straight_through=True),
 }
 
@@ -476,6 +477,7 @@ TRACED = [
         dict(n_expert=4, router="hash", aux_loss="none", expert_inner_dropout=0.1),
         dict(n_expert=4, router="hash_shared", router_table="even", aux_loss="none"),
         dict(n_expert=4, router_prior=1.0, router_prior_table="shared"),
+        dict(n_expert=4, router="hash_gated", gate="sigmoid", aux_loss="none"),
         dict(n_expert=4, router="ngram_hash", aux_loss="none", n_shared_expert=1, expert_hidden=8),
         dict(n_expert=4, router="random", router_level="sequence", aux_loss="none"),
         dict(n_expert=4, router="expert_choice", capacity_factor=1.0, aux_loss="none"),

@@ -92,6 +92,43 @@ def test_a_shared_hash_table_is_that_of_the_first_layer_in_every_layer():
     assert not torch.equal(first, other_seed)
 
 
+def test_a_gated_table_chooses_and_a_learned_probability_is_the_gate():
+    """Cross-entropy, which comes through the gate, reaches the router's weight as that of a switch layer."""
+    keys = dict(aux_loss="none", router="hash_gated", gate="sigmoid")
+    layer, switch = layer_of(**keys), layer_of(aux_loss="none")
+    switch.router.weight.data.copy_(layer.router.weight)
+    x, ids = torch.randn(4, 16, 16), torch.randint(SYMBOLS, (4, 16))
+    routed = layer.route(x, ids)
+    assert torch.equal(routed.experts[:, 0], layer.router.table[ids].view(-1))
+    assert torch.equal(layer.router.table, router_of("hash").table), "the same as without a gate"
+    expected = switch.route(x, ids).probs.gather(1, routed.experts)
+    torch.testing.assert_close(routed.gates, expected)
+    upstream = torch.randn(64, 1)
+    for gates in (routed.gates, expected):
+        (gates * upstream).sum().backward()
+    assert layer.router.weight.grad.abs().max() > 1e-3
+    torch.testing.assert_close(layer.router.weight.grad, switch.router.weight.grad)
+
+
+@pytest.mark.parametrize(
+    "keys, told",
+    [
+        (dict(aux_loss="switch"), "no loss can balance"),
+        (dict(z_loss_coef=0.1), "no loss can balance"),
+        (dict(gate="softmax"), "set gate='sigmoid'"),
+        (dict(n_expert_by_block="4,1"), "nothing to learn"),
+        (dict(router_prior=1.0), "set router_prior=0"),
+        (dict(router_bias_rate=0.1), "set router_bias_rate=0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_gated_table_refuses_what_has_no_effect(keys, told):
+    config = Config(
+        **{"n_layer": 2, "n_expert": 4, "router": "hash_gated", "gate": "sigmoid", "aux_loss": "none", **keys}
+    )
+    assert [told in message for _, message in config.problems()] == [True]
+
+
 def test_an_even_table_gives_each_expert_as_many_symbols():
     """Within one, whatever their frequencies; and each layer and seed has another."""
     counts = [10**6, *[1] * 61]
