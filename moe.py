@@ -30,13 +30,13 @@ class MoE(nn.Module):
     """A Mixture-of-Experts layer in place of an MLP: (B, T, D) -> (B, T, D) and its Routing.
 
     config: `Config.of_block(layer)`; layer: the block's index; symbol_counts (V,): occurrences in the training text;
-    experts: those of an earlier layer, to share them.
+    experts, router: those of an earlier layer, to share them.
     """
 
-    def __init__(self, config, layer, symbol_counts, experts=None):
+    def __init__(self, config, layer, symbol_counts, experts=None, router=None):
         super().__init__()
         self.config = config
-        self.router = ROUTERS[config.router](config, layer, symbol_counts)
+        self.router = router or ROUTERS[config.router](config, layer, symbol_counts)
         self.experts = experts or EXPERTS[config.expert_kind](config)
         self.shared = SharedExperts(config) if config.n_shared_expert else None
         self.dropout = nn.Dropout(config.dropout)

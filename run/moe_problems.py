@@ -30,6 +30,9 @@ def moe_problems(config) -> Iterator[Problem]:
     if config.share_experts and len(numbers) > 1:
         message = "blocks that share their experts must have equally many"
         yield ("share_experts", "n_expert_by_block"), f"{message}; set share_experts=False"
+    if config.blocks_per_router != 1 and len(numbers) > 1:
+        message = "blocks that share a router must have equally many experts"
+        yield ("blocks_per_router", "n_expert_by_block"), f"{message}; set blocks_per_router=1"
     if numbers:
         yield from gate_problems(config, numbers[-1])
         yield from balance_problems(config, numbers[-1])

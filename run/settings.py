@@ -125,7 +125,10 @@ class Config:
         "", "experts of each block, as 8,8,4,4 with 0 = dense; replaces moe_every; empty = n_expert in each MoE block"
     )
     n_shared_expert: int = moe_key(0, "additional experts for every character, without a gate", at_least=0)
-    share_experts: bool = moe_key(False, "all MoE blocks use the same experts, each with its own router")
+    share_experts: bool = moe_key(False, "all MoE blocks use the same experts")
+    blocks_per_router: int = moe_key(
+        1, "consecutive MoE blocks that share one router; 1 = each has its own, 0 = one router for all", at_least=0
+    )
     expert_init: Literal["gpt2", "switch", "sigma_moe"] = moe_key(
         "gpt2",
         "scale of the experts' initial weights; gpt2: as a dense MLP; switch: variance 0.1 / fan-in; sigma_moe: as one "

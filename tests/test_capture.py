@@ -39,6 +39,7 @@ KINDS = {
     "top_p": dict(n_expert=4, expert_top_k=3, router_top_p=0.6),
     "hash_gated": dict(n_expert=4, router="hash_gated", gate="sigmoid", **NO_LOSS),
     "prior": dict(n_expert=4, router_prior=1.0),
+    "one router": dict(n_expert=4, n_layer=2, blocks_per_router=0),
     "cv2": dict(n_expert=4, expert_top_k=2, aux_loss="cv2", gate_renormalize=True),
     "bias": dict(n_expert=4, router_bias_rate=0.01, gate="sigmoid", aux_loss="none"),
     "capacity": dict(n_expert=4, expert_top_k=2, capacity_factor=0.5, gate_renormalize=True),
@@ -90,7 +91,9 @@ class Trained:
 @pytest.mark.parametrize("kind", KINDS)
 def test_captured_updates_are_bit_identical(kind, accumulation):
     """Weights, moments, biases, totals, gradient norms and random numbers, also when a log line begins new totals."""
-    config = tiny(n_layer=1, gradient_accumulation_steps=accumulation, max_iters=STEPS, grad_clip=0.5, **KINDS[kind])
+    config = tiny(
+        **{"n_layer": 1, "max_iters": STEPS, **KINDS[kind]}, gradient_accumulation_steps=accumulation, grad_clip=0.5
+    )
     seen = []
     for is_captured in (False, True):
         run, norms = Trained(config, is_captured), []
@@ -112,7 +115,7 @@ def test_captured_updates_stay_in_the_same_memory_and_never_wait(kind, monkeypat
     changes = dict(KINDS[kind])
     if "n_expert" in changes:
         changes["moe_backend"] = "padded" if changes.get("capacity_factor") else "masked"
-    run = Trained(tiny(n_layer=1, gradient_accumulation_steps=2, **changes), True)
+    run = Trained(tiny(**{"n_layer": 1, **changes}, gradient_accumulation_steps=2), True)
     run.update()
     addresses = [value.data_ptr() for value in run.tensors()]
     with FailingWhereAGraphWould():
