@@ -226,6 +226,8 @@ class GPT(nn.Module):
         for layer in self.moe_layers():
             layer.set_step(step)
         apply_schedule(self.aux_loss_coef, self.config, "aux_loss_coef", step)
+        if 0 < self.config.router_freeze_step <= step:  # it would train only the layers below the router
+            self.aux_loss_coef.zero_()
 
     def update_biases(self, loads):
         """After an update: `MoE.update_bias` of each layer. loads: (E,) choices per expert of each layer."""

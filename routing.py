@@ -132,6 +132,9 @@ class Router(nn.Module):
             yield ("router", "router_bias_rate"), f"{message}; set router_bias_rate=0"
         if cls.gives_log_probs and config.gate != "softmax":
             yield ("router", "gate"), f"{name} gives log-probabilities; set gate='softmax'"
+        if not cls.is_trained and config.router_freeze_step:
+            message = f"router={name} is not trained, so it cannot be frozen at a step"
+            yield ("router", "router_freeze_step"), f"{message}; set router_freeze_step=0"
         if not cls.takes_prior and config.router_prior:
             message = f"router={name} has no logits to which a table could be added"
             yield ("router", "router_prior"), f"{message}; set router_prior=0"

@@ -76,6 +76,10 @@ def balance_problems(config, n_expert: int) -> Iterator[Problem]:
     if config.router_bias_rate and chooses_all:
         message = "with every expert chosen there is no choice that a bias could change"
         yield ("router_bias_rate", "expert_top_k", "n_expert"), f"{message}; set router_bias_rate=0"
+    if config.router_freeze_step and (config.router_bias_rate or config.z_loss_coef):
+        message = "a balancing bias or a z-loss would go on after router_freeze_step, without a router to train"
+        keys = ("router_freeze_step", "router_bias_rate", "z_loss_coef")
+        yield keys, f"{message}; set router_bias_rate=0 and z_loss_coef=0, or router_freeze_step=0"
     if config.balances and config.aux_loss == "cv2" and config.capacity_factor:
         message = "the cv2 loss sees gates after capacity, which hides the very imbalance"
         yield (*coefficient, "capacity_factor"), f"{message}; set aux_loss='switch' or capacity_factor=0"

@@ -154,6 +154,9 @@ class Config:
     router_prior_table: Literal["own", "shared"] = moe_key(
         "own", "router_prior: each block has a table of its own, or all have that of the first"
     )
+    router_freeze_step: int = moe_key(
+        0, "after so many steps the router stays as it is, and its balancing loss ends; 0 = never", at_least=0
+    )
     router_ngram: int = moe_key(3, "router=ngram_hash: number of characters hashed", at_least=1)
     n_expert_group: int = moe_key(2, "router=two_level: number of groups of experts", at_least=1)
     router_level: Literal["token", "segment", "prefix", "sequence"] = moe_key(

@@ -39,6 +39,7 @@ KINDS = {
     "top_p": dict(n_expert=4, expert_top_k=3, router_top_p=0.6),
     "hash_gated": dict(n_expert=4, router="hash_gated", gate="sigmoid", **NO_LOSS),
     "prior": dict(n_expert=4, router_prior=1.0),
+    "freeze": dict(n_expert=4, router_freeze_step=STEPS // 2),
     "one router": dict(n_expert=4, n_layer=2, blocks_per_router=0),
     "cv2": dict(n_expert=4, expert_top_k=2, aux_loss="cv2", gate_renormalize=True),
     "bias": dict(n_expert=4, router_bias_rate=0.01, gate="sigmoid", aux_loss="none"),

@@ -129,6 +129,20 @@ def test_a_gated_table_refuses_what_has_no_effect(keys, told):
     assert [told in message for _, message in config.problems()] == [True]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({"router": name, "aux_loss": "none"} for name, kind in routing.ROUTERS.items() if not kind.is_trained),
+        dict(z_loss_coef=0.1),
+        dict(router_bias_rate=0.1, aux_loss="none"),
+    ],
+    ids=str,
+)
+def test_a_freeze_step_is_refused_where_it_would_freeze_nothing_or_half(keys):
+    config = Config(**{"n_expert": 4, **keys}, router_freeze_step=5)
+    assert any("router_freeze_step=0" in message for _, message in config.problems())
+
+
 def test_an_even_table_gives_each_expert_as_many_symbols():
     """Within one, whatever their frequencies; and each layer and seed has another."""
     counts = [10**6, *[1] * 61]
