@@ -136,7 +136,7 @@ class Router(nn.Module):
             message = f"router={name} is not trained, so it cannot be frozen at a step"
             yield ("router", "router_freeze_step"), f"{message}; set router_freeze_step=0"
         if not cls.takes_prior and config.router_prior:
-            message = f"router={name} has no logits to which a table could be added"
+            message = f"router={name} takes no table into its logits"
             yield ("router", "router_prior"), f"{message}; set router_prior=0"
 
     @classmethod

@@ -372,6 +372,7 @@ class Config:
         if self.n_expert:
             numbers["n_expert_by_block"] = ",".join(map(str, self.expert_counts()))
             numbers["moe_every"] = 1
+            numbers["blocks_per_router"] = self.blocks_per_router or len(self.moe_layers)
             if self.expert_kind == "mlp":
                 numbers["expert_hidden"] = self.expert_hidden or 4 * self.n_embd
         return dataclasses.replace(self, **numbers)
