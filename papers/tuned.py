@@ -11,6 +11,7 @@ import dataclasses
 from papers.measures import COSTS
 from papers.ours import EQUAL, REPETITION, ROUTER, SOURCE
 from papers.table import Claim, Row, Table, View
+from papers.tuning import name_at_rate
 
 LEARNING_RATE = 1e-3  # of the papers' protocol; its cosine ends at a tenth of the first rate, and so do all of these
 MULTIPLES = {"cpu": (1, 2, 4, 8), "paper": (1, 2, 4)}
@@ -22,15 +23,15 @@ def at_rate(row: Row, multiple: int) -> Row:
     changes = {"label": f"{row.label}, {rate:.0e}".replace("e-0", "e-"), "baseline": ""}
     changes["scales"] = tuple(scale for scale in row.scales if multiple in MULTIPLES[scale])
     if multiple > 1:
-        changes |= {"name": f"{row.name}_rate{multiple}", "config": row.config or row.name}
+        changes |= {"name": name_at_rate(row.name, multiple), "config": row.config or row.name}
         changes["options"] = {**row.options, "learning_rate": rate, "min_lr": rate / 10}
     return dataclasses.replace(row, **changes)
 
 
-def tuned(row: Row, baseline: str = "") -> Row:
-    """The row with its learning rates as candidates."""
-    rates = sorted({multiple for scale in row.scales for multiple in MULTIPLES[scale]})
-    return dataclasses.replace(row, baseline=baseline, candidates=tuple(at_rate(row, multiple) for multiple in rates))
+def tuned(row: Row, baseline: str = "", multiples=MULTIPLES["cpu"]) -> Row:
+    """The row with learning rates as candidates, of these multiples those of each scale."""
+    candidates = tuple(at_rate(row, multiple) for multiple in multiples)
+    return dataclasses.replace(row, baseline=baseline, candidates=candidates)
 
 
 MODELS = (
