@@ -42,7 +42,9 @@ PRIORITIES = (
         "which learning rate suits each model at this size, and whether tuning takes differences away as at CPU size",
     ),
     Priority(
-        tuple(row.name for row in REGULARISED.rows if row.baseline),
+        tuple(
+            row.name for row in REGULARISED.rows if row.baseline and row.name not in {probe.name for probe in PROBES}
+        ),
         ONE,
         "whether more dropout or weight decay takes the experts' loss at this size away",
     ),

@@ -62,6 +62,9 @@ TUNED = Table(
 )
 
 
+NAMED_ELSEWHERE = {"shakespeare_dense_dropout4": "shakespeare_dense_probe_dropout"}  # one of B's probes is the same run
+
+
 def _regularised(row: Row):
     """The row, and the same with more dropout, more weight decay, and both."""
     yield dataclasses.replace(row, baseline="", scales=("paper",))
@@ -70,7 +73,12 @@ def _regularised(row: Row):
         ("decay10", "weight decay 1", {"weight_decay": 1.0}),
         ("dropout4_decay10", "dropout 0.4 and weight decay 1", {"dropout": 0.4, "weight_decay": 1.0}),
     ):
-        changes = {"name": f"{row.name}_{tag}", "label": f"{row.label}, {label}", "config": row.config or row.name}
+        name = f"{row.name}_{tag}"
+        changes = {
+            "name": NAMED_ELSEWHERE.get(name, name),
+            "label": f"{row.label}, {label}",
+            "config": row.config or row.name,
+        }
         yield dataclasses.replace(row, **changes, options=options, baseline=row.name, scales=("paper",))
 
 
