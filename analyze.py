@@ -146,7 +146,7 @@ def summary(analysis):
             "  A dense model: it has no router and no experts. Measured: loss by class, gradients of its MLPs."
         )
     else:
-        lines += [*summary_table(analysis), *paths_line(analysis)]
+        lines += [*summary_table(analysis), *paths_lines(analysis)]
     worst = sorted(analysis["by_class"].items(), key=lambda item: -item[1]["nats"])
     lines.append("  loss after a " + ", ".join(f"{name} {of['nats']:.2f}" for name, of in worst) + " nats")
     for found in analysis["collapsed"]:
@@ -174,12 +174,13 @@ def summary_table(analysis):
     return [f"  {line}" for line in lines]
 
 
-def paths_line(analysis):
-    """The paths through all layers, beside those of random routers; [] where there is one path only."""
+def paths_lines(analysis):
+    """The paths through all layers, beside those of random routers; none where only one path is possible."""
     possible = math.prod(layer["n_expert"] for layer in analysis["layers"])
     values = {name: (analyses.of_paths(name)(analysis), analyses.frozen_paths(name)(analysis)) for name in PATHS}
     told = [text.format(*values[name]) for name, text in PATHS.items() if None not in values[name]]
-    return [f"  paths (of a random router): {', '.join(told)}; {possible:,} are possible."] if possible > 1 else []
+    lines = f"paths (random router): {', '.join(told[:2])}, of {possible:,} possible.", f"{', '.join(told[2:])}."
+    return [f"  {line}" for line in lines] if possible > 1 else []
 
 
 def percent(share):
@@ -231,8 +232,8 @@ PATHS = {  # name in analyses.OF_PATHS: text with the number, and that of a rand
     "used": "{:,} ({:,.0f}) in use",
     "effective": "effective {:,.1f} ({:,.1f})",
     "given_character": "H(path | character) {:.2f} ({:.2f}) nats",
-    "character": "{:.0%} ({:.0%}) of the character told",
-    "between_layers": "{:.3f} ({:.3f}) nats between two layers",
+    "character": "the path tells {:.0%} ({:.0%}) of the character",
+    "between_layers": "two layers share {:.3f} ({:.3f}) nats",
 }
 COSTS = {  # parts of the ablation
     "shuffled_all": "all routing shuffled",
