@@ -84,6 +84,16 @@ def _cross_fitted(record):
     return (record.get("cross_fitted") or {}).get("nats")
 
 
+def _of_candidate(number):
+    """A reader of a tuned row's losses at one of its candidates: {seed: nats}."""
+
+    def read(comparison, row):
+        losses = list(comparison.choices[row].losses.values())
+        return losses[number] if number < len(losses) else {}
+
+    return read
+
+
 _SHARE, _CHARACTER = "of H(expert)", "of H(character)"
 MEASURES = {
     "clean": Measure("best full validation", "nats", 4, _field("clean", "best", "nats")),
@@ -131,6 +141,11 @@ MEASURES = {
         # Records made before inference had a watch of its own do not say.
         is_exclusive=lambda record: record["inference"].get("exclusive", False),
     ),
+    "chosen_rate": Measure("learning rate", "", 3, _field("config", "learning_rate")),
+    **{
+        f"rate{multiple}": Measure(f"{multiple}e-3", "", 4, lambda record: None, of_table=_of_candidate(number))
+        for number, multiple in enumerate((1, 2, 4, 8))
+    },
     "total_parameters": Measure("parameters", "", 0, _field("parameters", "total")),
     "active_parameters": Measure("active per character", "", 0, _field("parameters", "active")),
     "training_flops": Measure("training FLOPs per character", "", 0, _field("training_flops_per_token")),

@@ -90,6 +90,11 @@ class Verdict(NamedTuple):
         return {m: s for m, s in others.items() if fewest_seeds(self.findings[m]) >= self.seeds}
 
     @property
+    def lacks_rows(self) -> bool:
+        """Whether a row that decides has runs on another machine only."""
+        return any(finding.problem == TWO_MACHINES for finding in self.findings[self.claim.measures[0]])
+
+    @property
     def power(self) -> Power | None:
         return power_of(self.claim, self.comparison, self.findings[self.claim.measures[0]])
 
