@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from analysis import analyses
 from papers.break_even import equivalent_steps
+from papers.tuning import name_at_rate
 
 
 def _field(*path):
@@ -84,14 +85,9 @@ def _cross_fitted(record):
     return (record.get("cross_fitted") or {}).get("nats")
 
 
-def _of_candidate(number):
-    """A reader of a tuned row's losses at one of its candidates: {seed: nats}."""
-
-    def read(comparison, row):
-        losses = list(comparison.choices[row].losses.values())
-        return losses[number] if number < len(losses) else {}
-
-    return read
+def _at_rate(multiple):
+    """A reader of a tuned row's losses at a multiple of the papers' learning rate: {seed: nats}."""
+    return lambda comparison, row: comparison.choices[row].losses.get(name_at_rate(row, multiple), {})
 
 
 _SHARE, _CHARACTER = "of H(expert)", "of H(character)"
@@ -143,8 +139,8 @@ MEASURES = {
     ),
     "chosen_rate": Measure("learning rate", "", 3, _field("config", "learning_rate")),
     **{
-        f"rate{multiple}": Measure(f"{multiple}e-3", "", 4, lambda record: None, of_table=_of_candidate(number))
-        for number, multiple in enumerate((1, 2, 4, 8))
+        f"rate{multiple}": Measure(f"{multiple}e-3", "", 4, lambda record: None, of_table=_at_rate(multiple))
+        for multiple in (1, 2, 4, 8)
     },
     "total_parameters": Measure("parameters", "", 0, _field("parameters", "total")),
     "active_parameters": Measure("active per character", "", 0, _field("parameters", "active")),

@@ -10,6 +10,7 @@ priority, write an entry where it belongs in the order.
 from typing import NamedTuple
 
 from papers.b import PROBES
+from papers.tuned import REGULARISED
 
 
 class Priority(NamedTuple):
@@ -39,6 +40,11 @@ PRIORITIES = (
         tuple(f"shakespeare_{name}_rate{rate}" for rate in (2, 4) for name in ("dense", "moe4", "hash4", "dense_wide")),
         ONE,
         "which learning rate suits each model at this size, and whether tuning takes differences away as at CPU size",
+    ),
+    Priority(
+        tuple(row.name for row in REGULARISED.rows if row.baseline),
+        ONE,
+        "whether more dropout or weight decay takes the experts' loss at this size away",
     ),
     Priority(
         ("text8_head_dense", "text8_head_moe4"),
