@@ -90,7 +90,7 @@ def _at_rate(multiple):
     return lambda comparison, row: comparison.choices[row].losses.get(name_at_rate(row, multiple), {})
 
 
-_SHARE = "of H(expert)"
+_SHARE, _CHARACTER = "of H(expert)", "of H(character)"
 MEASURES = {
     "clean": Measure("best full validation", "nats", 4, _field("clean", "best", "nats")),
     "cross_fitted": Measure("best full validation, cross-fitted", "nats", 4, _cross_fitted),
@@ -181,6 +181,18 @@ MEASURES = {
         3,
         analyses.frequency_above_frozen,
     ),
+    "path_given_character": Measure(
+        "entropy of the path given the character", "nats", 3, analyses.of_paths("given_character")
+    ),
+    "character_in_path": Measure("information from the path", _CHARACTER, 3, analyses.of_paths("character")),
+    "path_above_frozen": Measure(
+        "information from the path − a random router's", _CHARACTER, 3, analyses.path_above_frozen
+    ),
+    "layer_information": Measure(
+        "information between two layers' experts", "nats", 3, analyses.of_paths("between_layers")
+    ),
+    "paths": Measure("effective number of paths", "", 1, analyses.of_paths("effective")),
+    "distinct_paths": Measure("distinct paths", "", 0, analyses.of_paths("used")),
     "gain": Measure(
         "information from the character, end − start of training", _SHARE, 3, analyses.gain_of_specialisation
     ),
