@@ -750,6 +750,13 @@ def test_a_0_and_the_number_for_which_it_stands_are_one_experiment(changes, same
     assert one.hash() != other.hash()
 
 
+def test_one_router_for_all_blocks_may_be_said_in_numbers():
+    every, all_three, one = (
+        Identity(Config(n_expert=4, moe_every=2, blocks_per_router=n)).experiment for n in (0, 3, 1)
+    )
+    assert every == all_three != one
+
+
 def test_one_text_spelled_in_several_ways_is_one_experiment(tmp_path, monkeypatch):
     (tmp_path / "project" / "data" / "small").mkdir(parents=True)
     (tmp_path / "project" / "data" / "small" / "train.bin").touch()
