@@ -175,10 +175,10 @@ class Config:
     capacity_group: Literal["sequence", "batch"] = moe_key(
         "sequence", "capacity is counted per sequence, or over the whole batch (not causal)"
     )
-    aux_loss: Literal["switch", "cv2", "none"] = moe_key(
+    aux_loss: Literal["switch", "cv2", "entropy", "none"] = moe_key(
         "switch",
         "balancing loss; switch: n_expert x sum of load x probability, 1 per layer when even; cv2: variance / mean^2 "
-        "of the experts' gate sums, 0 when even",
+        "of the experts' gate sums; entropy: log n_expert - entropy of the mean softmax; both 0 when even",
     )
     aux_loss_coef: float = moe_key(0.01, "weight of the balancing loss; 0 = off", **FACTOR)
     aux_loss_coef_end: float = moe_key(0.0, "aux_loss_coef at the end of training", **FACTOR)

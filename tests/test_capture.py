@@ -38,6 +38,7 @@ KINDS = {
     "expert_choice": dict(n_expert=4, router="expert_choice", capacity_factor=1.0, aux_loss="none"),
     "top_p": dict(n_expert=4, expert_top_k=3, router_top_p=0.6),
     "cv2": dict(n_expert=4, expert_top_k=2, aux_loss="cv2", gate_renormalize=True),
+    "entropy": dict(n_expert=4, expert_top_k=2, aux_loss="entropy", gate="sigmoid", expert_dropout=0.05),
     "bias": dict(n_expert=4, router_bias_rate=0.01, gate="sigmoid", aux_loss="none"),
     "capacity": dict(n_expert=4, expert_top_k=2, capacity_factor=0.5, gate_renormalize=True),
     "capacity of the batch": dict(n_expert=4, capacity_factor=0.5, capacity_group="batch"),

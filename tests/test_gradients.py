@@ -358,7 +358,7 @@ def test_switch_loss_gradient_by_hand():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("aux_loss", ["switch", "cv2", "none"])
+@pytest.mark.parametrize("aux_loss", ["switch", "cv2", "entropy", "none"])
 def test_balancing_loss_is_the_models_own_over_all_layers(aux_loss, reduction):
     model = model_of(n_layer=2, n_expert=3, expert_top_k=1, aux_loss=aux_loss, aux_loss_reduction=reduction)
     ((x, y),) = batches = batches_of(count=1)
