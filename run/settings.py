@@ -132,6 +132,7 @@ class Config:
         "dense MLP of all experts' width",
     )
     expert_inner_dropout: float = moe_key(0.0, "dropout rate of the experts' hidden units", at_least=0, below=1)
+    expert_output_masking: float = moe_key(0.0, "dropout rate of the experts' whole outputs", at_least=0, below=1)
 
     router: Literal[
         "learned", "frozen", "random", "hash", "hash_shared", "ngram_hash", "two_level", "expert_choice"

@@ -43,6 +43,7 @@ KINDS = {
     "capacity": dict(n_expert=4, expert_top_k=2, capacity_factor=0.5, gate_renormalize=True),
     "capacity of the batch": dict(n_expert=4, capacity_factor=0.5, capacity_group="batch"),
     "linear": dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", gate_renormalize=True),
+    "masked": dict(n_expert=4, expert_top_k=2, expert_output_masking=0.2, expert_inner_dropout=0.2),
     "linear sum": dict(n_expert=4, expert_top_k=0, expert_kind="linear_sum", aux_loss="none"),
     "sequence": dict(n_expert=4, router_level="sequence"),
     "shared": dict(n_expert=4, n_shared_expert=1, router_level="segment", segment_size=5),

@@ -716,6 +716,32 @@ def test_inner_dropout_is_off_in_evaluation():
     assert torch.equal(layer.eval()(x, ids)[0], layer(x, ids)[0])
 
 
+def test_output_masking_drops_each_choice_by_itself_and_keeps_the_mean():
+    """In training, and of gates alone: loads, capacity and balancing losses see the choices as made."""
+    layer = layer_of(tiny(n_expert=4, expert_top_k=2, capacity_factor=0.75, expert_output_masking=0.25))
+    x, ids = torch.randn(256, 16, 16), symbols(256, 16)
+    trained, evaluated = layer.train()(x, ids)[1], layer.eval()(x, ids)[1]
+    masked = (trained.gates == 0) & trained.kept
+    assert (masked.sum(dim=0) / trained.kept.sum(dim=0)).tolist() == pytest.approx([0.25, 0.25], abs=0.03)
+    both = masked.all(dim=1).sum() / trained.kept.all(dim=1).sum()
+    assert both.item() == pytest.approx(0.25**2, abs=0.015)
+    torch.testing.assert_close(trained.gates, (evaluated.gates / 0.75).masked_fill(masked, 0.0))
+    for field in ("logits", "probs", "experts", "chosen", "kept"):
+        assert torch.equal(getattr(trained, field), getattr(evaluated, field))
+    assert balance.switch_loss(trained) == balance.switch_loss(evaluated)
+
+
+@pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
+def test_a_masked_token_gets_exactly_the_residual_and_teaches_no_expert(backend):
+    layer = layer_of(tiny(n_expert=4, expert_hidden=8, expert_output_masking=0.5, moe_backend=backend)).train()
+    x = torch.randn(4, 16, 16, requires_grad=True)
+    y, routing = run(layer, x)
+    y.square().sum().backward()
+    is_masked = (routing.gates == 0).view(4, 16)
+    assert 0 < is_masked.sum() < 64
+    assert torch.equal(y.any(dim=-1), ~is_masked) and torch.equal(x.grad.any(dim=-1), ~is_masked)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Collapse and balance, as the sources describe them, on a toy task
 
