@@ -36,9 +36,9 @@ PRIORITIES = (
     Priority(("shakespeare_hash4", "shakespeare_moe4"), FRESH[2:], f"{_E7}, on fresh seeds (the other three)"),
     Priority(("shakespeare_hash4_shared",), FRESH[:1], _E10),
     Priority(
-        tuple(f"shakespeare_{name}_rate2" for name in ("dense", "moe4", "hash4")),
-        FRESH[:1],
-        "whether the differences between these rows move with the learning rate; two rates tune none of them",
+        tuple(f"shakespeare_{name}_rate{rate}" for rate in (2, 4) for name in ("dense", "moe4", "hash4", "dense_wide")),
+        ONE,
+        "which learning rate suits each model at this size, and whether tuning takes differences away as at CPU size",
     ),
     Priority(
         ("text8_head_dense", "text8_head_moe4"),

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from papers import tuning
 from papers.measures import MEASURES
+from papers.tuning import FIRST_FRESH, Choice, choose
 from run import records
 from run.settings import Config
 from support import configurator
@@ -218,7 +218,7 @@ class Comparison(NamedTuple):
     cells: dict[str, list[dict]]  # row name -> its records, sorted by seed
     apart: dict[str, list[tuple[dict, str]]]  # row name -> (record, why it is listed but never averaged)
     elsewhere: frozenset[str] = frozenset()  # rows that have runs on another machine
-    choices: Mapping[str, tuning.Choice] = {}  # tuned row -> what its candidates say
+    choices: Mapping[str, Choice] = {}  # tuned row -> what its candidates say
 
     def values(self, row: str, measure: str) -> dict[int, float]:
         """seed -> the measure's value. Records without one, and times that do not count, are left out: those of runs
@@ -282,9 +282,9 @@ def tuned_comparison(comparison: Comparison) -> Comparison:
         cells[row.name], apart[row.name] = comparison.cells[names[0]], [of for n in names for of in comparison.apart[n]]
         if row.candidates:
             clean = {name: comparison.values(name, "clean") for name in names}
-            choices[row.name] = choice = tuning.choose(clean)
+            choices[row.name] = choice = choose(clean)
             of_choice = comparison.cells[choice.name] if choice.name else []
-            cells[row.name] = [r for r in of_choice if r["config"]["seed"] >= tuning.FIRST_FRESH]
+            cells[row.name] = [r for r in of_choice if r["config"]["seed"] >= FIRST_FRESH]
             elsewhere |= {row.name} if elsewhere.intersection(names) else set()
     return comparison._replace(cells=cells, apart=apart, elsewhere=elsewhere, choices=choices)
 

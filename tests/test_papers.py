@@ -28,6 +28,8 @@ def record(row="shakespeare_moe4", seed=1337, scale="cpu", device="a CPU", dirty
         "dataset": {"name": "shakespeare_char", "sha256": "a", "canonical": True},
         "exclusive": exclusive,
         "clean": {"best": {"nats": nats}},
+        "paper": {"best_val": nats},
+        "leaky": False,
         "seconds": {"train": 100.0},
         "inference": {"samples": 10, "tokens_per_second": 50.0, "exclusive": exclusive},
     }  # fmt: skip
@@ -244,7 +246,7 @@ def test_scales_have_different_hashes():
 
 
 def test_the_plan_names_rows_of_tables_at_paper_size_and_no_run_twice():
-    names = {row.name for table in TABLES.values() for row in table.rows_at("paper")}
+    names = {row.name for table in TABLES.values() for row in table.experiments_at("paper")}
     asked = [(name, seed) for entry in PRIORITIES for seed in entry.seeds for name in entry.rows]
     assert {name for name, _ in asked} <= names and len(set(asked)) == len(asked)
     assert all(entry.decides and entry.decides[0] != " " and "\n" not in entry.decides for entry in PRIORITIES)
@@ -263,7 +265,7 @@ def test_runs_of_the_plan_are_those_of_the_tables_and_land_in_their_folders(tmp_
     runs = planned_runs.by_priority(TABLES, PRIORITIES, "paper", setup)
     homes = {run.config.run_id.split("-")[0]: run.home.name for run in [*runs][:15]}
     assert sorted(homes.values()) == ["A", "B", "router"]
-    of_tables = planned_runs.plan(TABLES, ["all"], "paper", 8, setup)
+    of_tables = planned_runs.plan(TABLES, ["all"], "paper", 8, setup, planned_runs.read_results(setup.results))
     places = {run.key: (run.home, run.name, run.arguments) for run in of_tables}
     assert all(places[run.key] == (run.home, run.name, run.arguments) for run in runs)
 
