@@ -30,6 +30,11 @@ class Choice(NamedTuple):
         return self.name in (next(iter(self.losses)), next(reversed(self.losses)))
 
 
+def name_at_rate(row: str, multiple: int) -> str:
+    """The name of a row's candidate at a multiple of the papers' learning rate."""
+    return row if multiple == 1 else f"{row}_rate{multiple}"
+
+
 def choose(losses: Losses) -> Choice:
     """The finalist with the lowest mean loss. losses: in the candidates' order; a candidate without runs has none."""
     losses = {name: {seed: of[seed] for seed in CHOOSING if seed in of} for name, of in losses.items()}
