@@ -115,6 +115,8 @@ class MoE(nn.Module):
             if config.gate_straight_through:
                 gates_NK = 1 + (gates_NK - gates_NK.detach())
             gates_NK = torch.where(kept_NK, gates_NK, 0.0)
+            if self.training and config.expert_output_masking > 0:
+                gates_NK = F.dropout(gates_NK, config.expert_output_masking)
             return Routing(logits_NE, probs_NE, experts_NK, gates_NK, chosen_NK, kept_NK, room)
 
     def score(self, logits_NE):

@@ -135,6 +135,7 @@ class Config:
         "dense MLP of all experts' width",
     )
     expert_inner_dropout: float = moe_key(0.0, "dropout rate of the experts' hidden units", at_least=0, below=1)
+    expert_output_masking: float = moe_key(0.0, "dropout rate of the experts' whole outputs", at_least=0, below=1)
 
     router: Literal[
         "learned", "frozen", "random", "hash", "hash_shared", "hash_gated", "ngram_hash", "two_level", "expert_choice"
@@ -191,10 +192,10 @@ class Config:
     capacity_group: Literal["sequence", "batch"] = moe_key(
         "sequence", "capacity is counted per sequence, or over the whole batch (not causal)"
     )
-    aux_loss: Literal["switch", "cv2", "none"] = moe_key(
+    aux_loss: Literal["switch", "cv2", "entropy", "none"] = moe_key(
         "switch",
         "balancing loss; switch: n_expert x sum of load x probability, 1 per layer when even; cv2: variance / mean^2 "
-        "of the experts' gate sums, 0 when even",
+        "of the experts' gate sums; entropy: log n_expert - entropy of the mean softmax; both 0 when even",
     )
     aux_loss_coef: float = moe_key(0.01, "weight of the balancing loss; 0 = off", **FACTOR)
     aux_loss_coef_end: float = moe_key(0.0, "aux_loss_coef at the end of training", **FACTOR)

@@ -202,7 +202,7 @@ def test_command_line_values_take_their_keys_type(argument, expected):
         ("--compile=atuo", "True or False or 'auto'; nearest: 'auto'"),
         ("--device=CPU", "auto, cpu, cuda, cuda:N or mps; nearest: cpu"),
         ("--dtype=FLOAT32", "'auto', 'float32' or 'bfloat16'; nearest: 'float32'"),
-        ("--aux_loss=swich", "'switch', 'cv2' or 'none'; nearest: 'switch'"),
+        ("--aux_loss=swich", "'switch', 'cv2', 'entropy' or 'none'; nearest: 'switch'"),
         ("--dtype=float16", "'auto', 'float32' or 'bfloat16'; nearest: 'bfloat16'"),
     ],
 )

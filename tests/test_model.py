@@ -539,6 +539,9 @@ TRACED = [
         ),
         dict(n_expert=4, router_level="prefix", aux_loss="cv2", expert_init="switch", gate_straight_through=True),
         dict(
+            n_expert=16, expert_top_k=4, expert_hidden=8, aux_loss="entropy", gate="sigmoid", expert_output_masking=0.1
+        ),
+        dict(
             n_expert=4, expert_top_k=4, router_top_p=0.5, capacity_factor=0.5, capacity_group="batch", moe_every=2,
             n_layer=2, expert_init="sigma_moe", router_jitter=0.1, z_loss_coef=0.001, bias=True, aux_loss_coef=0.001,
         ),

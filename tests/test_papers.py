@@ -82,6 +82,18 @@ def test_dense_twins_have_equal_flops_or_parameters(scale):
     assert dense_equal_active(moe) - 4 * moe.n_embd == 2  # the router's share, of which the table's text speaks
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_quarter_experts_cost_what_whole_ones_do(scale):
+    """At equal width of all experts and of those that a character uses, only the router's share differs."""
+    table = TABLES["literature"]
+    whole = table.row("shakespeare_moe4").config_at(scale)
+    for name in ("shakespeare_moe16_top4", "shakespeare_moe16_sigma"):
+        fine = table.row(name).config_at(scale)
+        assert fine.expert_hidden == whole.n_embd and fine.expert_top_k * fine.expert_hidden == 4 * whole.n_embd
+        assert fine.n_expert * fine.expert_hidden == whole.n_expert * 4 * whole.n_embd
+        assert (fine.learning_rate, fine.max_iters) == (whole.learning_rate, whole.max_iters)
+
+
 def test_a_row_gives_the_arguments_and_the_name_of_a_run():
     row = TABLES["equal"].row("shakespeare_dense_long")
     assert row.cell("cpu", 7) == "shakespeare_dense_long-cpu-s7" and row.cell("paper", 7) == "shakespeare_dense_long-s7"

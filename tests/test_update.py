@@ -27,7 +27,9 @@ KINDS = {
 # What the compiled graph must survive: everything scheduled, drawn anew, or kept between steps.
 CHANGING = {
     **KINDS,
-    "linear": dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", gate_renormalize=True),
+    "linear": dict(
+        n_expert=4, expert_top_k=2, expert_kind="linear_concat", gate_renormalize=True, expert_output_masking=0.2
+    ),
     "random": dict(n_expert=4, router="random", aux_loss="none"),
     "bias": dict(n_expert=4, router_bias_rate=0.01, gate="sigmoid", aux_loss="none"),
     "annealed": dict(
