@@ -2,46 +2,51 @@
 
 import math
 
-from papers.measures import COSTS, LOSSES
+from papers.measures import COSTS
 from papers.ours import SOURCE
 from papers.table import BELOW_0, Claim, Row, Table, View
+from papers.tuned import AT_CHOICE, CHOICE, RATES, tuned
 
 # At CPU size a quarter of the dense MLP is narrower; at paper size the configs state it.
 QUARTER_WIDTH = {"cpu": {"expert_hidden": 128}}
 
 LITERATURE = Table(
     name="literature",
-    title="What the literature recommends: finer experts, σ-MoE, regularisers",
+    title="What the literature recommends, each at its best learning rate: finer experts, σ-MoE, regularisers",
     source=SOURCE,
     text="16 experts of a quarter width, top-4, have the active and the total parameters of 4 whole experts, top-1. "
     "σ-MoE has their shape with sigmoid gates, its own initialisation, whole experts dropped and its entropy loss. The "
     "regularisers should pay where a text is read many times: 82 times at paper size, 1.5 times at CPU size.",
-    rows=(
-        Row("shakespeare_dense", "dense"),
-        Row(
-            "shakespeare_dense_decay10",
-            "dense, weight decay × 10",
-            "shakespeare_dense",
-            options={"weight_decay": 1.0},
-            baseline="shakespeare_dense",
-        ),
-        Row("shakespeare_moe4", "4 experts", baseline="shakespeare_dense"),
-        Row("shakespeare_moe4_inner_dropout", "4 experts, dropout inside them", baseline="shakespeare_moe4"),
-        Row("shakespeare_moe4_output_masking", "4 experts, outputs masked", baseline="shakespeare_moe4"),
-        Row(
-            "shakespeare_moe16_top4",
-            "16 quarter experts, top-4",
-            options_at=QUARTER_WIDTH,
-            baseline="shakespeare_moe4",
-        ),
-        Row(
-            "shakespeare_moe16_sigma",
-            "σ-MoE, 16 quarter experts, top-4",
-            options_at=QUARTER_WIDTH,
-            baseline="shakespeare_moe4",
-        ),
+    rows=tuple(
+        tuned(row, row.baseline, RATES)
+        for row in (
+            Row("shakespeare_dense", "dense"),
+            Row(
+                "shakespeare_dense_decay10",
+                "dense, weight decay × 10",
+                "shakespeare_dense",
+                options={"weight_decay": 1.0},
+                baseline="shakespeare_dense",
+            ),
+            Row("shakespeare_moe4", "4 experts", baseline="shakespeare_dense"),
+            Row("shakespeare_moe4_inner_dropout", "4 experts, dropout inside them", baseline="shakespeare_moe4"),
+            Row("shakespeare_moe4_output_masking", "4 experts, outputs masked", baseline="shakespeare_moe4"),
+            Row(
+                "shakespeare_moe16_top4",
+                "16 quarter experts, top-4",
+                options_at=QUARTER_WIDTH,
+                baseline="shakespeare_moe4",
+            ),
+            Row(
+                "shakespeare_moe16_sigma",
+                "σ-MoE, 16 quarter experts, top-4",
+                options_at=QUARTER_WIDTH,
+                baseline="shakespeare_moe4",
+            ),
+        )
     ),
-    views=(View("Loss", (*LOSSES, "epochs")), View("Cost", COSTS), View("Routing", ("load_cv2", "entropy"))),
+    views=(CHOICE, AT_CHOICE, View("Cost and routing", (*COSTS, "load_cv2", "entropy"))),
+    figures=("loss_by_rate",),
 )
 
 TABLES = (LITERATURE,)
