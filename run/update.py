@@ -24,7 +24,7 @@ from moe import Experts
 from run.processes import ONE_PROCESS
 from support import files, machines
 from support.capture import Captured, aside, side_stream
-from support.fused_update import FusedUpdate, WeightCopies, uses_triton
+from support.fused_update import FusedUpdate, WeightCopies, is_capturing, uses_triton
 
 
 class Update(NamedTuple):
@@ -117,9 +117,8 @@ class Updater:
         max_norm = self.config.grad_clip or math.inf
         gradient_norm = clip_gradients(self.model.parameters(), max_norm, self.captured is None)
         self.guard.check(step, objective, gradient_norm)
-        is_capturing = self.machine.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         for group in self.optimizer.param_groups:
-            group |= {"lr": rate, "capturable": is_capturing}
+            group |= {"lr": rate, "capturable": is_capturing(self.machine.device)}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.copies.refresh()

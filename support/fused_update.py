@@ -152,7 +152,7 @@ class FusedUpdate:
         is_even = all(address % ALIGNMENT == 0 for row in addresses[:-1] for address in row)
         is_even = is_even and all(weight.numel() % ALIGNMENT == 0 for weight in self.weights)
         alignment = ALIGNMENT if is_even else 1
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.device):
             self.addresses_in_graph = addresses
             return self.table_of_graph, alignment
         if addresses != self.addresses:
@@ -172,6 +172,10 @@ class FusedUpdate:
         """After a capture and before the first replay: a graph cannot contain a copy from the host."""
         if self.addresses_in_graph:
             self.table_of_graph.copy_(torch.tensor(self.addresses_in_graph))
+
+
+def is_capturing(device):
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def uses_triton(device):

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -58,12 +59,17 @@ class Tail:
         self.copies = WeightCopies([(self.module, f"w{i}") for i in range(0, n, 2)] if has_copies else [])
         self.fused = FusedUpdate(self.optimizer, self.guard, max_norm, self.copies) if is_fused else None
 
-    def update(self, step, gradients, objective=1.0):
-        """gradients: float32 or None of each weight; a copy gets it in bfloat16. -> the gradient norm"""
-        objective, rate = torch.tensor(objective, device=self.device), 0.001 * (1 + step)
-        for weight, gradient in zip(self.weights, gradients):
-            leaf = self.copies.of.get(weight, weight)
+    def give(self, gradients):
+        """gradients: float32 or None of each weight; a copy gets it in bfloat16. -> the tensors given"""
+        leaves = [self.copies.of.get(weight, weight) for weight in self.weights]
+        for leaf, gradient in zip(leaves, gradients):
             leaf.grad = None if gradient is None else gradient.to(self.device, leaf.dtype, copy=True)
+        return [leaf.grad for leaf in leaves]
+
+    def update(self, step, gradients, objective=1.0):
+        """-> the gradient norm"""
+        objective, rate = torch.tensor(objective, device=self.device), 0.001 * (1 + step)
+        self.give(gradients)
         if self.fused:
             return self.fused(step, rate, objective)
         self.copies.hand_over()
@@ -404,6 +410,28 @@ def test_captured_fused_updates_on_cuda_train_as_plain_ones(kind, is_compiled):
 # What the interpreter runs
 
 
+def problems_of_a_graph():
+    """A capture and a replay, by hand. Where a graph would be recorded, the table is empty; then it is filled."""
+    ours, theirs = (Tail(EVEN, "cpu", 1.0, is_fused, True) for is_fused in (True, False))
+    first, then = gradients_of(EVEN, 4), gradients_of(EVEN, 3)
+    ours.update(0, first), theirs.update(0, first)
+    before, fixed = ours.state(), ours.give(then)
+    with mock.patch.object(fused_update, "is_capturing", lambda device: True):
+        ours.fused(1, 0.002, torch.tensor(1.0))
+        if not all(torch.equal(value, before[name]) for name, value in ours.state().items()):
+            yield "a graph without addresses changes something"
+    ours.fused.fill_table_of_graph()
+    ours.update(1, first), theirs.update(1, first)  # outside of the graph, with other gradients
+    for leaf, gradient in zip(ours.fused.leaves, fixed):
+        leaf.grad = gradient
+    with mock.patch.object(fused_update, "is_capturing", lambda device: True):
+        ours.fused(2, 0.003, torch.tensor(1.0))
+    theirs.update(2, then)
+    for one, other in zip(ours.weights, theirs.weights):
+        if not torch.allclose(one, other, rtol=2e-6, atol=2e-6):
+            yield "a replay is not an update"
+
+
 def problems_in_the_interpreter(is_soak):
     """Differences, a line each. The interpreter takes milliseconds for a program."""
     assert fused_update.INTERPRETED
@@ -413,6 +441,7 @@ def problems_in_the_interpreter(is_soak):
     ):
         if error:
             yield what
+    yield from problems_of_a_graph()
     for machine in (machines.choose("cpu", "float32", False, capture=True), BFLOAT16):
         config = tiny(n_layer=1, n_expert=4, grad_clip=0.5)
         plain, fused = (Trained(config, is_fused, machine) for is_fused in (False, True))
