@@ -1,6 +1,6 @@
 """Gradient clipping, the guard against numbers that are not finite, and AdamW: all parameters in three kernels.
 
-    copies = WeightCopies([(model.head, "weight")])    # bfloat16 twins of float32 weights
+    copies = WeightCopies([(model.head, "weight")])    # of float32 weights, in bfloat16
     fused = FusedUpdate(optimizer, guard, max_norm, copies)
     with torch.autocast("cuda", torch.bfloat16), copies.standing_in():
         objective = model(x)
