@@ -111,7 +111,7 @@ def plan(tables, names, scale, seeds, setup, kept) -> list[PlannedRun]:
         for row in table.rows_at(scale):
             pairs = itertools.product([row.name], range(FIRST_SEED, FIRST_SEED + seeds))
             if row.candidates:
-                pairs = tuning.asked(losses_of(row, scale, setup, kept), seeds)
+                pairs = tuning.asked(losses_of(row, scale, setup, kept), row.reserve.get(scale, 0), seeds)
             hash_of = {experiment.name: experiment.config_at(scale).hash() for experiment in row.experiments_at(scale)}
             asked |= dict.fromkeys((seed, hash_of[name]) for name, seed in pairs)
     return [

@@ -50,6 +50,7 @@ class Row:
     scales: tuple[str, ...] = ("paper", "cpu")
     # Rows of which this one shows the best, see papers/tuning.py; its own config then stands for the model alone.
     candidates: tuple[Row, ...] = ()
+    reserve: Mapping[str, int] = field(default_factory=dict)  # scale -> how many of the last are tried only if need be
 
     def experiments_at(self, scale: str) -> list[Row]:
         """The rows whose runs fill this one: its candidates, or itself."""
@@ -282,7 +283,7 @@ def tuned_comparison(comparison: Comparison) -> Comparison:
         cells[row.name], apart[row.name] = comparison.cells[names[0]], [of for n in names for of in comparison.apart[n]]
         if row.candidates:
             clean = {name: comparison.values(name, "clean") for name in names}
-            choices[row.name] = choice = choose(clean)
+            choices[row.name] = choice = choose(clean, row.reserve.get(scale, 0))
             of_choice = comparison.cells[choice.name] if choice.name else []
             cells[row.name] = [r for r in of_choice if r["config"]["seed"] >= FIRST_FRESH]
             elsewhere |= {row.name} if elsewhere.intersection(names) else set()

@@ -34,9 +34,21 @@ def test_nothing_is_chosen_before_all_seeds_are_there():
 def test_runs_are_asked_for_in_stages():
     first = [("low", 1337), ("middle", 1337), ("high", 1337)]
     finalists = [(name, seed) for name in ("middle", "high") for seed in (1338, 1339)]
-    assert list(tuning.asked({**LOSSES, "high": {}}, 2)) == first
-    assert list(tuning.asked(LOSSES, 2)) == [*first, *finalists]
-    assert list(tuning.asked(ALL, 2)) == [*first, *finalists, ("high", 1340), ("high", 1341)]
+    assert list(tuning.asked({**LOSSES, "high": {}}, 0, 2)) == first
+    assert list(tuning.asked(LOSSES, 0, 2)) == [*first, *finalists]
+    assert list(tuning.asked(ALL, 0, 2)) == [*first, *finalists, ("high", 1340), ("high", 1341)]
+
+
+def test_candidates_in_reserve_follow_while_the_last_that_was_tried_is_the_best():
+    losses = {"a": {1337: 1.9}, "b": {1337: 1.8}, "c": {}, "d": {}}
+    assert [name for name, _ in tuning.asked(losses, 2, 1)] == ["a", "b", "c"]
+    losses["c"] = {1337: 1.7}
+    assert [name for name, _ in tuning.asked(losses, 2, 1)] == ["a", "b", "c", "d"]
+    losses["c"] = {1337: 1.85}
+    assert {name for name, _ in tuning.asked(losses, 2, 1)} == {"a", "b", "c"}
+    assert tuning.finalists(losses, 2) == ["b", "c"]
+    losses["a"] = {1337: 1.7}
+    assert tuning.finalists({**losses, "c": {}}, 2) == ["a", "b"]
 
 
 def records_of(model, losses, device="a CPU", fresh=()):
