@@ -139,8 +139,8 @@ MEASURES = {
     ),
     "chosen_rate": Measure("learning rate", "", 3, _field("config", "learning_rate")),
     **{
-        f"rate{multiple}": Measure(f"{multiple}e-3", "", 4, lambda record: None, of_table=_at_rate(multiple))
-        for multiple in (1, 2, 4, 8)
+        f"rate{multiple}": Measure(f"{multiple / 1000:g}", "", 4, lambda record: None, of_table=_at_rate(multiple))
+        for multiple in (1, 2, 4, 8, 16)
     },
     "total_parameters": Measure("parameters", "", 0, _field("parameters", "total")),
     "active_parameters": Measure("active per character", "", 0, _field("parameters", "active")),

@@ -7,6 +7,7 @@ Published differences and ratios stand beside the measured ones.
 
 from __future__ import annotations
 
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from papers.measures import MEASURES
@@ -150,8 +151,7 @@ def difference_by_size(comparison: Comparison) -> Drawing | None:
     models = {row.config: row.label.partition(" characters, ")[2] for row in rows.values() if row.baseline}
     for measure in ("test", "clean"):
         of_models = {config: differences_by_size(comparison, measure, config) for config in models}
-        of_models = {config: of for config, of in of_models.items() if len(of) > 1}
-        if of_models:
+        if of_models := {config: by_size for config, by_size in of_models.items() if len(by_size) > 1}:
             break
     else:
         return None
@@ -159,36 +159,23 @@ def difference_by_size(comparison: Comparison) -> Drawing | None:
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.axhline(0, **ZERO)
-    ticks, handles, spoken, crossings, shown = {}, [], [], [], set()
-    for number_of_model, (config, by_size) in enumerate(of_models.items(), 1):
-        style, label = row_style(number_of_model), models[config]
-        effects = {s: difference_to_baseline(comparison, rows[name], measure) for s, (name, _) in by_size.items()}
-        ticks |= {size: comparison.cells[name][0]["epochs"] for size, (name, _) in by_size.items()}
-        shown |= {name for name, _ in by_size.values()}
-        for seed in sorted(set().union(*(values for _, values in by_size.values()))):
-            line = [(size, values[seed]) for size, (_, values) in by_size.items() if seed in values]
-            axes.plot(*zip(*line), color=style.colour, marker=".", linewidth=0.7, alpha=0.45)
-        handles += axes.plot([*effects], [effect.mean for effect in effects.values()], **style.curve, markersize=6)
-        for size, effect in effects.items():
-            bars = {"yerr": layout.whiskers(*effect[:3]), **ERROR_BARS}
-            axes.errorbar(size, effect.mean, **bars, color=style.colour)
-        if crossing := crossing_of(by_size):
-            axes.axvline(crossing.place, **BOUND | {"color": style.colour})
-            if crossing.low is not None:
-                reach = max(crossing.low, min(effects)), min(crossing.high, max(effects))
-                axes.axvspan(*reach, color=style.colour, alpha=0.1, lw=0)
-        crossings.append(f"{label}: {wording.crossing_text(by_size)}")
-        differences_in_words = "; ".join(f"{s:,} {number(effect.mean, sign='+')}" for s, effect in effects.items())
-        spoken.append(f"{label}: {differences_in_words}")
-    sizes = sorted(ticks)
-    axes.set_xticks(sizes, [f"{size:,}\n({ticks[size]:.3g} epochs)" for size in sizes], minor=False)
+    handles, spoken = [], []
+    for index, (config, by_size) in enumerate(of_models.items(), 1):
+        effects = {size: difference_to_baseline(comparison, rows[name], measure) for size, (name, _) in by_size.items()}
+        handles.append(draw_by_size(axes, by_size, effects, row_style(index)))
+        words = "; ".join(f"{size:,} {number(effect.mean, sign='+')}" for size, effect in effects.items())
+        spoken.append(f"{models[config]}: {words}")
+    names = {size: name for by_size in of_models.values() for size, (name, _) in by_size.items()}
+    epochs = {size: comparison.cells[names[size]][0]["epochs"] for size in sorted(names)}
+    axes.set_xticks([*epochs], [f"{size:,}\n({count:.3g} epochs)" for size, count in epochs.items()], minor=False)
     axes.set_xticks([], minor=True)
-    unit = unit_of(cells_of(comparison))
     axes.set_xlabel("unique characters of training text")
+    unit = unit_of(cells_of(comparison))
     axes.set_ylabel(f"{MEASURES[measure].heading},\nminus baseline's, nats per {unit}\n(below 0: better than dense)")
-    labels = [models[config] for config in of_models]
-    if len(labels) > 1:
-        layout.legend_below(figure, handles, labels, grow=True)
+    if len(handles) > 1:
+        layout.legend_below(figure, handles, [models[config] for config in of_models], grow=True)
+    shown = {name for by_size in of_models.values() for name, _ in by_size.values()}
+    crossings = (f"{models[config]}: {wording.crossing_text(by_size)}" for config, by_size in of_models.items())
     caption = caption_of_table(
         comparison,
         [cell for cell in cells_of(comparison) if cell.row.name in shown],
@@ -198,6 +185,22 @@ def difference_by_size(comparison: Comparison) -> Drawing | None:
         f"have: {'; '.join(crossings)}.",
     )
     return Drawing(figure, caption, f"The loss difference in nats by unique characters. {'. '.join(spoken)}.")
+
+
+def draw_by_size(axes, by_size, effects, style) -> Line2D:
+    """One model's differences: a thin line a seed, the mean with intervals, and where it crosses 0."""
+    for seed in sorted(set().union(*(values for _, values in by_size.values()))):
+        line = [(size, values[seed]) for size, (_, values) in by_size.items() if seed in values]
+        axes.plot(*zip(*line), color=style.colour, marker=".", linewidth=0.7, alpha=0.45)
+    (mean,) = axes.plot([*effects], [effect.mean for effect in effects.values()], **style.curve, markersize=6)
+    for size, effect in effects.items():
+        axes.errorbar(size, effect.mean, yerr=layout.whiskers(*effect[:3]), color=style.colour, **ERROR_BARS)
+    if crossing := crossing_of(by_size):
+        axes.axvline(crossing.place, **BOUND | {"color": style.colour})
+        if crossing.low is not None:
+            reach = max(crossing.low, min(effects)), min(crossing.high, max(effects))
+            axes.axvspan(*reach, color=style.colour, alpha=0.1, lw=0)
+    return mean
 
 
 @styled

@@ -150,7 +150,7 @@ def test_the_sizes_are_those_of_the_config_files():
     assert (cpu.n_layer, cpu.n_embd, cpu.block_size, cpu.batch_size, cpu.dropout) == (4, 128, 64, 12, 0.0)
     assert paper.seed == cpu.seed == 7 and paper.device == cpu.device == "cpu"
     kinds = {name: model_config(name, "cpu", CPU, 1) for name in bench.MODELS}
-    assert [config.n_expert for config in kinds.values()] == [0, 0, 4, 4, 4, 4, 8, 4, 4, 4]
+    assert [config.n_expert for config in kinds.values()] == [0, 0, 4, 4, 4, 4, 8, 4, 4, 4, 0, 4]
     assert kinds["moe4_top2"].expert_top_k == 2 and kinds["moe4_linear"].expert_kind == "linear_concat"
     assert kinds["reference_moe4"].moe_backend == "reference" and kinds["reference"] == kinds["dense"]
 
@@ -241,8 +241,8 @@ def test_another_decoder_is_timed_beside_the_usual_one_and_trains_nothing(run, t
     code, page, _ = run(*options)
     record = bench_records.read(tmp_path / "record.json")
     found = [(row["task"], row["model"]) for row in record["measurements"] if row["batch_size"] in (1, 4)]
-    assert code == 0 and found == [("train", "dense"), ("decode", "dense"), ("decode", "dense_attention")]
-    assert record["models"]["dense_attention"]["backend"]["decode"].endswith("(not attention: it needs CUDA)")
+    assert code == 0 and found == [("train", "dense"), ("decode", "dense"), ("decode", "dense_by_attention")]
+    assert record["models"]["dense_by_attention"]["backend"]["decode"].endswith("(not attention: it needs CUDA)")
     assert "decoder=attention" in page
     assert "'quick' is none of" in refused(ConfigError, "--decoders=quick")
 
