@@ -51,6 +51,7 @@ MODELS = {  # name -> title, config file, changes to it
     "moe4_top2": ("4 experts, top-2", "shakespeare_moe4", {"expert_top_k": 2}),
     "moe4_linear": ("4 linear experts, top-2", "shakespeare_top2", {}),
     "reference_moe4": ("4 experts, eager script", "shakespeare_moe4", {"moe_backend": "reference"}),
+    "moe4_kernels": ("4 experts, routing in kernels", "shakespeare_moe4", {"routing_kernels": True}),
     "moe8": ("8 experts, top-1", "shakespeare_moe8", {}),
     "moe4_linear_soft": ("4 linear experts, soft", "shakespeare_soft4", {}),
     "moe4_linear_cap05": ("4 linear experts, capacity 0.5", "shakespeare_top2_cap05", {}),

@@ -74,6 +74,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from model import GPT  # noqa: E402
 from run.settings import Config  # noqa: E402
+from speed import fused_routing  # noqa: E402
 from support import configurator, machines  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,6 +187,8 @@ def count(config) -> dict:
         for name, is_training in (("update", True), ("evaluation", False)):
             found[name] = {"kernels": 0, "bytes": 0}
             with counting(found[name]), torch.set_grad_enabled(is_training), machine.autocast():
+                if config.routing_kernels:
+                    assert fused_routing.use_kernels(model, machine) is None
                 machines.compiled(model).train(is_training)(x, x)
     return found
 

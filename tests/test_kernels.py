@@ -275,26 +275,34 @@ class Compiler:
     """Stands in for a kernel: compiles for an H100 what would be launched, and counts its programs."""
 
     def __init__(self, kernel):
-        self.kernel, self.programs = kernel, []
+        self.kernel, self.programs, self.compiled = kernel, [], []
 
     def __getitem__(self, grid):
         self.programs.append(math.prod(grid))
         return self.compile
 
-    def compile(self, *arguments, **constants):
+    def compile(self, *arguments, num_warps=4, **constants):
         import triton
         from triton.backends.compiler import GPUTarget
 
-        pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+        pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
+        pointers[torch.bool] = "*i1"
+        numbers = {int: "i32", float: "fp32"}
         values = {**dict(zip(self.kernel.arg_names, arguments)), **constants}
         signature = {
             name: "constexpr" if name in constants or value is None
-            else pointers[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            else pointers[value.dtype] if isinstance(value, torch.Tensor) else numbers[type(value)]
             for name, value in values.items()
         }  # fmt: skip
         fixed = {name: value for name, value in values.items() if signature[name] == "constexpr"}
-        source = triton.compiler.ASTSource(fn=self.kernel, signature=signature, constexprs=fixed)
-        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        attributes = {
+            (i,): [["tt.divisibility", 16]]
+            for i, parameter in enumerate(self.kernel.params)
+            if signature[parameter.name].startswith("*") and not parameter.do_not_specialize
+        }
+        source = triton.compiler.ASTSource(self.kernel, signature, fixed, attributes)
+        options = {"num_warps": num_warps}
+        self.compiled.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
 
 
 @needs_triton
