@@ -13,6 +13,7 @@ Exit codes: 0 done; 1 some of several folders could not be analysed, and were na
 the command.
 """
 
+import math
 import os
 import sys
 import time
@@ -74,7 +75,7 @@ def analysis_of(run, options, title):
         bar.set_postfix_str("reading the text")
         seen = probe.see(model, run.windows, run.machine)
         bar.update()
-        layers = parts.measure_layers(run, seen)
+        layers, paths = parts.measure_routing(run, seen)
         bar.update()
         passed = probe.see(model, run.pass_windows, run.machine)
         bar.set_postfix_str("following the routing over training")
@@ -114,6 +115,7 @@ def analysis_of(run, options, title):
         "by_class": parts.losses_by_class(run, seen),
         "symbols": [name_of(symbol) for symbol in run.vocabulary.symbols],
         "layers": layers,
+        "paths": paths,
         "ablation": ablated,
         "router_gradients": pulls,
         "conflicts": conflicts,
@@ -144,7 +146,7 @@ def summary(analysis):
             "  A dense model: it has no router and no experts. Measured: loss by class, gradients of its MLPs."
         )
     else:
-        lines += summary_table(analysis)
+        lines += [*summary_table(analysis), *paths_lines(analysis)]
     worst = sorted(analysis["by_class"].items(), key=lambda item: -item[1]["nats"])
     lines.append("  loss after a " + ", ".join(f"{name} {of['nats']:.2f}" for name, of in worst) + " nats")
     for found in analysis["collapsed"]:
@@ -170,6 +172,15 @@ def summary_table(analysis):
     if costs:
         lines.append(f"cost in nats (± standard error, {analysis['passes']:,} characters): {', '.join(costs)}.")
     return [f"  {line}" for line in lines]
+
+
+def paths_lines(analysis):
+    """The paths through all layers, beside those of random routers; none where only one path is possible."""
+    possible = math.prod(layer["n_expert"] for layer in analysis["layers"])
+    values = {name: (analyses.of_paths(name)(analysis), analyses.frozen_paths(name)(analysis)) for name in PATHS}
+    told = [text.format(*values[name]) for name, text in PATHS.items() if None not in values[name]]
+    lines = f"paths (random router): {', '.join(told[:2])}, of {possible:,} possible.", f"{', '.join(told[2:])}."
+    return [f"  {line}" for line in lines] if possible > 1 else []
 
 
 def percent(share):
@@ -216,6 +227,13 @@ NOTES = {  # heading of a column: what it shows
     "+ topic": "+ topic: the same for the topic of the text; the best of {topics}.",
     "early": "early: share of characters that have their final expert at step {step:,} already.",
     "router cosine": "router cosine: between the gradients of cross-entropy and of balance, with its 95% interval.",
+}
+PATHS = {  # name in analyses.OF_PATHS: text with the number, and that of a random router
+    "used": "{:,} ({:,.0f}) in use",
+    "effective": "effective {:,.1f} ({:,.1f})",
+    "given_character": "H(path | character) {:.2f} ({:.2f}) nats",
+    "character": "the path tells {:.0%} ({:.0%}) of the character",
+    "between_layers": "two layers share {:.3f} ({:.3f}) nats",
 }
 COSTS = {  # parts of the ablation
     "shuffled_all": "all routing shuffled",

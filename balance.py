@@ -7,6 +7,7 @@
 For balancing without a loss see `MoE.update_bias` in `moe.py`. Letters as in `moe.py`; L layers.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,12 +70,27 @@ def cv2_loss(routing, batch_mean=own_mean, weight_N=None):
     return importance_E.var(dim=-1, correction=0) / importance_E.mean(dim=-1).square().clamp_min(1e-10)
 
 
+def entropy_loss(routing, batch_mean=own_mean, weight_N=None):
+    """log E - H(P), where P is the mean over tokens of softmax(logits) and H its entropy in nats. 0 if P is even, log E
+    if all tokens agree on one expert. Csordás et al. 2023 (section 5) minimise -H(P), which has the same gradient."""
+    probs_NE = F.softmax(routing.logits.movedim(-1, 0), dim=0).movedim(0, -1)
+    mean_E = batch_mean(mean_over_tokens(probs_NE, weight_N))
+    # The gradient of p log p would be infinite where p underflows to 0.
+    negative_entropy = (mean_E * mean_E.clamp_min(torch.finfo(mean_E.dtype).tiny).log()).sum(dim=-1)
+    return math.log(mean_E.size(-1)) + negative_entropy
+
+
 def z_loss(routing, batch_mean=own_mean, weight_N=None):
     """mean over tokens of logsumexp(logits)² (Zoph et al. 2022, eq. 5): keeps router logits small."""
     return mean_over_tokens(torch.logsumexp(routing.logits.movedim(-1, 0), dim=0).square(), weight_N, dim=-1)
 
 
-AUX_LOSSES: dict[str, Callable | None] = {"switch": switch_loss, "cv2": cv2_loss, "none": None}
+AUX_LOSSES: dict[str, Callable | None] = {
+    "switch": switch_loss,
+    "cv2": cv2_loss,
+    "entropy": entropy_loss,
+    "none": None,
+}
 
 
 def aux_losses(routings, config, coefficient, batch_mean=own_mean, weight_N=None):

@@ -161,12 +161,16 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList()
-        experts = None
+        experts = router = None
         for i in range(config.n_layer):
-            mlp = MoE(config.of_block(i), i, counts, experts) if i in config.moe_layers else MLP(config)
+            if i not in config.moe_layers:
+                self.blocks.append(Block(config, MLP(config)))
+                continue
+            if config.moe_layers.index(i) % (config.blocks_per_router or config.n_layer) == 0:
+                router = None
+            mlp = MoE(config.of_block(i), i, counts, experts, router)
+            router, experts = mlp.router, mlp.experts if config.share_experts else None
             self.blocks.append(Block(config, mlp))
-            if config.share_experts and isinstance(mlp, MoE):
-                experts = mlp.experts
         self.register_buffer("aux_loss_coef", torch.tensor(float(config.aux_loss_coef)))
         self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.init_weights()
@@ -227,6 +231,8 @@ class GPT(nn.Module):
         for layer in self.moe_layers():
             layer.set_step(step)
         apply_schedule(self.aux_loss_coef, self.config, "aux_loss_coef", step)
+        if 0 < self.config.router_freeze_step <= step:  # it would train only the layers below the router
+            self.aux_loss_coef.zero_()
 
     def update_biases(self, loads):
         """After an update: `MoE.update_bias` of each layer. loads: (E,) choices per expert of each layer."""

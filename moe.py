@@ -30,13 +30,15 @@ class MoE(nn.Module):
     """A Mixture-of-Experts layer in place of an MLP: (B, T, D) -> (B, T, D) and its Routing.
 
     config: `Config.of_block(layer)`; layer: the block's index; symbol_counts (V,): occurrences in the training text;
-    experts: those of an earlier layer, to share them.
+    experts, router: those of an earlier layer, to share them.
     """
 
-    def __init__(self, config, layer, symbol_counts, experts=None):
+    def __init__(self, config, layer, symbol_counts, experts=None, router=None):
         super().__init__()
         self.config = config
-        self.router = ROUTERS[config.router](config, layer, symbol_counts)
+        self.router = router or ROUTERS[config.router](config, layer, symbol_counts)
+        if config.router_freeze_step and router is None:
+            make_freezable(self.router)
         self.experts = experts or EXPERTS[config.expert_kind](config)
         self.shared = SharedExperts(config) if config.n_shared_expert else None
         self.dropout = nn.Dropout(config.dropout)
@@ -50,6 +52,11 @@ class MoE(nn.Module):
     def set_step(self, step):
         """Called before update number `step`, and before the evaluation at that point."""
         self.router.set_step(step)
+        if self.config.router_freeze_step:
+            if step >= self.config.router_freeze_step:
+                freeze(self.router)
+            else:
+                self.router.is_frozen.fill_(False)  # also where a run starts with the weights of a frozen one
         apply_schedule(self.temperature, self.config, "router_temperature", step)
         apply_schedule(self.expert_dropout, self.config, "expert_dropout", step)
 
@@ -108,6 +115,8 @@ class MoE(nn.Module):
             if config.gate_straight_through:
                 gates_NK = 1 + (gates_NK - gates_NK.detach())
             gates_NK = torch.where(kept_NK, gates_NK, 0.0)
+            if self.training and config.expert_output_masking > 0:
+                gates_NK = F.dropout(gates_NK, config.expert_output_masking)
             return Routing(logits_NE, probs_NE, experts_NK, gates_NK, chosen_NK, kept_NK, room)
 
     def score(self, logits_NE):
@@ -159,6 +168,26 @@ class MoE(nn.Module):
         shared experts. Padding by a backend is not counted; top-p counts all k."""
         experts = self.experts.flops_per_token(self.router.experts_per_token())
         return round(self.router.flops_per_token() + experts + (self.shared.flops_per_token() if self.shared else 0))
+
+
+def make_freezable(router):
+    """Adds buffers that `freeze` fills, and hooks that keep gradients from frozen parameters."""
+    router.register_buffer("is_frozen", torch.tensor(False))
+    router.register_buffer("frozen_values", torch.zeros(sum(p.numel() for p in router.parameters())))
+    for parameter in router.parameters():
+        parameter.register_hook(lambda gradient: gradient.masked_fill(router.is_frozen, 0.0))
+
+
+@torch.no_grad()
+def freeze(router):
+    """Keeps the router's parameters as they are: the first call copies them, and each later one undoes what moments and
+    weight decay have changed since. Nothing waits for the device."""
+    parameters = list(router.parameters())
+    values = torch.cat([parameter.flatten() for parameter in parameters])
+    router.frozen_values.copy_(torch.where(router.is_frozen, router.frozen_values, values))
+    router.is_frozen.fill_(True)
+    for parameter, kept in zip(parameters, router.frozen_values.split([p.numel() for p in parameters])):
+        parameter.copy_(kept.view_as(parameter))
 
 
 def apply_schedule(buffer, config, key, step):

@@ -39,7 +39,7 @@ def gather_results(folder: Path) -> Results:
     benches, of_benches = bench_records.read_all(folder)
     analysed, of_analyses = analyses.read_all(folder)
     left_out += of_benches + of_analyses
-    rows = [(row, scale) for table in papers.TABLES.values() for scale in SCALES for row in table.rows_at(scale)]
+    rows = [(row, scale) for table in papers.TABLES.values() for scale in SCALES for row in table.experiments_at(scale)]
     hashes = {row.config_at(scale).hash() for row, scale in rows}
     in_no_table = "no table has a row of its config"
     named = [(path.relative_to(folder.parent), record) for path, record in pairs]

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from hashing import HASH_TABLES
 from selection import capacity, mean_over_tokens, top_k_experts
 
 
@@ -108,6 +109,7 @@ class Router(nn.Module):
     needs_history = False  # whether `ids` must reach back before x
     tokens_choose = True  # False: experts choose tokens, at most `capacity` of each sequence, and all have a place
     takes_bias = True  # whether a balancing bias can change its choices
+    takes_prior = False  # whether a fixed table can be added to its logits
     gives_log_probs = False  # whether softmax leaves its logits as they are
     initialised_by_layer: tuple[str, ...] = ()  # weights made with torch.empty, filled by the key expert_init
 
@@ -130,6 +132,12 @@ class Router(nn.Module):
             yield ("router", "router_bias_rate"), f"{message}; set router_bias_rate=0"
         if cls.gives_log_probs and config.gate != "softmax":
             yield ("router", "gate"), f"{name} gives log-probabilities; set gate='softmax'"
+        if not cls.is_trained and config.router_freeze_step:
+            message = f"router={name} is not trained, so it cannot be frozen at a step"
+            yield ("router", "router_freeze_step"), f"{message}; set router_freeze_step=0"
+        if not cls.takes_prior and config.router_prior:
+            message = f"router={name} takes no table into its logits"
+            yield ("router", "router_prior"), f"{message}; set router_prior=0"
 
     @classmethod
     def largest_top_k(cls, config):
@@ -172,19 +180,35 @@ BALANCING = ("aux_loss", "aux_loss_coef", "aux_loss_coef_end")  # the keys of th
 
 
 class LinearRouter(Router):
-    """Logits by one linear map, x Wᵀ with `weight` (E, D)."""
+    """Logits by one linear map, x Wᵀ with `weight` (E, D), and router_prior for the expert in a fixed `table` (V,)."""
+
+    takes_prior = True
+
+    def __init__(self, config, layer, symbol_counts):
+        super().__init__(config, layer, symbol_counts)
+        if config.router_prior:
+            of_layer = 0 if config.router_prior_table == "shared" else layer
+            self.register_buffer("table", fixed_table(config, of_layer, symbol_counts))
 
     def forward(self, x_BTD, ids_BS):
-        return F.linear(x_BTD, self.weight.to(x_BTD.dtype))
+        logits_BTE = F.linear(x_BTD, self.weight.to(x_BTD.dtype))
+        if self.config.router_prior:
+            experts_BT = self.table[ids_BS[:, -x_BTD.size(1) :]]
+            logits_BTE = logits_BTE + self.config.router_prior * F.one_hot(experts_BT, self.config.n_expert)
+        return logits_BTE
 
     def flops_per_token(self):
         return 2 * self.config.n_expert * self.config.n_embd
+
+    def state_problem(self):
+        return table_problem(self) if self.config.router_prior else None
 
 
 def is_linear_top_k(router):
     """Whether a token's experts are simply the k largest of x Wᵀ, which decoding computes by a shortcut."""
     steps = ((LinearRouter, "forward"), (Router, "preference"), (Router, "select"))
-    return all(getattr(type(router), name) is getattr(owner, name) for owner, name in steps)
+    is_plain = all(getattr(type(router), name) is getattr(owner, name) for owner, name in steps)
+    return is_plain and not router.config.router_prior
 
 
 class LearnedRouter(LinearRouter):
@@ -261,20 +285,18 @@ class FixedRouter(Router):
 
 
 class HashRouter(FixedRouter):
-    """A fixed table, symbol -> expert, that balances load over the training text (Roller et al. 2021, balanced hash).
-    Each layer and seed has its own; see hash_table."""
+    """A fixed table, symbol -> expert, by default balanced over the training text (Roller et al. 2021, balanced hash).
+    Each layer and seed has its own; see fixed_table."""
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
-        seed = mix_seeds(config.seed, layer, 0)
-        self.register_buffer("table", hash_table(symbol_counts, config.n_expert, seed))
+        self.register_buffer("table", fixed_table(config, layer, symbol_counts))
 
     def experts_of(self, ids_BS):
         return self.table[ids_BS]
 
     def state_problem(self):
-        is_expert_V = (self.table >= 0) & (self.table < self.config.n_expert)
-        return None if is_expert_V.all() else "its table has experts that are not there"
+        return table_problem(self)
 
 
 class SharedHashRouter(HashRouter):
@@ -282,6 +304,37 @@ class SharedHashRouter(HashRouter):
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, 0, symbol_counts)
+
+
+class GatedHashRouter(HashRouter, LearnedRouter):
+    """HashRouter's choice with a learned gate: the chosen expert's probability in softmax(x Wᵀ), as in a switch layer.
+
+    The control that tells a fixed choice from a fixed gate. The logit is the log-odds of that probability, so that the
+    sigmoid gives it back; -inf for the other experts.
+    """
+
+    is_trained = True
+    takes_prior = False
+    gives_log_probs = False
+
+    @classmethod
+    def problems(cls, config):
+        yield from super().problems(config)
+        name = config.router
+        if config.balances or config.z_loss_coef:
+            message = f"{name} chooses by a fixed table, which no loss can balance"
+            yield ("router", *BALANCING, "z_loss_coef"), f"{message}; set aux_loss='none' and z_loss_coef=0"
+        if config.gate != "sigmoid":
+            yield ("router", "gate"), f"{name} gives the log-odds of a gate; set gate='sigmoid'"
+        if 1 in config.expert_counts():
+            message = f"the gate of a single expert is always 1, so {name} has nothing to learn"
+            yield ("router", "n_expert", "n_expert_by_block"), f"{message}; set n_expert to 2 or more"
+
+    def forward(self, x_BTD, ids_BS):
+        logits_BTE = LinearRouter.forward(self, x_BTD, ids_BS)
+        choice_BTE = super().forward(x_BTD, ids_BS)  # 0, or -inf
+        others_BT1 = logits_BTE.masked_fill(choice_BTE == 0, -math.inf).logsumexp(dim=-1, keepdim=True)
+        return logits_BTE - others_BT1 + choice_BTE
 
 
 class NgramHashRouter(FixedRouter):
@@ -407,6 +460,7 @@ ROUTERS: dict[str, type[Router]] = {
     "random": RandomRouter,
     "hash": HashRouter,
     "hash_shared": SharedHashRouter,
+    "hash_gated": GatedHashRouter,
     "ngram_hash": NgramHashRouter,
     "two_level": TwoLevelRouter,
     "expert_choice": ExpertChoiceRouter,
@@ -422,17 +476,11 @@ def mix_seeds(*numbers):
     return value % 2**63
 
 
-def hash_table(counts_V, n_expert, seed):
-    """(V,) int64: each symbol's expert, with loads as even as whole symbols allow.
+def fixed_table(config, layer, counts_V):
+    """(V,) int64: each symbol's expert, by router_table, for this seed and layer."""
+    return HASH_TABLES[config.router_table](counts_V, config.n_expert, mix_seeds(config.seed, layer, 0))
 
-    The most frequent symbols come first, each to the expert with the least load so far. Counts are blurred by up to a
-    fifth, so that each seed gives another table.
-    """
-    counts_V, load = counts_V.cpu(), [0.0] * n_expert
-    generator = torch.Generator().manual_seed(seed)
-    blur_V = 1 + 0.2 * torch.rand(len(counts_V), generator=generator, dtype=torch.float64, device="cpu")
-    table = torch.zeros(len(counts_V), dtype=torch.int64, device="cpu")
-    for symbol in torch.argsort(counts_V * blur_V, descending=True).tolist():
-        table[symbol] = load.index(min(load))
-        load[table[symbol]] += counts_V[symbol].item()
-    return table
+
+def table_problem(router):
+    is_expert_V = (router.table >= 0) & (router.table < router.config.n_expert)
+    return None if is_expert_V.all() else "its table has experts that are not there"

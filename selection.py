@@ -20,7 +20,7 @@ class Routing(NamedTuple):
     logits: torch.Tensor  # (N, E) float32, the router's output
     probs: torch.Tensor  # (N, E) float32, the scores scaled so that each row sums to 1
     experts: torch.Tensor  # (N, K) int64
-    gates: torch.Tensor  # (N, K) float32, 0 where the choice was not made or was dropped
+    gates: torch.Tensor  # (N, K) float32, 0 where the choice was not made, was dropped or its output is masked
     chosen: torch.Tensor  # (N, K) bool, False where the choice was not made (top-p, expert choice, expert dropout)
     kept: torch.Tensor  # (N, K) bool, chosen and not dropped for lack of room
     room: int  # the most choices that one expert can have kept: N, or fewer under a capacity

@@ -304,8 +304,9 @@ def check_can_run(setup, pack):
             tempfile.TemporaryFile(dir=pack.path.parent).close()
 
 
-def run_all(states, options, pack, rates, is_plan, argv):
-    """Runs what can be run, and prints the outcome. rates: of estimates.rates_of. -> exit code"""
+def run_all(states, options, pack, rates, is_plan, deadline, argv):
+    """Runs what can be run, and prints the outcome. rates: of estimates.rates_of; deadline: of time.monotonic().
+    -> exit code"""
     screen = Overview(states)
     dirty = git_of_training()["dirty"]
     if dirty is not False:
@@ -313,7 +314,6 @@ def run_all(states, options, pack, rates, is_plan, argv):
         print(f"{why}: records made now are shown in tables, but count in no mean.")
     print(totals(states), flush=True)
     print_reasons(states, sys.stderr)
-    deadline = time.monotonic() + 60 * options.budget_minutes if options.budget_minutes else math.inf
     with collected_signals() as signals, screen.bar:
         runner = running.Runner(states, screen, signals, options.jobs, deadline, pack=pack)
         if is_plan and options.budget_minutes:
@@ -352,9 +352,10 @@ def collected_signals():
 
 def main(argv):
     names, scale, options, setup = parse_command(argv)
+    deadline = time.monotonic() + 60 * options.budget_minutes if options.budget_minutes else math.inf
     kept, is_plan = planned_runs.read_results(setup.results), names == [PLAN]
     decides = planned_runs.by_priority(TABLES, PRIORITIES, scale, setup) if is_plan else {}
-    runs = list(decides) or planned_runs.plan(TABLES, names, scale, options.seeds, setup)
+    runs = list(decides) or planned_runs.plan(TABLES, names, scale, options.seeds, setup, kept)
     states = planned_runs.states_of(runs, kept)
     warn_of_records(states, kept)
     about = f"{', '.join(names)} at scale {scale}"
@@ -363,13 +364,20 @@ def main(argv):
     print(about, file=sys.stderr if options.print_commands else sys.stdout, flush=True)
     if options.list:
         print_list(states, kept, scale, decides)
-    elif options.print_commands:
+        return 0
+    if options.print_commands:
         print_commands(states)
-    else:
-        pack = Pack(Path(options.pack).absolute(), tqdm.write) if options.pack else None
-        check_can_run(setup, pack)
-        return run_all(states, options, pack, rates_of(states, kept, TABLES.values(), scale), is_plan, argv)
-    return 0
+        return 0
+    pack = Pack(Path(options.pack).absolute(), tqdm.write) if options.pack else None
+    check_can_run(setup, pack)
+    while True:
+        code = run_all(states, options, pack, rates_of(states, kept, TABLES.values(), scale), is_plan, deadline, argv)
+        # What has run may tell which candidates of a tuned row come next.
+        kept, known = planned_runs.read_results(setup.results), {run.key for run in states}
+        runs = [] if is_plan or code else planned_runs.plan(TABLES, names, scale, options.seeds, setup, kept)
+        if all(run.key in known for run in runs) or time.monotonic() > deadline:
+            return code
+        states = planned_runs.states_of(runs, kept)
 
 
 if __name__ == "__main__":

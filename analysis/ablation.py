@@ -21,8 +21,9 @@ from scipy.optimize import linear_sum_assignment
 
 from analysis.annotation import name_of
 from analysis.probe import Wrapper, altered, choices_by_symbol, first_choice, rerouted, see
+from hashing import hash_table
 from model import GPT, IGNORED
-from routing import ROUTERS, hash_table, mix_seeds
+from routing import ROUTERS, mix_seeds
 from selection import Routing
 
 SHUFFLE_STREAM, TABLE_STREAM = 2, 3  # random streams of one seed

@@ -8,7 +8,9 @@ informations are in nats. A share is a fraction of H(expert), the entropy of the
 """
 
 import functools
+import itertools
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -41,6 +43,21 @@ LAYER = {
     "hash": OBJECT,  # the same for balanced tables of the character
     "by_class": OBJECT,  # class -> {"characters", "entropy", "load"}
 }
+MEASURED = {  # information.Measured
+    **dict.fromkeys(("nats", "share", "chance_mean"), SIGNED),
+    "chance_sd": NUMBER,
+    "values": COUNT,
+    "draws": COUNT,
+}
+PATHS = {  # a character's path is the router's first choice in every MoE layer
+    "used": COUNT,  # distinct paths
+    "entropy": NUMBER,  # H(path)
+    "entropy_of_character": NUMBER,
+    "entropy_given_character": NUMBER,  # H(path | character)
+    "about_character": MEASURED,  # I(character; path)
+    "between_layers": [{"blocks": [COUNT], **MEASURED}],  # I(expert; expert), for each pair of MoE layers
+    "frozen": OBJECT,  # name in OF_PATHS -> {"mean", "sd", "draws"}, for random routers on the same inputs
+}
 STABILITY = {
     "steps": [COUNT],
     "layers": [
@@ -71,6 +88,7 @@ SCHEMA = {
     "by_class": OBJECT,  # class -> {"characters", "nats"}
     "symbols": [LINE],
     "layers": [LAYER],
+    "paths?": (PATHS, None),  # null without MoE layers; missing in older analyses
     "ablation": (OBJECT, None),  # ablation.ablations
     "router_gradients": [(OBJECT, None)],  # gradients.router_gradients, for each MoE layer
     "conflicts": [OBJECT],  # gradients.conflicts, for each block
@@ -99,6 +117,12 @@ def problems(analysis) -> list[str]:
         wrong.append(f"run_id is {analysis['run_id']!r}, but its config's is {config.run_id}")
     if blocks != list(config.moe_layers):
         wrong.append(f"layers are of blocks {blocks}; expected {list(config.moe_layers)}")
+    paths = analysis.get("paths")
+    pairs = [pair["blocks"] for pair in paths["between_layers"]] if paths else []
+    if "paths" in analysis and (
+        bool(paths) != bool(blocks) or pairs != [*map(list, itertools.combinations(blocks, 2))]
+    ):
+        wrong.append(f"paths are null, or of the pairs of blocks {pairs}; expected every pair of {blocks}")
     return wrong
 
 
@@ -178,9 +202,14 @@ def over_layers(read_layer):
     return lambda analysis: mean(map(read_layer, analysis["layers"]))
 
 
+def net_nats(found):
+    """The part of an information (a Measured) that is beyond chance."""
+    return found["nats"] - found["chance_mean"]
+
+
 def net(found, layer):
-    """The part of an information (a Measured) that is beyond chance, as a share of the layer's H(expert)."""
-    return (found["nats"] - found["chance_mean"]) / layer["entropy"] if layer["entropy"] else None
+    """net_nats as a share of the layer's H(expert)."""
+    return net_nats(found) / layer["entropy"] if layer["entropy"] else None
 
 
 def utilisation_of(layer):
@@ -280,6 +309,42 @@ def given_character_above_frozen(*names):
 
 syntax_above_frozen = given_character_above_frozen(*SYNTAX[1:])
 topic_above_frozen = given_character_above_frozen(*TOPIC)
+
+
+def character_in_path(paths):
+    """The share of H(character) that the path tells, beyond chance."""
+    total = paths["entropy_of_character"]
+    return net_nats(paths["about_character"]) / total if total else None
+
+
+OF_PATHS = {  # paths of an analysis -> number, or None; of random routers too
+    "used": lambda paths: paths["used"],
+    "effective": lambda paths: math.exp(paths["entropy"]),
+    "given_character": lambda paths: paths["entropy_given_character"],
+    "character": character_in_path,
+    "between_layers": lambda paths: mean(map(net_nats, paths["between_layers"])),
+}
+
+
+def of_paths(name):
+    """A function of an analysis: a number in OF_PATHS; None for a dense model, and in analyses made before paths."""
+    return lambda analysis: OF_PATHS[name](analysis["paths"]) if analysis.get("paths") else None
+
+
+def frozen_paths(name):
+    """of_paths(name) for random routers on the same inputs: the mean over draws."""
+
+    def read_analysis(analysis):
+        paths = analysis.get("paths")
+        return paths["frozen"][name]["mean"] if paths and name in paths["frozen"] else None
+
+    return read_analysis
+
+
+def path_above_frozen(analysis):
+    """The share of H(character) that the path tells, less the same for random routers on the same inputs."""
+    ours, theirs = of_paths("character")(analysis), frozen_paths("character")(analysis)
+    return None if ours is None or theirs is None else ours - theirs
 
 
 def of_stability(name, step=None):

@@ -47,7 +47,7 @@ def router_gradients(model, batches, machine, draws=200, seed=0):
     own over all layers, before its coefficient; for `aux_loss=none` the switch loss, with a coefficient of 0. With
     groups of experts, the weight is that of the experts.
 
-        block, loss     the block's index; switch or cv2
+        block, loss     the block's index; switch, cv2 or entropy
         n               batches in which both gradients exist
         cosines         of the two gradients, one for each batch
         cosine, sd, low, high   their mean, sample SD and the 95% t interval of the mean (None from one batch)
@@ -106,7 +106,7 @@ def has_balance(routings, config):
     those after it.
     """
     loads = [choices_per_expert(routing).sum(dim=0) for routing in routings]
-    return config.aux_loss == "cv2" or any((load_E != load_E[0]).any().item() for load_E in loads)
+    return config.aux_loss in ("cv2", "entropy") or any((load_E != load_E[0]).any().item() for load_E in loads)
 
 
 def compare_pulls(pairs, coefficient, draws, generator):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from analysis import analyses
 from papers.break_even import equivalent_steps
+from papers.tuning import name_at_rate
 
 
 def _field(*path):
@@ -84,7 +85,12 @@ def _cross_fitted(record):
     return (record.get("cross_fitted") or {}).get("nats")
 
 
-_SHARE = "of H(expert)"
+def _at_rate(multiple):
+    """A reader of a tuned row's losses at a multiple of the papers' learning rate: {seed: nats}."""
+    return lambda comparison, row: comparison.choices[row].losses.get(name_at_rate(row, multiple), {})
+
+
+_SHARE, _CHARACTER = "of H(expert)", "of H(character)"
 MEASURES = {
     "clean": Measure("best full validation", "nats", 4, _field("clean", "best", "nats")),
     "cross_fitted": Measure("best full validation, cross-fitted", "nats", 4, _cross_fitted),
@@ -131,6 +137,11 @@ MEASURES = {
         # Records made before inference had a watch of its own do not say.
         is_exclusive=lambda record: record["inference"].get("exclusive", False),
     ),
+    "chosen_rate": Measure("learning rate", "", 3, _field("config", "learning_rate")),
+    **{
+        f"rate{multiple}": Measure(f"{multiple / 1000:g}", "", 4, lambda record: None, of_table=_at_rate(multiple))
+        for multiple in (1, 2, 4, 8, 16)
+    },
     "total_parameters": Measure("parameters", "", 0, _field("parameters", "total")),
     "active_parameters": Measure("active per character", "", 0, _field("parameters", "active")),
     "training_flops": Measure("training FLOPs per character", "", 0, _field("training_flops_per_token")),
@@ -170,6 +181,18 @@ MEASURES = {
         3,
         analyses.frequency_above_frozen,
     ),
+    "path_given_character": Measure(
+        "entropy of the path given the character", "nats", 3, analyses.of_paths("given_character")
+    ),
+    "character_in_path": Measure("information from the path", _CHARACTER, 3, analyses.of_paths("character")),
+    "path_above_frozen": Measure(
+        "information from the path − a random router's", _CHARACTER, 3, analyses.path_above_frozen
+    ),
+    "layer_information": Measure(
+        "information between two layers' experts", "nats", 3, analyses.of_paths("between_layers")
+    ),
+    "paths": Measure("effective number of paths", "", 1, analyses.of_paths("effective")),
+    "distinct_paths": Measure("distinct paths", "", 0, analyses.of_paths("used")),
     "gain": Measure(
         "information from the character, end − start of training", _SHARE, 3, analyses.gain_of_specialisation
     ),

@@ -1,8 +1,9 @@
 """The runs that tables ask for, and the state of each: finished, interrupted, missing, running in another process.
 
     setup = Setup(ROOT / "out", ROOT / "results", [], {}, machine)
-    runs = plan(TABLES, ["B"], "cpu", 5, setup)
-    states = states_of(runs, read_results(setup.results))
+    kept = read_results(setup.results)
+    runs = plan(TABLES, ["B"], "cpu", 5, setup, kept)
+    states = states_of(runs, kept)
 
 A planned run is one row of a table with one seed. It is finished when results/ holds its record, made on the same kind
 of machine, in whichever table's folder. Nothing here starts a run; sweep.py does. Only what draws must do without
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.common import DataError, find_dataset, is_prepared, prepare_command
+from papers import tuning
 from papers.priorities import Priority
 from papers.table import FIRST_SEED
 from run import checkpoint, identity, records, run_folder
@@ -90,23 +92,44 @@ def distinct_rows(tables, scale):
     """{hash of a config: (table's name, row)}. Where rows share a run, the first one stands."""
     rows = {}
     for table in tables:
-        for row in table.rows_at(scale):
+        for row in table.experiments_at(scale):
             rows.setdefault(row.config_at(scale).hash(), (table.name, row))
     return rows
 
 
-def plan(tables, names, scale, seeds, setup) -> list[PlannedRun]:
+def plan(tables, names, scale, seeds, setup, kept) -> list[PlannedRun]:
     """The runs of the named tables ("all" for all of `tables`), first seeds first.
 
-    A run that several rows share is planned once, under the name of the first such row in `tables`.
+    A run that several rows share is planned once, under the name of the first such row in `tables`. kept: of
+    setup.results; a tuned row asks for more as its candidates' losses become known.
     """
     everywhere = distinct_rows(tables.values(), scale)
-    homes = everywhere if "all" in names else distinct_rows([tables[name] for name in names], scale)
-    seeds = range(FIRST_SEED, FIRST_SEED + seeds)
+    named = tables.values() if "all" in names else [tables[name] for name in names]
+    homes = everywhere if "all" in names else distinct_rows(named, scale)
+    asked = {}  # (seed, hash of a config) in order
+    for table in named:
+        for row in table.rows_at(scale):
+            pairs = itertools.product([row.name], range(FIRST_SEED, FIRST_SEED + seeds))
+            if row.candidates:
+                pairs = tuning.asked(losses_of(row, scale, setup, kept), row.reserve.get(scale, 0), seeds)
+            hash_of = {experiment.name: experiment.config_at(scale).hash() for experiment in row.experiments_at(scale)}
+            asked |= dict.fromkeys((seed, hash_of[name]) for name, seed in pairs)
     return [
-        planned_run(everywhere[hash][1], home, scale, seed, setup)
-        for seed, (hash, (home, _)) in itertools.product(seeds, homes.items())
+        planned_run(everywhere[hash][1], homes[hash][0], scale, seed, setup)
+        for seed, hash in sorted(asked, key=lambda run: run[0])
     ]
+
+
+def losses_of(row, scale, setup, kept) -> tuning.Losses:
+    """The losses of a tuned row's candidates on the seeds by which one is chosen, from records of this machine."""
+    losses = {}
+    for candidate in row.experiments_at(scale):
+        runs = {seed: planned_run(candidate, "", scale, seed, setup).key for seed in tuning.CHOOSING}
+        found = {seed: kept.counted[key][1] for seed, key in runs.items() if key in kept.counted}
+        losses[candidate.name] = {
+            seed: record["clean"]["best"]["nats"] for seed, record in found.items() if records.is_clean(record)
+        }
+    return losses
 
 
 def by_priority(tables, priorities, scale, setup) -> dict[PlannedRun, Priority]:
@@ -116,7 +139,7 @@ def by_priority(tables, priorities, scale, setup) -> dict[PlannedRun, Priority]:
     left out.
     """
     everywhere = distinct_rows(tables.values(), scale)
-    hash_of = {row.name: row.config_at(scale).hash() for table in tables.values() for row in table.rows_at(scale)}
+    hash_of = {row.name: hash for hash, (_, row) in everywhere.items()}
     asked = {}
     for priority in priorities:
         for seed, name in itertools.product(priority.seeds, priority.rows):

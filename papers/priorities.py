@@ -10,6 +10,7 @@ priority, write an entry where it belongs in the order.
 from typing import NamedTuple
 
 from papers.b import PROBES
+from papers.tuned import REGULARISED
 
 
 class Priority(NamedTuple):
@@ -27,6 +28,7 @@ _A4 = "A4 and E1: whether 4 experts lose 0.07 nats to the dense model, or that g
 _E7 = "E7: whether a fixed table of characters beats a learned router"
 _E10 = "E10: whether one table for all layers is as good as one each"
 _E11 = "E11: at how many unique characters experts begin to pay"
+_PROBES = tuple(row.name for row in PROBES[1:])
 _PREFIXES = tuple(f"text8_head_{tag}_{name}" for tag in ("500k", "1m", "2500k") for name in ("dense", "moe4"))
 
 PRIORITIES = (
@@ -36,9 +38,16 @@ PRIORITIES = (
     Priority(("shakespeare_hash4", "shakespeare_moe4"), FRESH[2:], f"{_E7}, on fresh seeds (the other three)"),
     Priority(("shakespeare_hash4_shared",), FRESH[:1], _E10),
     Priority(
-        tuple(f"shakespeare_{name}_rate2" for name in ("dense", "moe4", "hash4")),
-        FRESH[:1],
-        "whether the differences between these rows move with the learning rate; two rates tune none of them",
+        tuple(f"shakespeare_{name}_rate{rate}" for rate in (2, 4) for name in ("dense", "moe4", "hash4", "dense_wide")),
+        ONE,
+        "which learning rate suits each model at this size, and whether tuning takes differences away as at CPU size",
+    ),
+    Priority(
+        tuple(
+            row.name for row in REGULARISED.rows if row.baseline and row.name not in {probe.name for probe in PROBES}
+        ),
+        ONE,
+        "whether more dropout or weight decay takes the experts' loss at this size away",
     ),
     Priority(
         ("text8_head_dense", "text8_head_moe4"),
@@ -51,7 +60,7 @@ PRIORITIES = (
     Priority(("shakespeare_moe2",), FIVE, "A1: whether 2 experts lose to the dense model as 4 do"),
     Priority(("shakespeare_moe4_aux01",), THREE, "A5: whether a balancing loss of weight 0.1 harms"),
     Priority(("shakespeare_moe4_frozen",), THREE, "C1: whether a frozen random router is as good as a learned one"),
-    Priority(tuple(row.name for row in PROBES[1:]), ONE, "B15 to B20: which protocol gives B's printed baseline"),
+    Priority(_PROBES, ONE, "B15 to B20: which protocol gives B's printed baseline"),
     Priority(_PREFIXES, ONE, f"{_E11}, from one seed"),
     Priority(("shakespeare_moe4_random",), ONE, "C2: whether a router drawn anew each step is worse"),
     Priority(("shakespeare_soft4",), ONE, "B1 and B6: where soft routing stands"),

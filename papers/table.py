@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from papers.measures import MEASURES
+from papers.tuning import FIRST_FRESH, Choice, choose
 from run import records
 from run.settings import Config
 from support import configurator
@@ -47,6 +48,13 @@ class Row:
     baseline: str = ""  # the row that it is compared with; "" for a baseline itself
     published: Mapping[str, float] = field(default_factory=dict)  # measure -> the number that the paper prints
     scales: tuple[str, ...] = ("paper", "cpu")
+    # Rows of which this one shows the best, see papers/tuning.py; its own config then stands for the model alone.
+    candidates: tuple[Row, ...] = ()
+    reserve: Mapping[str, int] = field(default_factory=dict)  # scale -> how many of the last are tried only if need be
+
+    def experiments_at(self, scale: str) -> list[Row]:
+        """The rows whose runs fill this one: its candidates, or itself."""
+        return [row for row in self.candidates or (self,) if scale in row.scales]
 
     def cell(self, scale: str, seed: int) -> str:
         """The name of one run's folder under out/ and of its record."""
@@ -108,6 +116,10 @@ class Table:
 
     def rows_at(self, scale: str) -> list[Row]:
         return [row for row in self.rows if scale in row.scales]
+
+    def experiments_at(self, scale: str) -> list[Row]:
+        """The rows that are run: with the candidates of a tuned row in its place."""
+        return [experiment for row in self.rows_at(scale) for experiment in row.experiments_at(scale)]
 
     def command(self, scale: str, seeds: int = SEEDS_FOR_A_VERDICT) -> str:
         """The shell command that fills its cells."""
@@ -207,6 +219,7 @@ class Comparison(NamedTuple):
     cells: dict[str, list[dict]]  # row name -> its records, sorted by seed
     apart: dict[str, list[tuple[dict, str]]]  # row name -> (record, why it is listed but never averaged)
     elsewhere: frozenset[str] = frozenset()  # rows that have runs on another machine
+    choices: Mapping[str, Choice] = {}  # tuned row -> what its candidates say
 
     def values(self, row: str, measure: str) -> dict[int, float]:
         """seed -> the measure's value. Records without one, and times that do not count, are left out: those of runs
@@ -235,15 +248,15 @@ def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:
 
     found: records or analyses, as the table's `of` says.
     """
-    row_of = {row.config_at(scale).hash(): row.name for row in table.rows_at(scale)}
+    row_of = {row.config_at(scale).hash(): row.name for row in table.experiments_at(scale)}
     machines: dict[str, list[dict]] = {}
     for record in found:
         if config_hash(record) in row_of:
             machines.setdefault(records.machine_of(record), []).append(record)
     comparisons = []
     for machine, here in sorted(machines.items(), key=lambda item: (-len(item[1]), item[0])) or [("", [])]:
-        cells: dict[str, list[dict]] = {row.name: [] for row in table.rows_at(scale)}
-        apart: dict[str, list[tuple[dict, str]]] = {row.name: [] for row in table.rows_at(scale)}
+        cells: dict[str, list[dict]] = {name: [] for name in row_of.values()}
+        apart: dict[str, list[tuple[dict, str]]] = {name: [] for name in row_of.values()}
         text_of = {name: most_common_text(here, hash) for hash, name in row_of.items()}
         for record in sorted(here, key=lambda record: record["config"]["seed"]):
             name = row_of[config_hash(record)]
@@ -257,8 +270,24 @@ def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:
                 cells[name].append(record)
         others = (record for other, of in machines.items() if other != machine for record in of)
         elsewhere = frozenset(row_of[config_hash(record)] for record in others)
-        comparisons.append(Comparison(table, scale, machine, cells, apart, elsewhere))
+        comparisons.append(tuned_comparison(Comparison(table, scale, machine, cells, apart, elsewhere)))
     return comparisons
+
+
+def tuned_comparison(comparison: Comparison) -> Comparison:
+    """The same with the chosen candidate's records, on fresh seeds, in the place of a tuned row's candidates."""
+    table, scale, elsewhere = comparison.table, comparison.scale, comparison.elsewhere
+    cells, apart, choices = {}, {}, {}
+    for row in table.rows_at(scale):
+        names = [candidate.name for candidate in row.experiments_at(scale)]
+        cells[row.name], apart[row.name] = comparison.cells[names[0]], [of for n in names for of in comparison.apart[n]]
+        if row.candidates:
+            clean = {name: comparison.values(name, "clean") for name in names}
+            choices[row.name] = choice = choose(clean, row.reserve.get(scale, 0))
+            of_choice = comparison.cells[choice.name] if choice.name else []
+            cells[row.name] = [r for r in of_choice if r["config"]["seed"] >= FIRST_FRESH]
+            elsewhere |= {row.name} if elsewhere.intersection(names) else set()
+    return comparison._replace(cells=cells, apart=apart, elsewhere=elsewhere, choices=choices)
 
 
 def config_hash(record: dict) -> str:

@@ -81,7 +81,7 @@ def baseline_label(comparison, cells) -> str:
 def caption_of_table(comparison, cells, *sentences, missing="Not run") -> str:
     """The table's title before the first sentence; after the last: seeds, missing rows, daggers, size and machine."""
     counts = [len(cell.runs) for cell in cells]
-    parts = [f"n = {from_to(counts)} {'seed' if max(counts) == 1 else 'seeds'} per row."]
+    parts = [f"n = {from_to(counts)} {'seed' if max(counts) == 1 else 'seeds'} per row."] if counts else []
     absent = [row.label for row in comparison.table.rows_at(comparison.scale) if not comparison.cells[row.name]]
     if absent:
         parts.append(f"{missing}: {'; '.join(absent)}.")

@@ -12,6 +12,7 @@ import csv
 import io
 import statistics
 
+from papers import tuning
 from papers.measures import MEASURES
 from papers.table import Comparison, View
 from report.blocks import Grid
@@ -120,10 +121,29 @@ def notes_of(comparison, view):
             seed = record["config"]["seed"]
             loss = record["clean"]["best"]["nats"] if "clean" in record else record["nats"]  # of a run or an analysis
             notes.append(f"not counted: {row.label}, seed {seed}, {loss:.4f} nats; {why}")
+    notes += notes_on_choices(comparison)
     missing = [row.label for row in rows if not comparison.cells[row.name]]
     if missing:
         names = "; ".join(missing) if len(missing) <= 5 else f"{len(missing)} of {len(rows)} rows"
         notes.append(f"not run: {names}: `{table.command(scale)}`")
+    return notes
+
+
+def notes_on_choices(comparison):
+    """How tuned rows were chosen, and which choices are at an end of their candidates."""
+    if not comparison.choices:
+        return []
+    labels = {row.name: row.label for row in comparison.table.rows}
+    first, last = tuning.CHOOSING[0], tuning.CHOOSING[-1]
+    notes = [
+        f"chosen: of the two best candidates on seed {first}, the better on seeds {first} to {last}; the losses at the "
+        f"chosen rate are those of seeds from {tuning.FIRST_FRESH} on"
+    ]
+    at_edge = [labels[name] for name, choice in comparison.choices.items() if choice.name and choice.is_at_edge]
+    if at_edge:
+        notes.append(
+            f"the choice is the first or last that was tried, a better one may lie beyond: {'; '.join(at_edge)}"
+        )
     return notes
 
 

@@ -7,6 +7,7 @@ Published differences and ratios stand beside the measured ones.
 
 from __future__ import annotations
 
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from papers.measures import MEASURES
@@ -14,10 +15,10 @@ from papers.table import Comparison
 from report import layout, wording
 from report.captions import baseline_label, caption_of_table, cells_of, interval_text, note_of_times, number, unit_of
 from report.layout import legend_mark
-from report.style import BOUND, ERROR_BARS, INK, ZERO, Drawing, styled
+from report.style import BOUND, ERROR_BARS, INK, ZERO, Drawing, row_style, styled
 from report.verdicts import crossing_of, differences_by_size, effect_of
 from support.intervals import Effect
-from support.palette import BLUE, ORANGE, SKY
+from support.palette import BLUE, ORANGE
 
 PUBLISHED = {"color": INK, "marker": "D", "linestyle": "", "fillstyle": "none", "markersize": 5.5}
 MEASURED = PUBLISHED | {"fillstyle": "full"}
@@ -144,48 +145,62 @@ def aux_decomposition(comparison: Comparison) -> Drawing | None:
 
 @styled
 def difference_by_size(comparison: Comparison) -> Drawing | None:
-    """Loss of 4 experts minus the dense model's against unique characters; None where fewer than two sizes were run."""
-    measure = next((m for m in ("test", "clean") if len(differences_by_size(comparison, m)) > 1), None)
-    if not measure:
-        return None
-    by_size = differences_by_size(comparison, measure)
+    """Each model's loss minus the dense one's against unique characters; None where fewer than two sizes were run."""
     rows = {row.name: row for row in comparison.table.rows_at(comparison.scale)}
-    effects = {size: difference_to_baseline(comparison, rows[name], measure) for size, (name, _) in by_size.items()}
-    epochs = {size: comparison.cells[name][0]["epochs"] for size, (name, _) in by_size.items()}
+    # Models by their config file, called as in the label of a row: "30,000 characters, 4 experts".
+    models = {row.config: row.label.partition(" characters, ")[2] for row in rows.values() if row.baseline}
+    for measure in ("test", "clean"):
+        of_models = {config: differences_by_size(comparison, measure, config) for config in models}
+        if of_models := {config: by_size for config, by_size in of_models.items() if len(by_size) > 1}:
+            break
+    else:
+        return None
     figure = layout.new_figure(3.4)
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.axhline(0, **ZERO)
-    for seed in sorted(set().union(*(values for _, values in by_size.values()))):
-        line = [(size, values[seed]) for size, (_, values) in by_size.items() if seed in values]
-        axes.plot(*zip(*line), color=SKY, marker=".", linewidth=0.8, alpha=0.8)
-    axes.plot([*effects], [effect.mean for effect in effects.values()], color=BLUE)
-    for size, effect in effects.items():
-        bars = {"yerr": layout.whiskers(*effect[:3]), **ERROR_BARS}
-        axes.errorbar(size, effect.mean, **bars, color=BLUE, marker="o", markersize=6)
-    crossing = crossing_of(comparison, measure)
-    if crossing:
-        axes.axvline(crossing.place, **BOUND)
-        if crossing.low is not None:
-            axes.axvspan(max(crossing.low, min(effects)), min(crossing.high, max(effects)), color=INK, alpha=0.1, lw=0)
-    axes.set_xticks([*effects], [f"{size:,}\n({epochs[size]:.3g} epochs)" for size in effects], minor=False)
+    handles, spoken = [], []
+    for index, (config, by_size) in enumerate(of_models.items(), 1):
+        effects = {size: difference_to_baseline(comparison, rows[name], measure) for size, (name, _) in by_size.items()}
+        handles.append(draw_by_size(axes, by_size, effects, row_style(index)))
+        words = "; ".join(f"{size:,} {number(effect.mean, sign='+')}" for size, effect in effects.items())
+        spoken.append(f"{models[config]}: {words}")
+    names = {size: name for by_size in of_models.values() for size, (name, _) in by_size.items()}
+    epochs = {size: comparison.cells[names[size]][0]["epochs"] for size in sorted(names)}
+    axes.set_xticks([*epochs], [f"{size:,}\n({count:.3g} epochs)" for size, count in epochs.items()], minor=False)
     axes.set_xticks([], minor=True)
-    unit = unit_of(cells_of(comparison))
     axes.set_xlabel("unique characters of training text")
-    axes.set_ylabel(f"{MEASURES[measure].heading},\nminus baseline's, nats per {unit}\n(below 0: experts are better)")
-    where = f"{wording.crossing_text(comparison, measure)}."
+    unit = unit_of(cells_of(comparison))
+    axes.set_ylabel(f"{MEASURES[measure].heading},\nminus baseline's, nats per {unit}\n(below 0: better than dense)")
+    if len(handles) > 1:
+        layout.legend_below(figure, handles, [models[config] for config in of_models], grow=True)
+    shown = {name for by_size in of_models.values() for name, _ in by_size.values()}
+    crossings = (f"{models[config]}: {wording.crossing_text(by_size)}" for config, by_size in of_models.items())
     caption = caption_of_table(
         comparison,
-        [cell for cell in cells_of(comparison) if cell.row.name in {name for name, _ in by_size.values()}],
-        f"{MEASURES[measure].heading} of 4 experts minus that of the dense model with equal active FLOPs. Large: mean "
-        "with its 95% interval, paired by seed; small: one seed. Every run reads equally many characters, so fewer "
-        "unique ones mean more epochs.",
-        f"Dashed, with its 95% interval in grey, by the seeds that all sizes have: {where}"
-        if crossing
-        else f"{where[0].upper()}{where[1:]}",
+        [cell for cell in cells_of(comparison) if cell.row.name in shown],
+        f"{MEASURES[measure].heading} minus that of the dense model with equal active FLOPs. Large: mean with its 95% "
+        "interval, paired by seed; small: one seed. Every run reads equally many characters, so fewer unique ones mean "
+        "more epochs. Dashed where the difference is 0, with its 95% interval as a band, by the seeds that all sizes "
+        f"have: {'; '.join(crossings)}.",
     )
-    spoken = "; ".join(f"{size:,} {number(effect.mean, sign='+')}" for size, effect in effects.items())
-    return Drawing(figure, caption, f"The loss difference in nats by unique characters: {spoken}.")
+    return Drawing(figure, caption, f"The loss difference in nats by unique characters. {'. '.join(spoken)}.")
+
+
+def draw_by_size(axes, by_size, effects, style) -> Line2D:
+    """One model's differences: a thin line a seed, the mean with intervals, and where it crosses 0."""
+    for seed in sorted(set().union(*(values for _, values in by_size.values()))):
+        line = [(size, values[seed]) for size, (_, values) in by_size.items() if seed in values]
+        axes.plot(*zip(*line), color=style.colour, marker=".", linewidth=0.7, alpha=0.45)
+    (mean,) = axes.plot([*effects], [effect.mean for effect in effects.values()], **style.curve, markersize=6)
+    for size, effect in effects.items():
+        axes.errorbar(size, effect.mean, yerr=layout.whiskers(*effect[:3]), color=style.colour, **ERROR_BARS)
+    if crossing := crossing_of(by_size):
+        axes.axvline(crossing.place, **BOUND | {"color": style.colour})
+        if crossing.low is not None:
+            reach = max(crossing.low, min(effects)), min(crossing.high, max(effects))
+            axes.axvspan(*reach, color=style.colour, alpha=0.1, lw=0)
+    return mean
 
 
 @styled

@@ -58,6 +58,19 @@ def draw_seeds(axes, cells, read, y_offset=0.0) -> list[float | None]:
     return means
 
 
+def draw_random_routers(axes, cells, read) -> None:
+    """A hollow mark below each cell's row: the mean over seeds of a number of random routers."""
+    for y, cell in enumerate(cells):
+        if values := seed_values(cell, read):
+            axes.plot(statistics.fmean(values), y + 0.2, **CONTROL)
+
+
+def legend_of_random_routers(figure) -> None:
+    mark = {"color": INK, "marker": "o", "linestyle": ""}
+    handles = [legend_mark(**mark, markersize=MEAN_SIZE), legend_mark(**mark | ONE_SEED), legend_mark(**CONTROL)]
+    layout.legend_below(figure, handles, ["mean", "one seed", "random router instead"], grow=True)
+
+
 def spoken_rows(cells, texts) -> str:
     return "; ".join(f"{cell.label}: {', '.join(of_cell)}" for cell, of_cell in zip(cells, texts))
 
@@ -107,14 +120,10 @@ def information_by_row(comparison) -> Drawing | None:
         for texts, mean in zip(spoken, draw_seeds(panel, cells, learned, -0.12)):
             if mean is not None:
                 texts.append(f"{title.replace(chr(10), ' ')} {number(mean, 1)}%")
-        for y, cell in enumerate(cells):
-            if values := seed_values(cell, frozen):
-                panel.plot(statistics.fmean(values), y + 0.2, **CONTROL)
+        draw_random_routers(panel, cells, frozen)
         panel.set_title(title)
         layout.x_axis(panel, "% of H(expert)", ticks=3, margin=0.1, reach=(0, 0))
-    mark = {"color": INK, "marker": "o", "linestyle": ""}
-    handles = [legend_mark(**mark, markersize=MEAN_SIZE), legend_mark(**mark | ONE_SEED), legend_mark(**CONTROL)]
-    layout.legend_below(figure, handles, ["mean", "one seed", "random router instead"], grow=True)
+    legend_of_random_routers(figure)
     annotations = {name for run in analysed for name in run["layers"][0]["about_given_character"]}
     topics = " and ".join(name for name in TOPIC if name in annotations)
     caption = caption_of_rows(
@@ -128,6 +137,48 @@ def information_by_row(comparison) -> Drawing | None:
     )
     told = spoken_rows(cells, spoken)
     return Drawing(figure, caption, f"Dots of how much annotations explain of the choice of expert. {told}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths through the layers
+
+OF_PATHS = {  # title of a panel -> name in analyses.OF_PATHS, unit of its axis, digits
+    "told by the path": ("character", "% of H(character)", 0),
+    "open given\nthe character": ("given_character", "nats", 2),
+    "shared by\ntwo layers": ("between_layers", "nats", 3),
+}
+
+
+@styled
+def paths_by_row(comparison) -> Drawing | None:
+    """What a character's path and the character tell of each other, and two layers' experts, row by row."""
+    cells = with_numbers(comparison, analyses.of_paths("given_character"))
+    if not cells:
+        return None
+    figure, panels = panels_of_rows(cells, len(OF_PATHS))
+    spoken = [[] for _ in cells]
+    for panel, (title, (name, unit, digits)) in zip(panels, OF_PATHS.items()):
+        readers = analyses.of_paths(name), analyses.frozen_paths(name)
+        learned, frozen = map(as_percent, readers) if unit.startswith("%") else readers
+        panel.axvline(0, **ZERO)
+        for texts, mean in zip(spoken, draw_seeds(panel, cells, learned, -0.12)):
+            if mean is not None:
+                texts.append(f"{title.replace(chr(10), ' ')} {number(mean, digits)} {unit}".replace(" %", "%"))
+        draw_random_routers(panel, cells, frozen)
+        panel.set_title(title)
+        layout.x_axis(panel, unit, ticks=3, margin=0.1, reach=(0, 0))
+    legend_of_random_routers(figure)
+    caption = caption_of_rows(
+        comparison,
+        cells,
+        "a character's path is its expert in every MoE layer, for top-k the first choice. Left, how much of "
+        "H(character) the path tells; middle, H(path | character), what the character leaves open; right, mutual "
+        "information of two layers' experts, mean over pairs. Left and right are beyond chance.",
+        "Large: mean over seeds; small: one seed; hollow: frozen random routers on the same inputs. Each panel has its "
+        "own axis.",
+    )
+    told = spoken_rows(cells, spoken)
+    return Drawing(figure, caption, f"Dots of what paths through the layers tell. {told}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import papers
-from papers.table import SCALES, Comparison, gather
+from papers.table import SCALES, Comparison, Table, gather
+from papers.tuned import TUNED
 from report import cells, figures_of_run, figures_of_speed, speed_cells, style
 from report.blocks import Grid, Picture
 from report.figures import FIGURES
@@ -77,21 +78,52 @@ class TableSection(NamedTuple):
 
 
 def table_sections(found: dict[str, list[dict]]) -> list[TableSection]:
-    """A section for every table, scale and machine with a run. found: "records" and "analyses" -> what there is."""
-    return [
-        table_section(comparison, number)
-        for scale in SCALES
-        for table in papers.TABLES.values()
-        for number, comparison in enumerate(gather(table, found[table.of], scale), 1)
-        if comparison.machine
-    ]
+    """A section for every table, scale and machine with a run that tells more than another machine's.
+
+    found: "records" and "analyses" -> what there is.
+    """
+    sections = []
+    for scale in SCALES:
+        for table in papers.TABLES.values():
+            comparisons = [of for of in gather(table, found[table.of], scale) if of.machine and compares_candidates(of)]
+            shown = [of for of in comparisons if not any(tells_less(of, other) for other in comparisons)]
+            verdicts = verdicts_of_machines(table, shown)
+            sections += [table_section(of, verdicts[of.machine], number) for number, of in enumerate(shown, 1)]
+    return sections
 
 
-def table_section(comparison: Comparison, number: int) -> TableSection:
+def compares_candidates(comparison: Comparison) -> bool:
+    """Whether a table of tuned rows has losses of several candidates of one row; true of other tables."""
+    of_choices = [sum(map(bool, choice.losses.values())) for choice in comparison.choices.values()]
+    return not of_choices or max(of_choices) > 1
+
+
+def tells_less(comparison: Comparison, other: Comparison) -> bool:
+    """Whether another machine has at least as many records of every row, and of some row more.
+
+    Then its records are those of a few rows that another table needed.
+    """
+    counts = [(len(comparison.cells[name]), len(other.cells[name])) for name in comparison.cells]
+    return all(ours <= theirs for ours, theirs in counts) and any(ours < theirs for ours, theirs in counts)
+
+
+def verdicts_of_machines(table: Table, comparisons: list[Comparison]) -> dict[str, list[Verdict]]:
+    """Machine -> what its records say of the table's claims. A machine that lacks a row of a claim is silent about it
+    where another has them all."""
+    verdicts: dict[str, list[Verdict]] = {comparison.machine: [] for comparison in comparisons}
+    for claim in (*papers.TUNED_CLAIMS, *papers.CLAIMS):
+        if claim.table == table.name:
+            of_scale = [of for of in comparisons if of.scale in claim.scales]
+            found = [verdict for verdict in (decide(claim, of) for of in of_scale) if verdict.status != NOT_RUN]
+            whole = [verdict for verdict in found if not verdict.lacks_rows]
+            for verdict in whole or found:
+                verdicts[verdict.comparison.machine].append(verdict)
+    return verdicts
+
+
+def table_section(comparison: Comparison, verdicts: list[Verdict], number: int) -> TableSection:
     """number: counts the machines on which this table was run at this scale."""
     table, scale = comparison.table, comparison.scale
-    claims = [claim for claim in papers.CLAIMS if claim.table == table.name and scale in claim.scales]
-    verdicts = [verdict for verdict in (decide(claim, comparison) for claim in claims) if verdict.status != NOT_RUN]
     shown = analyses_to_show(comparison)
     pictures = {
         f"{table.name}_{scale}_{name}{numbered(number)}.svg": picture_of(drawing)
@@ -129,9 +161,12 @@ def analyses_to_show(comparison: Comparison) -> list[dict]:
 
 
 def verdicts_of(sections: list[TableSection]) -> list[Verdict]:
-    """Every claim at every scale that it is made for, in the order of CLAIMS; once, where no machine has run it."""
+    """Every claim at every scale that it is made for, in the order of CLAIMS; once, where no machine has run it.
+
+    About tuned models first, then by the papers' protocol.
+    """
     decided = {}
-    for section in sections:
+    for section in sorted(sections, key=lambda section: section.comparison.table.name != TUNED.name):
         for verdict in section.verdicts:
             decided.setdefault((verdict.claim.id, section.comparison.scale), []).append(verdict)
     verdicts = []

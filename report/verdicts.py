@@ -90,6 +90,11 @@ class Verdict(NamedTuple):
         return {m: s for m, s in others.items() if fewest_seeds(self.findings[m]) >= self.seeds}
 
     @property
+    def lacks_rows(self) -> bool:
+        """Whether a row that decides has runs on another machine only."""
+        return any(finding.problem == TWO_MACHINES for finding in self.findings[self.claim.measures[0]])
+
+    @property
     def power(self) -> Power | None:
         return power_of(self.claim, self.comparison, self.findings[self.claim.measures[0]])
 
@@ -203,22 +208,24 @@ def problem_of(comparison, measure, row, against, kind, seeds=None) -> str:
     return NO_SPREAD if statistics.stdev(values.values()) == 0 else ""
 
 
-def differences_by_size(comparison: Comparison, measure: str) -> dict[int, tuple[str, dict[int, float]]]:
-    """Unique characters, rising -> (row, {seed: row - its baseline}); empty where a table is not by size."""
+def differences_by_size(comparison: Comparison, measure: str, config: str) -> dict[int, tuple[str, dict[int, float]]]:
+    """Unique characters, rising -> (row, {seed: row - its baseline}) of the rows with this config file."""
     found = {}
-    for row in comparison.table.rows_at(comparison.scale) if comparison.table.by_size else ():
-        values = values_by_seed(comparison, measure, row.name, row.baseline, "difference") if row.baseline else {}
+    for row in comparison.table.rows_at(comparison.scale):
+        values = {}
+        if row.baseline and row.config == config:
+            values = values_by_seed(comparison, measure, row.name, row.baseline, "difference")
         if values:
             found[comparison.cells[row.name][0]["dataset"]["splits"]["train"]] = row.name, values
     return dict(sorted(found.items()))
 
 
-def crossing_of(comparison: Comparison, measure: str) -> Crossing | None:
+def crossing_of(by_size: dict[int, tuple[str, dict[int, float]]]) -> Crossing | None:
     """At how many unique characters the difference is 0; None where it does not cross 0 once.
 
-    By the seeds that all sizes have. Between two sizes the difference is linear in the logarithm of the characters.
+    by_size: from differences_by_size. By the seeds that all sizes have; between two sizes the difference is linear in
+    the logarithm of the characters.
     """
-    by_size = differences_by_size(comparison, measure)
     seeds = set.intersection(*(set(values) for _, values in by_size.values())) if len(by_size) > 1 else ()
     if not seeds:
         return None

@@ -4,7 +4,7 @@ import math
 
 import papers
 from papers.measures import MEASURES
-from papers.table import SEEDS_FOR_A_VERDICT, Claim, Comparison
+from papers.table import SEEDS_FOR_A_VERDICT, Claim
 from report.cells import DAGGER, marked_label
 from report.verdicts import (
     HELD,
@@ -163,15 +163,16 @@ def deciding_text(verdict: Verdict) -> str:
         parts.append(f"{verdict.other_status} if read {claim.other_reading.why}")
     parts += [f"but {status} by {MEASURES[measure].heading}" for measure, status in verdict.dissent.items()]
     if comparison.table.by_size and verdict.status != NOT_RUN:
-        parts.append(crossing_text(comparison, first))
+        config = comparison.table.row(claim.pairs[0][0]).config
+        parts.append(crossing_text(differences_by_size(comparison, first, config)))
     if verdict.is_weak:
         parts.append(power_text(verdict))
     return "; ".join(parts)
 
 
-def crossing_text(comparison: Comparison, measure: str) -> str:
+def crossing_text(by_size: dict[int, tuple]) -> str:
     """Where the difference of two models is 0: 'difference 0 at 1,200,000 [900,000, 1,700,000] unique characters'."""
-    crossing, sizes = crossing_of(comparison, measure), [*differences_by_size(comparison, measure)]
+    crossing, sizes = crossing_of(by_size), [*by_size]
     if crossing is None:
         return "no single crossing of 0" + (f" from {sizes[0]:,} to {sizes[-1]:,} unique characters" if sizes else "")
     text = f"difference 0 at {rounded(crossing.place)}"

@@ -27,11 +27,12 @@ def count_parameters(model):
         modules = [module for _, module in model.modules_without_routers() if isinstance(module, types)]
         return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
+    of_routers = {parameter for layer in model.moe_layers() for parameter in layer.router.parameters()}
     kinds = {
         "embedding": count(nn.Embedding),
         "attention": count(Attention),
         "mlp": count(MLP),
-        "router": sum(p.numel() for layer in model.moe_layers() for p in layer.router.parameters()),
+        "router": sum(parameter.numel() for parameter in of_routers),
         "experts": count(Experts, SharedExperts),
         "norm": count(nn.LayerNorm),
     }

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data.names import of_this_text, one_spelling
+from run.moe_problems import Problem, moe_problems
 from support.config_files import ConfigFile
 from support.configurator import Reading
 from support.files import ROOT, is_utf8, read_json, shown
@@ -47,7 +48,6 @@ TEMPERATURE = dict(at_least=1e-3, at_most=LARGEST_FACTOR)
 FACTOR = dict(at_least=0, at_most=LARGEST_FACTOR)
 STARTS = ("scratch", "resume", "auto")
 Schedule = Literal["constant", "linear", "cosine"]
-Problem = tuple[tuple[str, ...], str]  # the keys that do not go together, and why
 
 
 @dataclass(frozen=True)
@@ -125,21 +125,38 @@ class Config:
         "", "experts of each block, as 8,8,4,4 with 0 = dense; replaces moe_every; empty = n_expert in each MoE block"
     )
     n_shared_expert: int = moe_key(0, "additional experts for every character, without a gate", at_least=0)
-    share_experts: bool = moe_key(False, "all MoE blocks use the same experts, each with its own router")
+    share_experts: bool = moe_key(False, "all MoE blocks use the same experts")
+    blocks_per_router: int = moe_key(
+        1, "consecutive MoE blocks that share one router; 1 = each has its own, 0 = one router for all", at_least=0
+    )
     expert_init: Literal["gpt2", "switch", "sigma_moe"] = moe_key(
         "gpt2",
         "scale of the experts' initial weights; gpt2: as a dense MLP; switch: variance 0.1 / fan-in; sigma_moe: as one "
         "dense MLP of all experts' width",
     )
     expert_inner_dropout: float = moe_key(0.0, "dropout rate of the experts' hidden units", at_least=0, below=1)
+    expert_output_masking: float = moe_key(0.0, "dropout rate of the experts' whole outputs", at_least=0, below=1)
 
     router: Literal[
-        "learned", "frozen", "random", "hash", "hash_shared", "ngram_hash", "two_level", "expert_choice"
+        "learned", "frozen", "random", "hash", "hash_shared", "hash_gated", "ngram_hash", "two_level", "expert_choice"
     ] = moe_key(
         "learned",
         "learned: trained; frozen: stays as initialised; random: redrawn each step; hash: a fixed table, character -> "
-        "expert, for each layer; hash_shared: one table for all layers; ngram_hash: a hash of the last characters; "
-        "two_level: a group, then experts in it; expert_choice: experts choose characters (not causal)",
+        "expert, for each layer; hash_shared: one table for all layers; hash_gated: hash with a learned gate; "
+        "ngram_hash: a hash of the last characters; two_level: a group, then experts in it; expert_choice: experts "
+        "choose characters (not causal)",
+    )
+    router_table: Literal["balanced", "even"] = moe_key(
+        "balanced", "fixed tables, character -> expert: balanced by frequency, or as many characters for each expert"
+    )
+    router_prior: float = moe_key(
+        0.0, "a fixed table of router_table adds this to the logit of the character's expert; 0 = no table", **FACTOR
+    )
+    router_prior_table: Literal["own", "shared"] = moe_key(
+        "own", "router_prior: each block has a table of its own, or all have that of the first"
+    )
+    router_freeze_step: int = moe_key(
+        0, "after so many steps the router stays as it is, and its balancing loss ends; 0 = never", at_least=0
     )
     router_ngram: int = moe_key(3, "router=ngram_hash: number of characters hashed", at_least=1)
     n_expert_group: int = moe_key(2, "router=two_level: number of groups of experts", at_least=1)
@@ -175,10 +192,10 @@ class Config:
     capacity_group: Literal["sequence", "batch"] = moe_key(
         "sequence", "capacity is counted per sequence, or over the whole batch (not causal)"
     )
-    aux_loss: Literal["switch", "cv2", "none"] = moe_key(
+    aux_loss: Literal["switch", "cv2", "entropy", "none"] = moe_key(
         "switch",
         "balancing loss; switch: n_expert x sum of load x probability, 1 per layer when even; cv2: variance / mean^2 "
-        "of the experts' gate sums, 0 when even",
+        "of the experts' gate sums; entropy: log n_expert - entropy of the mean softmax; both 0 when even",
     )
     aux_loss_coef: float = moe_key(0.01, "weight of the balancing loss; 0 = off", **FACTOR)
     aux_loss_coef_end: float = moe_key(0.0, "aux_loss_coef at the end of training", **FACTOR)
@@ -259,89 +276,10 @@ class Config:
             hint = f"; nearest: {guess}" if guess else ""
             yield ("device",), f"device is {shown(self.device)}; expected auto, cpu, cuda, cuda:N or mps{hint}"
         if self.n_expert:
-            yield from self.moe_problems()
+            yield from moe_problems(self)
         elif self.n_expert_by_block.strip():
             message = "n_expert_by_block is set, but n_expert = 0 means a dense model"
             yield ("n_expert_by_block", "n_expert"), f"{message}; set n_expert to the largest of its numbers"
-
-    def moe_problems(self) -> Iterator[Problem]:
-        """Invalid combinations of an MoE model's keys."""
-        counts = self.expert_counts()
-        if isinstance(counts, str):
-            yield ("n_expert_by_block", "n_layer"), counts
-            return
-        if self.n_expert_by_block.strip():
-            if not any(counts):
-                message = "n_expert_by_block leaves no block with experts"
-                yield ("n_expert_by_block",), f"{message}; set one of its numbers above 0, or n_expert=0"
-            if self.expert_kind != "mlp" and not self.expert_hidden:
-                message = "linear experts divide a width by their number, which differs from block to block"
-                yield ("n_expert_by_block", "expert_kind", "expert_hidden"), f"{message}; set expert_hidden"
-        elif self.moe_every > self.n_layer:
-            message = f"moe_every = {self.moe_every} is more than n_layer = {self.n_layer}: no block would be MoE"
-            yield ("moe_every", "n_layer", "n_expert"), f"{message}; set it lower, or n_expert=0"
-        numbers = sorted({count for count in counts if count})
-        if self.share_experts and len(numbers) > 1:
-            message = "blocks that share their experts must have equally many"
-            yield ("share_experts", "n_expert_by_block"), f"{message}; set share_experts=False"
-        if numbers:
-            yield from self.gate_problems(numbers[-1])
-            yield from self.balance_problems(numbers[-1])
-            yield from self.expert_problems(numbers)
-            if self.router_level == "segment" and self.segment_size >= self.block_size:
-                message = f"segment_size = {self.segment_size} makes one segment of block_size = {self.block_size}"
-                yield ("segment_size", "block_size", "router_level"), f"{message}; set it lower"
-
-    def gate_problems(self, n_expert: int) -> Iterator[Problem]:
-        """Number and weights of a character's experts. n_expert: of the largest block."""
-        top_k = self.expert_top_k
-        if top_k > n_expert:
-            message = f"expert_top_k = {top_k} is more than n_expert = {n_expert}; expected at most that, or 0 for all"
-            yield ("expert_top_k", "n_expert", "n_expert_by_block"), message
-        if top_k == 1 and n_expert > 1 and self.gate_renormalize:
-            message = "a single gate renormalised is always 1, so cross-entropy never reaches the router"
-            keys = ("gate_renormalize", "expert_top_k", "n_expert")
-            yield keys, f"{message}; set gate_renormalize=False, or expert_top_k to 2 or more"
-        if self.gate_renormalize and self.router_top_p:
-            message = "a character that gets a single expert has a renormalised gate of 1, which teaches the router"
-            yield ("gate_renormalize", "router_top_p", "router"), f"{message} nothing; set gate_renormalize=False"
-        if self.gate_straight_through and top_k != 1:
-            message = "a straight-through gate is for one expert a character"
-            yield ("gate_straight_through", "expert_top_k"), f"{message}; set expert_top_k=1"
-        if top_k == 0 and self.capacity_factor > 0:
-            message = "soft routing (expert_top_k=0) uses every expert for every character, which no capacity can limit"
-            yield ("capacity_factor", "expert_top_k", "n_expert"), f"{message}; set capacity_factor=0"
-        if self.router_top_p and top_k in (0, 1):
-            message = "router_top_p chooses among the expert_top_k best"
-            yield ("router_top_p", "expert_top_k"), f"{message}; set expert_top_k between 2 and n_expert = {n_expert}"
-
-    def balance_problems(self, n_expert: int) -> Iterator[Problem]:
-        """Balancing that has no effect. n_expert: of the largest block."""
-        chooses_all = self.expert_top_k in (0, n_expert) and n_expert > 1 and not self.router_top_p
-        coefficient = ("aux_loss", "aux_loss_coef", "aux_loss_coef_end")
-        if self.balances and chooses_all and self.aux_loss == "switch":
-            message = "with every expert chosen the switch loss is the constant 1 and balances nothing"
-            yield (*coefficient, "expert_top_k", "n_expert"), f"{message}; set aux_loss='none'"
-        if self.router_bias_rate and chooses_all:
-            message = "with every expert chosen there is no choice that a bias could change"
-            yield ("router_bias_rate", "expert_top_k", "n_expert"), f"{message}; set router_bias_rate=0"
-        if self.balances and self.aux_loss == "cv2" and self.capacity_factor:
-            message = "the cv2 loss sees gates after capacity, which hides the very imbalance"
-            yield (*coefficient, "capacity_factor"), f"{message}; set aux_loss='switch' or capacity_factor=0"
-
-    def expert_problems(self, numbers: list[int]) -> Iterator[Problem]:
-        """Widths and kinds of experts. numbers: the different n_expert of the MoE blocks."""
-        for n_expert in numbers:
-            hidden = self.expert_hidden or 4 * self.n_embd // (1 if self.expert_kind == "mlp" else n_expert)
-            if self.expert_kind != "mlp" and not self.expert_hidden and 4 * self.n_embd % n_expert:
-                message = f"4 n_embd = {4 * self.n_embd} cannot be shared evenly by n_expert = {n_expert} experts"
-                yield ("expert_kind", "expert_hidden", "n_embd", "n_expert"), f"{message}; set expert_hidden"
-            elif self.moe_backend == "sorted" and (self.n_embd % 8 or hidden % 8):
-                message = f"moe_backend='sorted' needs multiples of 8; n_embd = {self.n_embd}, hidden = {hidden}"
-                yield ("moe_backend", "n_embd", "expert_hidden", "n_expert"), f"{message}; set moe_backend='auto'"
-        if self.expert_kind != "mlp" and self.n_shared_expert:
-            message = "shared experts are whole MLPs"
-            yield ("n_shared_expert", "expert_kind"), f"{message}; set expert_kind='mlp'"
 
     @property
     def names_a_run(self) -> bool:
@@ -439,6 +377,7 @@ class Config:
         if self.n_expert:
             numbers["n_expert_by_block"] = ",".join(map(str, self.expert_counts()))
             numbers["moe_every"] = 1
+            numbers["blocks_per_router"] = self.blocks_per_router or len(self.moe_layers)
             if self.expert_kind == "mlp":
                 numbers["expert_hidden"] = self.expert_hidden or 4 * self.n_embd
         return dataclasses.replace(self, **numbers)

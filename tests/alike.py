@@ -22,7 +22,8 @@ STATEFUL = {
     ),
     "hash": dict(router="hash", aux_loss="none", n_shared_expert=1),
     "by block": dict(n_expert_by_block="4,2", share_experts=False, expert_inner_dropout=0.1),
-    "one set": dict(share_experts=True, router="two_level", capacity_factor=0.75),
+    "freeze": dict(router_freeze_step=6, router="two_level", weight_decay=0.5),
+    "one set": dict(share_experts=True, blocks_per_router=0, router="two_level", capacity_factor=0.75),
 }  # fmt: skip
 # What may differ between a run and the same run again: clocks, and where and how it was made.
 INCIDENTAL = {

@@ -69,6 +69,7 @@ def analysed(seed=1, machine=None, commit="0" * 40, canonical=True, told=0.5, **
         "by_class": {"vowel": {"characters": 1549, "nats": 2.0}, "space": {"characters": 900, "nats": 2.8}},
         "symbols": SYMBOLS,
         "layers": layers,
+        "paths": paths_of([layer["block"] for layer in layers], told) if layers else None,
         "ablation": ablation_of(config, layers) if layers else None,
         "router_gradients": [pull_of(layer["block"]) for layer in layers],
         "conflicts": [conflict_of(config, block) for block in range(config.n_layer)],
@@ -125,6 +126,28 @@ def layer_of(config, block, told):
         },
         "hash": {**drawn, "character": {"mean": 1.0, "sd": 0.0, "draws": 5}},
         "by_class": {"vowel": {"characters": 1549, "entropy": 1.0, "load": load}},
+    }
+
+
+def paths_of(blocks, told):
+    """told: the share of H(character) that the path tells beyond chance."""
+
+    def measured(nats, share):
+        return {"nats": nats + 0.01, "share": share, "chance_mean": 0.01, "chance_sd": 0.001, "values": 9, "draws": 5}
+
+    pairs = [[one, other] for one in blocks for other in blocks if one < other]
+    drawn = {"used": 14.2, "effective": 9.5, "given_character": 1.6, "character": told / 2}
+    return {
+        "used": 12,
+        "entropy": 2.51,
+        "entropy_of_character": 2.5,
+        "entropy_given_character": 2.5 * (1 - told),
+        "about_character": measured(2.5 * told, told),
+        "between_layers": [{"blocks": pair, **measured(0.1 * sum(pair), 0.1)} for pair in pairs],
+        "frozen": {
+            name: {"mean": mean, "sd": 0.1, "draws": 5}
+            for name, mean in {**drawn, **({"between_layers": 0.06} if pairs else {})}.items()
+        },
     }
 
 

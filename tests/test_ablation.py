@@ -150,9 +150,11 @@ def test_tokens_of_an_expert_that_a_bias_favoured_find_another():
         assert (see(model, windows, CPU).experts[0] == 1).all()
 
 
-@pytest.mark.parametrize("router", ["hash", "ngram_hash"])
-def test_without_a_next_best_a_token_gets_no_expert(router):
-    config = tiny(**PLAIN, router=router)
+@pytest.mark.parametrize(
+    "keys", [dict(router="hash"), dict(router="hash_gated", gate="sigmoid"), dict(router="ngram_hash")], ids=str
+)
+def test_without_a_next_best_a_token_gets_no_expert(keys):
+    config = tiny(**PLAIN, **keys)
     model, windows = model_of(config), windows_of(config)
     before = see(model, windows, CPU)
     with removed(model, {0: [1]}):
@@ -251,8 +253,9 @@ def choices(routing):
     return choices_per_expert(routing)
 
 
-def test_the_table_of_a_hash_router_is_its_own():
-    config = tiny(**PLAIN, router="hash")
+@pytest.mark.parametrize("keys", [dict(router="hash"), dict(router="hash_gated", gate="sigmoid")], ids=str)
+def test_the_table_of_a_hash_router_is_its_own(keys):
+    config = tiny(**PLAIN, **keys)
     model, windows = model_of(config), windows_of(config)
     seen = see(model, windows, CPU)
     tables = favourite_tables(model, [0, 1], seen, characters(windows), SYMBOLS)

@@ -67,6 +67,15 @@ def test_load_equals_the_record_of_the_run(learned):
         assert sum(per_batch["mean"]) == pytest.approx(per_batch["characters"], abs=1e-3)
 
 
+def test_paths_agree_with_the_layers(learned):
+    _, analysis = learned
+    paths, layers = analysis["paths"], analysis["layers"]
+    assert max(layer["entropy"] for layer in layers) <= paths["entropy"] <= sum(layer["entropy"] for layer in layers)
+    assert [pair["blocks"] for pair in paths["between_layers"]] == [[0, 1]] and 4 <= paths["used"] <= 4**2
+    assert set(paths["frozen"]) == set(analyses.OF_PATHS)
+    assert all(control["draws"] == parts.DRAWS and control["sd"] > 0 for control in paths["frozen"].values())
+
+
 def test_stability_goes_from_the_first_snapshot_to_the_analysed_weights(learned):
     stability = learned[1]["stability"]
     assert stability["steps"] == [0, 5, 10, 15, 20]
@@ -101,6 +110,9 @@ def test_a_hash_router_is_fully_explained_by_the_character(words, tmp_path, with
         assert layer["entropy_given_character"] == 0
         assert layer["about"]["character"]["share"] == pytest.approx(1)
         assert all(found["nats"] == pytest.approx(0, abs=1e-9) for found in layer["about_given_character"].values())
+    paths = analysis["paths"]
+    assert paths["entropy_given_character"] == 0 < paths["frozen"]["given_character"]["mean"]
+    assert paths["about_character"]["nats"] == pytest.approx(paths["entropy"])
     assert analysis["ablation"]["tabulated_all"]["nats"] == 0
     assert analysis["router_gradients"] == [None, None]
     assert analyses.about("character")(analysis) == pytest.approx(1, abs=0.05)  # less what chance gives
@@ -191,7 +203,8 @@ def test_non_causal_routing_is_marked_with_a_dagger_and_writes_no_text(words, tm
 def test_a_dense_model_has_loss_by_class_and_gradients(words, tmp_path, capsys):
     analysis = analysed(words, tmp_path / "run", save_every=10)
     assert "A dense model: it has no router and no experts. Measured:" in capsys.readouterr().out
-    assert [analysis[name] for name in ("layers", "ablation", "stability", "sample")] == [[], None, None, None]
+    none = [analysis[name] for name in ("layers", "paths", "ablation", "stability", "sample")]
+    assert none == [[], None, None, None, None]
     assert [block["kind"] for block in analysis["conflicts"]] == ["dense", "dense"]
     assert analyses.token_cosine(analysis) is not None and analyses.utilisation(analysis) is None
 

@@ -245,6 +245,7 @@ BASES = [
     {"n_expert": 4, "expert_top_k": 2, "capacity_factor": 0.7},
     {"n_expert": 3, "expert_top_k": 1, "capacity_factor": 1.0, "router": "expert_choice", "aux_loss": "none"},
     {"n_expert": 4, "expert_top_k": 1, "router": "two_level"},
+    {"n_expert": 4, "aux_loss": "none", "router": "hash_gated", "gate": "sigmoid"},
     *({"n_expert": 4, "aux_loss": "none", "router": name} for name in ("frozen", "random", "hash", "ngram_hash")),
 ]
 

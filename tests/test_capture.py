@@ -37,11 +37,17 @@ KINDS = {
     "two_level": dict(n_expert=4, router="two_level", n_expert_group=2),
     "expert_choice": dict(n_expert=4, router="expert_choice", capacity_factor=1.0, aux_loss="none"),
     "top_p": dict(n_expert=4, expert_top_k=3, router_top_p=0.6),
+    "hash_gated": dict(n_expert=4, router="hash_gated", gate="sigmoid", **NO_LOSS),
+    "prior": dict(n_expert=4, router_prior=1.0),
+    "freeze": dict(n_expert=4, router_freeze_step=STEPS // 2),
+    "one router": dict(n_expert=4, n_layer=2, blocks_per_router=0),
     "cv2": dict(n_expert=4, expert_top_k=2, aux_loss="cv2", gate_renormalize=True),
+    "entropy": dict(n_expert=4, expert_top_k=2, aux_loss="entropy", gate="sigmoid", expert_dropout=0.05),
     "bias": dict(n_expert=4, router_bias_rate=0.01, gate="sigmoid", aux_loss="none"),
     "capacity": dict(n_expert=4, expert_top_k=2, capacity_factor=0.5, gate_renormalize=True),
     "capacity of the batch": dict(n_expert=4, capacity_factor=0.5, capacity_group="batch"),
     "linear": dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", gate_renormalize=True),
+    "masked": dict(n_expert=4, expert_top_k=2, expert_output_masking=0.2, expert_inner_dropout=0.2),
     "linear sum": dict(n_expert=4, expert_top_k=0, expert_kind="linear_sum", aux_loss="none"),
     "sequence": dict(n_expert=4, router_level="sequence"),
     "shared": dict(n_expert=4, n_shared_expert=1, router_level="segment", segment_size=5),
@@ -88,7 +94,9 @@ class Trained:
 @pytest.mark.parametrize("kind", KINDS)
 def test_captured_updates_are_bit_identical(kind, accumulation):
     """Weights, moments, biases, totals, gradient norms and random numbers, also when a log line begins new totals."""
-    config = tiny(n_layer=1, gradient_accumulation_steps=accumulation, max_iters=STEPS, grad_clip=0.5, **KINDS[kind])
+    config = tiny(
+        **{"n_layer": 1, "max_iters": STEPS, **KINDS[kind]}, gradient_accumulation_steps=accumulation, grad_clip=0.5
+    )
     seen = []
     for is_captured in (False, True):
         run, norms = Trained(config, is_captured), []
@@ -110,7 +118,7 @@ def test_captured_updates_stay_in_the_same_memory_and_never_wait(kind, monkeypat
     changes = dict(KINDS[kind])
     if "n_expert" in changes:
         changes["moe_backend"] = "padded" if changes.get("capacity_factor") else "masked"
-    run = Trained(tiny(n_layer=1, gradient_accumulation_steps=2, **changes), True)
+    run = Trained(tiny(**{"n_layer": 1, **changes}, gradient_accumulation_steps=2), True)
     run.update()
     addresses = [value.data_ptr() for value in run.tensors()]
     with FailingWhereAGraphWould():

@@ -202,7 +202,7 @@ def test_command_line_values_take_their_keys_type(argument, expected):
         ("--compile=atuo", "True or False or 'auto'; nearest: 'auto'"),
         ("--device=CPU", "auto, cpu, cuda, cuda:N or mps; nearest: cpu"),
         ("--dtype=FLOAT32", "'auto', 'float32' or 'bfloat16'; nearest: 'float32'"),
-        ("--aux_loss=swich", "'switch', 'cv2' or 'none'; nearest: 'switch'"),
+        ("--aux_loss=swich", "'switch', 'cv2', 'entropy' or 'none'; nearest: 'switch'"),
         ("--dtype=float16", "'auto', 'float32' or 'bfloat16'; nearest: 'bfloat16'"),
     ],
 )
@@ -748,6 +748,13 @@ def test_a_0_and_the_number_for_which_it_stands_are_one_experiment(changes, same
     assert (Identity(one).experiment == Identity(other).experiment) is same
     assert (Identity(one, "a" * 64).experiment == Identity(other, "a" * 64).experiment) is same
     assert one.hash() != other.hash()
+
+
+def test_one_router_for_all_blocks_may_be_said_in_numbers():
+    every, all_three, one = (
+        Identity(Config(n_expert=4, moe_every=2, blocks_per_router=n)).experiment for n in (0, 3, 1)
+    )
+    assert every == all_three != one
 
 
 def test_one_text_spelled_in_several_ways_is_one_experiment(tmp_path, monkeypatch):

@@ -290,14 +290,14 @@ def test_the_difference_by_size_has_each_seed_the_mean_and_the_crossing():
         "1,003,854\n(1.53 epochs)",
     ]
     assert "difference 0 at 317,000 [" in drawing.caption and "n = 3." in drawing.caption
-    assert drawing.alt == "The loss difference in nats by unique characters: 100,000 +0.050; 1,003,854 −0.050."
+    assert drawing.alt.endswith("characters. 4 experts: 100,000 +0.050; 1,003,854 −0.050.")
 
 
 def test_without_two_sizes_or_a_crossing_none_is_told():
     assert figures_of_differences.difference_by_size(by_size({"": (-0.06, -0.05, -0.04)})) is None
     assert figures_of_differences.difference_by_size(filled("A", 1)) is None
     drawing = figures_of_differences.difference_by_size(by_size({"_30k": (0.2, 0.3, 0.1), "_300k": (0.1, 0.1, 0.2)}))
-    assert "No single crossing of 0 from 30,000 to 300,000 unique characters." in drawing.caption
+    assert "no single crossing of 0 from 30,000 to 300,000 unique characters." in drawing.caption
 
 
 def test_differences_have_intervals_beside_the_published_ones():

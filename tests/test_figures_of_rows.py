@@ -15,7 +15,7 @@ from report import figures_of_rows, style
 from run import records
 
 MACHINE = "AMD EPYC, 1 core, 1 thread, torch 2.13.0+cpu, float32"
-BY_ROW = ("information_by_row", "stability_by_row", "ablation_by_row", "load_by_row")
+BY_ROW = ("information_by_row", "paths_by_row", "stability_by_row", "ablation_by_row", "load_by_row")
 ROWS = [row for row in TABLES["A"].rows_at("cpu") if "dense" not in row.name]
 
 
@@ -53,7 +53,7 @@ def test_without_analyses_of_experts_there_is_no_picture():
     dense = comparison(missing={row.name for row in ROWS})
     nothing = comparison(missing={row.name for row in TABLES["A"].rows_at("cpu")})
     for of in (dense, nothing):
-        assert [getattr(figures_of_rows, name)(of) for name in BY_ROW] == [None] * 4
+        assert [getattr(figures_of_rows, name)(of) for name in BY_ROW] == [None] * len(BY_ROW)
 
 
 def test_missing_and_leaky_rows_are_named_and_dense_ones_left_out():
@@ -89,6 +89,22 @@ def test_information_is_drawn_for_each_seed_their_mean_and_the_random_router():
                 [frozen]
             )
     assert "topic by the best of speaker and passage" in drawing.caption
+
+
+def test_paths_are_drawn_for_each_seed_their_mean_and_the_random_router_where_an_analysis_has_them():
+    def change(analysis, row):
+        if row == ROWS[1].name:
+            del analysis["paths"]  # as before they were measured
+
+    of = comparison(change=change)
+    drawing = figures_of_rows.paths_by_row(of)
+    axes = panel(drawing, "told by the path")
+    told = [100 * analyses.of_paths("character")(run) for run in of.cells[ROWS[0].name]]
+    drawn = [x for line in lines_of(axes) for x, at in line if at == pytest.approx(-0.12)]
+    assert drawn == pytest.approx([*told, statistics.fmean(told)])
+    random = [x for x, at in marks(axes, "o", filled=False) if at == pytest.approx(0.2)]
+    assert random == pytest.approx([statistics.fmean(told) / 2])
+    assert ROWS[1].label not in drawing.alt and ROWS[1].label in figures_of_rows.information_by_row(of).alt
 
 
 def test_agreement_is_the_mean_over_layers_and_seeds():

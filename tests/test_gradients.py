@@ -357,10 +357,11 @@ def test_switch_loss_gradient_by_hand():
     assert layer["ratio"] == pytest.approx(0.02 * means[1] / means[0], rel=1e-6)  # the coefficient is float32
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("aux_loss", ["switch", "cv2", "none"])
-def test_balancing_loss_is_the_models_own_over_all_layers(aux_loss, reduction):
-    model = model_of(n_layer=2, n_expert=3, expert_top_k=1, aux_loss=aux_loss, aux_loss_reduction=reduction)
+@pytest.mark.parametrize("reduction, per_router", [("sum", 1), ("mean", 1), ("sum", 2)])
+@pytest.mark.parametrize("aux_loss", ["switch", "cv2", "entropy", "none"])
+def test_balancing_loss_is_the_models_own_over_all_layers(aux_loss, reduction, per_router):
+    keys = dict(aux_loss=aux_loss, aux_loss_reduction=reduction, blocks_per_router=per_router)
+    model = model_of(n_layer=2, n_expert=3, expert_top_k=1, **keys)
     ((x, y),) = batches = batches_of(count=1)
     found = gradients.router_gradients(model, batches, CPU)
     out = model(x, y)

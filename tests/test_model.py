@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import backends
 import balance
 from model import GPT, IGNORED, KVCache, sample, uniforms
-from run import accounting
+from run import accounting, checkpoint, update
 from run.accounting import dense_equal_active, dense_equal_total
 from run.settings import Config
 from support import configurator, machines
@@ -43,6 +43,10 @@ KINDS = {
     "prefix_sigmoid": dict(n_expert=4, router_level="prefix", gate="sigmoid", aux_loss="cv2", z_loss_coef=0.001),
     "shared_top_p": dict(n_expert=4, expert_top_k=3, router_top_p=0.5, n_shared_expert=1, expert_hidden=16),
     "one_set": dict(n_expert=4, share_experts=True, router_bias_rate=0.001, aux_loss="none"),
+    "prior": dict(n_expert=4, router_prior=1.0, aux_loss="none"),
+    "freeze": dict(n_expert=4, router_freeze_step=5),
+    "one_router": dict(n_expert=4, blocks_per_router=0),
+    "gated": dict(n_expert=4, router="hash_gated", gate="sigmoid", aux_loss="none"),
     "by_block": dict(n_expert=4, n_expert_by_block="4,2", expert_init="sigma_moe", gate_straight_through=True),
 }
 
@@ -147,6 +151,52 @@ def test_experts_shared_by_layers_are_counted_once():
     assert shared["experts"] * 2 == own["experts"] and shared["router"] == own["router"]
     assert own["total"] - own["active"] == 2 * 3 * own["experts"] // 8
     assert shared["total"] - shared["active"] == 2 * shared["experts"] // 4
+
+
+@pytest.mark.parametrize("per_router, owners", [(1, [0, 1, 3, 4]), (2, [0, 0, 3, 3]), (3, [0, 0, 0, 4]), (0, [0] * 4)])
+def test_consecutive_moe_blocks_share_a_router(per_router, owners):
+    """Dense blocks do not count. Shared weights are counted, trained and decayed once, and computed in every block."""
+    config = tiny(n_layer=5, n_expert=4, n_expert_by_block="4,4,0,4,4", blocks_per_router=per_router)
+    model, own = GPT(config, VOCABULARY), GPT(dataclasses.replace(config, blocks_per_router=1), VOCABULARY)
+    assert [layer.router.layer for layer in model.moe_layers()] == owners
+    counts, n_routers = accounting.count_parameters(model), len(set(owners))
+    assert counts["router"] == n_routers * 4 * 16
+    assert accounting.forward_flops_per_token(model) == accounting.forward_flops_per_token(own)
+    trained = [p for group in update.make_optimizer(model, config).param_groups for p in group["params"]]
+    assert sum(any(p is layer.router.weight for layer in own_routers(model)) for p in trained) == n_routers
+    assert sum(p.numel() for p in trained) == counts["total"]
+
+
+def own_routers(model):
+    """MoE layers with the router that they made."""
+    return [layer for layer, i in zip(model.moe_layers(), model.config.moe_layers) if layer.router.layer == i]
+
+
+@pytest.mark.parametrize("aux_loss", ["switch", "none"])
+def test_the_gradient_of_a_shared_router_is_the_sum_over_its_blocks(aux_loss):
+    """Those of routers of their own with the same weights."""
+    keys = dict(n_expert=4, aux_loss=aux_loss)
+    shared, own = gpt(std=0.5, **keys, blocks_per_router=0), gpt(**keys)
+    own.load_state_dict(shared.state_dict())
+    x, y = tokens(4, 16), tokens(4, 16)
+    for model in (shared, own):
+        model(x, y).objective.backward()
+    parts = [layer.router.weight.grad for layer in own.moe_layers()]
+    assert all(part.abs().max() > 0 for part in parts)
+    torch.testing.assert_close(shared.moe_layers()[0].router.weight.grad, sum(parts))
+
+
+def test_a_shared_router_is_saved_once_and_restored(tmp_path):
+    model, own = (gpt(std=0.5, n_expert=4, n_layer=4, blocks_per_router=n) for n in (0, 1))
+    for name, one in (("shared", model), ("own", own)):
+        checkpoint.save(tmp_path / name, {"model": one.state_dict()})
+    saved = 3 * 4 * 16 * 8  # of three routers, float64
+    assert (tmp_path / "own").stat().st_size - (tmp_path / "shared").stat().st_size > saved
+    again = gpt(n_expert=4, n_layer=4, blocks_per_router=0)
+    again.load_state_dict(checkpoint.load(tmp_path / "shared")["model"])
+    x = tokens(2, 16)
+    assert torch.equal(again(x).logits, model(x).logits)
+    assert len({id(layer.router.weight) for layer in again.moe_layers()}) == 1
 
 
 def test_notes_dense_configs_are_the_stated_twins():
@@ -473,7 +523,9 @@ TRACED = [
         dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", capacity_factor=1.0),
         dict(n_expert=4, expert_top_k=0, expert_kind="linear_sum", aux_loss="none"),
         dict(n_expert=4, router="hash", aux_loss="none", expert_inner_dropout=0.1),
-        dict(n_expert=4, router="hash_shared", aux_loss="none"),
+        dict(n_expert=4, router="hash_shared", router_table="even", aux_loss="none"),
+        dict(n_expert=4, router_prior=1.0, router_prior_table="shared", blocks_per_router=0, router_freeze_step=5),
+        dict(n_expert=4, router="hash_gated", gate="sigmoid", aux_loss="none"),
         dict(n_expert=4, router="ngram_hash", aux_loss="none", n_shared_expert=1, expert_hidden=8),
         dict(n_expert=4, router="random", router_level="sequence", aux_loss="none"),
         dict(n_expert=4, router="expert_choice", capacity_factor=1.0, aux_loss="none"),
@@ -486,6 +538,9 @@ TRACED = [
             n_expert=4, expert_top_k=2, router_bias_rate=0.001, gate="sigmoid", aux_loss="none", gate_renormalize=True
         ),
         dict(n_expert=4, router_level="prefix", aux_loss="cv2", expert_init="switch", gate_straight_through=True),
+        dict(
+            n_expert=16, expert_top_k=4, expert_hidden=8, aux_loss="entropy", gate="sigmoid", expert_output_masking=0.1
+        ),
         dict(
             n_expert=4, expert_top_k=4, router_top_p=0.5, capacity_factor=0.5, capacity_group="batch", moe_every=2,
             n_layer=2, expert_init="sigma_moe", router_jitter=0.1, z_loss_coef=0.001, bias=True, aux_loss_coef=0.001,

@@ -18,6 +18,7 @@ import backends
 import balance
 import moe
 import selection
+from hashing import HASH_TABLES
 from model import MLP
 from routing import LEVELS, ROUTERS, RoutingCache
 from run.settings import Config
@@ -35,6 +36,7 @@ CHOICES = {
     "gate_straight_through": [False, True],
     "router_top_p": [0.0, 0.6],
     "router_bias_rate": [0.0, 0.01],
+    "router_prior": [0.0, 1.0],
     "n_shared_expert": [0, 1],
     "bias": [False, True],
 }
@@ -78,7 +80,8 @@ CAUSAL = [config for config in GRID if config.is_causal]
 def name_of(config):
     capacity = f"-cap{config.capacity_factor}-{config.capacity_group}" if config.capacity_factor else ""
     flags = {"renorm": config.gate_renormalize, "st": config.gate_straight_through, "topp": config.router_top_p,
-             "biasrate": config.router_bias_rate, "shared": config.n_shared_expert, "bias": config.bias}  # fmt: skip
+             "biasrate": config.router_bias_rate, "prior": config.router_prior,
+             "shared": config.n_shared_expert, "bias": config.bias}  # fmt: skip
     return (
         f"{config.router}-{config.router_level}-{config.gate}-{config.expert_kind}-{config.n_expert}x{config.expert_top_k}"
         + capacity + "".join(f"-{flag}" for flag, on in flags.items() if on)
@@ -135,6 +138,7 @@ def test_grid_covers_every_entry_of_every_table():
         ("expert_kind", moe.EXPERTS),
         ("aux_loss", balance.AUX_LOSSES),
         ("router_level", LEVELS),
+        ("router_table", HASH_TABLES),
         ("expert_init", moe.INITS),
         ("router_temperature_schedule", moe.SCHEDULES),
         ("aux_loss_coef_schedule", moe.SCHEDULES),
@@ -483,7 +487,7 @@ def test_expert_dropout_keeps_losses_and_gradients_finite(k, gate):
     y, routing = run(layer, torch.randn(4, 16, 16))
     assert routing.chosen.any(dim=-1).all() and (k == 1 or not routing.chosen.all())
     loss = y.square().sum() + sum(
-        function(routing) for function in (balance.switch_loss, balance.cv2_loss, balance.z_loss)
+        function(routing) for function in (*filter(None, balance.AUX_LOSSES.values()), balance.z_loss)
     )
     loss.backward()
     gradients = [p.grad for p in layer.parameters()]
@@ -547,6 +551,40 @@ def test_switch_loss_counts_choices_before_capacity():
     full = routing_of([[0]] * 4, [[1.0]] * 4, 2, logits=logits)
     dropped = routing_of([[0]] * 4, [[0.0]] * 4, 2, logits=logits, kept=[[False]] * 4)
     assert balance.switch_loss(full) == balance.switch_loss(dropped)
+
+
+def test_entropy_loss_equals_hand_computation():
+    """P is (3/4, 1/4), the mean of (1/2, 1/2) and (1, 0): log 2 minus its entropy. Choices and gates do not count."""
+    logits = [[0.0, 0.0], [200.0, 0.0]]
+    expected = math.log(2) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25)
+    for experts, gates in (([[0], [0]], [[1.0], [1.0]]), ([[1], [0]], [[0.2], [0.0]])):
+        loss = balance.entropy_loss(routing_of(experts, gates, 2, logits=logits))
+        assert loss.item() == pytest.approx(expected)
+
+
+def test_entropy_loss_is_0_when_sure_tokens_are_spread_evenly():
+    sure = [[50.0 * (e == i % 4) for e in range(4)] for i in range(8)]
+    assert balance.entropy_loss(routing_of([[0]] * 8, [[1.0]] * 8, 4, logits=sure)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_entropy_loss_of_a_collapsed_router_is_log_e_with_finite_gradients():
+    logits = torch.tensor([[500.0, 0, 0, 0]] * 8, requires_grad=True)
+    loss = balance.entropy_loss(routing_of([[0]] * 8, [[1.0]] * 8, 4, logits=logits))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(4)) and torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("name", [name for name, function in balance.AUX_LOSSES.items() if function])
+def test_balancing_loss_of_two_processes_is_that_of_their_whole_batch(name):
+    """Not the mean of their losses. Tokens that do not count change nothing."""
+    routing = run(layer_of(tiny(n_expert=4, expert_top_k=2)), torch.randn(2, 16, 16))[1]
+    *fields, room = routing
+    first, second = (selection.Routing(*(field[part] for field in fields), room) for part in (slice(16), slice(16, 32)))
+    function, seen = balance.AUX_LOSSES[name], []
+    function(second, lambda value: seen.append(value) or value)
+    whole = function(first, lambda value: (value + seen.pop(0)) / 2)
+    torch.testing.assert_close(whole, function(routing))
+    torch.testing.assert_close(function(routing, weight_N=(torch.arange(32) < 16).float()), function(first))
 
 
 def test_z_loss_equals_hand_computation():
@@ -682,6 +720,32 @@ def test_inner_dropout_is_off_in_evaluation():
     assert torch.equal(layer.eval()(x, ids)[0], layer(x, ids)[0])
 
 
+def test_output_masking_drops_each_choice_by_itself_and_keeps_the_mean():
+    """In training, and of gates alone: loads, capacity and balancing losses see the choices as made."""
+    layer = layer_of(tiny(n_expert=4, expert_top_k=2, capacity_factor=0.75, expert_output_masking=0.25))
+    x, ids = torch.randn(256, 16, 16), symbols(256, 16)
+    trained, evaluated = layer.train()(x, ids)[1], layer.eval()(x, ids)[1]
+    masked = (trained.gates == 0) & trained.kept
+    assert (masked.sum(dim=0) / trained.kept.sum(dim=0)).tolist() == pytest.approx([0.25, 0.25], abs=0.03)
+    both = masked.all(dim=1).sum() / trained.kept.all(dim=1).sum()
+    assert both.item() == pytest.approx(0.25**2, abs=0.015)
+    torch.testing.assert_close(trained.gates, (evaluated.gates / 0.75).masked_fill(masked, 0.0))
+    for field in ("logits", "probs", "experts", "chosen", "kept"):
+        assert torch.equal(getattr(trained, field), getattr(evaluated, field))
+    assert balance.switch_loss(trained) == balance.switch_loss(evaluated)
+
+
+@pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
+def test_a_masked_token_gets_exactly_the_residual_and_teaches_no_expert(backend):
+    layer = layer_of(tiny(n_expert=4, expert_hidden=8, expert_output_masking=0.5, moe_backend=backend)).train()
+    x = torch.randn(4, 16, 16, requires_grad=True)
+    y, routing = run(layer, x)
+    y.square().sum().backward()
+    is_masked = (routing.gates == 0).view(4, 16)
+    assert 0 < is_masked.sum() < 64
+    assert torch.equal(y.any(dim=-1), ~is_masked) and torch.equal(x.grad.any(dim=-1), ~is_masked)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Collapse and balance, as the sources describe them, on a toy task
 
@@ -726,8 +790,9 @@ def mean_of(key, **keys):
         (dict(aux_loss="none", router_bias_rate=0.02), 0.3),
         # The gates of experts that nobody chose have no gradient, so this loss cannot bring the dead back.
         (dict(aux_loss="cv2", aux_loss_coef=1.0), 1.2),
+        (dict(aux_loss="entropy", aux_loss_coef=1.0), 0.3),
     ],
-    ids=["switch", "bias", "cv2"],
+    ids=["switch", "bias", "cv2", "entropy"],
 )
 def test_balancing_prevents_collapse_of_the_load(balance, most):
     """D: without balancing one expert gets everything (CV² = E - 1 = 3); every way of balancing brings it down."""

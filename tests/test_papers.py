@@ -28,6 +28,8 @@ def record(row="shakespeare_moe4", seed=1337, scale="cpu", device="a CPU", dirty
         "dataset": {"name": "shakespeare_char", "sha256": "a", "canonical": True},
         "exclusive": exclusive,
         "clean": {"best": {"nats": nats}},
+        "paper": {"best_val": nats},
+        "leaky": False,
         "seconds": {"train": 100.0},
         "inference": {"samples": 10, "tokens_per_second": 50.0, "exclusive": exclusive},
     }  # fmt: skip
@@ -78,6 +80,18 @@ def test_dense_twins_have_equal_flops_or_parameters(scale):
     moe = equal.row("shakespeare_moe4").config_at(scale)
     assert equal.row("shakespeare_dense_wide").config_at(scale).mlp_hidden == dense_equal_total(moe)
     assert dense_equal_active(moe) - 4 * moe.n_embd == 2  # the router's share, of which the table's text speaks
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_quarter_experts_cost_what_whole_ones_do(scale):
+    """At equal width of all experts and of those that a character uses, only the router's share differs."""
+    table = TABLES["literature"]
+    whole = table.row("shakespeare_moe4").config_at(scale)
+    for name in ("shakespeare_moe16_top4", "shakespeare_moe16_sigma"):
+        fine = table.row(name).config_at(scale)
+        assert fine.expert_hidden == whole.n_embd and fine.expert_top_k * fine.expert_hidden == 4 * whole.n_embd
+        assert fine.n_expert * fine.expert_hidden == whole.n_expert * 4 * whole.n_embd
+        assert (fine.learning_rate, fine.max_iters) == (whole.learning_rate, whole.max_iters)
 
 
 def test_a_row_gives_the_arguments_and_the_name_of_a_run():
@@ -232,7 +246,7 @@ def test_scales_have_different_hashes():
 
 
 def test_the_plan_names_rows_of_tables_at_paper_size_and_no_run_twice():
-    names = {row.name for table in TABLES.values() for row in table.rows_at("paper")}
+    names = {row.name for table in TABLES.values() for row in table.experiments_at("paper")}
     asked = [(name, seed) for entry in PRIORITIES for seed in entry.seeds for name in entry.rows]
     assert {name for name, _ in asked} <= names and len(set(asked)) == len(asked)
     assert all(entry.decides and entry.decides[0] != " " and "\n" not in entry.decides for entry in PRIORITIES)
@@ -251,7 +265,7 @@ def test_runs_of_the_plan_are_those_of_the_tables_and_land_in_their_folders(tmp_
     runs = planned_runs.by_priority(TABLES, PRIORITIES, "paper", setup)
     homes = {run.config.run_id.split("-")[0]: run.home.name for run in [*runs][:15]}
     assert sorted(homes.values()) == ["A", "B", "router"]
-    of_tables = planned_runs.plan(TABLES, ["all"], "paper", 8, setup)
+    of_tables = planned_runs.plan(TABLES, ["all"], "paper", 8, setup, planned_runs.read_results(setup.results))
     places = {run.key: (run.home, run.name, run.arguments) for run in of_tables}
     assert all(places[run.key] == (run.home, run.name, run.arguments) for run in runs)
 

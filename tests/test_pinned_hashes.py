@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # when this file is run as a script
 
 from papers import TABLES  # noqa: E402
+from papers.table import SCALES  # noqa: E402
 from run.settings import Config  # noqa: E402
 from support import configurator  # noqa: E402
 
@@ -23,8 +24,8 @@ def hashes():
     for path in sorted((ROOT / "config").glob("*.py")):
         found[f"config/{path.stem}"] = configurator.parse(Config, [str(path)]).hash()
     for table in TABLES.values():
-        for row in table.rows:
-            for scale in row.scales:
+        for scale in SCALES:
+            for row in table.experiments_at(scale):
                 found[f"{table.name}/{row.name} at {scale}"] = row.config_at(scale).hash()
     return found
 

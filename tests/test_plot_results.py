@@ -317,12 +317,13 @@ def test_a_table_without_a_run_that_counts_says_so(results):
 
 
 def test_another_machine_gets_tables_of_its_own(results):
-    record = json.loads(of_cell(results).read_text())
-    changed(of_cell(results), machine=record["machine"] | {"device": "Another CPU"})
+    for seed in (1, 2):
+        record = json.loads(of_cell(results, seed=seed).read_text())
+        changed(of_cell(results, seed=seed), machine=record["machine"] | {"device": "Another CPU"})
     draw(results)
     page = (results / "summary.md").read_text()
     assert page.count("## A table (T, CPU size)") == 2 and "Machine: Another CPU, " in page
-    assert page.count("(2)") == 3  # dense on the first machine: both losses and the time
+    assert page.count("| dense | not run |") == page.count("| 4 experts | not run |") > 0
     assert any("_2.svg" in name for name in written(results))
 
 

@@ -87,7 +87,9 @@ def test_resume_with_fewer_steps_logs_the_steps_before_the_stop(words, tmp_path,
     assert record["seconds"]["train"] > 0 and record["train_mode"]["loss"] == line["loss"]
 
 
-@pytest.mark.parametrize("kind", ["bias", "annealed", *map(soaked, sorted({*STATEFUL} - {"bias", "annealed"}))])
+@pytest.mark.parametrize(
+    "kind", ["bias", "annealed", "freeze", *map(soaked, sorted({*STATEFUL} - {"bias", "annealed", "freeze"}))]
+)
 def test_resume_of_a_router_with_state_is_bit_identical(words, tmp_path, at_step, kind):
     options = dict(n_expert=4, dropout=0.1, max_iters=12, eval_interval=6) | STATEFUL[kind]
     assert train_tiny(words, tmp_path / "whole", **options) == 0

@@ -9,6 +9,7 @@ from conftest import tiny
 
 import moe
 import routing
+from hashing import HASH_TABLES
 from run.settings import Config
 
 SYMBOLS = 7
@@ -89,6 +90,109 @@ def test_a_shared_hash_table_is_that_of_the_first_layer_in_every_layer():
     assert all(torch.equal(first, other) for other in others)
     other_seed = router_of("hash_shared", seed=2, counts=counts).table
     assert not torch.equal(first, other_seed)
+
+
+def test_a_gated_table_chooses_and_a_learned_probability_is_the_gate():
+    """Cross-entropy, which comes through the gate, reaches the router's weight as that of a switch layer."""
+    keys = dict(aux_loss="none", router="hash_gated", gate="sigmoid")
+    layer, switch = layer_of(**keys), layer_of(aux_loss="none")
+    switch.router.weight.data.copy_(layer.router.weight)
+    x, ids = torch.randn(4, 16, 16), torch.randint(SYMBOLS, (4, 16))
+    routed = layer.route(x, ids)
+    assert torch.equal(routed.experts[:, 0], layer.router.table[ids].view(-1))
+    assert torch.equal(layer.router.table, router_of("hash").table), "the same as without a gate"
+    expected = switch.route(x, ids).probs.gather(1, routed.experts)
+    torch.testing.assert_close(routed.gates, expected)
+    upstream = torch.randn(64, 1)
+    for gates in (routed.gates, expected):
+        (gates * upstream).sum().backward()
+    assert layer.router.weight.grad.abs().max() > 1e-3
+    torch.testing.assert_close(layer.router.weight.grad, switch.router.weight.grad)
+
+
+@pytest.mark.parametrize(
+    "keys, told",
+    [
+        (dict(aux_loss="switch"), "no loss can balance"),
+        (dict(z_loss_coef=0.1), "no loss can balance"),
+        (dict(gate="softmax"), "set gate='sigmoid'"),
+        (dict(n_expert_by_block="4,1"), "nothing to learn"),
+        (dict(router_prior=1.0), "set router_prior=0"),
+        (dict(router_bias_rate=0.1), "set router_bias_rate=0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_gated_table_refuses_what_has_no_effect(keys, told):
+    config = Config(
+        **{"n_layer": 2, "n_expert": 4, "router": "hash_gated", "gate": "sigmoid", "aux_loss": "none", **keys}
+    )
+    assert [told in message for _, message in config.problems()] == [True]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({"router": name, "aux_loss": "none"} for name, kind in routing.ROUTERS.items() if not kind.is_trained),
+        dict(z_loss_coef=0.1),
+        dict(router_bias_rate=0.1, aux_loss="none"),
+    ],
+    ids=str,
+)
+def test_a_freeze_step_is_refused_where_it_would_freeze_nothing_or_half(keys):
+    config = Config(**{"n_expert": 4, **keys}, router_freeze_step=5)
+    assert any("router_freeze_step=0" in message for _, message in config.problems())
+
+
+def test_an_even_table_gives_each_expert_as_many_symbols():
+    """Within one, whatever their frequencies; and each layer and seed has another."""
+    counts = [10**6, *[1] * 61]
+    tables = [
+        router_of("hash", layer=i, seed=s, counts=counts, router_table="even").table
+        for i, s in ((0, 1), (1, 1), (0, 2))
+    ]
+    assert all(sorted(table.bincount(minlength=4).tolist()) == [15, 15, 16, 16] for table in tables)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(tables, 2))
+    shared = [router_of("hash_shared", layer=i, seed=1, counts=counts, router_table="even").table for i in (0, 1)]
+    assert all(torch.equal(table, tables[0]) for table in shared)
+
+
+@pytest.mark.parametrize("table", HASH_TABLES)
+@pytest.mark.parametrize("name", [name for name, kind in routing.ROUTERS.items() if kind.takes_prior])
+def test_a_prior_adds_its_strength_to_the_logit_of_the_tables_expert(name, table):
+    """The table is that of a hash router: of this layer, or of the first; without a prior there is none."""
+    keys = {"router_table": table, **(dict(capacity_factor=1.0) if name == "expert_choice" else {})}
+    x, ids = torch.randn(2, 3, 8), torch.randint(SYMBOLS, (2, 5))  # two symbols before x
+    plain = router_of(name, layer=1, **keys)
+    assert not hasattr(plain, "table")
+    for of, layer in (("own", 1), ("shared", 0)):
+        router = router_of(name, layer=1, router_prior=2.5, router_prior_table=of, **keys)
+        router.load_state_dict(plain.state_dict() | {"table": router.table})
+        assert torch.equal(router.table, router_of("hash", layer=layer, router_table=table).table)
+        expected = plain(x, ids)
+        expected[torch.arange(2)[:, None], torch.arange(3), router.table[ids[:, 2:]]] += 2.5
+        assert torch.equal(router(x, ids), expected) and router.state_problem() is None
+        router.table[0] = 4
+        assert "experts that are not there" in router.state_problem()
+
+
+def test_priors_of_layers_differ_unless_shared():
+    counts = [round(1e6 / (rank + 2)) for rank in range(60)]
+    own, shared = (
+        [router_of("learned", layer=i, counts=counts, router_prior=1.0, router_prior_table=of).table for i in range(3)]
+        for of in ("own", "shared")
+    )
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(own, 2))
+    assert all(torch.equal(table, own[0]) for table in shared)
+
+
+def test_a_strong_prior_makes_the_tables_choice_and_a_prior_of_0_is_the_learned_router():
+    layers = [layer_of(router_prior=strength, aux_loss="none") for strength in (0.0, 1e6)]
+    layers[1].load_state_dict(layers[0].state_dict(), strict=False)
+    x, ids = torch.randn(4, 16, 16), torch.randint(SYMBOLS, (4, 16))
+    none, strong = (layer.route(x, ids) for layer in layers)
+    assert torch.equal(none.logits, torch.nn.functional.linear(x, layers[0].router.weight).view(64, 4))
+    assert torch.equal(strong.experts[:, 0], layers[1].router.table[ids].view(-1))
+    assert not torch.equal(none.experts, strong.experts)
 
 
 def test_ngram_hash_depends_on_the_last_n_symbols_only():

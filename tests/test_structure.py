@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     ("support",),
     ("data",),
-    ("selection", "routing", "balance", "backends"),
+    ("selection", "hashing", "routing", "balance", "backends"),
     ("moe",),
     ("model",),
     ("run",),

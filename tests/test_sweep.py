@@ -83,6 +83,7 @@ PRETENDER = """
 
 
 MACHINE_HERE = sweep.machine_here
+NO_RECORDS = planned_runs.KeptRecords({}, {}, [])
 
 
 class Place:
@@ -111,7 +112,7 @@ class Place:
     def first_run(self):
         machine = json.loads((self.folder / "record.json").read_text())["machine"]
         setup = planned_runs.Setup(self.out, self.results, [], {}, machine)
-        return planned_runs.plan(sweep.TABLES, ["T"], "cpu", 1, setup)[0]
+        return planned_runs.plan(sweep.TABLES, ["T"], "cpu", 1, setup, NO_RECORDS)[0]
 
     def calls(self):
         return self.lines("calls")
@@ -239,6 +240,19 @@ def test_several_tables_get_a_seed_of_every_row_before_the_next_seed(place, capf
     told, *listed = capfd.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed[:6]] == [f"{name}-cpu-s{seed}" for seed in (1337, 1338) for name in rows]
     assert told.startswith(f"{shown} at scale cpu, 2 seeds")
+
+
+def test_a_tuned_row_runs_its_candidates_then_the_best_two_and_then_the_best_on_fresh_seeds(place, words, monkeypatch):
+    """All candidates have one loss here, so the first ones are the best."""
+    record = json.loads((place.folder / "record.json").read_text())
+    write(place.folder / "record.json", record | {"git": {"commit": "0" * 40, "dirty": False}})
+    candidates = tuple(row(name, words, beta2=beta2) for name, beta2 in (("a", 0.9), ("b", 0.91), ("c", 0.92)))
+    tuned = dataclasses.replace(candidates[0], name="tuned", candidates=candidates)
+    monkeypatch.setattr(sweep, "TABLES", {"V": table("V", tuned)})
+    assert place.main("V", "--seeds=2") == 0
+    stages = [("abc", [1337]), ("ab", [1338, 1339]), ("a", [1340, 1341])]
+    assert place.names() == [f"{name}-cpu-s{seed}" for names, seeds in stages for seed in seeds for name in names]
+    assert place.main("V", "--seeds=2") == 0 and len(place.names()) == 9
 
 
 @pytest.mark.parametrize(
@@ -528,7 +542,7 @@ def test_a_passed_on_backend_is_part_of_the_machine(place, words, monkeypatch):
     machine = record_of(place, moe, 1337)["machine"]
     changes = sweep.changes_of(["--moe_backend=masked"])
     setup = planned_runs.Setup(place.out, place.results, ["--moe_backend=masked"], changes, machine)
-    dense_run, moe_run = planned_runs.plan(sweep.TABLES, ["T"], "cpu", 1, setup)
+    dense_run, moe_run = planned_runs.plan(sweep.TABLES, ["T"], "cpu", 1, setup, NO_RECORDS)
     assert moe_run.machine == f"{dense_run.machine}, masked backend"
     assert moe_run.config.hash() == moe.config_at("cpu").hash() and "--moe_backend=masked" in moe_run.arguments
 
@@ -963,6 +977,6 @@ def test_a_terminal_shows_a_bar_over_the_whole_table(place, monkeypatch):
 def test_planned_runs_of_all_tables_have_unique_names_that_records_may_have(dense_run):
     machine = json.loads((dense_run / "summary.json").read_text())["machine"]
     setup = planned_runs.Setup(Path("out"), Path("results"), [], {}, machine)
-    runs = planned_runs.plan(sweep.TABLES, ["all"], "cpu", 2, setup)
+    runs = planned_runs.plan(sweep.TABLES, ["all"], "cpu", 2, setup, NO_RECORDS)
     assert len({run.name for run in runs}) == len({run.key for run in runs}) == len(runs)
     assert all(run.name.endswith(f"-s{run.config.seed}") for run in runs)

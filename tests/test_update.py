@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT
+from routing import ROUTERS
 from run import accounting, update
 from run.settings import Config
 from run.totals import RunningTotals
@@ -26,13 +27,16 @@ KINDS = {
 # What the compiled graph must survive: everything scheduled, drawn anew, or kept between steps.
 CHANGING = {
     **KINDS,
-    "linear": dict(n_expert=4, expert_top_k=2, expert_kind="linear_concat", gate_renormalize=True),
+    "linear": dict(
+        n_expert=4, expert_top_k=2, expert_kind="linear_concat", gate_renormalize=True, expert_output_masking=0.2
+    ),
     "random": dict(n_expert=4, router="random", aux_loss="none"),
     "bias": dict(n_expert=4, router_bias_rate=0.01, gate="sigmoid", aux_loss="none"),
     "annealed": dict(
         n_expert=4, router_temperature=3.0, router_temperature_schedule="linear", aux_loss_coef_end=0.5,
         aux_loss_coef_schedule="linear", expert_dropout=0.2, expert_dropout_schedule="cosine", dropout=0.1,
     ),
+    "freeze": dict(n_expert=4, router_freeze_step=2),
     "batch": dict(n_expert=4, expert_top_k=2, capacity_factor=0.5, capacity_group="batch"),
     "shared": dict(n_expert=4, n_shared_expert=1, router_level="segment", segment_size=5),
 }  # fmt: skip
@@ -99,6 +103,65 @@ def test_what_is_seen_on_the_way_is_summed_and_the_same_tensors_are_kept():
     assert totals.terms["loss"].item() == pytest.approx(2 * out.loss.item(), rel=1e-5)
     assert [layer.load.tolist() for layer in totals.stats] == [(2 * layer.load).tolist() for layer in out.stats]
     assert not any(value.requires_grad for value in totals.terms.values())
+
+
+NEEDED = {
+    "hash_gated": dict(gate="sigmoid", aux_loss="none"),
+    "expert_choice": dict(capacity_factor=1.0, aux_loss="none"),
+}
+
+
+@pytest.mark.parametrize("router", [name for name, kind in ROUTERS.items() if kind.is_trained])
+def test_a_router_is_trained_until_its_freeze_step_and_is_then_the_same_bit_for_bit(router):
+    """Under weight decay and moments that were not zero; its gradient counts in no norm; the rest trains on."""
+    keys = dict(n_expert=4, router=router, weight_decay=0.5, grad_clip=0.0) | NEEDED.get(router, {})
+    updater, step = stepper(tiny(router_freeze_step=3, **keys))
+    model, seen, gradients = updater.model, [], []
+    routers = [layer.router for layer in model.moe_layers()]
+    weights = [parameter for one in routers for parameter in one.parameters()]
+    for parameter in weights:
+        parameter.register_hook(gradients.append)  # called after the freezing one
+    for i in range(7):
+        model.set_step(i)  # as the loop does before it evaluates or saves
+        seen.append(([weight.clone() for weight in weights], model.norm.weight.clone()))
+        gradients.clear()
+        step(i)
+        assert all((gradient == 0).all().item() == (i >= 3) for gradient in gradients) and gradients
+    for before, after, is_frozen in zip(seen, seen[1:], [False] * 3 + [True] * 3):
+        assert all(torch.equal(one, other) == is_frozen for one, other in zip(before[0], after[0], strict=True))
+        assert not torch.equal(before[1], after[1])
+
+
+def test_a_router_trains_as_any_other_until_its_freeze_step():
+    """And its balancing loss ends with it."""
+    (frozen, step), (plain, plain_step) = (stepper(tiny(n_expert=4, router_freeze_step=n, seed=3)) for n in (3, 0))
+    plain.model.load_state_dict(frozen.model.state_dict(), strict=False)
+    x, y = rows(tiny())
+    for i in range(5):
+        for updater in (frozen, plain):
+            updater.model.set_step(i)
+            updater.model.zero_grad()
+            updater.update(i, x, y, RunningTotals())
+        same = [torch.equal(a, b) for a, b in zip(frozen.model.parameters(), plain.model.parameters(), strict=True)]
+        assert all(same) == (i < 3)
+        assert frozen.model.aux_loss_coef.item() == pytest.approx(0.01 if i < 3 else 0.0)
+
+
+def test_a_run_that_starts_with_the_weights_of_a_frozen_router_trains_it_again():
+    updater, step = stepper(tiny(n_expert=4, router_freeze_step=1))
+    for i in range(3):
+        step(i)
+    state = updater.model.state_dict()
+    updater, step = stepper(tiny(n_expert=4, router_freeze_step=2))
+    updater.model.load_state_dict(state)
+    weight = updater.model.moe_layers()[0].router.weight
+    step(0)
+    moved = weight.clone()
+    assert not torch.equal(moved, state["blocks.0.mlp.router.weight"])
+    step(1), updater.model.set_step(2)
+    kept = weight.clone()
+    step(2), updater.model.set_step(3)
+    assert torch.equal(weight, kept) and not torch.equal(kept, moved)
 
 
 def test_an_update_trains_a_model_that_was_being_evaluated():
