@@ -67,7 +67,7 @@ def obstacle_of_layer(layer, machine):
         return "routing is more than a linear router's top-k of the token's own vector"
     if GATES[config.gate] is not softmax_gate:
         return "the gate is not softmax"
-    if config.router_jitter or config.expert_dropout_is_used:
+    if config.router_jitter or config.expert_dropout_is_used or config.expert_output_masking:
         return "routing is noisy in training"
     if balance.AUX_LOSSES[config.aux_loss] not in LOSSES:
         return "the balancing loss needs more than sums over tokens"

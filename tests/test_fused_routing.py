@@ -148,6 +148,7 @@ def test_decoding_with_a_cache_goes_the_general_way():
         ({"gate": "sigmoid"}, "not softmax"),
         ({"router_jitter": 0.1}, "noisy"),
         ({"expert_dropout": 0.1}, "noisy"),
+        ({"expert_output_masking": 0.1}, "noisy"),
         ({"aux_loss": "cv2"}, "more than sums"),
         ({"bias": True}, "biases"),
         ({"expert_kind": "linear_concat", "expert_hidden": 16}, "not MLPs"),
