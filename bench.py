@@ -3,7 +3,7 @@
     python bench.py                               the paper size on CUDA, the CPU size elsewhere
     python bench.py --quick --compare=results/bench/NAME.json    in a minute: what became slower
     python bench.py --size=paper --tasks=decode --models=moe4    the dense model is always measured too
-    python bench.py --models=all                  also 8 experts and the variants of paper B
+    python bench.py --models=all                  also 8 experts, the variants of paper B, routing in kernels
     python bench.py --profile --models=dense      traces, and what a step's time goes into
     python bench.py --json=results/bench/NAME.json     the record that plot_results.py reads
     python bench.py --flags=pdl --tasks=train --compare=FILE     a switch of torch tried out (FILE: without it)

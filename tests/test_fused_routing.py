@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, thorough, tiny
+from conftest import ROOT, TINY, soaked, thorough, tiny
 from test_kernels import Compiler, error, needs_triton
 
 import backends
@@ -123,7 +123,7 @@ def product_with_own(rows, weights, offsets):
     return torch.einsum("rd,re,edh->rh", rows, F.one_hot(expert_R, len(weights)).to(rows.dtype), weights)
 
 
-@pytest.mark.parametrize("name", ["top-1", "renormalised"])
+@pytest.mark.parametrize("name", ["top-1", soaked("renormalised")])
 def test_torch_compile_makes_one_graph_each_way(name, monkeypatch):
     monkeypatch.setattr(backends, "grouped_mm", product_with_own)
     torch._dynamo.reset()
