@@ -56,6 +56,8 @@ MODELS = {  # name -> title, config file, changes to it
     "moe4_linear_soft": ("4 linear experts, soft", "shakespeare_soft4", {}),
     "moe4_linear_cap05": ("4 linear experts, capacity 0.5", "shakespeare_top2_cap05", {}),
     "moe4_linear_cap10": ("4 linear experts, capacity 1.0", "shakespeare_top2_cap10", {}),
+    "dense_fused": ("Dense, fused update", "shakespeare_dense", {"fused_update": True}),
+    "moe4_fused": ("4 experts, fused update", "shakespeare_moe4", {"fused_update": True}),
 }
 USUAL = 6  # the first so many of MODELS are measured by default
 ALL = "all"

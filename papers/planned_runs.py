@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -106,29 +107,35 @@ def plan(tables, names, scale, seeds, setup, kept) -> list[PlannedRun]:
     everywhere = distinct_rows(tables.values(), scale)
     named = tables.values() if "all" in names else [tables[name] for name in names]
     homes = everywhere if "all" in names else distinct_rows(named, scale)
-    asked = {}  # (seed, hash of a config) in order
+    needed = {}  # (seed, hash of a config) -> whether the run must be made on this machine
     for table in named:
         for row in table.rows_at(scale):
-            pairs = itertools.product([row.name], range(FIRST_SEED, FIRST_SEED + seeds))
+            pairs, losses = itertools.product([row.name], range(FIRST_SEED, FIRST_SEED + seeds)), {}
             if row.candidates:
-                pairs = tuning.asked(losses_of(row, scale, setup, kept), row.reserve.get(scale, 0), seeds)
+                losses = losses_of(row, scale, kept)
+                pairs = tuning.asked(losses, row.reserve.get(scale, 0), seeds)
             hash_of = {experiment.name: experiment.config_at(scale).hash() for experiment in row.experiments_at(scale)}
-            asked |= dict.fromkeys((seed, hash_of[name]) for name, seed in pairs)
-    return [
-        planned_run(everywhere[hash][1], homes[hash][0], scale, seed, setup)
-        for seed, hash in sorted(asked, key=lambda run: run[0])
-    ]
+            for name, seed in pairs:
+                is_known = seed in losses.get(name, {})  # the machine does not matter to a choice
+                key = seed, hash_of[name]
+                needed[key] = needed.get(key, False) or not is_known
+    runs = {
+        planned_run(everywhere[hash][1], homes[hash][0], scale, seed, setup): here
+        for (seed, hash), here in sorted(needed.items(), key=lambda item: item[0][0])
+    }
+    return [run for run, here in runs.items() if here or run.key in kept.counted]
 
 
-def losses_of(row, scale, setup, kept) -> tuning.Losses:
-    """The losses of a tuned row's candidates on the seeds by which one is chosen, from records of this machine."""
+def losses_of(row, scale, kept) -> tuning.Losses:
+    """The losses of a tuned row's candidates on the seeds by which one is chosen, from the records of any machine."""
     losses = {}
     for candidate in row.experiments_at(scale):
-        runs = {seed: planned_run(candidate, "", scale, seed, setup).key for seed in tuning.CHOOSING}
-        found = {seed: kept.counted[key][1] for seed, key in runs.items() if key in kept.counted}
-        losses[candidate.name] = {
-            seed: record["clean"]["best"]["nats"] for seed, record in found.items() if records.is_clean(record)
-        }
+        run_ids = {candidate.config_at(scale, seed).run_id: seed for seed in tuning.CHOOSING}
+        found = {}
+        for (run_id, _), (_, record) in kept.counted.items():
+            if run_id in run_ids and records.is_clean(record):
+                found.setdefault(run_ids[run_id], []).append(record["clean"]["best"]["nats"])
+        losses[candidate.name] = {seed: statistics.fmean(nats) for seed, nats in found.items()}
     return losses
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -270,23 +271,32 @@ def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:
                 cells[name].append(record)
         others = (record for other, of in machines.items() if other != machine for record in of)
         elsewhere = frozenset(row_of[config_hash(record)] for record in others)
-        comparisons.append(tuned_comparison(Comparison(table, scale, machine, cells, apart, elsewhere)))
-    return comparisons
+        comparisons.append(Comparison(table, scale, machine, cells, apart, elsewhere))
+    choices = {row.name: choice_of(row, comparisons) for row in table.rows_at(scale) if row.candidates}
+    return [with_choices(comparison, choices) for comparison in comparisons]
 
 
-def tuned_comparison(comparison: Comparison) -> Comparison:
+def choice_of(row: Row, comparisons: list[Comparison]) -> Choice:
+    """The choice among a row's candidates by the records of all machines: a rate that suits a model on one suits it on
+    another, and what is chosen is told on other seeds."""
+    scale, losses = comparisons[0].scale, {}
+    for candidate in row.experiments_at(scale):
+        of_machines = [comparison.values(candidate.name, "clean") for comparison in comparisons]
+        seeds = sorted(set().union(*of_machines))
+        losses[candidate.name] = {s: statistics.fmean(of[s] for of in of_machines if s in of) for s in seeds}
+    return choose(losses, row.reserve.get(scale, 0))
+
+
+def with_choices(comparison: Comparison, choices: Mapping[str, Choice]) -> Comparison:
     """The same with the chosen candidate's records, on fresh seeds, in the place of a tuned row's candidates."""
-    table, scale, elsewhere = comparison.table, comparison.scale, comparison.elsewhere
-    cells, apart, choices = {}, {}, {}
-    for row in table.rows_at(scale):
-        names = [candidate.name for candidate in row.experiments_at(scale)]
+    cells, apart, elsewhere = {}, {}, comparison.elsewhere
+    for row in comparison.table.rows_at(comparison.scale):
+        names = [candidate.name for candidate in row.experiments_at(comparison.scale)]
         cells[row.name], apart[row.name] = comparison.cells[names[0]], [of for n in names for of in comparison.apart[n]]
-        if row.candidates:
-            clean = {name: comparison.values(name, "clean") for name in names}
-            choices[row.name] = choice = choose(clean, row.reserve.get(scale, 0))
-            of_choice = comparison.cells[choice.name] if choice.name else []
-            cells[row.name] = [r for r in of_choice if r["config"]["seed"] >= FIRST_FRESH]
-            elsewhere |= {row.name} if elsewhere.intersection(names) else set()
+        if row.name in choices:
+            of_choice = comparison.cells.get(choices[row.name].name, [])
+            cells[row.name] = [record for record in of_choice if record["config"]["seed"] >= FIRST_FRESH]
+            elsewhere |= {row.name} if choices[row.name].name in elsewhere else set()
     return comparison._replace(cells=cells, apart=apart, elsewhere=elsewhere, choices=choices)
 
 

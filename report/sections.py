@@ -87,6 +87,7 @@ def table_sections(found: dict[str, list[dict]]) -> list[TableSection]:
         for table in papers.TABLES.values():
             comparisons = [of for of in gather(table, found[table.of], scale) if of.machine and compares_candidates(of)]
             shown = [of for of in comparisons if not any(tells_less(of, other) for other in comparisons)]
+            shown = shown if any(map(has_cells, shown)) else shown[:1]  # tuned rows that have only been chosen
             verdicts = verdicts_of_machines(table, shown)
             sections += [table_section(of, verdicts[of.machine], number) for number, of in enumerate(shown, 1)]
     return sections
@@ -96,6 +97,10 @@ def compares_candidates(comparison: Comparison) -> bool:
     """Whether a table of tuned rows has losses of several candidates of one row; true of other tables."""
     of_choices = [sum(map(bool, choice.losses.values())) for choice in comparison.choices.values()]
     return not of_choices or max(of_choices) > 1
+
+
+def has_cells(comparison: Comparison) -> bool:
+    return any(comparison.cells.values())
 
 
 def tells_less(comparison: Comparison, other: Comparison) -> bool:

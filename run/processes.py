@@ -50,6 +50,8 @@ class Processes:
             problems.append(f"device={config.device!r} is one device for {count} processes; expected auto, cuda or cpu")
         if config.capture is True:
             problems.append(f"{count} processes exchange gradients, and a captured update cannot; set capture=auto")
+        if config.fused_update:
+            problems.append(f"fused_update is for one process, and here are {count}; leave it out")
         if config.eval_only:
             problems.append("eval_only evaluates in one process: start it without torchrun")
         if self.splits_batches(config) and config.batch_size % count:

@@ -244,6 +244,9 @@ class Config:
     capture: bool | Literal["auto"] = machine_key(
         "auto", "make each update one CUDA graph; auto = where it is compiled for CUDA and one process trains"
     )
+    fused_update: bool = machine_key(
+        False, "on CUDA: clipping and AdamW in three kernels, weights kept in bfloat16 too"
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Each invalid combination of keys, with the way out. Those of a router come from its class."""

@@ -17,11 +17,14 @@ import time
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 
 import balance
+from moe import Experts
 from run.processes import ONE_PROCESS
 from support import files, machines
 from support.capture import Captured, aside, side_stream
+from support.fused_update import FusedUpdate, WeightCopies, is_capturing, uses_triton
 
 
 class Update(NamedTuple):
@@ -56,6 +59,9 @@ class Updater:
             model.batch_mean = processes.batch_mean
         self.optimizer = make_optimizer(model, config)
         self.guard = FiniteGuard(self.optimizer, machine.device)
+        self.fused, self.copies = None, WeightCopies([])
+        if config.fused_update and machine.device.type == "cuda" and uses_triton(machine.device):
+            self.fuse()
         self.stream = side_stream(machine.device)
         self.captured, self.captured_totals = None, None  # the update as a CUDA graph, and the totals to which it adds
 
@@ -69,6 +75,7 @@ class Updater:
         rate = learning_rate(step, self.config)
         if not self.model.training:
             self.run_model.train()
+        self.copies.follow()
         if self.captured:
             assert totals is self.captured_totals, "a captured update adds to the totals that it was captured with"
             gradient_norm = self.captured(step, rate, x, y)
@@ -90,7 +97,7 @@ class Updater:
         for i, (x_part, y_part) in enumerate(batches):
             is_last = i == len(batches) - 1  # its backward pass averages the gradients over processes
             with contextlib.nullcontext() if is_last or not self.parallel else self.parallel.no_sync():
-                with self.machine.autocast():
+                with self.forward_pass():
                     out = run_model(x_part, y_part)
                 part = out.objective / len(batches)
                 part.backward()
@@ -100,15 +107,36 @@ class Updater:
         loads = [layer.load for layer in stats] if config.router_bias_rate else []
         # The sum over processes is finite only where each process's objective is.
         objective, *loads = processes.all_reduce_sum([objective, *loads])
-        gradient_norm = clip_gradients(model.parameters(), config.grad_clip or math.inf, self.captured is None)
-        self.guard.check(step, objective, gradient_norm)
-        is_capturing = self.machine.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        for group in self.optimizer.param_groups:
-            group |= {"lr": rate, "capturable": is_capturing}
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        gradient_norm = (self.fused or self.apply_gradients)(step, rate, objective)
         model.update_biases(loads)
         return gradient_norm
+
+    def apply_gradients(self, step, rate, objective):
+        """Clip the gradients, let the guard look, and make AdamW's step; `fused` does the same. -> the norm, ()"""
+        self.copies.hand_over()
+        max_norm = self.config.grad_clip or math.inf
+        gradient_norm = clip_gradients(self.model.parameters(), max_norm, self.captured is None)
+        self.guard.check(step, objective, gradient_norm)
+        for group in self.optimizer.param_groups:
+            group |= {"lr": rate, "capturable": is_capturing(self.machine.device)}
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.copies.refresh()
+        return gradient_norm
+
+    def fuse(self):
+        """From now on, clip, check and step in three kernels, and multiply with bfloat16 copies of the weights."""
+        # Of several micro-batches, gradients are summed in float32.
+        if self.machine.dtype == torch.bfloat16 and self.config.gradient_accumulation_steps == 1:
+            self.copies = WeightCopies(cast_weights(self.model))
+        if uses_triton(self.machine.device):
+            self.fused = FusedUpdate(self.optimizer, self.guard, self.config.grad_clip or math.inf, self.copies)
+
+    @contextlib.contextmanager
+    def forward_pass(self):
+        """Around the forward pass of an update: precision of the products, and the weights that are used."""
+        with self.machine.autocast(), self.copies.standing_in():
+            yield
 
     def make_parallel(self, x, y):
         """run_model with gradients averaged over the processes.
@@ -147,7 +175,7 @@ class Updater:
         compiled = machines.compiled(self.model)
         with without_side_effects(self.model), aside(self.stream):
             try:
-                with machine.autocast():
+                with self.forward_pass():
                     objective = compiled.train()(*own).objective
                 objective.backward()
                 with machine.autocast(), torch.no_grad():
@@ -177,6 +205,8 @@ class Updater:
                     inputs = (0, self.config.learning_rate, x, y)
                     function = functools.partial(self.make_update, totals=totals)
                     captured = Captured(function, inputs, self.machine.device, self.stream)
+                    if self.fused:
+                        self.fused.fill_table_of_graph()
                 eval_model = CapturedEvaluation(self.run_model, self.machine, x[:size], y[:size], self.stream)
                 self.captured, self.captured_totals = (captured, totals) if totals else (None, None)
                 self.eval_model = eval_model
@@ -242,6 +272,20 @@ def make_optimizer(model, config):
         (decayed if is_decayed else rest).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def cast_weights(model):
+    """[(module, name)] of the weights that a forward pass casts for the products of matrices, and uses nowhere else.
+
+    Experts that blocks share are used several times: their gradients are summed in float32.
+    """
+    places = []
+    for _, module in model.modules_without_routers():
+        if isinstance(module, nn.Linear):
+            places.append((module, "weight"))
+        elif isinstance(module, Experts) and not model.config.share_experts:
+            places += [(module, name) for name, _ in module.named_parameters() if name.startswith("w_")]
+    return places
 
 
 class FiniteGuard:

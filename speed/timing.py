@@ -138,6 +138,7 @@ class Candidate:
         """In words: what the updates ran on, and which decoder ran at which batch sizes."""
         train = "eager, plain AdamW" if self.is_reference else "compiled" if self.is_compiled else "eager"
         train += ", captured" if self.is_captured else ""
+        train += ", fused update" if not self.is_reference and self.updater.fused else ""
         for layer in self.model.moe_layers()[:1]:
             train = f"{layer.backend_name(self.machine.device, self.machine.dtype, self.is_compiled)}, {train}"
         sizes = {}
@@ -147,10 +148,11 @@ class Candidate:
         return {"train": train, "decode": "; ".join(ways) or "not measured"}
 
     def bytes_held(self, is_training):
-        """Bytes of weights and buffers, in training also of the optimiser's state."""
+        """Bytes of weights and buffers, in training also of the optimiser's state and of weights in bfloat16."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         if is_training:
             tensors += [value for state in self.optimizer.state.values() for value in state.values()]
+            tensors += [] if self.is_reference else self.updater.copies.of.values()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -283,18 +285,18 @@ def check_training(candidate):
 
 
 def check_capture(candidate):
-    """{what, error, limit} of a captured update's gradient norm, against the same update kernel by kernel.
+    """{what, error, limit} of a captured update's gradient norm, against the same update kernel by kernel, not fused.
 
     With the same random numbers; nothing moves, for the guard refuses both.
     """
     updater, norms = candidate.updater, []
-    captured = updater.captured
-    for way in (captured, None):
+    fast = updater.captured, updater.fused
+    for way in (fast, (None, None)):
         with update.without_side_effects(candidate.model), updater.guard.closed():
             torch.manual_seed(0)
-            updater.captured = way
+            updater.captured, updater.fused = way
             norms.append(updater.update(0, *candidate.batch(0), candidate.totals).gradient_norm.clone())
-    updater.captured = captured
+    updater.captured, updater.fused = fast
     what = "a captured update, its gradient norm against that without a graph"
     found, plain = ([norm] for norm in norms)
     return worst_error(what, found, plain, plain, candidate.machine.dtype)

@@ -74,8 +74,10 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from model import GPT  # noqa: E402
 from run.settings import Config  # noqa: E402
+from run.update import cast_weights  # noqa: E402
 from speed import fused_routing  # noqa: E402
 from support import configurator, machines  # noqa: E402
+from support.fused_update import WeightCopies  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # An H100 as Inductor asks for it
@@ -183,10 +185,12 @@ def count(config) -> dict:
     interfaces.get_interface_for_device("cpu")  # fills the table that `counting` changes
     with FakeTensorMode():
         without_memory(model)
+        copies = WeightCopies(cast_weights(model) if config.fused_update else [])
         x = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device="cuda")
         for name, is_training in (("update", True), ("evaluation", False)):
             found[name] = {"kernels": 0, "bytes": 0}
-            with counting(found[name]), torch.set_grad_enabled(is_training), machine.autocast():
+            weights = copies.standing_in() if is_training else contextlib.nullcontext()
+            with counting(found[name]), torch.set_grad_enabled(is_training), machine.autocast(), weights:
                 if config.routing_kernels:
                     assert fused_routing.use_kernels(model, machine) is None
                 machines.compiled(model).train(is_training)(x, x)

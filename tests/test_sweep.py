@@ -253,6 +253,12 @@ def test_a_tuned_row_runs_its_candidates_then_the_best_two_and_then_the_best_on_
     stages = [("abc", [1337]), ("ab", [1338, 1339]), ("a", [1340, 1341])]
     assert place.names() == [f"{name}-cpu-s{seed}" for names, seeds in stages for seed in seeds for name in names]
     assert place.main("V", "--seeds=2") == 0 and len(place.names()) == 9
+    for path in place.results.glob("V/*.json"):  # a choice by records of another machine is not made again
+        record = json.loads(path.read_text())
+        write(path, record | {"machine": record["machine"] | {"device": "Another CPU"}})
+    shutil.rmtree(place.out)
+    assert place.main("V", "--seeds=2") == 0
+    assert place.names()[9:] == ["a-cpu-s1340", "a-cpu-s1341"]
 
 
 @pytest.mark.parametrize(
