@@ -52,10 +52,14 @@ def own_mean(value):
 def switch_loss(routing, batch_mean=own_mean, weight_N=None):
     """E · Σ_i f_i P_i (Fedus et al. 2022, eq. 4): f_i is expert i's share of the choices before capacity, P_i its mean
     probability. 1 under uniform routing, at most E."""
-    n_expert = routing.probs.size(-1)
     load_E = batch_mean(mean_over_tokens(choices_per_expert(routing), weight_N))
+    return switch_loss_of_means(load_E, batch_mean(mean_over_tokens(routing.probs, weight_N)))
+
+
+def switch_loss_of_means(load_E, probs_E):
+    """From the means over tokens of choices and probabilities."""
     share_E = load_E / load_E.sum(dim=-1, keepdim=True)
-    return n_expert * (share_E * batch_mean(mean_over_tokens(routing.probs, weight_N))).sum(dim=-1)
+    return load_E.size(-1) * (share_E * probs_E).sum(dim=-1)
 
 
 def cv2_loss(routing, batch_mean=own_mean, weight_N=None):
@@ -96,16 +100,25 @@ def aux_losses(routings, config, coefficient, batch_mean=own_mean, weight_N=None
     """
     if not routings:
         return {}
-    losses = {"z": (z_loss, config.z_loss_coef)}
+    functions, groups = {"z": z_loss}, stacked_by_shape(routings)
     if balancing := AUX_LOSSES[config.aux_loss]:
-        losses[config.aux_loss] = (balancing, coefficient if config.balances else 0)
-    combined, groups = {}, stacked_by_shape(routings)
-    for name, (function, weight) in losses.items():
-        per_layer = torch.cat([function(layers, batch_mean, weight_N) for _, layers in groups])
+        functions[config.aux_loss] = balancing
+    losses = {
+        name: torch.cat([function(layers, batch_mean, weight_N) for _, layers in groups])
+        for name, function in functions.items()
+    }
+    return combined(losses, config, coefficient)
+
+
+def combined(losses, config, coefficient):
+    """{name: AuxLoss} from the losses (L,) of the layers."""
+    terms = {}
+    for name, per_layer in losses.items():
+        weight = config.z_loss_coef if name == "z" else coefficient if config.balances else 0
         raw = per_layer.sum() if config.aux_loss_reduction == "sum" else per_layer.mean()
         is_weighted = isinstance(weight, torch.Tensor) or weight > 0
-        combined[name] = AuxLoss(raw, weight * raw if is_weighted else torch.zeros_like(raw))
-    return combined
+        terms[name] = AuxLoss(raw, weight * raw if is_weighted else torch.zeros_like(raw))
+    return terms
 
 
 # ---------------------------------------------------------------------------------------------------------------------

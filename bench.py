@@ -3,7 +3,7 @@
     python bench.py                               the paper size on CUDA, the CPU size elsewhere
     python bench.py --quick --compare=results/bench/NAME.json    in a minute: what became slower
     python bench.py --size=paper --tasks=decode --models=moe4    the dense model is always measured too
-    python bench.py --models=all                  also 8 experts and the variants of paper B
+    python bench.py --models=all                  also 8 experts, the variants of paper B, routing in kernels
     python bench.py --profile --models=dense      traces, and what a step's time goes into
     python bench.py --tasks=decode --decoders=attention,fused     other ways of writing, beside the usual one
     python bench.py --json=results/bench/NAME.json     the record that plot_results.py reads
@@ -52,6 +52,7 @@ MODELS = {  # name -> title, config file, changes to it
     "moe4_top2": ("4 experts, top-2", "shakespeare_moe4", {"expert_top_k": 2}),
     "moe4_linear": ("4 linear experts, top-2", "shakespeare_top2", {}),
     "reference_moe4": ("4 experts, eager script", "shakespeare_moe4", {"moe_backend": "reference"}),
+    "moe4_kernels": ("4 experts, routing in kernels", "shakespeare_moe4", {"routing_kernels": True}),
     "moe8": ("8 experts, top-1", "shakespeare_moe8", {}),
     "moe4_linear_soft": ("4 linear experts, soft", "shakespeare_soft4", {}),
     "moe4_linear_cap05": ("4 linear experts, capacity 0.5", "shakespeare_top2_cap05", {}),

@@ -9,7 +9,7 @@ al. 2019). Letters: B sequences, T positions, D model width, V vocabulary; see `
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -156,6 +156,7 @@ class GPT(nn.Module):
         counts = torch.ones(vocab_size, device="cpu") if symbol_counts is None else torch.as_tensor(symbol_counts)
         self.config, self.is_causal = config, config.is_causal
         self.batch_mean = own_mean  # in training; Updater replaces it for processes that share a batch
+        self.own_measures: Callable | None = None  # replaces stats_of_layers and aux_losses, where layers made the sums
         self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -203,7 +204,8 @@ class GPT(nn.Module):
             if past and T > 1:
                 visible = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(diagonal=past)
         x = self.dropout(self.token_embedding(idx) + positions)
-        routings, real_BT = [], None if self.is_causal or targets is None else targets != IGNORED
+        asks_for_real = self.own_measures or not self.is_causal
+        routings, real_BT = [], targets != IGNORED if asks_for_real and targets is not None else None
         for i, block in enumerate(self.blocks):
             x, routing = block(x, idx, past, cache.layers[i] if cache else None, visible, real_BT)
             if routing is not None:
@@ -215,9 +217,12 @@ class GPT(nn.Module):
         if targets is None:
             return Output(logits, None, {}, [], routings)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORED)
+        batch_mean = self.batch_mean if self.training else own_mean
+        if self.own_measures:
+            stats, aux, routings = self.own_measures(routings, batch_mean)
+            return Output(logits, loss, aux, stats, routings)
         counted_N = (targets.reshape(-1) != IGNORED).to(loss.dtype)
         stats = stats_of_layers(routings, idx, self.config, self.token_embedding.num_embeddings, counted_N)
-        batch_mean = self.batch_mean if self.training else own_mean
         aux = aux_losses(routings, self.config, self.aux_loss_coef, batch_mean, counted_N)
         return Output(logits, loss, aux, stats, routings)
 

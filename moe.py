@@ -42,7 +42,7 @@ class MoE(nn.Module):
         self.experts = experts or EXPERTS[config.expert_kind](config)
         self.shared = SharedExperts(config) if config.n_shared_expert else None
         self.dropout = nn.Dropout(config.dropout)
-        self.own_backend: Callable | None = None  # replaces the config's, for decoding
+        self.own_backend: Callable | None = None  # replaces the config's, for decoding and in speed/fused_routing.py
         # Scheduled values are buffers, so that a checkpoint evaluates as the model did when it was saved.
         self.register_buffer("temperature", torch.tensor(float(config.router_temperature)))
         self.register_buffer("expert_dropout", torch.tensor(float(config.expert_dropout)))

@@ -211,6 +211,10 @@ class Config:
         "auto", "how the experts are computed; same result, different speed", scope=MACHINE
     )
 
+    routing_kernels: bool = moe_key(
+        False, "route by few kernels of our own in training on CUDA, where the model fits", scope=MACHINE
+    )
+
     learning_rate: float = optimiser_key(1e-3, "AdamW's learning rate after warm-up", at_least=0)
     max_iters: int = optimiser_key(5000, "training steps", scope=SCHEDULE, at_least=1)
     weight_decay: float = optimiser_key(0.1, "AdamW's decay of the weight matrices; 0 = none", at_least=0)

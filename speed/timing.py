@@ -29,7 +29,7 @@ from tqdm import tqdm
 from model import GPT, Decoder
 from run import accounting, evaluate, update
 from run.totals import RunningTotals
-from speed import bench_records, decoding
+from speed import bench_records, decoding, fused_routing
 
 TEMPERATURE, TOP_K = 0.8, 200  # of sampling, as in sample.py and the papers
 STEPS_IN_A_ROW = 8  # of decoding, timed in one go
@@ -53,6 +53,7 @@ class Candidate:
         torch.manual_seed(config.seed)
         self.model = GPT(config, dataset.vocabulary.size, dataset.symbol_counts("train")).to(machine.device)
         self.is_reference = name.startswith(bench_records.REFERENCE)
+        self.lacks_kernels = config.routing_kernels and fused_routing.use_kernels(self.model, machine)
         if self.is_reference:
             options = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2))
             self.optimizer = torch.optim.AdamW(self.model.parameters(), **options, fused=machine.device.type == "cuda")
@@ -83,6 +84,8 @@ class Candidate:
 
     def make_ready(self):
         """Compiles and captures training, where the machine says so. Yields why one of them failed."""
+        if self.lacks_kernels:
+            yield f"routing_kernels=True has no effect: {self.lacks_kernels}"
         if self.is_reference:
             return
         for key, attempt in self.updater.make_ready(*self.batch(0), self.totals).items():

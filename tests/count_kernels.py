@@ -75,6 +75,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from model import GPT  # noqa: E402
 from run.settings import Config  # noqa: E402
 from run.update import cast_weights  # noqa: E402
+from speed import fused_routing  # noqa: E402
 from support import configurator, machines  # noqa: E402
 from support.fused_update import WeightCopies  # noqa: E402
 
@@ -190,6 +191,8 @@ def count(config) -> dict:
             found[name] = {"kernels": 0, "bytes": 0}
             weights = copies.standing_in() if is_training else contextlib.nullcontext()
             with counting(found[name]), torch.set_grad_enabled(is_training), machine.autocast(), weights:
+                if config.routing_kernels:
+                    assert fused_routing.use_kernels(model, machine) is None
                 machines.compiled(model).train(is_training)(x, x)
     return found
 

@@ -285,7 +285,8 @@ class Compiler:
         import triton
         from triton.backends.compiler import GPUTarget
 
-        pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+        pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
+        pointers[torch.bool] = "*i1"
         numbers = {int: "i32", float: "fp32"}
         values = {**dict(zip(self.kernel.arg_names, arguments)), **constants}
         signature = {

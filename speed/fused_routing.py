@@ -1,0 +1,195 @@
+"""Training with the routing of MoE layers in few kernels: `route_kernels.py`, put in the place of what they compute.
+
+    reason = use_kernels(model, machine)      # None, or why the model stays as it is
+
+Off unless the key `routing_kernels` asks for it. It replaces three things, which can be replaced for this purpose:
+`route` and `own_backend` of each layer, and the model's `own_measures`. Numbers are the same up to the order of sums,
+and the choices of experts up to ties that rounding breaks. A layer takes part where its routing is a linear router's
+top-k of the token's own vector, with softmax and without noise, and its experts are MLPs on sorted rows; a balancing
+loss takes part where it needs no more than sums over tokens. Decoding with a cache goes the general way.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+import backends
+import balance
+from moe import MoE
+from selection import GATES, Routing, softmax_gate
+from speed import kernels
+from speed.decoding import is_plain
+from speed.route_kernels import choose, lay_out, route_gradients, spread
+
+LOSSES = (None, balance.switch_loss)  # balancing losses that sums give
+
+
+class RoutedRows(NamedTuple):
+    """A Routing, by the same names, with the tokens' rows and sums: see route_kernels.py."""
+
+    logits: torch.Tensor
+    probs: torch.Tensor
+    experts: torch.Tensor
+    gates: torch.Tensor
+    chosen: torch.Tensor
+    kept: torch.Tensor
+    room: int
+    sums: torch.Tensor  # (3·E + 3,)
+    rows: torch.Tensor  # (M, D)
+    place: torch.Tensor  # (B, T, K)
+    offsets: torch.Tensor  # (E,)
+
+
+def use_kernels(model, machine):
+    """Let a GPT route by kernels on this machine, in place. -> the reason why it cannot, or None"""
+    layers = model.moe_layers()
+    if reason := obstacle(layers, machine):
+        return reason
+    for layer in layers:
+        layer.route, layer.own_backend = KernelRoute(layer, machine), sorted_by_kernels
+    model.own_measures = KernelMeasures(model)
+    return None
+
+
+def obstacle(layers, machine):
+    if not layers:
+        return "the model has no experts"
+    if machine.device.type == "cuda" and not kernels.AVAILABLE:
+        return "Triton is not installed"
+    if len({layer.config.n_expert for layer in layers}) > 1:
+        return "blocks differ in their number of experts"
+    return next(filter(None, (obstacle_of_layer(layer, machine) for layer in layers)), None)
+
+
+def obstacle_of_layer(layer, machine):
+    config, experts = layer.config, layer.experts
+    if not is_plain(layer):
+        return "routing is more than a linear router's top-k of the token's own vector"
+    if GATES[config.gate] is not softmax_gate:
+        return "the gate is not softmax"
+    if config.router_jitter or config.expert_dropout_is_used or config.expert_output_masking:
+        return "routing is noisy in training"
+    if balance.AUX_LOSSES[config.aux_loss] not in LOSSES:
+        return "the balancing loss needs more than sums over tokens"
+    if not experts.gate_after or experts.w_out is None or experts.bias_in is not None:
+        return "experts are not MLPs without biases"
+    if layer.backend_name(machine.device, machine.dtype, machine.compile) != "sorted":
+        return "experts do not run on sorted rows"
+    return None
+
+
+class KernelRoute:
+    """`MoE.route` by kernels."""
+
+    def __init__(self, layer, machine):
+        config = layer.config
+        self.layer, self.dtype = layer, machine.dtype
+        self.k, self.renormalize = config.expert_top_k or config.n_expert, config.gate_renormalize
+
+    def __call__(self, x_BTD, ids_BT, cache=None, real_BT=None):
+        layer = self.layer
+        if cache is not None:
+            return MoE.route(layer, x_BTD, ids_BT, cache, real_BT)
+        real_N = None if real_BT is None else real_BT.reshape(-1)
+        words = layer.router.weight, layer.temperature, real_N, self.k, self.renormalize, self.dtype
+        logits, probs, experts, gates, sums, rows, place, offsets = Dispatch.apply(x_BTD, *words)
+        every = torch.ones_like(experts, dtype=torch.bool)
+        return RoutedRows(logits, probs, experts, gates, every, every, len(experts), sums, rows, place, offsets)
+
+
+def sorted_by_kernels(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
+    """The backend `sorted` (see `backends.py`) for choices that were laid out with their routing."""
+    if not isinstance(routing, RoutedRows):
+        return backends.sorted_by_expert(x_ND, routing, w_in, bias_in, w_out, activate, gate_after)
+    first, second = backends.products(backends.grouped_mm, routing.offsets, w_in, w_out, routing.rows.dtype)
+    return Combine.apply(second(activate(first(routing.rows))), routing.gates, routing.place)
+
+
+class KernelMeasures:
+    """A model's routing statistics and auxiliary losses, from the sums that its layers made."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, routings, batch_mean):
+        """-> (stats, aux, routings) as in `model.Output`"""
+        config, E = self.model.config, routings[0].probs.size(1)
+        sums_LW = torch.stack([routing.sums for routing in routings])
+        load_LE, importance_LE, _, entropy_L1, _, tokens_L1 = sums_LW.detach().split((E, E, E, 1, 1, 1), dim=1)
+        means_LW = sums_LW / tokens_L1.clamp_min(1)
+        losses = {"z": means_LW[:, -2]}
+        if balance.AUX_LOSSES[config.aux_loss]:
+            means_LW = batch_mean(means_LW)
+            losses[config.aux_loss] = balance.switch_loss_of_means(means_LW[:, :E].detach(), means_LW[:, 2 * E : 3 * E])
+        aux = balance.combined(losses, config, self.model.aux_loss_coef)
+        none, empty = sums_LW.new_zeros(()), sums_LW.new_empty(2, 0)
+        stats = [
+            balance.RoutingStats(load, importance, none, none, tokens, entropy, empty, empty)
+            for load, importance, tokens, entropy in zip(load_LE, importance_LE, tokens_L1[:, 0], entropy_L1[:, 0])
+        ]
+        every = torch.ones_like(routings[0].experts, dtype=torch.bool)
+        plain = [
+            Routing(one.logits, one.probs, one.experts, one.gates.detach(), every, every, one.room) for one in routings
+        ]
+        return stats, {name: term._replace(raw=term.raw.detach()) for name, term in aux.items()}, plain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With gradients
+
+
+class Dispatch(torch.autograd.Function):
+    """`choose` and `lay_out`. Gradients flow to x and the router's weights, from gates, sums (but choices and entropy)
+    and rows. place is given as (B, T, K)."""
+
+    @staticmethod
+    def forward(ctx, x_BTD, weight_ED, temperature, real_N, k, renormalize, dtype):
+        logits, probs, experts, gates, counts, sums = choose(x_BTD, weight_ED, temperature, real_N, k, renormalize)
+        rows, place, offsets, sums = lay_out(x_BTD, experts, counts, sums, dtype)
+        place = place.view(*x_BTD.shape[:-1], k)
+        ctx.save_for_backward(x_BTD, weight_ED, temperature, real_N, logits, probs, experts, place)
+        ctx.renormalize = renormalize
+        ctx.mark_non_differentiable(logits, probs, experts, place, offsets)
+        return logits, probs, experts, gates, sums, rows, place, offsets
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _logits, _probs, _experts, of_gates, of_sums, of_rows, _place, _offsets):
+        x_BTD, weight_ED, temperature, real_N, logits, probs, experts, place = ctx.saved_tensors
+        words = x_BTD, logits, probs, experts, temperature, real_N, of_gates, of_sums, ctx.renormalize
+        of_logits, parts = route_gradients(*words)
+        of_logits = of_logits.view(*x_BTD.shape[:-1], -1)
+        of_x = sum_of_choices(rows_of(of_rows, place)).to(x_BTD.dtype) + times_few(of_logits, weight_ED)
+        return of_x.to(x_BTD.dtype), parts.sum(dim=0).to(weight_ED.dtype), None, None, None, None, None
+
+
+def times_few(a_BTE, b_ED):
+    """a b, for a small E as a sum that the compiler computes inside of the kernels that read it."""
+    if b_ED.size(0) > 8:
+        with torch.autocast(a_BTE.device.type, enabled=False):
+            return a_BTE @ b_ED.float()
+    return sum(a_BTE[..., e : e + 1] * b_ED[e] for e in range(b_ED.size(0)))
+
+
+def rows_of(rows, place_BTK):
+    """(B, T, K, D)"""
+    return rows.index_select(0, place_BTK.reshape(-1)).view(*place_BTK.shape, -1)
+
+
+def sum_of_choices(y_BTKD):
+    return y_BTKD[..., 0, :] if y_BTKD.size(-2) == 1 else y_BTKD.sum(dim=-2)
+
+
+class Combine(torch.autograd.Function):
+    """The layer's output (B, T, D): Σ_k g_k · y_rows[place_k], in the precision of y_rows. gates (N, K)."""
+
+    @staticmethod
+    def forward(ctx, y_rows, gates_NK, place_BTK):
+        ctx.save_for_backward(y_rows, gates_NK, place_BTK)
+        gates_BTK1 = gates_NK.view(*place_BTK.shape, 1).to(y_rows.dtype)
+        return sum_of_choices(rows_of(y_rows, place_BTK) * gates_BTK1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient_BTD):
+        return *spread(gradient_BTD, *ctx.saved_tensors), None
