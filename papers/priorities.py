@@ -10,6 +10,7 @@ priority, write an entry where it belongs in the order.
 from typing import NamedTuple
 
 from papers.b import PROBES
+from papers.paths import PATHS
 from papers.tuned import REGULARISED
 
 
@@ -28,6 +29,7 @@ _A4 = "A4 and E1: whether 4 experts lose 0.07 nats to the dense model, or that g
 _E7 = "E7: whether a fixed table of characters beats a learned router"
 _E10 = "E10: whether one table for all layers is as good as one each"
 _E11 = "E11: at how many unique characters experts begin to pay"
+_RUN_ABOVE = ("shakespeare_dense", "shakespeare_moe4", "shakespeare_hash4", "shakespeare_hash4_shared")
 _PROBES = tuple(row.name for row in PROBES[1:])
 _PREFIXES = tuple(f"text8_head_{tag}_{name}" for tag in ("500k", "1m", "2500k") for name in ("dense", "moe4"))
 
@@ -75,4 +77,9 @@ PRIORITIES = (
         "B10: the same per sequence; A1: whether 8 experts lose more than 4",
     ),
     Priority(_PREFIXES, THREE[1:], f"{_E11}, with an interval"),
+    Priority(
+        tuple(row.name for row in PATHS.rows if row.name not in _RUN_ABOVE),
+        ONE,
+        "E13 to E20: what a fixed table has that a learned router lacks, at the papers' learning rate",
+    ),
 )
