@@ -39,7 +39,6 @@ from run.start import open_start, vocabulary_of
 from run.state import TrainingState, checkpoint_of, identity_of, own_part, restore
 from run.totals import RunningTotals
 from run.update import NotFinite, Updater, set_random_state, without_side_effects
-from speed import fused_routing
 from support import compile_cache, configurator, console, machines
 from support.files import FileError
 from support.options import ConfigError
@@ -102,8 +101,11 @@ def train(config, argv, machine, processes):
     # Model, optimiser and counters: new, or as the checkpoint has them.
     torch.manual_seed(config.seed)
     model = GPT(config, dataset.vocabulary.size, dataset.symbol_counts("train")).to(machine.device)
-    if config.routing_kernels and (reason := fused_routing.use_kernels(model, machine)):
-        print(f"routing_kernels=True has no effect: {reason}")
+    if config.routing_kernels:
+        from speed import fused_routing  # not else: a run's code is what it imports
+
+        if reason := fused_routing.use_kernels(model, machine):
+            print(f"routing_kernels=True has no effect: {reason}")
     updater = Updater(model, config, machine, processes)
     state, totals, random = TrainingState(machines.git_state()), RunningTotals(), None
     if start:

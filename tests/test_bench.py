@@ -150,7 +150,7 @@ def test_the_sizes_are_those_of_the_config_files():
     assert (cpu.n_layer, cpu.n_embd, cpu.block_size, cpu.batch_size, cpu.dropout) == (4, 128, 64, 12, 0.0)
     assert paper.seed == cpu.seed == 7 and paper.device == cpu.device == "cpu"
     kinds = {name: model_config(name, "cpu", CPU, 1) for name in bench.MODELS}
-    assert [config.n_expert for config in kinds.values()] == [0, 0, 4, 4, 4, 4, 8, 4, 4, 4, 0, 4]
+    assert [config.n_expert for config in kinds.values()] == [0, 0, 4, 4, 4, 4, 4, 8, 4, 4, 4, 0, 4]
     assert kinds["moe4_top2"].expert_top_k == 2 and kinds["moe4_linear"].expert_kind == "linear_concat"
     assert kinds["reference_moe4"].moe_backend == "reference" and kinds["reference"] == kinds["dense"]
 

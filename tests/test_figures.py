@@ -15,6 +15,7 @@ from pictures import assert_readable, assert_stands_alone, in_a_fresh_process, l
 
 from papers import TABLES
 from papers.table import Comparison
+from papers.tuning import choose
 from report import captions, figures_of_differences, figures_of_rows, figures_of_run, figures_of_table, style
 from report.figures import FIGURES
 from support.intervals import interval_of_mean
@@ -64,9 +65,16 @@ def text_of(size):
 
 def comparison(table, cells, scale="cpu"):
     rows = TABLES[table].rows_at(scale)
-    return Comparison(
-        TABLES[table], scale, MACHINE, {row.name: cells.get(row.name, []) for row in rows}, {r.name: [] for r in rows}
-    )
+    found, apart = {row.name: cells.get(row.name, []) for row in rows}, {row.name: [] for row in rows}
+    choices = {row.name: choice(row, 1.9 - 0.01 * i) for i, row in enumerate(rows) if row.candidates}
+    return Comparison(TABLES[table], scale, MACHINE, found, apart, choices=choices)
+
+
+def choice(row, nats):
+    """Of a tuned row, whose loss is lowest at the third of four rates."""
+    names = [candidate.name for candidate in row.experiments_at("cpu")][:4]
+    losses = zip(names, (nats + 0.1, nats + 0.03, nats, nats + 0.02))
+    return choose({name: {1337: loss, 1338: loss + 0.01, 1339: loss - 0.01} for name, loss in losses})
 
 
 def filled(table, seeds, scale="cpu", only=lambda name: True):
@@ -93,6 +101,7 @@ PICTURES = {  # figure -> a table and its seeds
     "aux_decomposition": ("A", 3),
     "difference_by_size": ("repetition", 3),
     "differences": ("A", 3),
+    "loss_by_rate": ("tuned", 3),
 }
 RUNS = {"one": [{"evaluations": record(1)["evaluations"]}], "two": [record(1, 1.8), record(2, 1.7)]}
 
@@ -158,7 +167,7 @@ def test_a_picture_is_readable_and_stands_alone_in_light_and_dark(name):
 
 def test_missing_rows_leave_the_rest_readable():
     found = {name: drawing for name, drawing in sparse_drawings("one seed").items() if drawing}
-    assert set(found) == PICTURES.keys() - {"difference_by_size"}
+    assert set(found) == PICTURES.keys() - {"difference_by_size", "loss_by_rate"}
     for name, drawing in found.items():
         assert_readable(name, drawing.figure, points=8)
         assert_caption_stands_alone(name, drawing)
@@ -298,6 +307,16 @@ def test_without_two_sizes_or_a_crossing_none_is_told():
     assert figures_of_differences.difference_by_size(filled("A", 1)) is None
     drawing = figures_of_differences.difference_by_size(by_size({"_30k": (0.2, 0.3, 0.1), "_300k": (0.1, 0.1, 0.2)}))
     assert "no single crossing of 0 from 30,000 to 300,000 unique characters." in drawing.caption
+
+
+def test_losses_by_rate_are_means_over_seeds_and_the_chosen_rate_is_ringed():
+    drawing = FIGURES["loss_by_rate"](filled("tuned", 3))
+    lines = lines_of(drawing.figure.axes[0])
+    assert [(0.001, 2.0), (0.002, 1.93), (0.004, 1.9), (0.008, 1.92)] == [
+        (x, pytest.approx(y)) for x, y in next(line for line in lines if len(line) == 4)
+    ]
+    assert "dense 0.004 with 1.9000" in drawing.alt and "on seeds 1337 to 1339" in drawing.caption
+    assert FIGURES["loss_by_rate"](filled("A", 1)) is None
 
 
 def test_differences_have_intervals_beside_the_published_ones():
