@@ -273,7 +273,13 @@ def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:
         elsewhere = frozenset(row_of[config_hash(record)] for record in others)
         comparisons.append(Comparison(table, scale, machine, cells, apart, elsewhere))
     choices = {row.name: choice_of(row, comparisons) for row in table.rows_at(scale) if row.candidates}
-    return [with_choices(comparison, choices) for comparison in comparisons]
+    comparisons = [with_choices(comparison, choices) for comparison in comparisons]
+    plain = {row.name for row in table.rows_at(scale) if not row.candidates}
+    for i, comparison in enumerate(comparisons):  # a tuned row has run elsewhere where its choice has
+        others = comparisons[:i] + comparisons[i + 1 :]
+        tuned = {name for name in choices if any(other.cells[name] for other in others)}
+        comparisons[i] = comparison._replace(elsewhere=comparison.elsewhere & plain | tuned)
+    return comparisons
 
 
 def choice_of(row: Row, comparisons: list[Comparison]) -> Choice:
@@ -289,15 +295,14 @@ def choice_of(row: Row, comparisons: list[Comparison]) -> Choice:
 
 def with_choices(comparison: Comparison, choices: Mapping[str, Choice]) -> Comparison:
     """The same with the chosen candidate's records, on fresh seeds, in the place of a tuned row's candidates."""
-    cells, apart, elsewhere = {}, {}, comparison.elsewhere
+    cells, apart = {}, {}
     for row in comparison.table.rows_at(comparison.scale):
         names = [candidate.name for candidate in row.experiments_at(comparison.scale)]
         cells[row.name], apart[row.name] = comparison.cells[names[0]], [of for n in names for of in comparison.apart[n]]
         if row.name in choices:
             of_choice = comparison.cells.get(choices[row.name].name, [])
             cells[row.name] = [record for record in of_choice if record["config"]["seed"] >= FIRST_FRESH]
-            elsewhere |= {row.name} if choices[row.name].name in elsewhere else set()
-    return comparison._replace(cells=cells, apart=apart, elsewhere=elsewhere, choices=choices)
+    return comparison._replace(cells=cells, apart=apart, choices=choices)
 
 
 def config_hash(record: dict) -> str:

@@ -3,9 +3,7 @@
 As in `test_kernels.py`, the checks at the end of this file are a script that one test runs in Triton's interpreter.
 """
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from conftest import soaked, thorough, tiny
+from interpreter import assert_no_problems_in_the_interpreter, tell_problems
 from test_kernels import TOLERANCES, Compiler, error, needs_triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -102,9 +101,7 @@ def test_attend_passes_opcheck():
 @needs_triton
 @thorough(short=0, soak=1)
 def test_kernels_in_the_interpreter_equal_the_twins(n):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, __file__, str(n)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_no_problems_in_the_interpreter(__file__, n)
 
 
 def resources(kernel):
@@ -353,5 +350,4 @@ def problems_in_the_interpreter(is_soak):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    sys.exit("\n".join(problems_in_the_interpreter(sys.argv[1:] == ["1"])) or 0)
+    tell_problems(problems_in_the_interpreter)

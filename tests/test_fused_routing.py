@@ -6,16 +6,15 @@ Without a GPU, Triton runs in its interpreter: see test_kernels.py, whose script
 import copy
 import dataclasses
 import itertools
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, soaked, thorough, tiny
+from interpreter import assert_no_problems_in_the_interpreter, tell_problems
 from test_kernels import Compiler, error, needs_triton
 
 import backends
@@ -226,9 +225,7 @@ def test_operators_pass_opcheck():
 @needs_triton
 @thorough(short=0, soak=1)
 def test_kernels_in_the_interpreter_equal_the_twins(n):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, __file__, str(n)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_no_problems_in_the_interpreter(__file__, n)
 
 
 @needs_triton
@@ -313,5 +310,4 @@ def problems_in_the_interpreter(is_soak):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    sys.exit("\n".join(problems_in_the_interpreter(sys.argv[1:] == ["1"])) or 0)
+    tell_problems(problems_in_the_interpreter)

@@ -10,13 +10,13 @@ import math
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from conftest import thorough, tiny
+from interpreter import assert_no_problems_in_the_interpreter, tell_problems
 from test_capture import KINDS, STEPS
 from torch import nn
 
@@ -172,9 +172,7 @@ CASES = [
 @needs_triton
 @thorough(short=0, soak=1)
 def test_kernels_in_the_interpreter_equal_torch(n):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, __file__, str(n)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_no_problems_in_the_interpreter(__file__, n)
 
 
 @pytest.mark.cuda
@@ -457,5 +455,4 @@ def problems_in_the_interpreter(is_soak):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    sys.exit("\n".join(problems_in_the_interpreter(sys.argv[1:] == ["1"])) or 0)
+    tell_problems(problems_in_the_interpreter)

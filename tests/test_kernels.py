@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from conftest import thorough, tiny
+from interpreter import assert_no_problems_in_the_interpreter, tell_problems
 
 import backends
 import moe
@@ -266,9 +267,7 @@ def test_operators_work_without_triton():
 @needs_triton
 @thorough(short=0, soak=1)
 def test_kernels_in_the_interpreter_equal_the_twins(n):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, __file__, str(n)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_no_problems_in_the_interpreter(__file__, n)
 
 
 class Compiler:
@@ -457,5 +456,4 @@ def problems_in_the_interpreter(is_soak):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    sys.exit("\n".join(problems_in_the_interpreter(sys.argv[1:] == ["1"])) or 0)
+    tell_problems(problems_in_the_interpreter)

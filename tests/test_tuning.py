@@ -90,6 +90,13 @@ def test_a_choice_may_come_from_another_machine_and_means_may_not():
     assert {*found["a GPU"].values("shakespeare_dense", "chosen_rate").values()} == {4e-3}
 
 
+def test_only_fresh_seeds_of_the_choice_count_as_runs_on_another_machine():
+    """Not a candidate's: the row at the papers' rate has the name of the tuned one."""
+    at_papers_rate = records_of("shakespeare_dense", (1.91,), "a GPU")
+    one, other = gather(TUNED, DENSE + MOE4 + at_papers_rate, "cpu")
+    assert one.elsewhere == frozenset() and other.elsewhere == {"shakespeare_dense", "shakespeare_moe4"}
+
+
 def test_claims_about_losses_are_repeated_for_the_tuned_rows_among_theirs():
     repeated = {claim.id: claim for claim in papers.TUNED_CLAIMS}
     assert {"A1", "B2", "C1", "E1", "E2", "E7"} <= repeated.keys() and not {"A8", "B4", "E3", "E12"} & repeated.keys()
