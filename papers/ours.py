@@ -1,4 +1,4 @@
-"""This project's own tables: equal costs, the value of a router, repetition, what the experts do.
+"""This project's own tables: equal costs, the value of a router, what the experts do.
 
 Table "experts" is here too, though claims of every source are decided on it.
 """
@@ -98,39 +98,6 @@ EQUAL = Table(
 )
 
 
-def _rows_of_repetition():
-    """Dense and 4 experts on longer and longer prefixes of one text, the whole last."""
-    texts = {
-        "cpu": ("shakespeare", {"_30k": 30_000, "_100k": 100_000, "_300k": 300_000, "": 0}),
-        "paper": ("text8_head", {"_500k": 500_000, "_1m": 1_000_000, "_2500k": 2_500_000, "": 0}),
-    }
-    for scale, (text, sizes) in texts.items():
-        dataset = {} if text == "shakespeare" else {"dataset": text}
-        for tag, size in sizes.items():
-            for name, label in {"dense": "dense", "moe4": "4 experts"}.items():
-                yield Row(
-                    name=f"{text}{tag}_{name}",
-                    label=f"{f'{size:,}' if size else 'all'} characters, {label}",
-                    config=f"shakespeare_{name}",
-                    options=dataset | ({"train_characters": size} if size else {}),
-                    baseline="" if name == "dense" else f"{text}{tag}_dense",
-                    scales=(scale,),
-                )
-
-
-REPETITION = Table(
-    name="repetition",
-    title="Repetition: dense and 4 experts on more and more unique characters",
-    source=SOURCE,
-    text="Prefixes of one text: of text8's first megabytes at paper size (not that data set), of Shakespeare at CPU "
-    "size. Every run reads as many characters as any other of its scale, so fewer unique ones mean more epochs. Paper "
-    "A says that there is a scale below which sparsity harms.",
-    rows=tuple(_rows_of_repetition()),
-    views=(View("Loss", ("clean", "cross_fitted", "test", "paper", "paper_with_aux", "epochs")),),
-    figures=("difference_by_size",),
-    by_size=True,
-)
-
 EXPERTS = Table(
     name="experts",
     title="What the experts do",
@@ -173,7 +140,7 @@ EXPERTS = Table(
     figures=("load_by_row", "information_by_row", "stability_by_row", "ablation_by_row"),
 )
 
-TABLES = (ROUTER, EQUAL, REPETITION, EXPERTS)
+TABLES = (ROUTER, EQUAL, EXPERTS)
 
 # The break-even in steps against the ratio of the training times.
 EQUAL_TIME = {
@@ -183,22 +150,6 @@ EQUAL_TIME = {
     "holds": ABOVE_1,
     "cost": "train_seconds",
 }
-
-
-def _crossing(id, text, few, many, measures, scale):
-    """4 experts lose where the text is short, and win where it is long; few, many: of the rows' names."""
-    return Claim(
-        id=id,
-        sentence=f"On {text}, 4 experts lose to the dense model on the fewest unique characters and beat it on the "
-        "most: in between, the difference crosses 0.",
-        table="repetition",
-        # The second pair is turned round, so that both effects must lie above 0.
-        pairs=((f"{few}_moe4", f"{few}_dense"), (f"{many}_dense", f"{many}_moe4")),
-        measures=measures,
-        holds=ABOVE_0,
-        why="A's “scale below which sparsity harms”, read as unique characters; the crossing is told with its interval",
-        scales=(scale,),
-    )
 
 
 CLAIMS = (
@@ -273,13 +224,4 @@ CLAIMS = (
         "implementation saw 0.025 nats at this learning rate, and less than 0.007 at each row's best rate; no run of "
         "this one had been made when the claim was written down",
     ),
-    _crossing(
-        "E11",
-        "the head of text8 (not the data set)",
-        "text8_head_500k",
-        "text8_head",
-        ("test", "clean", "cross_fitted"),
-        "paper",
-    ),
-    _crossing("E12", "Shakespeare", "shakespeare_30k", "shakespeare", ("clean", "cross_fitted"), "cpu"),
 )
