@@ -15,7 +15,6 @@ process of the run ended, 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM, 
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -32,6 +31,7 @@ from run import accounting, evaluate, progress, records, screen_report, straight
 from run.dataset import open_dataset, prepare
 from run.identity import Identity
 from run.processes import Processes, is_lost_connection
+from run.records import RecordError
 from run.run_folder import RunFolder, check_resumable, difference
 from run.saving import Saver, saves_in_background
 from run.settings import Config
@@ -95,7 +95,8 @@ def train(config, argv, machine, processes):
     if saved and not changed and (folder / "summary.json").exists():
         print(f"{folder} is complete: there is nothing to resume. A larger max_iters extends it, but its record then")
         print("usually enters no mean. For a longer run that counts, choose another --out_dir.")
-        print(screen_report.final_report(json.loads((folder / "summary.json").read_text()), folder))
+        record = records.read(folder / "summary.json", way_out="delete it, and the same command makes it again")
+        print(screen_report.final_report(record, folder))
         return 0
 
     # Model, optimiser and counters: new, or as the checkpoint has them.
@@ -405,6 +406,6 @@ class Run:
 if __name__ == "__main__":
     console.run(
         main,
-        (ConfigError, DataError, FileError),
+        (ConfigError, DataError, FileError, RecordError),
         "a smaller batch_size with gradient_accumulation_steps gives nearly the same updates",
     )

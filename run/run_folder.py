@@ -31,11 +31,13 @@ from run.settings import Config, one_list
 from run.update import NotFinite
 from support import files
 from support.options import EXPERIMENT, SCHEDULE, ConfigError
+from support.schema import OBJECT, TEXT, mismatches
 
 REFUSED = "ckpt.refused.pt"  # the new name of a damaged ckpt.pt, kept for inspection
 AGAIN = "--init_from=scratch --overwrite=True makes the run again"
 # May change when a run goes on whose loss or gradient was not finite.
 REMEDIES = ("learning_rate", "min_lr", "warmup_iters", "grad_clip", "z_loss_coef")
+DIVERGED = {"reason": TEXT, "config": OBJECT}  # diverged.json
 STATE = ("config", "dataset", "vocabulary", "model", "optimizer", "best", "progress", "processes")  # of a checkpoint
 
 
@@ -225,12 +227,19 @@ class RunFolder:
 
 def last_divergence(folder, config) -> str | None:
     """Which loss or gradient was not finite when this config was last tried in a folder; None where none was, or
-    another config was tried."""
+    another config was tried. CheckpointError where its diverged.json cannot be used."""
     path = Path(folder, "diverged.json")
     if not path.exists():
         return None
-    last = files.read_json(path)
-    return None if config.differences(Config.from_dict(last["config"]), (EXPERIMENT, SCHEDULE)) else last["reason"]
+    try:
+        last = files.read_json(path)
+        for problem in mismatches(last, DIVERGED, "it"):
+            raise ValueError(problem)
+        tried = Config.from_dict(last["config"])
+    except (OSError, ValueError) as error:
+        why = f"{path} cannot be used: {files.first_line(error)}"
+        raise CheckpointError(f"{why}; delete it to try these settings again") from error
+    return None if config.differences(tried, (EXPERIMENT, SCHEDULE)) else last["reason"]
 
 
 def snapshots_in(folder):

@@ -19,7 +19,7 @@ from alike import (
     steps_of,
     weights_of,
 )
-from conftest import contents, english, interrupt, prepare_text, soaked, train_tiny
+from conftest import TINY, as_script, contents, english, interrupt, prepare_text, soaked, train_tiny
 
 import routing
 import train
@@ -337,6 +337,22 @@ def test_a_complete_run_that_is_extended_has_no_record_until_it_ends(words, dens
     at_step(interrupt(), 23)
     assert train_tiny(words, tmp_path / "run", init_from="resume", max_iters=30) == 130
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_a_complete_run_with_a_damaged_record_exits_2_and_names_the_way_out(
+    words, dense_run, tmp_path, monkeypatch, capsys, content
+):
+    shutil.copytree(dense_run, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(content)
+    options = {**TINY, "dataset": words, "out_dir": tmp_path / "run", "init_from": "resume"}
+    command = [f"--{key}={value}" for key, value in options.items()]
+    assert as_script(monkeypatch, *command) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "summary.json" in message and "delete it, and the same command" in message
+    (tmp_path / "run" / "summary.json").unlink()
+    assert as_script(monkeypatch, *command) == 0
+    assert record_of(tmp_path / "run")["clean"] == record_of(dense_run)["clean"]
 
 
 @pytest.mark.parametrize("changes", [dict(n_embd=32), dict(learning_rate=0.005), dict(n_embd=32, seed=5)])

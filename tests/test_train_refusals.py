@@ -139,6 +139,16 @@ def test_auto_does_not_run_into_the_same_nan_again(words, tmp_path, capsys, pois
     assert record_of(tmp_path / "run")["straight"] is False  # 10 updates were made at the higher rate
 
 
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"reason": 5, "config": {}}', '{"reason": "step 1", "config": {"x": 1}}']
+)
+def test_auto_refuses_a_damaged_diverged_json_by_name(words, dense_run, tmp_path, content):
+    shutil.copytree(dense_run, tmp_path / "run")
+    (tmp_path / "run" / "diverged.json").write_text(content)
+    with pytest.raises(CheckpointError, match="diverged.json cannot be used: .*; delete it to try"):
+        train_tiny(words, tmp_path / "run", init_from="auto")
+
+
 def test_resume_tries_unchanged_settings_again(words, tmp_path, capsys, poisoned):
     poisoned(12)
     assert train_tiny(words, tmp_path / "run") == 3
