@@ -320,7 +320,11 @@ def main(argv):
     names = config.chosen_models()
     configs = {name: model_config(name, size, machine, config.seed) for name in names}
     candidates = [Candidate(name, MODELS[name][0], configs[name], dataset, machine) for name in names]
-    dense = candidates[names.index(bench_records.DENSE)]
+    for candidate in candidates:
+        for obstacle in candidate.obstacles:
+            print(f"{candidate.title}: not measured, since {obstacle}")
+    candidates = [candidate for candidate in candidates if not candidate.obstacles]
+    dense = next(candidate for candidate in candidates if candidate.name == bench_records.DENSE)
     usual = [candidate for candidate in candidates if not candidate.is_reference]
     candidates += [candidate.written_by(way) for way in words_in(config.decoders) for candidate in usual]
     bench = Bench(candidates, machine, QUICK if config.quick else FULL, timing.ceilings(machine, dense.model))

@@ -39,7 +39,7 @@ from run.start import open_start, vocabulary_of
 from run.state import TrainingState, checkpoint_of, identity_of, own_part, restore
 from run.totals import RunningTotals
 from run.update import NotFinite, Updater, set_random_state, without_side_effects
-from support import compile_cache, configurator, console, machines
+from support import compile_cache, configurator, console, machines, triton_here
 from support.files import FileError
 from support.options import ConfigError
 
@@ -108,6 +108,8 @@ def train(config, argv, machine, processes):
         if reason := fused_routing.use_kernels(model, machine):
             print(f"routing_kernels=True has no effect: {reason}")
     updater = Updater(model, config, machine, processes)
+    if config.fused_update and not updater.fused:
+        print(f"fused_update=True has no effect: {triton_here.obstacle_to_training(machine.device)}")
     state, totals, random = TrainingState(machines.git_state()), RunningTotals(), None
     if start:
         start.load_into(model, config)
@@ -146,6 +148,7 @@ def train(config, argv, machine, processes):
         print(f"sampled validation: {line['paper']['val']:.4f} nats on {config.eval_iters} random batches")
         return 0
     here = {**machines.describe(machine), "processes": processes.world_size}
+    here |= {"kernels": updater.kernels} if updater.kernels else {}
     there = state.machine if state.resumed else here
     if there != here:
         other_load.before = machines.UNKNOWN_LOAD

@@ -165,7 +165,10 @@ def planned_run(row, home, scale, seed, setup) -> PlannedRun:
     name = row.cell(scale, seed)
     folder = free_folder(setup.out / name, config)
     arguments = [*row.arguments(scale, seed), f"--out_dir={from_root(folder)}", *setup.words]
-    machine = records.machine_of({"machine": setup.machine, "config": config.to_dict()})
+    asked = {"fused update": config.fused_update, "routing kernels": config.routing_kernels and config.n_expert}
+    is_cuda = setup.machine["device_type"] == "cuda"
+    machine = setup.machine | {"kernels": [name for name, is_asked in asked.items() if is_asked and is_cuda]}
+    machine = records.machine_of({"machine": machine, "config": config.to_dict()})
     return PlannedRun(name, folder, setup.results / home, arguments, config, machine)
 
 

@@ -119,6 +119,7 @@ SCHEMA = {
         "compile": FLAG,
         "capture?": FLAG,  # whether an update was one CUDA graph; false where it is missing
         "processes?": POSITIVE,  # that trained together; 1 where it is missing
+        "kernels?": [LINE],  # kernels of our own that took part in updates; none where it is missing
     },
     "others": {"cpu_share": (NUMBER, None), "device_bytes": (COUNT, None)},
     "exclusive": FLAG,
@@ -310,8 +311,8 @@ def machine_of(record) -> str:
     """Hardware and software, in one line. Only runs with the same line are compared.
 
     "AMD EPYC, 1 core, 1 thread, torch 2.13.0+cpu, float32", or "NVIDIA H200, torch 2.11.0+cu128, bfloat16, compiled,
-    masked backend". An MoE model's backend is named unless it was chosen automatically, and kernels of our own that are
-    off by default where they were on. Also for records without a config (of benches).
+    masked backend, routing kernels". An MoE model's backend is named unless it was chosen automatically. Also for
+    records without a config (of benches).
     """
     machine, config = record["machine"], record.get("config", {})
     parts = [machine["device"]]
@@ -324,9 +325,7 @@ def machine_of(record) -> str:
     parts += [f"{processes} processes"] if processes > 1 else []
     backend = config.get("moe_backend", "auto") if config.get("n_expert") else "auto"
     parts += [] if backend == "auto" else [f"{backend} backend"]
-    if machine["device_type"] == "cuda":  # they have no effect elsewhere
-        parts += [key.replace("_", " ") for key in ("fused_update", "routing_kernels") if config.get(key)]
-    return ", ".join(parts)
+    return ", ".join(parts + machine.get("kernels", []))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch.nn as nn
 import balance
 from moe import Experts
 from run.processes import ONE_PROCESS
-from support import files, machines
+from support import files, machines, triton_here
 from support.capture import Captured, aside, side_stream
 from support.fused_update import FusedUpdate, WeightCopies, is_capturing, uses_triton
 
@@ -60,10 +60,16 @@ class Updater:
         self.optimizer = make_optimizer(model, config)
         self.guard = FiniteGuard(self.optimizer, machine.device)
         self.fused, self.copies = None, WeightCopies([])
-        if config.fused_update and machine.device.type == "cuda" and uses_triton(machine.device):
+        if config.fused_update and not triton_here.obstacle_to_training(machine.device):
             self.fuse()
         self.stream = side_stream(machine.device)
         self.captured, self.captured_totals = None, None  # the update as a CUDA graph, and the totals to which it adds
+
+    @property
+    def kernels(self):
+        """The kernels of our own that take part in updates, in words."""
+        parts = {"fused update": self.fused, "routing kernels": self.model.own_measures}
+        return [name for name, part in parts.items() if part]
 
     def update(self, step, x, y, totals) -> Update:
         """Make update number `step`, counted from 0, after model.set_step(step).

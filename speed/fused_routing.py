@@ -17,9 +17,9 @@ import backends
 import balance
 from moe import MoE
 from selection import GATES, Routing, softmax_gate
-from speed import kernels
 from speed.decoding import is_plain
 from speed.route_kernels import choose, lay_out, route_gradients, spread
+from support import triton_here
 
 LOSSES = (None, balance.switch_loss)  # balancing losses that sums give
 
@@ -42,20 +42,22 @@ class RoutedRows(NamedTuple):
 
 def use_kernels(model, machine):
     """Let a GPT route by kernels on this machine, in place. -> the reason why it cannot, or None"""
-    layers = model.moe_layers()
-    if reason := obstacle(layers, machine):
-        return reason
-    for layer in layers:
+    reason = triton_here.obstacle_to_training(machine.device) or obstacle(model.moe_layers(), machine)
+    if not reason:
+        put_kernels(model, machine)
+    return reason
+
+
+def put_kernels(model, machine):
+    """Let a GPT without obstacles route by kernels, in place; where Triton does not run, by their PyTorch twins."""
+    for layer in model.moe_layers():
         layer.route, layer.own_backend = KernelRoute(layer, machine), sorted_by_kernels
     model.own_measures = KernelMeasures(model)
-    return None
 
 
 def obstacle(layers, machine):
     if not layers:
         return "the model has no experts"
-    if machine.device.type == "cuda" and not kernels.AVAILABLE:
-        return "Triton is not installed"
     if len({layer.config.n_expert for layer in layers}) > 1:
         return "blocks differ in their number of experts"
     return next(filter(None, (obstacle_of_layer(layer, machine) for layer in layers)), None)

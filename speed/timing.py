@@ -30,6 +30,7 @@ from model import GPT, Decoder
 from run import accounting, evaluate, update
 from run.totals import RunningTotals
 from speed import bench_records, decoding, fused_routing
+from support import triton_here
 
 TEMPERATURE, TOP_K = 0.8, 200  # of sampling, as in sample.py and the papers
 STEPS_IN_A_ROW = 8  # of decoding, timed in one go
@@ -53,7 +54,11 @@ class Candidate:
         torch.manual_seed(config.seed)
         self.model = GPT(config, dataset.vocabulary.size, dataset.symbol_counts("train")).to(machine.device)
         self.is_reference = name.startswith(bench_records.REFERENCE)
-        self.lacks_kernels = config.routing_kernels and fused_routing.use_kernels(self.model, machine)
+        obstacles = {
+            "fused_update": config.fused_update and triton_here.obstacle_to_training(machine.device),
+            "routing_kernels": config.routing_kernels and fused_routing.use_kernels(self.model, machine),
+        }
+        self.obstacles = [f"{key}=True has no effect: {why}" for key, why in obstacles.items() if why]
         if self.is_reference:
             options = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2))
             self.optimizer = torch.optim.AdamW(self.model.parameters(), **options, fused=machine.device.type == "cuda")
@@ -84,8 +89,6 @@ class Candidate:
 
     def make_ready(self):
         """Compiles and captures training, where the machine says so. Yields why one of them failed."""
-        if self.lacks_kernels:
-            yield f"routing_kernels=True has no effect: {self.lacks_kernels}"
         if self.is_reference:
             return
         for key, attempt in self.updater.make_ready(*self.batch(0), self.totals).items():
@@ -149,7 +152,7 @@ class Candidate:
         """In words: what the updates ran on, and which decoder ran at which batch sizes."""
         train = "eager, plain AdamW" if self.is_reference else "compiled" if self.is_compiled else "eager"
         train += ", captured" if self.is_captured else ""
-        train += ", fused update" if not self.is_reference and self.updater.fused else ""
+        train += "" if self.is_reference else "".join(f", {name}" for name in self.updater.kernels)
         for layer in self.model.moe_layers()[:1]:
             train = f"{layer.backend_name(self.machine.device, self.machine.dtype, self.is_compiled)}, {train}"
         sizes = {}

@@ -30,6 +30,7 @@ ROUNDS = 3
 SHORT = bench.Effort(dict.fromkeys(bench_records.TASKS, 0.01), characters=20, at_least=ROUNDS)
 TINY = {key: getattr(tiny(), key) for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}
 TASKS = [("train", 4)] + [(task, size) for size in (1, 8, 32) for task in ("prefill", "decode")] + [("papers", 1)]
+MODELS = [name for name in bench.MODELS if not name.endswith(("kernels", "fused"))]  # which are for CUDA
 model_config = bench.model_config
 
 
@@ -87,9 +88,9 @@ def test_everything_is_measured_and_recorded(whole):
     _, path = whole
     record = bench_records.read(path)
     assert bench_records.problems(record) == [] and record["size"] == "cpu" and record["quick"] is False
-    assert list(record["models"]) == list(bench.MODELS)
+    assert list(record["models"]) == MODELS
     found = [(row["task"], row["batch_size"], row["model"]) for row in record["measurements"]]
-    assert found == [(*task, name) for task in TASKS for name in bench.MODELS]
+    assert found == [(*task, name) for task in TASKS for name in MODELS]
     assert all(row["seconds"]["n"] >= ROUNDS for row in record["measurements"])
     assert [row["model"] for row in record["measurements"] if row["ratio"] is None] == ["dense"] * len(TASKS)
 
@@ -109,12 +110,19 @@ def test_the_page_has_a_table_for_each_task_and_says_what_ran(whole):
     assert max(map(len, page.splitlines())) < 200 and f"written to {path}" in page
 
 
+def test_a_model_whose_kernels_have_no_effect_is_told_and_not_measured(whole):
+    """Else the row of a plain model would bear their name."""
+    page, _ = whole
+    for name in set(bench.MODELS) - set(MODELS):
+        assert page.count(f"{bench.MODELS[name][0]}: not measured, since ") == page.count(bench.MODELS[name][0]) == 1
+
+
 def test_columns_are_aligned(whole):
     page, _ = whole
     for block in page.split("\n\n")[1 : len(TASKS) + 1]:
         head, *rows = block.splitlines()
-        assert len(rows[: len(bench.MODELS)]) == len(bench.MODELS)
-        assert {len(row) for row in rows[: len(bench.MODELS)]} == {len(head)}
+        assert len(rows[: len(MODELS)]) == len(MODELS)
+        assert {len(row) for row in rows[: len(MODELS)]} == {len(head)}
 
 
 def test_the_usual_models_are_measured_by_default():

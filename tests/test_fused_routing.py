@@ -54,7 +54,8 @@ def two_ways(config, machine=CPU):
     for layer in model.moe_layers():
         torch.nn.init.normal_(layer.router.weight, std=0.3)
     twin = copy.deepcopy(model)
-    assert fused_routing.use_kernels(twin, machine) is None
+    assert fused_routing.obstacle(twin.moe_layers(), machine) is None
+    fused_routing.put_kernels(twin, machine)
     return model, twin
 
 
@@ -158,7 +159,8 @@ def test_decoding_with_a_cache_goes_the_general_way():
 )
 def test_what_does_not_fit_keeps_the_general_way_and_says_why(keys, reason):
     model = GPT(sorted_config(**keys), 7)
-    assert reason in fused_routing.use_kernels(model, CPU)
+    assert reason in fused_routing.obstacle(model.moe_layers(), CPU)
+    assert fused_routing.use_kernels(model, CPU) == "the kernels are for CUDA"
     assert model.own_measures is None and all(layer.own_backend is None for layer in model.moe_layers())
 
 

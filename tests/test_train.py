@@ -30,7 +30,7 @@ from data.common import Dataset
 from model import GPT
 from run import accounting, checkpoint, evaluate, identity, progress, records, update
 from run.settings import Config
-from support import machines
+from support import machines, triton_here
 from support.files import FileError
 from support.options import ConfigError
 
@@ -188,6 +188,28 @@ def test_the_screen_shows_machine_size_losses_and_the_next_command(words, tmp_pa
         f"python sample.py --out_dir={tmp_path / 'run'}",
     ):
         assert word in out
+
+
+def test_kernels_without_effect_are_told_and_not_recorded(words, tmp_path, capsys):
+    """A CPU trains without them, whatever is asked for."""
+    experts = dict(n_expert=4, moe_backend="sorted")
+    assert train_tiny(words, tmp_path / "plain", **experts) == 0
+    assert train_tiny(words, tmp_path / "asked", **experts, fused_update=True, routing_kernels=True) == 0
+    out = capsys.readouterr().out
+    for key in ("fused_update", "routing_kernels"):
+        assert out.count(f"{key}=True has no effect: the kernels are for CUDA") == 1
+    plain, asked = (record_of(tmp_path / name) for name in ("plain", "asked"))
+    assert plain["machine"] == asked["machine"] and "kernels" not in asked["machine"]
+    ours, theirs = (weights_of(tmp_path / name) for name in ("plain", "asked"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_kernels_that_took_part_are_recorded(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(triton_here, "obstacle_to_training", lambda device: None)  # the twins then stand in for Triton
+    assert train_tiny(words, tmp_path / "run", n_expert=4, moe_backend="sorted", routing_kernels=True) == 0
+    record = records.read(tmp_path / "run" / "summary.json")
+    assert record["machine"]["kernels"] == ["routing kernels"]
+    assert records.machine_of(record).endswith(", sorted backend, routing kernels")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
