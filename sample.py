@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import torch
 
 from data.common import DataError
-from run.trained import CHECKPOINTS, load_trained
+from run.trained import CHECKPOINTS, read_weights
 from speed import decoding
 from support import configurator, console, files, machines
 from support.files import FileError
@@ -140,12 +140,13 @@ def expert_legend(trained, layer, in_colour):
 
 def load_model(config, device):
     """(model in eval mode, its vocabulary, its Config). Raises ConfigError for a model that is not causal."""
-    model, vocabulary, trained = load_trained(config.out_dir, CHECKPOINTS[config.checkpoint], device)
+    saved = read_weights(config.out_dir, CHECKPOINTS[config.checkpoint])
+    model, trained = saved.model_on(device), saved.config
     if not trained.is_causal:
         leaks, causal = (", ".join(words) for words in (trained.leaks, trained.leaks.values()))
         reason = f"{leaks}: its experts depend on later characters or on other sequences"
         raise ConfigError([f"{config.out_dir} was trained with {reason}, so it cannot be sampled from; {causal} can"])
-    return model, vocabulary, trained
+    return model, saved.vocabulary, trained
 
 
 def prompt_ids(start, vocabulary):

@@ -16,7 +16,7 @@ from routing import mix_seeds
 from run import run_folder
 from run.checkpoint import CheckpointError
 from run.straight import is_straight
-from run.trained import CHECKPOINTS, model_in, read_weights
+from run.trained import CHECKPOINTS, read_weights
 
 # Batches of an analysis come from another stream than those of training and of evaluation with the same seed.
 ANALYSIS_STREAM = 2**33
@@ -33,23 +33,20 @@ class AnalysedRun:
 
     def __init__(self, folder, options, machine):
         self.folder, self.machine, self.checkpoint = folder, machine, CHECKPOINTS[options.checkpoint]
-        path = folder / self.checkpoint
         saved = read_weights(folder, self.checkpoint)
-        state = saved.get("progress", saved)  # ckpt.pt keeps its step there
-        if "dataset" not in saved or "step" not in state:
-            raise CheckpointError(f"{path}: lacks the text or the step of its run; was it written by another program?")
-        self.step = state["step"]
-        self.model, self.vocabulary, self.config = model_in(saved, path, machine.device)
+        self.step, self.vocabulary, self.config = saved.step, saved.vocabulary, saved.config
+        self.model = saved.model_on(machine.device)
         self.model.set_step(self.step)
-        self.is_straight = is_straight(self.config, state) if "evaluations" in state else None  # best.pt has none
+        has_history = "evaluations" in saved.state  # best.pt has none
+        self.is_straight = is_straight(self.config, saved.state) if has_history else None
         self.seed = mix_seeds(options.seed, self.config.seed) % 2**31  # runs of other seeds draw other controls
         dataset = Dataset.open(find_dataset(self.config.dataset), machine.device)
         dataset = dataset.train_on_first(self.config.train_characters)
-        if dataset.source_sha256 == saved["dataset"].get("sha256"):
+        if dataset.source_sha256 == saved.text.get("sha256"):
             dataset = dataset.in_vocabulary(self.vocabulary)  # that of other weights, if it started with them
         self.dataset = dataset
-        if saved["dataset"] != dataset.describe() or saved["vocabulary"] != dataset.vocabulary.to_dict():
-            differing = run_folder.texts(saved["dataset"], dataset.describe())
+        if saved.text != dataset.describe() or saved.vocabulary != dataset.vocabulary:
+            differing = run_folder.texts(saved.text, dataset.describe())
             raise CheckpointError(
                 f"{folder} was trained on another text than {self.config.dataset} is now: {differing}"
             )

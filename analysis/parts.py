@@ -23,7 +23,7 @@ from routing import mix_seeds
 from run import records
 from run.checkpoint import CheckpointError
 from run.evaluate import drop_rate_by_class
-from run.trained import load_trained
+from run.trained import read_weights
 from speed import decoding
 from support import files
 
@@ -241,9 +241,10 @@ def measure_stability(run, seen, snapshots, progress):
     layers = [{name: [] for name in ("agreement", "chance", "churn", *told)} for _ in seen.first]
     steps, before = [], None
     for step, path in snapshots:
-        model, _, config = load_trained(run.folder, path.relative_to(run.folder), run.machine.device)
-        if config.run_id != run.config.run_id:
+        saved = read_weights(run.folder, path.relative_to(run.folder))
+        if saved.config.run_id != run.config.run_id:
             raise CheckpointError(f"{path} belongs to another experiment than {run.checkpoint}")
+        model = saved.model_on(run.machine.device)
         model.set_step(step)
         now = probe.see(model, run.pass_windows, run.machine).first
         for i, layer in enumerate(layers):

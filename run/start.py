@@ -13,7 +13,7 @@ from pathlib import Path
 from data.common import Vocabulary
 from run.checkpoint import CheckpointError
 from run.settings import STARTS, Config
-from run.trained import CHECKPOINTS, read_weights
+from run.trained import CHECKPOINTS, SavedWeights, read_weights, weights_in
 from support.files import shown
 from support.options import EXPERIMENT, ConfigError, nearest, options_of
 
@@ -23,18 +23,8 @@ NO_SHAPE = ("n_head", "expert_kind")  # keys that change what weights mean, but 
 SCHEDULED = re.compile(r"aux_loss_coef|blocks\.\d+\.mlp\.(temperature|expert_dropout)")
 
 
-class Start:
-    """The weights in a checkpoint, and what they were trained on. saved: its content."""
-
-    def __init__(self, path, saved):
-        self.path, self.saved = path, saved
-        try:
-            self.config = Config.from_dict(saved["config"], origin=str(path))
-            self.vocabulary = Vocabulary.from_dict(saved["vocabulary"])
-            self.weights, self.text = saved["model"], saved["dataset"]
-            self.step = saved.get("progress", saved)["step"]  # ckpt.pt keeps it there
-        except KeyError as error:
-            raise CheckpointError(f"{path}: has no {error.args[0]}; is it of another program?") from None
+class Start(SavedWeights):
+    """Weights with which a run starts."""
 
     @property
     def about(self):
@@ -75,7 +65,7 @@ def open_start(config, folder, saved) -> Start | None:
     """The weights that init_from names, of a run's folder (then its best) or in a file; with eval_only, also those of
     the run in out_dir. folder, saved: out_dir as a RunFolder, and the checkpoint in it that is to be resumed."""
     if saved:
-        return Start(folder / folder.read, saved) if config.eval_only else None
+        return Start(*weights_in(saved, folder / folder.read)) if config.eval_only else None
     if not config.names_a_run:
         return None
     path = Path(config.init_from)
@@ -88,7 +78,7 @@ def open_start(config, folder, saved) -> Start | None:
     its_folder = of_run.parent if of_run.name == "snapshots" else of_run
     if not config.eval_only and folder.path.is_dir() and its_folder.is_dir() and folder.path.samefile(its_folder):
         raise ConfigError([f"init_from and out_dir are one folder, {folder}; choose another --out_dir for the new run"])
-    return Start(of_run / name, read_weights(of_run, name))
+    return Start(*read_weights(of_run, name))
 
 
 def vocabulary_of(start, saved):

@@ -1,6 +1,7 @@
-"""Load a run's weights as a model, for sample.py and analyze.py.
+"""Read a run's weights, and load them as a model for sample.py and analyze.py.
 
-model, vocabulary, config = load_trained("out/run", "best.pt", "cpu")
+saved = read_weights("out/run", "best.pt")
+model = saved.model_on("cpu")
 """
 
 from pathlib import Path
@@ -19,19 +20,32 @@ from support.options import ConfigError
 CHECKPOINTS = {"best": "best.pt", "last": "ckpt.pt"}  # best: with the lowest validation loss
 
 
-class Trained(NamedTuple):
-    model: GPT  # in eval mode
-    vocabulary: Vocabulary
+class SavedWeights(NamedTuple):
+    """The weights in a checkpoint, and what they were trained on."""
+
+    path: Path
     config: Config
+    vocabulary: Vocabulary
+    text: dict  # see Dataset.describe
+    weights: dict  # of the model, by name
+    state: dict  # with "step"; that of ckpt.pt is a TrainingState
+
+    @property
+    def step(self):
+        return self.state["step"]
+
+    def model_on(self, device) -> GPT:
+        """The model with these weights, in eval mode. CheckpointError where they do not fit their config."""
+        try:
+            model = model_of(self.config, self.vocabulary, self.weights)
+        except (RuntimeError, TypeError) as error:
+            why = " ".join(line.strip() for line in str(error).splitlines()[:2])  # the headline, and the first misfit
+            raise CheckpointError(f"{self.path}: its weights do not fit its own config: {why}") from None
+        return model.to(device).eval()
 
 
-def load_trained(out_dir, name, device) -> Trained:
-    """The model in out_dir/name. ConfigError or CheckpointError if it is missing or does not fit its config."""
-    return model_in(read_weights(out_dir, name), Path(out_dir) / name, device)
-
-
-def read_weights(out_dir, name) -> dict:
-    """The contents of the checkpoint out_dir/name."""
+def read_weights(out_dir, name) -> SavedWeights:
+    """The weights in out_dir/name. ConfigError or CheckpointError if they are missing or cannot be those of a run."""
     folder = Path(out_dir)
     if not str(out_dir):
         raise ConfigError(["--out_dir=…: which run? It is the folder that train.py named at its end"])
@@ -39,27 +53,23 @@ def read_weights(out_dir, name) -> dict:
         what = f"holds no {name}; is it the out_dir of a run?" if folder.is_dir() else "there is no such folder"
         what = "is a file; expected the folder of a run" if folder.is_file() else what
         raise CheckpointError(f"{folder}: {what}")
-    saved = checkpoint.load(folder / name)
-    missing = [key for key in ("config", "vocabulary", "model") if key not in saved]
-    if missing:
-        raise CheckpointError(f"{folder / name}: has no {', no '.join(missing)}; is it of another program?")
-    return saved
+    return weights_in(checkpoint.load(folder / name), folder / name)
 
 
-def model_in(saved, path, device) -> Trained:
-    """saved: the contents of the checkpoint at `path`. CheckpointError where they do not fit together."""
+def weights_in(saved, path) -> SavedWeights:
+    """saved: the content of the checkpoint at `path`."""
+    state = saved.get("progress", saved)  # ckpt.pt keeps its step there
+    missing = [key for key in ("config", "vocabulary", "dataset", "model") if key not in saved]
+    if missing := [*missing, *(["step"] if "step" not in state else [])]:
+        raise CheckpointError(f"{path}: has no {', no '.join(missing)}; is it of another program?")
     config = Config.from_dict(saved["config"], origin=str(path))
     if problems := [f"{path}: {message}" for _, message in config.problems()]:
         raise ConfigError(problems)
     try:
         vocabulary = Vocabulary.from_dict(saved["vocabulary"])
-        model = model_of(config, vocabulary, saved["model"])
     except DataError as error:
         raise CheckpointError(f"{path}: {files.first_line(error)}") from None
-    except (RuntimeError, TypeError) as error:
-        why = " ".join(line.strip() for line in str(error).splitlines()[:2])  # the headline, and the first misfit
-        raise CheckpointError(f"{path}: its weights do not fit its own config: {why}") from None
-    return Trained(model.to(device).eval(), vocabulary, config)
+    return SavedWeights(path, config, vocabulary, saved["dataset"], saved["model"], state)
 
 
 def model_of(config, vocabulary, weights):

@@ -17,7 +17,7 @@ from report import latest
 from run import checkpoint, records
 from run.checkpoint import CheckpointError
 from run.evaluate import full_loss
-from run.trained import load_trained
+from run.trained import read_weights
 from support import machines
 from support.files import ROOT
 from support.options import ConfigError
@@ -74,7 +74,7 @@ def test_another_text_is_evaluated_in_the_ids_of_the_model(words, other_words, d
     shown = f"on words ({other.sizes['val']:,} characters of validation), another text"
     told, nats = evaluated(capsys, f"--init_from={dense_run}", f"--dataset={other_words}")
     assert shown in told
-    best = load_trained(dense_run, "best.pt", "cpu").model
+    best = read_weights(dense_run, "best.pt").model_on("cpu")
     x, y = next(other.windows("val", other.sizes["val"] - 1, 1))
     text = other.vocabulary.decode([*x[0].tolist(), y[0, -1].item()])
     ids, total = torch.from_numpy(mine.vocabulary.encode(text)), 0.0
