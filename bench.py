@@ -38,9 +38,9 @@ from data.common import DataError, Dataset, find_dataset
 from run import accounting
 from run.records import RecordError
 from run.settings import Config
-from speed import bench_records, bench_screen, decoding, flags, kernels, profiles, timing
+from speed import bench_records, bench_screen, decoding, flags, profiles, timing
 from speed.timing import Candidate, Decoding, Unit, is_right, percentiles
-from support import configurator, console, files, machines
+from support import configurator, console, files, machines, triton_here
 from support.files import FileError
 from support.options import ConfigError, option
 
@@ -143,7 +143,7 @@ def machine_notes(machine):
     device = machine.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         yield "Below sm90, as on this GPU, there is no fast grouped product, and experts use a slower backend."
-    if device.type == "cuda" and not kernels.AVAILABLE:
+    if device.type == "cuda" and not triton_here.AVAILABLE:
         yield "Triton is not installed: nothing is compiled, and no kernels decode experts."
     if device.type == "mps":
         yield "On MPS decoding has no fast path, and peak memory is not measured."

@@ -24,7 +24,7 @@ from moe import Experts
 from run.processes import ONE_PROCESS
 from support import files, machines, triton_here
 from support.capture import Captured, aside, side_stream
-from support.fused_update import FusedUpdate, WeightCopies, is_capturing, uses_triton
+from support.fused_update import FusedUpdate, WeightCopies, is_capturing
 
 
 class Update(NamedTuple):
@@ -135,7 +135,7 @@ class Updater:
         # Of several micro-batches, gradients are summed in float32.
         if self.machine.dtype == torch.bfloat16 and self.config.gradient_accumulation_steps == 1:
             self.copies = WeightCopies(cast_weights(self.model))
-        if uses_triton(self.machine.device):
+        if triton_here.uses_triton(self.guard.bad_step):
             self.fused = FusedUpdate(self.optimizer, self.guard, self.config.grad_clip or math.inf, self.copies)
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ from moe import Experts
 from routing import is_linear_top_k
 from selection import Routing
 from speed import decoding_kernels, kernels
-from support import machines
+from support import machines, triton_here
 from support.capture import Captured, side_stream
 
 FEW_TOKENS = 64  # the most for kernels.py
@@ -48,7 +48,7 @@ class CapturedDecoder(AutocastDecoder):
 
     def lay_out(self):
         """Makes self.step ready to be captured. -> how, in words"""
-        if is_compiled := self.machine.compile and kernels.AVAILABLE:
+        if is_compiled := self.machine.compile and triton_here.AVAILABLE:
             self.step = machines.compiled(self.step)
         in_triton = any(layer.own_backend is by_kernels for layer in self.model.moe_layers())
         return f"{'compiled, ' if is_compiled else ''}CUDA graph{', experts in Triton' if in_triton else ''}"

@@ -21,8 +21,9 @@ import backends
 from model import Decoder
 from routing import LEVELS
 from selection import GATES, Routing, top_k_experts
-from speed import fused_decoding, kernels
+from speed import fused_decoding
 from speed.captured_decoding import AttentionDecoder, AutocastDecoder, CapturedDecoder, is_plain
+from support import triton_here
 
 PACK = "_reorder_linear_weight"  # of torch.ops.mkldnn; torch.compile uses it too
 PACKED_FOR = 256  # rows; layouts for 8 to 256 were equally fast at batch 1, 8 and 32, that for 1 was slowest
@@ -72,7 +73,7 @@ def obstacle(model):
 
 
 def needs_triton():
-    return None if kernels.AVAILABLE else "Triton is not installed"
+    return None if triton_here.AVAILABLE else "Triton is not installed"
 
 
 def looks_back(model):

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 
 from model import sample
 from speed import kernels
-from speed.kernels import PROGRAMS, TILE, ceil_div, power_of_2_from, power_of_2_to, uses_triton
+from speed.kernels import PROGRAMS, TILE, ceil_div, power_of_2_from, power_of_2_to
+from support.triton_here import AVAILABLE, uses_triton
 
-if kernels.AVAILABLE:
+if AVAILABLE:
     import triton
     import triton.language as tl
 
@@ -219,7 +220,7 @@ def norm_head_draw_twin(stream, norm, weight, uniform, position, tokens, tempera
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernels. Tensors are contiguous; elements beyond a shape are masked.
 
-if kernels.AVAILABLE:
+if AVAILABLE:
 
     @triton.jit
     def attention_kernel(

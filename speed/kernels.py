@@ -20,14 +20,11 @@ import torch
 import torch.nn.functional as F
 
 from selection import top_k_experts
+from support.triton_here import AVAILABLE, uses_triton
 
-try:
+if AVAILABLE:
     import triton
     import triton.language as tl
-
-    AVAILABLE = True  # whether Triton is installed
-except ImportError:
-    AVAILABLE = False
 
 PROGRAMS = 128  # least number per launch: about the SMs of an H100
 TILE = 4096  # weights per program, about 32 per thread
@@ -200,10 +197,6 @@ def down_twin(hidden_NKH, w_out, experts_NK, gates_NK, gate_last):
 # Shapes of a launch
 
 
-def uses_triton(x):
-    return AVAILABLE and (x.is_cuda or INTERPRETED)
-
-
 def grouping(M, E):
     """(whether programs go by expert, number of groups): by expert as soon as choices must share one."""
     return (True, E) if M > E else (False, M)
@@ -225,8 +218,6 @@ def power_of_2_to(n):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernels. Tensors are contiguous; elements beyond a shape, or of a choice with a gate of 0, are masked.
-
-INTERPRETED = False  # whether TRITON_INTERPRET=1 was set on import, so that kernels run on a CPU
 
 if AVAILABLE:
 
@@ -355,5 +346,3 @@ if AVAILABLE:
                     y = y * gate
                 row = (c % K * tl.num_programs(2) + split) * (M // K) + c // K
                 tl.store(partial + row * D + d, tl.where(gate != 0, y, 0.0), mask=d < D)
-
-    INTERPRETED = not isinstance(route_kernel, triton.JITFunction)

@@ -14,8 +14,8 @@ each new weight twice: in float32, and in bfloat16 to a copy that stands in for 
 weight is cast, and the gradient of a copy is left in bfloat16, in which autocast computes it too.
 
 So the numbers are those of autocast, torch.nn.utils.clip_grad_norm_ and torch.optim.AdamW, up to the order of the sums
-in the norm and the last bit of AdamW. Its state stays where torch keeps it. Needs Triton; without it, `hand_over` gives
-the gradients of copies to their weights for torch's own optimiser.
+in the norm and the last bit of AdamW. Its state stays where torch keeps it. Needs CUDA and Triton, without which a run
+makes plain updates. In tests, `hand_over` gives the gradients of copies to their weights for torch's own optimiser.
 """
 
 import contextlib
@@ -23,13 +23,11 @@ import math
 
 import torch
 
-try:
+from support.triton_here import AVAILABLE
+
+if AVAILABLE:
     import triton
     import triton.language as tl
-
-    AVAILABLE = True  # whether Triton is installed
-except ImportError:
-    AVAILABLE = False
 
 BLOCK = 4096  # weights per program
 ALIGNMENT = 16  # bytes of an address, elements of a size: kernels then read 16 bytes at once
@@ -178,14 +176,8 @@ def is_capturing(device):
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def uses_triton(device):
-    return AVAILABLE and (device.type == "cuda" or INTERPRETED)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernels. Letters: P tensors, B blocks of their weights. An address of 0: there is none.
-
-INTERPRETED = False  # whether TRITON_INTERPRET=1 was set on import, so that kernels run on a CPU
 
 if AVAILABLE:
 
@@ -288,5 +280,3 @@ if AVAILABLE:
             if tl.load(copies + t) != 0:
                 copy_i = read(copies, t, tl.bfloat16, ALIGNMENT) + first + i
                 tl.store(copy_i, weight.to(tl.bfloat16), mask=mask)
-
-    INTERPRETED = not isinstance(adamw_kernel, triton.JITFunction)

@@ -18,9 +18,9 @@ if AVAILABLE:
     INTERPRETED = not isinstance(nothing, triton.JITFunction)
 
 
-def uses_triton(device):
-    """Whether kernels run on a device; their PyTorch twins do elsewhere."""
-    return AVAILABLE and (device.type == "cuda" or INTERPRETED)
+def uses_triton(x):
+    """Whether kernels run on this tensor; their PyTorch twins do elsewhere."""
+    return AVAILABLE and (x.is_cuda or INTERPRETED)
 
 
 def obstacle_to_training(device):

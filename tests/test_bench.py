@@ -334,7 +334,7 @@ def test_running_out_of_memory_is_one_clear_message(monkeypatch, capsys, words):
 )
 def test_a_machine_says_what_it_lacks(monkeypatch, device, capability, has_triton, words):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(bench.kernels, "AVAILABLE", has_triton)
+    monkeypatch.setattr(bench.triton_here, "AVAILABLE", has_triton)
     said = " ".join(bench.machine_notes(CPU._replace(device=torch.device(device))))
     assert all(word in said for word in words) and bool(said) == bool(words)
 

@@ -11,7 +11,7 @@ from test_model import CAUSAL, KINDS, gpt, tokens
 from model import Decoder, KVCache
 from moe import MLPExperts
 from speed import decoding, decoding_kernels, fused_decoding, kernels
-from support import machines
+from support import machines, triton_here
 
 CPU = machines.Machine(torch.device("cpu"), torch.float32, compile=False, reason="")
 STATIC = [kind for kind in CAUSAL if not decoding.looks_back(gpt(**KINDS[kind]))]
@@ -123,7 +123,7 @@ def test_reader_may_stop_in_the_middle_of_a_graph_and_begin_again():
 ])  # fmt: skip
 def test_model_that_does_not_fit_is_written_as_usual_and_told(kind, batch_size, reason, monkeypatch):
     monkeypatch.setattr(machines.Machine, "device", property(lambda self: FakeDevice()))
-    monkeypatch.setattr(kernels, "AVAILABLE", True)
+    monkeypatch.setattr(triton_here, "AVAILABLE", True)
     for module, name in ((decoding, "CapturedDecoder"), (fused_decoding, "FusedDecoder")):
         monkeypatch.setattr(module, name, lambda *_, name=name: SimpleNamespace(how=name))
     fused = decoding.fastest(float_gpt("top1"), 4, CPU, decoder="fused")
@@ -178,7 +178,7 @@ def test_step_compiles_into_one_graph_before_capture(kind, way, monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(kernels, "AVAILABLE", True)
+    monkeypatch.setattr(triton_here, "AVAILABLE", True)
     monkeypatch.setattr(kernels, "uses_triton", lambda x: False)
     model = float_gpt(kind)
     decoder = way(model, 2, CPU._replace(compile=True))
@@ -260,10 +260,10 @@ def test_reason_against_a_captured_step_is_reported(monkeypatch):
     cuda = machines.Machine(torch.device("cpu"), torch.float32, compile=False, reason="")
     monkeypatch.setattr(machines.Machine, "device", property(lambda self: FakeDevice()))
     monkeypatch.setattr(decoding, "CapturedDecoder", refuse)
-    monkeypatch.setattr(kernels, "AVAILABLE", True)
+    monkeypatch.setattr(triton_here, "AVAILABLE", True)
     assert decoding.fastest(float_gpt("dense"), 1, cuda).how == "eager, cached (not captured: RuntimeError: no driver)"
     assert "look back" in decoding.fastest(float_gpt("segment"), 1, cuda).how
-    monkeypatch.setattr(kernels, "AVAILABLE", False)
+    monkeypatch.setattr(triton_here, "AVAILABLE", False)
     assert "Triton is not installed" in decoding.fastest(float_gpt("top1"), 1, cuda).how
 
 
@@ -361,4 +361,4 @@ def test_writing_on_cuda_does_not_synchronise_by_itself(way):
             assert step.tokens.is_cuda
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert kernels.AVAILABLE
+    assert triton_here.AVAILABLE

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import GPT, Attention, Decoder, LayerCache, sample
 from speed import decoding_kernels, fused_decoding, kernels
 from speed.decoding_kernels import Stream
-from support import capture, machines
+from support import capture, machines, triton_here
 
 FREE = (False, "softmax", False, False)  # of routed_case: no bias, softmax, not renormalised, gates last
 HEADS = [(1, 8), (3, 5), (6, 4)]  # n_head, width of a head
@@ -124,7 +124,7 @@ NAMES = ("attention_kernel", "linear_kernel", "routed_kernel", "head_kernel")
 def compilers(monkeypatch, tmp_path):
     """{name: Compiler} of all kernels of a step, which stand in for them."""
     pytest.importorskip("triton.backends.nvidia")
-    if kernels.INTERPRETED:
+    if triton_here.INTERPRETED:
         pytest.skip("TRITON_INTERPRET is set")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -308,7 +308,7 @@ def of_one(word, b):
 
 def problems_in_the_interpreter(is_soak):
     """Differences, a line each. The interpreter is slow, so there are few programs with large blocks."""
-    assert kernels.INTERPRETED
+    assert triton_here.INTERPRETED
     decoding_kernels.PROGRAMS = kernels.PROGRAMS = 6
     capture.WARM_UPS = 1
     for dtype in TOLERANCES:

@@ -21,7 +21,7 @@ import backends
 from model import GPT
 from run.settings import Config
 from speed import fused_routing, kernels, route_kernels
-from support import configurator, machines
+from support import configurator, machines, triton_here
 from support.machines import Machine
 
 CPU = Machine(torch.device("cpu"), torch.float32, False, "")
@@ -231,7 +231,7 @@ def test_kernels_in_the_interpreter_equal_the_twins(n):
 
 
 @needs_triton
-@pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET is set")
+@pytest.mark.skipif(triton_here.INTERPRETED, reason="TRITON_INTERPRET is set")
 def test_each_operator_is_one_kernel_that_compiles_for_an_h100(monkeypatch, tmp_path):
     """At the papers' size. test_count_kernels.py counts an operator as one kernel."""
     pytest.importorskip("triton.backends.nvidia")
@@ -288,7 +288,7 @@ def test_compiled_training_on_cuda_equals_the_general_way():
 
 def problems_in_the_interpreter(is_soak):
     """Differences, a line each. In short, each shape goes one way."""
-    assert kernels.INTERPRETED
+    assert triton_here.INTERPRETED
     cases = itertools.product(SHAPES, WAYS) if is_soak else zip(SHAPES, itertools.cycle(WAYS[::-1]))
     for shape, way in cases:
         if not (way[0] and shape[2] == 1):  # a single gate renormalised cannot be configured

@@ -25,7 +25,7 @@ from moe import EXPERTS
 from run import update
 from run.processes import Processes
 from run.totals import RunningTotals
-from support import fused_update, machines
+from support import fused_update, machines, triton_here
 from support.fused_update import FusedUpdate, WeightCopies
 from support.options import ConfigError
 
@@ -34,7 +34,7 @@ BFLOAT16 = machines.choose("cpu", "bfloat16", False)
 # One number, a block, less and more than one, several; sizes that fill no row of 16.
 AWKWARD = [(3, 5), (1,), (4096,), (4097,), (90, 50), (7,), (2, 3, 4)]
 EVEN = [(16,), (64, 80), (4, 32, 16), (64, 17)]
-needs_triton = pytest.mark.skipif(not fused_update.AVAILABLE, reason="needs Triton")
+needs_triton = pytest.mark.skipif(not triton_here.AVAILABLE, reason="needs Triton")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def registers_of(cubin):
 
 
 @needs_triton
-@pytest.mark.skipif(fused_update.INTERPRETED, reason="TRITON_INTERPRET is set")
+@pytest.mark.skipif(triton_here.INTERPRETED, reason="TRITON_INTERPRET is set")
 @pytest.mark.parametrize("alignment", [16, 1])
 def test_kernels_compile_for_an_h100_with_room_for_two_programs_on_each_sm(alignment, monkeypatch, tmp_path):
     pytest.importorskip("triton.backends.nvidia")
@@ -432,7 +432,7 @@ def problems_of_a_graph():
 
 def problems_in_the_interpreter(is_soak):
     """Differences, a line each. The interpreter takes milliseconds for a program."""
-    assert fused_update.INTERPRETED
+    assert triton_here.INTERPRETED
     yield from wrong_on("cpu", CASES if is_soak else CASES[1:3])
     for what, error, _ in changed_by_bad_numbers(
         [(16,), (3,), (5,), (7,), (2, 9)], "cpu", BAD if is_soak else BAD[::4]

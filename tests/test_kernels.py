@@ -18,6 +18,7 @@ from interpreter import assert_no_problems_in_the_interpreter, tell_problems
 import backends
 import moe
 from speed import kernels
+from support import triton_here
 
 GATES = ["softmax", "sigmoid"]
 SHAPES = [  # N, E, K, D, H: K of 1, 2 and E; no more choices than experts, and more; widths that fill no block
@@ -30,7 +31,7 @@ SHAPES = [  # N, E, K, D, H: K of 1, 2 and E; no more choices than experts, and 
     (33, 4, 2, 100, 40),
     (2, 1, 1, 24, 24),
 ]
-needs_triton = pytest.mark.skipif(not kernels.AVAILABLE, reason="needs Triton")
+needs_triton = pytest.mark.skipif(not triton_here.AVAILABLE, reason="needs Triton")
 
 
 def tokens_of(N, E, K, D, H, dtype=torch.float32):
@@ -252,7 +253,7 @@ def test_operators_ignore_autocast():
 
 def test_operators_work_without_triton():
     code = (
-        "import sys; sys.modules['triton'] = None; import test_kernels as t; assert not t.kernels.AVAILABLE; "
+        "import sys; sys.modules['triton'] = None; import test_kernels as t; assert not t.triton_here.AVAILABLE; "
         "words = t.mlp_arguments(3); assert t.torch.equal(t.mlp(*words, 2), t.mlp_twin(*words, 2))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -305,7 +306,7 @@ class Compiler:
 
 
 @needs_triton
-@pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET is set")
+@pytest.mark.skipif(triton_here.INTERPRETED, reason="TRITON_INTERPRET is set")
 @pytest.mark.parametrize("dtype, N", [(torch.bfloat16, 1), (torch.float32, 33)])
 def test_kernels_compile_for_an_h100(dtype, N, monkeypatch, tmp_path):
     """At the papers' size, where one token must keep all of it busy."""
@@ -428,7 +429,7 @@ def test_torch_compile_on_cuda_makes_one_graph_without_synchronisation(N):
 
 def problems_in_the_interpreter(is_soak):
     """Differences, a line each. The interpreter is slow, so there are few programs with large blocks."""
-    assert kernels.INTERPRETED
+    assert triton_here.INTERPRETED
     yield from wrong_on("cpu", (1, 4, 1, 40, 24), torch.float32)
     kernels.PROGRAMS = 6
     others = [(1, 5, 5, 24, 40), (3, 4, 1, 100, 24), (2, 1, 1, 24, 24)]
