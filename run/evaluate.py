@@ -14,6 +14,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 
 import balance
 from data.characters import character_class
@@ -66,13 +67,12 @@ def full_loss(model, dataset, split, config, machine, processes=ONE_PROCESS) -> 
         if processes.owns(i):
             losses[-1] = out.loss.float() * count
             # Copied, since the next call of a captured model overwrites its output.
-            copies = [balance.RoutingStats(*(value.clone() for value in layer)) for layer in out.stats]
-            stats = balance.add_stats(stats, copies)
+            stats = balance.add_stats(stats, pytree.tree_map(torch.clone, out.stats))
         else:
-            stats = [balance.RoutingStats(*(torch.zeros_like(value) for value in layer)) for layer in out.stats]
-    total, *sums = processes.all_reduce_sum([torch.stack(losses), *(value for layer in stats for value in layer)])
-    width = len(balance.RoutingStats._fields)
-    stats = [balance.RoutingStats(*sums[i : i + width]) for i in range(0, len(sums), width)]
+            stats = pytree.tree_map(torch.zeros_like, out.stats)
+    sums, structure = pytree.tree_flatten(stats)
+    total, *sums = processes.all_reduce_sum([torch.stack(losses), *sums])
+    stats = pytree.tree_unflatten(sums, structure)
     total, counts = total.cpu().double(), torch.stack(counts).cpu()
     tokens = int(counts.sum())
     return FullLoss(total.sum().item() / tokens, tokens, stats, cross_fit.halves(total.tolist(), counts.tolist()))

@@ -17,6 +17,7 @@ import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch.utils import _pytree as pytree
 
 from run.update import NotFinite
 
@@ -55,7 +56,7 @@ class Saver:
         rest = {key: value for key, value in content.items() if key not in ("model", "best")}
         weights, best = content["model"], content["best"]
         if is_best or self.is_background:
-            weights = self.weights.copy(weights)
+            weights = self.weights.copy(dict(weights))
         if is_best:
             best = {"step": rest["progress"]["step"], "model": weights}
             self.best, self.weights = self.weights, self.best
@@ -65,7 +66,7 @@ class Saver:
 
     def frozen_weights(self, weights):
         """The model's weights, which training does not change any more. The save before must be over."""
-        return self.weights.copy(weights) if self.is_background else weights
+        return self.weights.copy(dict(weights)) if self.is_background else weights
 
     def start(self, write, *arguments):
         """Call write(*arguments), in the background."""
@@ -102,8 +103,8 @@ class HostMemory:
 
         Tensors that share memory do so in the copy. Waits for a GPU once.
         """
-        storages = {}
-        replace_tensors(value, lambda tensor: storages.setdefault(_key(tensor), tensor.untyped_storage()))
+        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        storages = {_key(tensor): tensor.untyped_storage() for tensor in tensors}
         places, end = {}, 0
         for key, storage in storages.items():
             places[key] = slice(end, end + storage.nbytes())
@@ -120,7 +121,7 @@ class HostMemory:
             view = torch.empty(0, dtype=tensor.dtype)
             return view.set_(hosts[_key(tensor)], tensor.storage_offset(), tensor.shape, tensor.stride())
 
-        return replace_tensors(value, copied)
+        return pytree.tree_map_only(torch.Tensor, copied, value)
 
 
 def _key(tensor):
@@ -130,14 +131,3 @@ def _key(tensor):
 
 def _bytes(storage):
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def replace_tensors(value, function):
-    """`value`, nested dicts, lists and tuples, with function(tensor) for each tensor. Dicts and lists are new."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: replace_tensors(inner, function) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(replace_tensors(inner, function) for inner in value)
-    return value
