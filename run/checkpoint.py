@@ -36,67 +36,22 @@ class Unreadable(CheckpointError):
 
 def save(path: Path, state: dict, previous: Path | None = None) -> None:
     """Write a checkpoint. state: nested dicts and lists of tensors, numbers, strings, None; previous: the path under
-    which the old file is kept."""
-    state, length = {"format": FORMAT, **state}, Length()
-    with torch.serialization.skip_data():
-        torch.save(state, length)
-
-    def write(file):
-        sealing = Sealing(file)
-        torch.save(state, sealing)
-        sealing.seal()
-
-    replace_file(path, length.count + SEAL_LENGTH, write, previous)
+    which the old file is kept. Takes as much memory as the file has bytes."""
+    archive = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, archive)
+    replace_file(path, *sealed(archive.getbuffer()), previous)
 
 
-class Length:
-    """A file that keeps nothing but its length in bytes."""
-
-    def __init__(self):
-        self.count = 0
-
-    def write(self, content):
-        self.count += len(content)
-
-    def seek(self, offset, whence):  # over the tensors, which skip_data leaves out
-        self.count += offset
-
-    def flush(self):
-        pass
-
-
-class Sealing:
-    """A file for a zip archive, to which it adds format and SHA-256 as the archive's comment.
-
-    The archive's last two bytes hold the length of the comment. file: a files.HashedFile.
-    """
-
-    def __init__(self, file):
-        self.file, self.end = file, b""  # the archive's last two bytes, not yet written
-        self.error = None
-
-    def write(self, content):
-        """Write a part of the archive. An OSError is kept for `seal`, since torch would hide it behind its own."""
-        if self.error:
-            return
-        if len(content) < 2:
-            content, self.end = self.end + bytes(content), b""
-        content = memoryview(content)
-        try:
-            self.file.write(self.end)
-            self.file.write(content[:-2])
-        except OSError as error:
-            self.error = error
-        self.end = bytes(content[-2:])
-
-    def flush(self):
-        pass
-
-    def seal(self):
-        if self.error:
-            raise self.error
-        self.file.write(SEAL_LENGTH.to_bytes(2, "little"))
-        self.file.write(f"{FORMAT} sha256 {self.file.sha256.hexdigest()}".encode())
+def sealed(archive):
+    """A zip archive with format and SHA-256 as its comment, whose length stands before it in two bytes.
+    -> (pieces, SHA-256 of them all)"""
+    pieces = [archive[:-2], SEAL_LENGTH.to_bytes(2, "little")]
+    sha256 = hashlib.sha256()
+    for piece in pieces:
+        sha256.update(piece)
+    pieces.append(f"{FORMAT} sha256 {sha256.hexdigest()}".encode())
+    sha256.update(pieces[-1])
+    return pieces, sha256
 
 
 def load(path: Path) -> dict:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,38 +134,26 @@ def writing(path, size=None, way_out="what was saved before is untouched"):
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace the file at `path` by content in one step: see replace_file."""
-    replace_file(path, len(content), lambda file: file.write(content))
+    replace_file(path, [content], hashlib.sha256(content))
 
 
-class HashedFile:
-    """A file open for writing, and the SHA-256 of what was written to it."""
-
-    def __init__(self, file):
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, content):
-        self.file.write(content)
-        self.sha256.update(content)
-
-
-def replace_file(path: Path, size: int, write: Callable[[HashedFile], object], previous: Path | None = None) -> None:
-    """Replace the file at `path` in one step. write: writes the new content, of `size` bytes, to a HashedFile;
-    previous: where the old file is kept.
+def replace_file(path: Path, pieces: list, sha256, previous: Path | None = None) -> None:
+    """Replace the file at `path` in one step. pieces: the new content, bytes or the like; sha256: a hashlib object that
+    has seen them; previous: where the old file is kept.
 
     A reader, also after a power failure, finds the old file or the new one. Raises FileError.
     """
-    path = Path(path)
+    path, size = Path(path), sum(map(len, pieces))
     partial = path.with_name(path.name + ".partial")
     with writing(path, size):
         if shutil.disk_usage(path.parent).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
             with open(partial, "wb") as file:
-                hashed = HashedFile(file)
-                write(hashed)
+                file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
-            if _sha256_on_disk(partial) != hashed.sha256.digest():
+            if _sha256_on_disk(partial) != sha256.digest():
                 raise OSError(errno.EIO, "the disk gives back something else than what was written")
             if previous and path.exists():
                 _keep(path, Path(previous))

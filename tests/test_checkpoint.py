@@ -187,11 +187,7 @@ def save_raw(value, path):
 
 def seal(path):
     """Do to the file what `save` does to an archive."""
-    content = path.read_bytes()
-    with open(path, "wb") as file:
-        sealing = checkpoint.Sealing(files.HashedFile(file))
-        sealing.write(content)
-        sealing.seal()
+    path.write_bytes(b"".join(checkpoint.sealed(path.read_bytes())[0]))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

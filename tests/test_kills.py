@@ -66,10 +66,10 @@ class Reaper:
     def watch(self):
         """Announce a moment before and after each file operation and batch, and in the middle of each write."""
         from data.common import Dataset
-        from run import checkpoint, run_folder
+        from run import run_folder
         from support import files
 
-        reaper, fsync, write = self, os.fsync, files.HashedFile.write
+        reaper, fsync = self, os.fsync
 
         class Torn(io.FileIO):
             def write(self, content):
@@ -92,14 +92,7 @@ class Reaper:
                 if not file.closed and file.fileno() == descriptor:
                     file.durable = os.fstat(descriptor).st_size
 
-        def written(file, content):  # the weights of a checkpoint
-            write(file, content)
-            file.writes = getattr(file, "writes", 0) + 1
-            if file.writes == 100:
-                reaper.moment()
-
-        checkpoint.open = run_folder.open = opened
-        files.HashedFile.write = written
+        files.open = run_folder.open = opened
         os.fsync = self.around(synced)
         for name in ("replace", "link", "unlink"):
             setattr(os, name, self.around(getattr(os, name)))

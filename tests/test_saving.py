@@ -192,20 +192,17 @@ def told(monkeypatch, capsys, dataset, out_dir, **options):
 @pytest.fixture
 def disk(monkeypatch):
     """A function: from now on the disk is full, for `times` files of this name."""
-    original = files.HashedFile.write
 
     def full(name, times):
-        failing = []
+        failed = []
 
-        def write(self, content):
-            if self.file.name.endswith(f"{name}.partial"):
-                if self.file not in failing:
-                    failing.append(self.file)
-                if len(failing) <= times:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-            original(self, content)
+        def opened(path, mode):
+            if mode == "wb" and path.name == f"{name}.partial" and len(failed) < times:
+                failed.append(path)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return open(path, mode)
 
-        monkeypatch.setattr(files.HashedFile, "write", write)
+        monkeypatch.setattr(files, "open", opened, raising=False)
 
     return full
 
