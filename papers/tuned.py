@@ -60,7 +60,7 @@ MODELS = (
     Row("shakespeare_soft4", "4 linear experts, soft"),
     Row("shakespeare_top2", "4 linear experts, top-2"),
     Row("shakespeare_moe4_frozen", "4 experts, frozen router"),
-    dataclasses.replace(ROUTER.row("shakespeare_hash4"), label="4 experts, table of characters"),
+    dataclasses.replace(ROUTER.row("shakespeare_hash4"), label="4 experts, hash routing"),
 )
 
 TUNED = Table(
