@@ -38,8 +38,8 @@ PATHS = Table(
     source=SOURCE,
     text="Hash routing sends each character to a fixed expert of a layer. Own maps: every layer has another map from "
     "characters to experts; one map: all layers have the same. Balanced maps spread the characters by frequency, even "
-    "and random ones by number. A prior adds 1 to the logit of the map's expert, so that a learned router begins near hash "
-    "routing and may leave it.",
+    "and random ones by number. A prior adds 1 to the logit of the map's expert, so that a learned router begins near "
+    "hash routing and may leave it.",
     rows=tuple(
         tuned(
             Row(name, label, options_at=FREEZE_AT if name == "shakespeare_moe4_freeze" else {}),
