@@ -64,7 +64,7 @@ def _crossing(id, text, model, few, many, scale, why=""):
         pairs=((short, dense_short), (dense_long, long)),
         measures=("clean", "cross_fitted") if scale == "cpu" else ("test", "clean", "cross_fitted"),
         holds=ABOVE_0,
-        why="A's “scale below which sparsity harms”, read as unique characters; the crossing is told with its interval"
+        why="A's “scale below which sparsity harms”, read as unique characters; the crossing is given with its interval"
         + why,
         scales=(scale,),
     )
