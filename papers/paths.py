@@ -62,7 +62,7 @@ def _claim(number, sentence, pairs, holds, why):
 CLAIMS = (
     _claim(
         13,
-        "Each at its best rate, every kind of hash routing ends lower than the learned router.",
+        "Each at its best rate, hash routing with each of the four kinds of map ends lower than the learned router.",
         each_against(HASH_ROWS, "shakespeare_moe4"),
         BELOW_0,
         "predicted to hold, by 0.015 to 0.02: the lead that another implementation saw",
@@ -104,7 +104,8 @@ CLAIMS = (
     ),
     _claim(
         18,
-        "Each at its best rate, a learned router that begins near hash routing ends as low as hash routing.",
+        "Each at its best rate, a learned router that begins near hash routing ends as low as hash routing with that "
+        "map.",
         (
             ("shakespeare_moe4_prior", "shakespeare_hash4"),
             ("shakespeare_moe4_prior_shared", "shakespeare_hash4_shared"),
