@@ -163,7 +163,8 @@ CLAIMS = (
         pairs=each_against(("shakespeare_moe4_expert_dropout", "shakespeare_moe4_inner_dropout"), "shakespeare_moe4"),
         measures=CLAIM_LOSSES,
         holds=(-0.005, math.inf),
-        why="an improvement below 0.005 nats, about two standard deviations over seeds of the template, counts as none",
+        why="an improvement below 0.005 nats, about two standard deviations over seeds of the AI Scientist's nanoGPT "
+        "template, counts as none",
     ),
     *(
         Claim(
