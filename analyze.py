@@ -26,11 +26,10 @@ from tqdm import tqdm
 from analysis import ablation, analyses, parts, probe
 from analysis.analysed_run import AnalysedRun
 from analysis.annotation import CONTEXT, TOPIC, name_of
-from data.common import DataError
 from report import figures_of_run, style
 from run import records, run_folder
 from support import configurator, console, files, machines
-from support.files import FileError
+from support.files import UserError
 from support.options import ConfigError, option
 
 DRAWING = ("report/", "papers/")  # code of ours that draws an analysis, and changes nothing in it
@@ -280,7 +279,7 @@ def main(argv):
         try:
             run = AnalysedRun(folder, options, machine)
             analysis = analysis_of(run, options, folder.name)
-        except (ConfigError, DataError, FileError) as error:
+        except UserError as error:
             problems.append(error)
             if len(folders) > 1:
                 print(f"left out: {error}", file=sys.stderr)
@@ -293,4 +292,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    console.run(main, (ConfigError, DataError, FileError))
+    console.run(main)

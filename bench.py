@@ -34,15 +34,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from data.common import DataError, Dataset, find_dataset
+from data.common import Dataset, find_dataset
 from run import accounting
-from run.records import RecordError
 from run.settings import Config
 from speed import bench_records, bench_screen, decoding, flags, profiles, timing
 from speed.timing import Candidate, Decoding, Unit, is_right, percentiles
 from support import configurator, console, files, machines, triton_here
-from support.files import FileError
-from support.options import ConfigError, option
+from support.options import option
 
 SIZES = {"paper": (), "cpu": ("cpu",)}  # size -> config files applied after the model's own
 MODELS = {  # name -> title, config file, changes to it
@@ -353,5 +351,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    mistakes = (ConfigError, DataError, FileError, RecordError)
-    console.run(main, mistakes, "--size=cpu, or fewer --models, takes less")
+    console.run(main, "--size=cpu, or fewer --models, takes less")

@@ -166,4 +166,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    console.run(main, (RecordError,))
+    console.run(main)

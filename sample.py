@@ -23,7 +23,6 @@ from data.common import DataError
 from run.trained import CHECKPOINTS, read_weights
 from speed import decoding
 from support import configurator, console, files, machines
-from support.files import FileError
 from support.options import ConfigError, option
 from support.palette import EXPERT_COLOURS
 
@@ -238,4 +237,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    console.run(main, (ConfigError, DataError, FileError))
+    console.run(main)

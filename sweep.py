@@ -52,10 +52,9 @@ from papers.planned_runs import KINDS, Setup, from_root, record_path
 from papers.priorities import PRIORITIES
 from papers.table import FIRST_SEED, SCALES, SEEDS_FOR_A_VERDICT
 from run import records
-from run.records import RecordError
 from run.settings import Config
 from support import configurator, console, files
-from support.files import ROOT, FileError, shown_path
+from support.files import ROOT, shown_path
 from support.options import MACHINE, ConfigError, option, options_of
 
 PLAN = "plan"  # beside the names of tables
@@ -381,4 +380,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    console.run(main, (ConfigError, FileError, RecordError))
+    console.run(main)

@@ -24,14 +24,12 @@ import uuid
 
 import torch
 
-from data.common import DataError
 from model import GPT
 from routing import mix_seeds
 from run import accounting, evaluate, progress, records, screen_report, straight
 from run.dataset import open_dataset, prepare
 from run.identity import Identity
 from run.processes import Processes, is_lost_connection
-from run.records import RecordError
 from run.run_folder import RunFolder, check_resumable, difference
 from run.saving import Saver, saves_in_background
 from run.settings import Config
@@ -40,7 +38,6 @@ from run.state import TrainingState, checkpoint_of, identity_of, own_part, resto
 from run.totals import RunningTotals
 from run.update import NotFinite, Updater, set_random_state, without_side_effects
 from support import compile_cache, configurator, console, machines, triton_here
-from support.files import FileError
 from support.options import ConfigError
 
 SAVE = 1  # see Run.pending_action
@@ -407,8 +404,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    console.run(
-        main,
-        (ConfigError, DataError, FileError, RecordError),
-        "a smaller batch_size with gradient_accumulation_steps gives nearly the same updates",
-    )
+    console.run(main, "a smaller batch_size with gradient_accumulation_steps gives nearly the same updates")

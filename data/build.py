@@ -35,7 +35,7 @@ from data.common import BYTE, CHARACTER, SPLITS, DataError, meta_of, own_text_ar
 from data.download import Say, download, looks_like_html, remove, rename, silent, writing
 from data.encode import write_dataset
 from data.names import is_kept
-from support.files import FileError, read_whole, write_atomically
+from support.files import UserError, read_whole, write_atomically
 
 try:
     import fcntl
@@ -102,7 +102,7 @@ def run_script(parser: argparse.ArgumentParser, prepare: Callable[[], tuple[dict
     started = time.perf_counter()
     try:
         meta, folder = prepare()
-    except (DataError, FileError) as error:
+    except UserError as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped; run the same command again to go on\n")

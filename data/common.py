@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.files import ROOT, is_utf8, one_line, read_json, shown
+from support.files import ROOT, UserError, is_utf8, read_json, shown
 from support.options import nearest
 from support.schema import FITS, FLAG, LINE, LIST, POSITIVE, SHA256, mismatches
 
@@ -39,11 +39,8 @@ META = {"format_version": POSITIVE, "name": LINE, "canonical": FLAG, "source": {
         "splits": {"train": SPLIT, "val": SPLIT, "test?": SPLIT}}  # fmt: skip
 
 
-class DataError(ValueError):
-    """A data set that cannot be used: which, why, and the way out, in a line or several."""
-
-    def __init__(self, *lines: str):
-        super().__init__("\n".join(map(one_line, lines)))
+class DataError(UserError):
+    """A data set that cannot be used."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from data.characters import CLASSES
 from data.names import is_kept
 from run import cross_fit
 from run.settings import Config
-from support.files import one_line, read_json, shown
+from support.files import UserError, read_json, shown
 from support.options import ConfigError
 from support.schema import (
     COMMIT,
@@ -51,11 +51,8 @@ COLLAPSED_BELOW = 0.25
 WAY_OUT = "copy the run's summary.json again, or make the run again"
 
 
-class RecordError(ValueError):
-    """Invalid record: the reason and the remedy, in one line."""
-
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
+class RecordError(UserError):
+    """An invalid record."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

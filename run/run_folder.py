@@ -292,9 +292,9 @@ def check_resumable(saved, config, dataset, has_diverged=False):
     differing = [row for row in config.differences(theirs, (EXPERIMENT,)) if row[0] not in ("dataset", *remedies)]
     if differing:
         raise CheckpointError(
-            f"{config.out_dir} holds another experiment:\n"
-            + "\n".join(f"  {key}={theirs!r} there, {ours!r} here" for key, ours, theirs in differing)
-            + "\nResume with the same settings, or choose another --out_dir."
+            f"{config.out_dir} holds another experiment:",
+            *(f"{key}={theirs!r} there, {ours!r} here" for key, ours, theirs in differing),
+            "Resume with the same settings, or choose another --out_dir.",
         )
     if saved["dataset"] != dataset.describe():
         differing = texts(saved["dataset"], dataset.describe())

@@ -1,6 +1,6 @@
 """Error messages, exit codes and signals of a script.
 
-console.run(main, (ConfigError, FileError))     # calls main(argv), prints one message for an error, exits
+console.run(main)                # calls main(argv), prints one message for an error, exits
 
 with StopSignals() as signals:                  # Ctrl-C and kill wait until the loop looks
     while not signals.caught:
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from support.configurator import Message
-from support.files import first_line, one_line
+from support.files import UserError, first_line, one_line
 
 MISTAKE = 2  # exit codes; stopped by signal number n: 128 + n
 NOT_FINITE = 3
@@ -31,12 +31,9 @@ class Failure(Exception):
         self.code = code
 
 
-def run(main, mistakes=(), out_of_memory="take something smaller"):
-    """Call main(argv) -> exit code, and end the program with that code.
-
-    mistakes: the exceptions that mean a user's mistake, shown as one message without a traceback; out_of_memory: advice
-    for a run that does not fit into memory.
-    """
+def run(main, out_of_memory="take something smaller"):
+    """Call main(argv) -> exit code, and end the program with that code. out_of_memory: advice for a run that does not
+    fit into memory."""
     name = Path(sys.argv[0]).name
     sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # where closed
     for stream in (sys.stdout, sys.stderr):
@@ -48,9 +45,8 @@ def run(main, mistakes=(), out_of_memory="take something smaller"):
         code = tell(message, sys.stdout, 0)
     except Failure as failure:
         code = tell(f"{name}: {failure}", sys.stderr, failure.code)
-    except tuple(mistakes) as error:
-        lines = map(one_line, str(error).splitlines())  # names of files may have anything in them
-        code = tell(f"{name}: " + "\n".join(lines), sys.stderr, MISTAKE)
+    except UserError as error:
+        code = tell(f"{name}: {error}", sys.stderr, MISTAKE)
     except BrokenPipeError:  # the reader, as head, has seen enough
         code = 0
     except OSError as error:

@@ -21,8 +21,15 @@ LARGEST_TEXT, LARGEST_JSON = 1 << 20, 1 << 26
 DISK_FAULTS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 
 
-class FileError(ValueError):
-    """A file that cannot be written or used: which, why, and the way out, in one line."""
+class UserError(ValueError):
+    """Something that the user can set right: what, where, and the way out, a line each. Scripts show no traceback."""
+
+    def __init__(self, *lines: str):
+        super().__init__("\n".join(map(one_line, lines)))
+
+
+class FileError(UserError):
+    """A file that cannot be written or used."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,7 +136,7 @@ def writing(path, size=None, way_out="what was saved before is untouched"):
         reason = DISK_FAULTS.get(error.errno, error.strerror)
         if size and error.errno in DISK_FAULTS:
             reason += f" ({size:,} bytes were needed)"
-        raise FileError(one_line(f"{path} could not be written: {reason}; {way_out}")) from error
+        raise FileError(f"{path} could not be written: {reason}; {way_out}") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from support.files import one_line
+from support.files import UserError
 
 # The limits of int64 and float32 tensors (below the smallest float, a value becomes 0).
 LARGEST_INT, LARGEST_FLOAT, SMALLEST_FLOAT = 2**63 - 1, (2 - 2**-23) * 2.0**127, 2.0**-126
@@ -30,12 +30,12 @@ MACHINE = "machine"  # where and how the run is made: not in the hash
 SCOPES = (EXPERIMENT, SCHEDULE, MACHINE)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """An invalid configuration; `problems` has one line for each problem."""
 
     def __init__(self, problems: Iterable[str]):
-        self.problems = [one_line(problem) for problem in problems]
-        super().__init__("\n".join(self.problems))
+        super().__init__(*problems)
+        self.problems = str(self).splitlines()
 
 
 @dataclass(frozen=True)

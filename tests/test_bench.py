@@ -315,7 +315,7 @@ def test_running_out_of_memory_is_one_clear_message(monkeypatch, capsys, words):
     monkeypatch.setattr(bench.timing.Candidate, "train", too_large)
     monkeypatch.setattr(sys, "argv", ["bench.py", "--device=cpu", "--models=dense", "--tasks=train"])
     with pytest.raises(SystemExit) as caught:
-        console.run(bench.main, (), "--size=cpu, or fewer --models, takes less")
+        console.run(bench.main, "--size=cpu, or fewer --models, takes less")
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1
     assert error.startswith("bench.py: out of memory (CUDA out of memory. Tried") and "--size=cpu" in error

@@ -27,7 +27,7 @@ def ending(monkeypatch, capsys, error, **options):
 
     monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
     with pytest.raises(SystemExit) as caught:
-        console.run(main, (ConfigError,), **options)
+        console.run(main, **options)
     return caught.value.code, *capsys.readouterr()
 
 
@@ -64,14 +64,14 @@ def test_a_bug_keeps_its_traceback(monkeypatch, error):
         raise error
 
     with pytest.raises(type(error)):
-        console.run(main, (ConfigError,))
+        console.run(main)
 
 
-@pytest.mark.parametrize("way", ["print({})", "raise ValueError({})"])
+@pytest.mark.parametrize("way", ["print({})", "raise console.UserError({})"])
 def test_a_terminal_without_the_letters_is_no_error(way):
     """As over a serial line, or with LANG=C."""
     statement = way.format("'é ⏎ \\udcff 🧪'")
-    code = f"from support import console\n\ndef main(argv):\n    {statement}\n\nconsole.run(main, (ValueError,))\n"
+    code = f"from support import console\n\ndef main(argv):\n    {statement}\n\nconsole.run(main)\n"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=environment)
     assert done.returncode == (2 if "raise" in way else 0) and b"Traceback" not in done.stderr

@@ -316,7 +316,7 @@ def child(options, log):
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "w")
     sys.argv = ["train.py", *(f"--{key}={value}" for key, value in options.items())]
-    train.console.run(train.main, (ConfigError, train.DataError, CheckpointError))
+    train.console.run(train.main)
 
 
 @pytest.mark.parametrize("init_from", ["auto", soaked("scratch")])
