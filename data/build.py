@@ -35,12 +35,7 @@ from data.common import BYTE, CHARACTER, SPLITS, DataError, meta_of, own_text_ar
 from data.download import Say, download, looks_like_html, remove, rename, silent, writing
 from data.encode import write_dataset
 from data.names import is_kept
-from support.files import UserError, read_whole, write_atomically
-
-try:
-    import fcntl
-except ImportError:  # on Windows nothing keeps two prepares apart
-    fcntl = None
+from support.files import UserError, lock, read_whole, write_atomically
 
 TRAIN_VAL = {"train": 90, "val": 10}  # percent; nanoGPT's split of Shakespeare
 TRAIN_VAL_TEST = {"train": 90, "val": 5, "test": 5}  # percent; of 100 MB: the published 90M/5M/5M
@@ -196,15 +191,12 @@ def _check_replaced(folder: Path, canonical: bool, sha256: str, option: str, say
 def _lock(folder: Path, say: Say) -> Iterator[None]:
     """Inside, no other prepare works in the folder. The lock ends with the process, even a killed one."""
     with ExitStack() as stack:
-        with suppress(OSError):  # a folder that cannot be opened, a file system without locks: checksums still protect
-            if fcntl:
-                descriptor = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, descriptor)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    say(f"another prepare.py is at work in {folder}; waiting until it has ended")
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(OSError):  # a folder that cannot be opened, as on Windows: checksums still protect
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            if lock(descriptor) is False:
+                say(f"another prepare.py is at work in {folder}; waiting until it has ended")
+                lock(descriptor, wait=True)
         yield
 
 

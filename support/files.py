@@ -206,10 +206,11 @@ def write_json(path: Path, value) -> None:
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def lock(file, is_shared=False) -> bool | None:
-    """Lock an open file until it is closed. -> False where another process holds it, None without locks"""
+def lock(file, is_shared=False, wait=False) -> bool | None:
+    """Lock an open file, or a descriptor, until it is closed. wait: until another process has let it go.
+    -> False where another process holds it, None without locks"""
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except (AttributeError, OSError):  # a system, or a file system, without locks

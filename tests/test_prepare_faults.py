@@ -37,6 +37,7 @@ from toy import (
     told,
 )
 
+import support.files
 from data import build, download
 from data.build import TextSpec, prepare_dataset
 from data.common import DataError, Dataset, find_dataset, prepare_command
@@ -272,9 +273,9 @@ def test_prepare_works_without_file_locks(toy, monkeypatch):
     def unknown(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(build.fcntl, "flock", unknown)
+    monkeypatch.setattr(support.files.fcntl, "flock", unknown)
     assert prepare_dataset(TOY, toy, toy)["canonical"]
-    monkeypatch.setattr(build, "fcntl", None)
+    monkeypatch.setattr(support.files, "fcntl", None)
     assert prepare_dataset(TOY, toy, toy)["canonical"]
 
 
