@@ -553,6 +553,22 @@ def test_a_passed_on_backend_is_part_of_the_machine(place, words, monkeypatch):
     assert moe_run.config.hash() == moe.config_at("cpu").hash() and "--moe_backend=masked" in moe_run.arguments
 
 
+@pytest.mark.parametrize(
+    "device, dense, with_experts", [("cpu", "", ""), ("cuda", ", fused update", ", fused update, routing kernels")]
+)
+def test_kernels_asked_for_are_expected_of_the_machine(place, words, monkeypatch, device, dense, with_experts):
+    """Only on CUDA, and routing in kernels only of models with experts."""
+    moe = row("moe", words, n_expert=2)
+    monkeypatch.setattr(sweep, "TABLES", {"T": table("T", a_row("one"), moe)})
+    machine = record_of(place, moe, 1337)["machine"] | {"device_type": device}
+    changes = sweep.changes_of(["--fused_update=True", "--routing_kernels=True"])
+    for asked, expected in (({}, ["", ""]), (changes, [dense, with_experts])):
+        setup = planned_runs.Setup(place.out, place.results, [], asked, machine)
+        runs = planned_runs.plan(sweep.TABLES, ["T"], "cpu", 1, setup, NO_RECORDS)
+        plain = records.machine_of({"machine": machine})
+        assert [run.machine for run in runs] == [plain + names for names in expected]
+
+
 def test_the_machine_is_the_one_that_train_would_choose():
     asked = MACHINE_HERE({"device": "cpu", "compile": True})
     assert asked["device_type"] == "cpu" and asked["compile"] is True and asked["cores"] == machines.core_count()
