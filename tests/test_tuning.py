@@ -5,7 +5,8 @@ from test_papers import record
 
 import papers
 from papers import TABLES, tuning
-from papers.table import gather
+from papers.measures import MEASURES
+from papers.table import SCALES, gather
 from papers.tuned import TUNED, at_best_rate
 from report.cells import grid_of, markdown
 from report.sections import compares_candidates, tells_less, verdicts_of_machines
@@ -78,6 +79,13 @@ def test_a_tuned_row_has_the_records_of_its_best_rate_on_fresh_seeds_only():
     assert {*comparison.values("shakespeare_moe4", "chosen_rate").values()} == {2e-3}
     assert comparison.values("shakespeare_dense", "rate8") == dict.fromkeys(tuning.CHOOSING, 1.79)
     assert not comparison.cells["shakespeare_moe8"]
+
+
+def test_every_rate_that_may_be_tried_has_a_column():
+    for table in (table for table in TABLES.values() if any(row.candidates for row in table.rows)):
+        columns = {MEASURES[measure].heading for measure in table.views[0].measures}
+        tried = [(of, scale) for scale in SCALES for of in table.experiments_at(scale)]
+        assert {f"{of.config_at(scale).learning_rate:g}" for of, scale in tried} <= columns, table.name
 
 
 def test_a_choice_may_come_from_another_machine_and_means_may_not():
