@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from typing import NamedTuple
 
-from papers.table import SCALES, Comparison, Row
+from papers.table import SCALES, Comparison, Row, is_captured
 from report.style import Style, row_style
 from run import records
 from speed.bench_records import from_to
@@ -24,11 +24,12 @@ class Cell(NamedTuple):
     label: str  # with its dagger
     style: Style
     runs: list[dict]  # records or analyses, one a seed
+    timed: list[dict]  # those whose times count; all analyses, which have none
 
     @property
     def label_with_n(self) -> str:
-        """The label with the number of seeds, and of those whose times count (an analysis has none)."""
-        n, timed = len(self.runs), sum(run.get("exclusive", True) for run in self.runs)
+        """The label with the number of seeds, and of those whose times count."""
+        n, timed = len(self.runs), len(self.timed)
         note = f"(n = {n}{'' if timed == n else f', {timed} timed'})"
         return f"{self.label} {note.replace(' ', NO_BREAK)}"
 
@@ -38,8 +39,10 @@ def cells_of(comparison: Comparison) -> list[Cell]:
     cells = []
     for index, row in enumerate(comparison.table.rows_at(comparison.scale)):
         runs = list({run["config"]["seed"]: run for run in comparison.cells[row.name]}.values())
+        timed = comparison.timed(row.name) if comparison.table.of == "records" else runs
         if runs:
-            cells.append(Cell(row, row.label + (" †" if dagger_reasons(runs) else ""), row_style(index), runs))
+            label = row.label + (" †" if dagger_reasons(runs) else "")
+            cells.append(Cell(row, label, row_style(index), runs, [run for run in runs if run in timed]))
     return cells
 
 
@@ -54,16 +57,14 @@ def dagger_reasons(runs) -> list[str]:
     return sorted(reasons)
 
 
-def exclusive(runs) -> list[dict]:
-    """The runs that had their hardware to themselves: only their times count."""
-    return [run for run in runs if run["exclusive"]]
-
-
 def note_of_times(cells) -> str:
-    alone, runs = (sum(len(of(cell.runs)) for cell in cells) for of in (exclusive, list))
-    if not alone:
-        return "No times are shown: no run is known to have had its hardware to itself."
-    return f"Training times come from the {alone} of {runs} runs that had their hardware to themselves."
+    runs, timed = [run for cell in cells for run in cell.runs], sum(len(cell.timed) for cell in cells)
+    is_mixed = len({is_captured(run) for run in runs}) > 1
+    if not timed:
+        kind = "captured run" if is_mixed else "run"
+        return f"No times are shown: no {kind} is known to have had its hardware to itself."
+    which = "had their hardware to themselves" + (" and whose steps were captured" if is_mixed else "")
+    return f"Training times come from the {timed} of {len(runs)} runs that {which}."
 
 
 def unit_of(cells, plural="") -> str:

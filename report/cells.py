@@ -10,13 +10,14 @@ of machine; times count only from runs that had their hardware to themselves.
 
 import csv
 import io
+import re
 import statistics
 
 from papers import tuning
 from papers.measures import MEASURES
 from papers.table import Comparison, View
 from report.blocks import Grid
-from report.verdicts import NOT_ALONE, NOT_MEASURED, NOT_RUN, effect_of, problem_of
+from report.verdicts import NOT_MEASURED, NOT_RUN, ONE_LENGTH, effect_of, problem_of, why_no_number
 from run import records
 
 DAGGER = "†"
@@ -64,7 +65,7 @@ def marked_label(comparison, row):
 def value_cell(comparison, row, measure):
     values, entry = list(comparison.values(row.name, measure).values()), MEASURES[measure]
     if not values:
-        return empty_cell(comparison, row, entry)
+        return empty_cell(comparison, row, measure)
     mean = f"{statistics.fmean(values):,.{entry.digits}f}"
     if len(values) == 1:
         return f"{mean} (n = 1)"
@@ -74,12 +75,12 @@ def value_cell(comparison, row, measure):
     return f"{mean} ± {spread:,.{entry.digits}f} ({len(values)})"
 
 
-def empty_cell(comparison, row, entry):
+def empty_cell(comparison, row, measure):
     """Why a row has no number of a measure."""
     if not comparison.cells[row.name]:
         return NOT_RUN
-    has_any = any(entry.read(record) is not None for record in comparison.cells[row.name])
-    return NOT_ALONE if has_any else NOTHING
+    problem = why_no_number(comparison, measure, row.name)
+    return NOTHING if problem in (NOT_MEASURED, ONE_LENGTH) else problem
 
 
 def relative_cell(comparison, row, measure):
@@ -115,7 +116,7 @@ def notes_of(comparison, view):
         notes.append(f"{DAGGER} a text that is not the published data set, or routing that sees later characters")
     if view.relative:
         notes.append("ratio of geometric means over the seeds that both rows have, with its 95% interval")
-    notes += filter(None, (note_on_times(comparison, MEASURES[measure]) for measure in view.measures))
+    notes += filter(None, (note_on_times(comparison, measure) for measure in view.measures))
     for row in rows:
         for record, why in comparison.apart[row.name]:
             seed = record["config"]["seed"]
@@ -147,14 +148,22 @@ def notes_on_choices(comparison):
     return notes
 
 
-def note_on_times(comparison, entry):
-    """How many runs a column of times leaves out, if any."""
+def note_on_times(comparison, measure):
+    """How many runs a column of times leaves out, and why; empty where none."""
+    entry = MEASURES[measure]
     if not entry.timed:
         return ""
-    runs = [record for of_row in comparison.cells.values() for record in of_row if entry.read(record) is not None]
-    left = sum(not entry.is_exclusive(record) for record in runs)
-    left_out = f"{left} of {len(runs)} runs not known to be alone on their hardware are left out"
-    return f"{entry.heading}: {left_out}" if left else ""
+    runs, alike = (
+        [record for row in comparison.cells for record in of(row) if entry.read(record) is not None]
+        for of in (comparison.cells.get, comparison.timed_alike)
+    )
+    shared = sum(not entry.is_exclusive(record) for record in alike)
+    counts = {
+        "not known to be alone on their hardware": shared,
+        "whose steps were not captured": len(runs) - len(alike),
+    }
+    left = " and ".join(f"{count} of {len(runs)} runs {why}" for why, count in counts.items() if count)
+    return f"{entry.heading}: {left} are left out" if left else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,6 +193,7 @@ def latex(grid: Grid) -> str:
     """A table for \\usepackage{booktabs}; the notes as comments."""
 
     def line(cells):
+        cells = (re.sub(r"(?<!\w)-(?=\d)", "−", cell) for cell in cells)  # of a number
         return " & ".join("".join(LATEX.get(letter, letter) for letter in cell) for cell in cells) + r" \\"
 
     comments = [f"% {text}" for text in (grid.title, *grid.notes)]

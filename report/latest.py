@@ -10,14 +10,14 @@ from pathlib import Path
 
 from run import identity, records
 from run.records import RecordError
-from support.files import LARGEST_JSON, read_whole
+from support.files import LARGEST_JSON, ROOT, read_json, read_whole
 from support.options import EXPERIMENT, SCHEDULE
 from support.schema import COUNT, FITS, NUMBER
 
 
 def read_runs(folders: Iterable[str]) -> tuple[list[dict], list[str]]:
-    """(the runs with an evaluation, a line for everything else). A run has a title, its folder, an Identity and
-    evaluations. A folder that is given twice counts once, and so does a run with copies."""
+    """(the runs with an evaluation, a line for everything else). A run has a title, its folder, an Identity, the
+    unit of its text and evaluations. A folder that is given twice counts once, and so does a run with copies."""
     runs, left_out, seen = [], [], {}
     for folder in map(Path, folders):
         place = folder.resolve()
@@ -68,8 +68,16 @@ def read_run(folder, left_out):
         raise RecordError(f"{config}: not the config of a run ({error})") from None
     if not evaluations:
         raise RecordError(f"{folder}: has no evaluation yet")
-    title = found.config.title or folder.resolve().name
-    return {"title": title, "folder": str(folder), "identity": found, "evaluations": evaluations}
+    title, unit = found.config.title or folder.resolve().name, unit_of(found.config)
+    return {"title": title, "folder": str(folder), "identity": found, "unit": unit, "evaluations": evaluations}
+
+
+def unit_of(config):
+    """What a loss is per: character or byte as the data set's folder says, symbol where there is none."""
+    try:
+        return read_json(ROOT / "data" / config.dataset / "meta.json")["unit"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "symbol"
 
 
 def in_record(path, found):

@@ -18,7 +18,6 @@ from report.verdicts import (
     Verdict,
     crossing_of,
     differences_by_size,
-    problem_of,
 )
 from support.intervals import CONFIDENCE, MOST_SEEDS, Effect
 
@@ -103,8 +102,7 @@ def finding_text(verdict: Verdict, finding: Finding, measure: str) -> str:
     claim, text = verdict.claim, deciding_effect_text(finding, verdict.claim, measure)
     if not claim.cost or not finding.effect:
         return text
-    problem = problem_of(verdict.comparison, claim.cost, finding.row, finding.against, "ratio")
-    cost = effect_text(finding.cost, claim.cost, "ratio", problem)
+    cost = effect_text(finding.cost, claim.cost, "ratio", finding.cost_problem)
     return f"steps × {text}; {MEASURES[claim.cost].heading} × {cost}"
 
 

@@ -6,12 +6,14 @@ import math
 
 import pytest
 from benches import GPU, bench
+from test_papers import captured
 from test_papers import record as skeleton
 
 from papers import TABLES
 from papers.table import View, gather
 from report import cells, figures_of_speed, speed_cells
 from report.blocks import Grid
+from report.verdicts import problem_of
 
 TABLE = TABLES["C"]
 LOSS = View("Loss", ("clean",))
@@ -61,6 +63,25 @@ def test_times_of_busy_machines_are_left_out_with_a_note():
     note = "training: 2 of 3 runs not known to be alone on their hardware are left out"
     assert note in cells.grid_of(comparison, view).notes
     assert not any("left out" in note for note in cells.grid_of(comparison, LOSS).notes)
+
+
+def test_times_of_runs_that_were_not_captured_are_left_out_with_a_note():
+    frozen = "shakespeare_moe4_frozen"
+    comparison = gathered(
+        captured(record(seed=1)),
+        record(seed=2),
+        record(frozen),
+        captured(record("shakespeare_moe4_random", exclusive=False)),
+    )
+    view = View("Cost", ("train_seconds",))
+    rows = cells_by_row(comparison, view)
+    assert rows == {
+        "learned": ["100.0 (n = 1)"], "frozen": ["not timed in captured steps"], "random": ["not timed alone"],
+    }  # fmt: skip
+    note = "1 of 4 runs not known to be alone on their hardware and 2 of 4 runs whose steps were not captured"
+    assert f"training: {note} are left out" in cells.grid_of(comparison, view).notes
+    problem = problem_of(comparison, "train_seconds", frozen, "shakespeare_moe4", "ratio")
+    assert problem == "not timed in captured steps"
 
 
 def test_a_dagger_marks_rows_that_cannot_be_compared():
@@ -127,6 +148,11 @@ def test_markdown_and_latex_keep_every_cell_in_its_column(write):
 def test_latex_escapes_special_characters():
     text = cells.latex(Grid("T", ["row"], [["50% of $x_1 ± {2}"]], []))
     assert r"50\% of \$x\_1 $\pm$ \{2\} \\" in text
+
+
+def test_latex_sets_the_minus_of_a_number_and_keeps_hyphens():
+    text = cells.latex(Grid("T", ["row"], [["top-2, 1e-3: -0.03 [-0.1, 0.2]"]], []))
+    assert r"top-2, 1e-3: $-$0.03 [$-$0.1, 0.2] \\" in text
 
 
 def test_csv_has_a_line_per_row_and_measure_with_unknown_values_empty():

@@ -584,6 +584,18 @@ def test_the_same_folder_twice_counts_once(made, tmp_path):
     assert len(runs) == 1 and len(left_out) == 2 and "the same folder as" in left_out[0]
 
 
+def test_a_local_run_has_the_unit_of_its_text(made, tmp_path):
+    run = local_run(tmp_path / "run", made)
+    config, data = json.loads((run / "config.json").read_text()), tmp_path / "data"
+    for meta, unit in ((None, "symbol"), ({"unit": "byte"}, "byte")):
+        if meta:
+            data.mkdir()
+            (data / "meta.json").write_text(json.dumps(meta))
+        (run / "config.json").write_text(json.dumps(config | {"dataset": str(data)}))
+        ((found,), _) = latest.read_runs([str(run)])
+        assert found["unit"] == unit
+
+
 def test_a_copy_of_a_run_counts_once_and_the_one_that_has_come_farther_counts(made, tmp_path):
     run = local_run(tmp_path / "run", made)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
