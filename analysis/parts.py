@@ -9,7 +9,6 @@ experts; B batches.
 
 import contextlib
 import itertools
-import json
 
 import numpy as np
 import torch
@@ -264,12 +263,11 @@ def read_load_history(folder, config):
     """Each evaluation's load, {"steps", "loads"}, from metrics.jsonl; None where there is none."""
     found = {}
     try:
-        text = files.read_whole(folder / "metrics.jsonl", files.LARGEST_JSON).decode()
-    except (OSError, ValueError):
+        lines, _ = files.read_json_lines(folder / "metrics.jsonl")
+    except OSError:
         return None
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            values = json.loads(line)
+    for values in lines:
+        with contextlib.suppress(KeyError, TypeError):
             if values["kind"] == "eval" and len(values["load"]) == len(config.moe_layers):
                 found[values["step"]] = values["load"]
     return {"steps": list(found), "loads": list(found.values())} if found and config.n_expert else None

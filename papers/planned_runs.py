@@ -13,7 +13,6 @@ torch: this module imports data.common, which needs it.
 import contextlib
 import dataclasses
 import itertools
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,12 +307,11 @@ def running_elsewhere(run) -> State:
 def last_logged(metrics):
     """(step, loss in nats) of the last complete line of a metrics.jsonl that may be growing; (0, None) without one."""
     try:
-        lines = metrics.read_bytes().splitlines()
+        lines, _ = files.read_json_lines(metrics)
     except OSError:  # also where it goes between two looks
         lines = []
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            values = json.loads(line)
+    for values in reversed(lines):
+        with contextlib.suppress(KeyError, TypeError):
             return values["step"], values["loss"] if values["kind"] == "train" else values["clean"]["nats"]
     return 0, None
 
