@@ -151,8 +151,8 @@ def number(value, digits=3, sign="") -> str:
     return (text if float(text) else f"{0:.{digits}f}").replace("-", "−")
 
 
-def percent(share, digits=0) -> str:
-    return f"{number(100 * share, digits)}%"
+def percent(share) -> str:
+    return f"{number(100 * share, 0)}%"
 
 
 def interval_text(low, high, digits=3, sign="") -> str:

@@ -262,7 +262,7 @@ def draw_run(axes, comparison, cell, measure) -> tuple[float, float] | None:
     return cost, loss
 
 
-def side_by_side(places, near, gap=8.0, widest=70.0) -> list[float]:
+def side_by_side(places, near) -> list[float]:
     """An offset in points for each place, so that places nearer than `near` do not hide each other."""
     groups = []
     for i in sorted(range(len(places)), key=lambda i: places[i]):
@@ -273,7 +273,7 @@ def side_by_side(places, near, gap=8.0, widest=70.0) -> list[float]:
     offsets = [0.0] * len(places)
     for group in groups:
         for place, i in enumerate(sorted(group)):  # in the table's order
-            offsets[i] = (place - (len(group) - 1) / 2) * min(gap, widest / len(group))
+            offsets[i] = (place - (len(group) - 1) / 2) * min(8, 70 / len(group))
     return offsets
 
 

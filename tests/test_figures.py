@@ -243,7 +243,7 @@ def test_cost_shows_every_seed_and_their_mean():
 
 
 def test_equal_parameters_stand_side_by_side_in_the_tables_order():
-    assert figures_of_table.side_by_side([5.0, 1.0, 5.1, 5.05], near=0.2, gap=8) == [-8.0, 0.0, 0.0, 8.0]
+    assert figures_of_table.side_by_side([5.0, 1.0, 5.1, 5.05], near=0.2) == [-8.0, 0.0, 0.0, 8.0]
 
 
 def test_relative_cost_is_a_ratio_with_its_spread_beside_the_published_one():
