@@ -13,6 +13,7 @@ torch: this module imports data.common, which needs it.
 import contextlib
 import dataclasses
 import itertools
+import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,11 +308,12 @@ def running_elsewhere(run) -> State:
 def last_logged(metrics):
     """(step, loss in nats) of the last complete line of a metrics.jsonl that may be growing; (0, None) without one."""
     try:
-        lines, _ = files.read_json_lines(metrics)
+        lines = metrics.read_bytes().splitlines()
     except OSError:  # also where it goes between two looks
         lines = []
-    for values in reversed(lines):
-        with contextlib.suppress(KeyError, TypeError):
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            values = json.loads(line)
             return values["step"], values["loss"] if values["kind"] == "train" else values["clean"]["nats"]
     return 0, None
 
