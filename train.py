@@ -27,7 +27,6 @@ import torch
 
 from data.common import DataError
 from model import GPT
-from routing import mix_seeds
 from run import accounting, evaluate, progress, records, screen_report, straight
 from run.dataset import open_dataset, prepare
 from run.identity import Identity
@@ -42,6 +41,7 @@ from run.update import NotFinite, Updater, set_random_state, without_side_effect
 from support import compile_cache, configurator, console, machines
 from support.files import FileError
 from support.options import ConfigError
+from support.seeds import mix_seeds
 
 SAVE = 1  # see Run.pending_action
 

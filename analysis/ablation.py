@@ -23,8 +23,9 @@ from analysis.annotation import name_of
 from analysis.probe import Wrapper, altered, choices_by_symbol, first_choice, rerouted, see
 from hashing import hash_table
 from model import GPT, IGNORED
-from routing import ROUTERS, mix_seeds
+from routing import ROUTERS
 from selection import Routing
+from support.seeds import mix_seeds
 
 SHUFFLE_STREAM, TABLE_STREAM = 2, 3  # random streams of one seed
 MOST_SUFFERING, OFTEN_ENOUGH = 5, 100  # symbols that are listed; occurrences of each

@@ -18,13 +18,13 @@ from analysis import analyses, gradients, information, probe
 from analysis.annotation import CONTEXT, SYNTAX, TOPIC, class_of
 from data.characters import CLASSES
 from hashing import hash_table
-from routing import mix_seeds
 from run import records
 from run.checkpoint import CheckpointError
 from run.evaluate import drop_rate_by_class
 from run.trained import load_trained
 from speed import decoding
 from support import files
+from support.seeds import mix_seeds
 
 LOAD_BATCHES = 64  # in which each expert's tokens are counted
 DRAWS = 5  # of every control

@@ -1,7 +1,7 @@
 """Reads local runs, also while they train, as far as their loss curves need it.
 
 runs, left_out = read_runs(["out/a", "out/b"])
-figures.curves_of_runs(grouped(runs))
+figures_of_table.curves_of_runs(grouped(runs))
 """
 
 from collections.abc import Iterable
