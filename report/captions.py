@@ -39,8 +39,8 @@ def cells_of(comparison: Comparison) -> list[Cell]:
     cells = []
     for index, row in enumerate(comparison.table.rows_at(comparison.scale)):
         runs = list({run["config"]["seed"]: run for run in comparison.cells[row.name]}.values())
-        timed = comparison.timed(row.name) if comparison.table.of == "records" else runs
         if runs:
+            timed = comparison.timed(row.name) if "exclusive" in runs[0] else runs
             label = row.label + (" †" if dagger_reasons(runs) else "")
             cells.append(Cell(row, label, row_style(index), runs, [run for run in runs if run in timed]))
     return cells
