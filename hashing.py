@@ -1,4 +1,4 @@
-"""Fixed tables from symbols to experts, for hash routers and priors.
+"""Fixed maps from symbols to experts, for hash routing and priors.
 
 HASH_TABLES is named by the key `router_table`. V symbols.
 """
@@ -14,7 +14,7 @@ def hash_table(counts_V, n_expert, seed):
     """(V,) int64: each symbol's expert, with loads as even as whole symbols allow.
 
     The most frequent symbols come first, each to the expert with the least load so far. Counts are blurred by up to a
-    fifth, so that each seed gives another table.
+    fifth, so that each seed gives another map.
     """
     counts_V, load = counts_V.cpu(), [0.0] * n_expert
     generator = torch.Generator().manual_seed(seed)
@@ -41,6 +41,6 @@ def fixed_table(config, layer, counts_V):
 
 
 def table_problem(router):
-    """What is wrong with a router's table, as loaded; None where nothing is."""
+    """What is wrong with a router's fixed map, as loaded; None where nothing is."""
     is_expert_V = (router.table >= 0) & (router.table < router.config.n_expert)
-    return None if is_expert_V.all() else "its table has experts that are not there"
+    return None if is_expert_V.all() else "its fixed map has experts that are not there"

@@ -51,7 +51,7 @@ MODELS = (
     Row("shakespeare_soft4", "4 linear experts, soft"),
     Row("shakespeare_top2", "4 linear experts, top-2"),
     Row("shakespeare_moe4_frozen", "4 experts, frozen router"),
-    dataclasses.replace(ROUTER.row("shakespeare_hash4"), label="4 experts, table of characters"),
+    dataclasses.replace(ROUTER.row("shakespeare_hash4"), label="4 experts, hash routing"),
 )
 
 TUNED = Table(
@@ -59,7 +59,7 @@ TUNED = Table(
     title="Tuned against tuned: every model at its best learning rate",
     source=SOURCE,
     text="The papers train every model at 1e-3. Here each is tried at multiples of that rate; the cosine always ends "
-    "at a tenth of the first rate. The rate is chosen on three seeds and the model told on others.",
+    "at a tenth of the run's own peak rate. The rate is chosen on three seeds and the loss reported on others.",
     rows=tuple(tuned(row, "" if row.name == "shakespeare_dense" else "shakespeare_dense") for row in MODELS),
     views=(
         CHOICE,
@@ -109,7 +109,7 @@ REGULARISED = Table(
 TABLES = (TUNED, REGULARISED)
 CLAIMS = ()
 
-# The multiple of the papers' rate that the records choose at CPU size, for tables whose rows are told at it alone. A
+# The multiple of the papers' rate that the records choose at CPU size, for tables whose rows are run at it alone. A
 # test holds it against the records.
 CHOSEN_AT_CPU = {"shakespeare_dense": 4, "shakespeare_moe4": 4, "shakespeare_hash4": 2}
 

@@ -1,9 +1,9 @@
-"""Chooses the best of a row's candidates, such as learning rates, and says which runs would tell.
+"""Chooses the best of a row's candidates, such as learning rates, and says which runs that needs.
 
 The first candidates are run with the first seed; further ones are in reserve and follow, one by one, while the last
 that was tried is the best. The two best also run with the other seeds of CHOOSING, and the better of these two is the
-row's choice. It is told on seeds from FIRST_FRESH on, which chose nothing: the lowest of several noisy losses is
-optimistic on the seeds that it was chosen by.
+row's choice. Its loss is reported on seeds from FIRST_FRESH on, which chose nothing: the lowest of several noisy losses
+is optimistic on the seeds that it was chosen by.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHOOSING = (1337, 1338, 1339)
 FIRST_FRESH = 1340
 FINALISTS = 2
 
-LEARNING_RATE = 1e-3  # of the papers' protocol; its cosine ends at a tenth of the first rate, and so do all of these
+LEARNING_RATE = 1e-3  # of the papers' protocol; its cosine ends at a tenth of the peak rate, and so do all of these
 Multiples = Mapping[str, tuple[int, ...]]  # scale -> multiples of the papers' rate
 MULTIPLES: Multiples = {"cpu": (1, 2, 4, 8), "paper": (1, 2, 4)}
 RATES: Multiples = {"cpu": (2, 4, 8), "paper": (1, 2, 4)}  # of other tables: at CPU size 1 is far from every best
