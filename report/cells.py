@@ -26,7 +26,7 @@ NOTHING = "–"
 
 
 def grid_of(comparison: Comparison, view: View) -> Grid:
-    """The cells of one view of a table, without the rows and columns in which nothing was measured.
+    """The cells of one view of a table, without rows and columns that hold no measured number.
 
     A grid without rows: no row has a number in this view.
     """
@@ -52,7 +52,7 @@ def own_cell(comparison, row, measure, relative) -> str:
 
 
 def has_number(cell: str) -> bool:
-    """Whether a cell holds a number; else it says why there is none."""
+    """Whether a cell holds a number, not a dash or the reason why there is none."""
     return any(letter.isdigit() for letter in cell)
 
 
@@ -80,7 +80,7 @@ def heading_of(entry, relative=False) -> str:
 
 
 def rows_with_records(comparison: Comparison) -> list[Row]:
-    """The rows of which something was run that counts, be it only to choose a learning rate."""
+    """The rows with a record that counts, or with losses from which a learning rate is chosen."""
     choices = comparison.choices
     chosen = {name for name, choice in choices.items() if any(choice.losses.values())}
     rows = comparison.table.rows_at(comparison.scale)
@@ -88,7 +88,7 @@ def rows_with_records(comparison: Comparison) -> list[Row]:
 
 
 def line_of(comparison: Comparison, row: Row, told: Mapping[str, str]) -> str:
-    """What was measured of a row, in a line: for a table of which no other row was run.
+    """All numbers of a row in a line, for a table that has no other row with records.
 
     told: measure -> another table, which shows that measure of the same runs.
     """
@@ -109,8 +109,9 @@ def line_of(comparison: Comparison, row: Row, told: Mapping[str, str]) -> str:
                 beside = f" (published {row.published[measure]:,}, ours − published {distance})"
             found.append(f"{heading_of(MEASURES[measure])}: {cell}{beside}")
         parts += [f"**{view.title}:** {'; '.join(found)}."] if found else []
-    more = "Its other numbers" if parts else "Its numbers"
-    parts += [f"{more} stand in {' and '.join(sorted(elsewhere))}."] if elsewhere else []
+    if elsewhere:
+        tables = f"table{'' if len(elsewhere) == 1 else 's'} {' and '.join(sorted(elsewhere))}"
+        parts.append(f"Its {'other ' if parts else ''}numbers stand in {tables}.")
     return f"Only “{marked_label(comparison, row)}” was run here. {' '.join(parts)}".rstrip()
 
 
@@ -167,7 +168,7 @@ def distance_cell(comparison, row, measure):
 
 
 def notes_of(comparison: Comparison) -> list[str]:
-    """What is said once, below a table's grids: daggers, left-out times and runs, choices."""
+    """Notes that stand once, below a table's last grid: daggers, left-out times and runs, choices."""
     rows, notes = comparison.table.rows_at(comparison.scale), []
     if any(DAGGER in marked_label(comparison, row) for row in rows):
         notes.append(f"{DAGGER} a text that is not the published data set, or routing that sees later characters")

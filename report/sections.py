@@ -63,17 +63,17 @@ class TableSection(NamedTuple):
 
     @property
     def heading(self) -> str:
-        """What the table's sections share."""
+        """The heading that all sections of the table share."""
         return f"{self.comparison.table.title} ({self.comparison.table.name})"
 
     @property
     def place(self) -> str:
-        """What distinguishes the table's sections: size and machine."""
+        """Size and machine."""
         return f"{speed_cells.size_title(self.comparison.scale)}, {self.machine}"
 
     @property
     def title(self) -> str:
-        """Both, for where the section stands alone; the machine only if another has a section of this size."""
+        """Heading and size in one line, with the machine where several have a section of this size."""
         table, size = self.comparison.table, speed_cells.size_title(self.comparison.scale)
         return f"{table.title} ({table.name}, {self.place if self.is_one_of_many else size})"
 
@@ -97,11 +97,11 @@ class TableSection(NamedTuple):
 
     @property
     def is_thin(self) -> bool:
-        """Whether fewer than two rows were run: a line then stands in the place of grids and pictures."""
+        """Whether fewer than two rows have numbers: then a line replaces grids and pictures."""
         return len(cells.rows_with_records(self.comparison)) < 2 or not self.grids
 
     def lines(self, told: Mapping[str, str]) -> list[str]:
-        """What is there of a thin section. told: measure -> a table that shows it of the same runs."""
+        """The text of a thin section. told: measure -> a table that shows it for the same runs."""
         rows = cells.rows_with_records(self.comparison)
         if len(rows) != 1:
             return self.notes
@@ -109,7 +109,7 @@ class TableSection(NamedTuple):
         return [cells.line_of(self.comparison, *rows, told), *(note for note in self.notes if note not in of_times)]
 
     def shares_runs_with(self, other: TableSection) -> bool:
-        """Whether another section has a row with all the runs of the only row of this one."""
+        """Whether another section has a row with the same runs as a row of this one."""
         runs = [of_row for of_row in self.comparison.cells.values() if of_row]
         return any(of_row in other.comparison.cells.values() for of_row in runs)
 

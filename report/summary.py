@@ -17,6 +17,7 @@ FIGURES_IN_SHORT = (
     "A figure has the first sentence of its caption here. The whole caption, with the number of seeds and the meaning "
     "of every mark, is in `report.html` beside this file."
 )
+LEGEND = "Sizes and machines"
 ONE_ROW = "Tables and figures of the one row"
 
 
@@ -24,7 +25,8 @@ def summary_markdown(results: Results) -> str:
     """summary.md: a table of all verdicts, then a section a table, and in it one a size and machine."""
     lines = ["# Measured results", "", "Written by `plot_results.py` from the records beside it.", ""]
     lines += [line for text in lead_of(results) for line in (text, "")]
-    lines += [*bullets(wording.legend_lines(results.machine_names)), FIGURES_IN_SHORT, ""]
+    legend = bullets(wording.legend_lines(results.machine_names))
+    lines += [f"{LEGEND}:", "", *legend, FIGURES_IN_SHORT, ""] if legend else []
     lines += ["## Verdicts", "", wording.verdict_counts(results.verdicts), ""]
     decided, missing = by_whether_run(results.verdicts)
     if decided:
@@ -95,7 +97,7 @@ def not_run_lines(missing, decided):
 
 
 def told_elsewhere(section, sections):
-    """Measure -> a table that shows it of the runs of a thin section: a table with grids, or an earlier thin one."""
+    """Measure -> a table that shows it for the same runs as a thin section: one with grids, or an earlier thin one."""
     place = next(i for i, other in enumerate(sections) if other is section)
     others = [other for i, other in enumerate(sections) if i != place and (i < place or not other.is_thin)]
     tables = [other.comparison.table for other in others if section.shares_runs_with(other)]
@@ -139,7 +141,7 @@ def report_html(results: Results) -> str:
     if results.left_out:
         sections.append(Section("Records left out", [Paragraph(why) for why in results.left_out]))
     legend = list(map(Paragraph, wording.legend_lines(results.machine_names)))
-    lead = [*map(Paragraph, lead_of(results)), *([Folded("Sizes and machines", legend)] if legend else [])]
+    lead = [*map(Paragraph, lead_of(results)), *([Folded(LEGEND, legend)] if legend else [])]
     return page("charmoe: what was measured", lead, sections)
 
 

@@ -78,7 +78,7 @@ def test_a_row_in_a_line_has_each_number_once_or_the_table_that_has_it():
     line = cells.line_of(comparison, row, {"train_seconds": "B", "clean": "B"})
     assert line == (
         "Only “4 experts, aux 0.01” was run here. **Loss:** best sampled validation, nats: 1.5000 (n = 1) (published "
-        "1.53, ours − published -0.0300). Its other numbers stand in B."
+        "1.53, ours − published -0.0300). Its other numbers stand in table B."
     )
 
 

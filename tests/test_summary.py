@@ -117,7 +117,7 @@ def test_rows_that_were_not_run_are_one_line(summary_of):
 
 def test_numbers_of_the_same_runs_are_told_once_where_a_table_has_no_other_row(summary_of):
     page = summary_of(record(), record("shakespeare_moe4_frozen"))
-    assert page.partition("(C2)\n")[2].endswith("- Only “learned” was run here. Its numbers stand in C.\n")
+    assert page.partition("(C2)\n")[2].endswith("- Only “learned” was run here. Its numbers stand in table C.\n")
     alone = summary_of(record(nats=1.5))
     assert alone.count("best full validation, nats: 1.5000 (n = 1)") == 1 and "figures/" not in alone
     assert alone.count("`python sweep.py C --scale=cpu --seeds=5`") > 1  # for verdicts and rows
