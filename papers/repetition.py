@@ -6,7 +6,7 @@ from papers.ours import SOURCE
 from papers.table import ABOVE_0, Claim, Row, Table, View
 from papers.tuned import CHOSEN_AT_CPU, at_rate
 
-MODELS = {"dense": "dense", "moe4": "4 experts", "hash4": "a table of characters"}
+MODELS = {"dense": "dense", "moe4": "4 experts", "hash4": "hash routing"}
 MODELS_AT = {"paper": ("dense", "moe4"), "cpu": tuple(MODELS)}
 PREFIXES = {
     "paper": ("text8_head", {"_500k": 500_000, "_1m": 1_000_000, "_2500k": 2_500_000, "": 0}),
@@ -64,7 +64,7 @@ def _crossing(id, text, model, few, many, scale, why=""):
         pairs=((short, dense_short), (dense_long, long)),
         measures=("clean", "cross_fitted") if scale == "cpu" else ("test", "clean", "cross_fitted"),
         holds=ABOVE_0,
-        why="A's “scale below which sparsity harms”, read as unique characters; the crossing is told with its interval"
+        why="A's “scale below which sparsity harms”, read as unique characters; the crossing is given with its interval"
         + why,
         scales=(scale,),
     )

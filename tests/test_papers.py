@@ -188,7 +188,7 @@ def test_repetition_compares_models_on_four_prefixes_of_one_text():
             ours, dense = configs[row.name], configs[row.baseline or row.name]
             assert {ours.dataset, dense.dataset} == {text} and dense.n_expert == 0
             assert len({(c.train_characters, c.max_iters, c.batch_size) for c in (ours, dense)}) == 1
-        for first in range(models):  # dense, 4 experts, a table
+        for first in range(models):  # dense, 4 experts, hash routing
             of_model = [configs[row.name] for row in rows[first::models]]
             assert [config.train_characters for config in of_model] == sizes[scale]
             assert len({(c.n_expert, c.router, c.learning_rate) for c in of_model}) == 1
