@@ -247,7 +247,7 @@ def markdown(grid: Grid) -> str:
     def line(cells):
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    rule = "| --- |" + " --: |" * (len(grid.columns) - 1)
+    rule = "|-|" + "-:|" * (len(grid.columns) - 1)  # labels to the left, numbers to the right
     body = [line(grid.columns), rule, *(line(row) for row in rows)]
     notes = ["", *(f"- {note}" for note in grid.notes)] if grid.notes else []
     return "\n".join([title, "", *body, *notes])

@@ -269,7 +269,7 @@ def machine_names(machines: Iterable[str]) -> dict[str, str]:
     for device, kinds in devices.items():
         shared = set.intersection(*(set(parts) for _, parts in kinds))
         for machine, parts in kinds:
-            name = re.sub(r"\((R|TM)\)", "", device)
+            name = re.sub(r"\((R|TM)\)| Processor$", "", device)
             names[machine] = ", ".join([name, *(part for part in parts if part not in shared)])
     return names
 

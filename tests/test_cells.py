@@ -156,7 +156,7 @@ def test_markdown_and_latex_keep_every_cell_in_its_column(write):
     grid = Grid("T. 5% & more", ["row", "a|b"], [["x_1 & 2", "1 ± 2"], ["†", "3"]], ["a note"])
     text = write(grid)
     assert text.count("a note") == 1 and "5% & more" in text
-    lines = [line for line in text.splitlines() if line.startswith("| ") or line.endswith("\\\\")]
+    lines = [line for line in text.splitlines() if line.startswith("|") or line.endswith("\\\\")]
     separators = [
         line.replace("\\|", "").count("|") - 1 if write is cells.markdown else line.replace(r"\&", "").count("&") + 1
         for line in lines
