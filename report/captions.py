@@ -6,6 +6,7 @@ the machine. A dagger (†) marks numbers that cannot be compared with the other
 
 from __future__ import annotations
 
+import re
 import textwrap
 from typing import NamedTuple
 
@@ -121,6 +122,12 @@ def caption_of_run(analysis, *sentences, characters=None) -> str:
     parts += [f"† {'; '.join(reasons)}."] if reasons else []
     size = f"{config['n_layer']} layers, {config['n_embd']} wide, context {config['block_size']}"
     return " ".join([*filter(None, sentences), *parts, f"{size}; {records.machine_of(analysis)}."])
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a caption, with a capital letter."""
+    sentence = re.match(r".*?[.?](?= |$)|.*", text)[0]
+    return sentence[:1].upper() + sentence[1:]
 
 
 def run_title(analysis) -> str:
