@@ -8,7 +8,7 @@ from papers import TABLES, tuning
 from papers.measures import MEASURES
 from papers.table import SCALES, gather
 from papers.tuned import TUNED, at_best_rate
-from report.cells import notes_of
+from report.cells import notes_on_choices
 from report.sections import compares_candidates, tells_less, verdicts_of_machines
 from report.verdicts import HELD, decide
 
@@ -124,7 +124,7 @@ def test_a_tuned_claim_is_decided_on_the_fresh_seeds():
 def test_the_table_tells_how_rates_were_chosen_and_which_lie_at_an_end():
     first = records_of("shakespeare_moe2", (1.7, 1.8, 1.9, 2.0))
     (comparison,) = gather(TUNED, DENSE + first, "cpu")
-    text = " ".join(notes_of(comparison))
+    text = " ".join(notes_on_choices(comparison))
     assert "seeds 1337 to 1339" in text and "a better one may lie beyond: 2 experts" in text
 
 
