@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from support.seeds import mix_seeds
+
 
 def hash_table(counts_V, n_expert, seed):
     """(V,) int64: each symbol's expert, with loads as even as whole symbols allow.
@@ -31,3 +33,14 @@ def even_table(counts_V, n_expert, seed):
 
 
 HASH_TABLES: dict[str, Callable] = {"balanced": hash_table, "even": even_table}
+
+
+def fixed_table(config, layer, counts_V):
+    """(V,) int64: each symbol's expert, by router_table, for this seed and layer."""
+    return HASH_TABLES[config.router_table](counts_V, config.n_expert, mix_seeds(config.seed, layer, 0))
+
+
+def table_problem(router):
+    """What is wrong with a router's fixed map, as loaded; None where nothing is."""
+    is_expert_V = (router.table >= 0) & (router.table < router.config.n_expert)
+    return None if is_expert_V.all() else "its fixed map has experts that are not there"

@@ -20,8 +20,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hashing import HASH_TABLES
+from hashing import fixed_table, table_problem
 from selection import capacity, mean_over_tokens, top_k_experts
+from support.seeds import mix_seeds
 
 
 class RoutingCache:
@@ -465,22 +466,3 @@ ROUTERS: dict[str, type[Router]] = {
     "two_level": TwoLevelRouter,
     "expert_choice": ExpertChoiceRouter,
 }
-
-
-def mix_seeds(*numbers):
-    """One seed from several numbers; neighbouring numbers give unrelated streams (FNV-1a, 63 bits)."""
-    value = 0xCBF29CE484222325
-    for number in numbers:
-        for byte in int(number).to_bytes(8, "little"):
-            value = ((value ^ byte) * 0x100000001B3) % 2**64
-    return value % 2**63
-
-
-def fixed_table(config, layer, counts_V):
-    """(V,) int64: each symbol's expert, by router_table, for this seed and layer."""
-    return HASH_TABLES[config.router_table](counts_V, config.n_expert, mix_seeds(config.seed, layer, 0))
-
-
-def table_problem(router):
-    is_expert_V = (router.table >= 0) & (router.table < router.config.n_expert)
-    return None if is_expert_V.all() else "its fixed map has experts that are not there"

@@ -27,7 +27,6 @@ Exit codes: 0 done, or out of time; 1 a run failed or cannot be run; 2 a mistake
 128 + n stopped by signal n (130 SIGINT, 143 SIGTERM, 138 SIGUSR1, 129 SIGHUP).
 """
 
-import contextlib
 import json
 import math
 import os
@@ -46,7 +45,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from papers import TABLES, planned_runs, running
-from papers.estimates import GUESS_SECONDS, Forecast, estimates, rates_of
+from papers.estimates import GUESS_SECONDS, Forecast, rates_of
 from papers.pack import Pack
 from papers.planned_runs import KINDS, Setup, from_root, record_path
 from papers.priorities import PRIORITIES
@@ -217,24 +216,23 @@ def print_reasons(states, file):
 def print_list(states, kept, scale, decides):
     """decides: {run: its Priority}, a heading over the runs that share it; empty for tables."""
     rates = rates_of(states, kept, TABLES.values(), scale)
-    times, unknown, width = estimates(states, rates), 0, max(len(run.name) for run in states)
-    next_run = next((run for run, state in states.items() if state.kind in ("cut", "missing")), None)
+    forecast, times, width = Forecast(rates, 1, {}), [], max(len(run.name) for run in states)
+    unfinished = [run for run, state in states.items() if state.kind in ("cut", "missing")]
     heading = None
     for run, state in states.items():
         if decides and decides[run] is not heading:
             heading = decides[run]
             print(heading.decides)
         line = f"{'  ' if decides else ''}{run.name:<{width}}  {state.kind if state.kind == 'cannot be run' else state}"
-        if run in times:
-            line += f", {console.duration(times[run][0])} {times[run][1]}"
-        elif state.kind in ("cut", "missing"):
-            unknown += 1
-        print(f"{line}{', next' if decides and run is next_run else ''}")
+        if run in unfinished and not forecast.is_guess:
+            times.append(forecast.seconds(run, state))
+            basis = "as measured" if run.config.hash() in rates else "by its FLOPs"
+            line += f", {console.duration(times[-1])} {basis}"
+        print(f"{line}{', next' if decides and run in unfinished[:1] else ''}")
     print_reasons(states, sys.stdout)
-    left = [console.duration(sum(seconds for seconds, _ in times.values()))] if times else []
-    left += [f"{how_many(unknown, 'run')} of unknown length"] if unknown else []
-    kinds_of_machine = "; ".join(sorted({run.machine for run in states}))
-    print(f"{totals(states)}; left: {' and '.join(left) or 'nothing'}, on {kinds_of_machine}")
+    unknown = f"{how_many(len(unfinished), 'run')} of unknown length" if unfinished else "nothing"
+    left = console.duration(sum(times)) if times else unknown
+    print(f"{totals(states)}; left: {left}, on {'; '.join(sorted({run.machine for run in states}))}")
 
 
 def print_commands(states):
@@ -313,8 +311,9 @@ def run_all(states, options, pack, rates, is_plan, deadline, argv):
         print(f"{why}: records made now are shown in tables, but count in no mean.")
     print(totals(states), flush=True)
     print_reasons(states, sys.stderr)
-    with collected_signals() as signals, screen.bar:
-        runner = running.Runner(states, screen, signals, options.jobs, deadline, pack=pack)
+    with console.StopSignals(second_ends=False) as stopping, screen.bar:
+        signals = stopping.caught
+        runner = running.Runner(states, screen, signals, options.jobs, deadline, pack)
         if is_plan and options.budget_minutes:
             forecast = Forecast(rates, options.jobs, runner.seconds)
             runner.fits = lambda run, state, seconds: forecast.seconds(run, state) <= seconds
@@ -333,17 +332,6 @@ def run_all(states, options, pack, rates, is_plan, deadline, argv):
     if signals:
         return 128 + signals[0]
     return 1 if kinds & {"failed", "cannot be run"} else 0
-
-
-@contextlib.contextmanager
-def collected_signals():
-    """Inside, stopping signals do nothing but join the list that is yielded."""
-    signals = []
-    with contextlib.ExitStack() as stack:
-        for number in console.stopping_signals():
-            before = signal.signal(number, lambda number, frame: signals.append(number))
-            stack.callback(signal.signal, number, before)
-        yield signals
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ import uuid
 import torch
 
 from model import GPT
-from routing import mix_seeds
 from run import accounting, evaluate, progress, records, screen_report, straight
 from run.dataset import open_dataset, prepare
 from run.identity import Identity
@@ -39,6 +38,7 @@ from run.totals import RunningTotals
 from run.update import NotFinite, Updater, set_random_state, without_side_effects
 from support import compile_cache, configurator, console, machines, triton_here
 from support.options import ConfigError
+from support.seeds import mix_seeds
 
 SAVE = 1  # see Run.pending_action
 

@@ -23,10 +23,12 @@ from analysis.annotation import name_of
 from analysis.probe import Wrapper, altered, choices_by_symbol, first_choice, rerouted, see
 from hashing import hash_table
 from model import GPT, IGNORED
-from routing import ROUTERS, mix_seeds
+from routing import ROUTERS
 from selection import Routing
+from support.seeds import mix_seeds
 
 SHUFFLE_STREAM, TABLE_STREAM = 2, 3  # random streams of one seed
+MOST_SUFFERING, OFTEN_ENOUGH = 5, 100  # symbols that are listed; occurrences of each
 
 
 class Cost(NamedTuple):
@@ -57,14 +59,14 @@ def cost(before, after, block_size, classes_N, names) -> Cost:
     )
 
 
-def suffering(before, after, ids_N, vocabulary, most=5, at_least=100):
-    """[[symbol, added nats per occurrence, occurrences], …]: the `most` symbols after which prediction suffers most,
-    among those with at_least so many occurrences; none that gains."""
+def suffering(before, after, ids_N, vocabulary):
+    """[[symbol, added nats per occurrence, occurrences], …]: the MOST_SUFFERING symbols after which prediction suffers
+    most, among those with OFTEN_ENOUGH occurrences; none that gains."""
     change_V = np.bincount(ids_N, after.nats_N - before.nats_N, minlength=vocabulary.size)
     count_V = np.bincount(ids_N, minlength=vocabulary.size)
     mean_V = change_V / np.maximum(count_V, 1)
-    rank_V = np.where(count_V >= at_least, mean_V, 0.0)
-    order = [i for i in np.argsort(-rank_V, kind="stable")[:most] if rank_V[i] > 0]
+    rank_V = np.where(count_V >= OFTEN_ENOUGH, mean_V, 0.0)
+    order = [i for i in np.argsort(-rank_V, kind="stable")[:MOST_SUFFERING] if rank_V[i] > 0]
     return [[name_of(vocabulary.symbols[i]), float(mean_V[i]), int(count_V[i])] for i in order]
 
 

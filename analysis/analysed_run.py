@@ -12,11 +12,11 @@ from analysis.annotation import annotate
 from data.characters import CLASSES
 from data.common import Dataset, find_dataset
 from model import IGNORED
-from routing import mix_seeds
 from run import run_folder
 from run.checkpoint import CheckpointError
 from run.straight import is_straight
 from run.trained import CHECKPOINTS, read_weights
+from support.seeds import mix_seeds
 
 # Batches of an analysis come from another stream than those of training and of evaluation with the same seed.
 ANALYSIS_STREAM = 2**33

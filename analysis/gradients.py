@@ -50,21 +50,17 @@ def router_gradients(model, batches, machine, draws=200, seed=0):
         block, loss     the block's index; switch, cv2 or entropy
         n               batches in which both gradients exist
         cosines         of the two gradients, one for each batch
-        cosine, sd, low, high   their mean, sample SD and the 95% t interval of the mean (None from one batch)
-        negative        the share of batches in which they point away from each other
+        cosine, low, high       their mean and its 95% t interval (None from one batch)
         norm_cross_entropy, norm_balance    mean norms
         coefficient, ratio      ratio = coefficient · norm_balance / norm_cross_entropy: the pull of balancing
 
-    chance: three controls, each {mean, sd, low, high (95% quantiles), n values}, or None without values.
+    chance: two controls, each {mean, sd, low, high (95% quantiles), n values}, or None without values.
         features        the mean cosine with the D columns of the balancing gradient in random order, the same order in
                         all batches. Too narrow for a claim of conflict: both gradients share the direction of the mean
                         input, and so lie outside this interval even where they have nothing else in common.
         experts         the same with the rows in random order: shared inputs stay, and which expert each loss favours
                         is lost. This is the control for conflict. There are E! orders, so with 2 experts it shows only
                         the sign, which flips.
-        other_batches   the cross-entropy gradient of one batch with the balancing gradient of another. Not strictly
-                        chance: what holds in every batch, a lasting conflict too, stays. Where `cosine` differs from
-                        it, the tokens of the batch itself make the difference.
     """
     model.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -117,8 +113,7 @@ def compare_pulls(pairs, coefficient, draws, generator):
     ours, theirs = (torch.stack(gradients) for gradients in zip(*pairs))
     norms = [gradients.flatten(1).norm(dim=1) for gradients in (ours, theirs)]
     ours, theirs = (gradients / norm[:, None, None] for gradients, norm in zip((ours, theirs), norms))
-    across = ours.flatten(1) @ theirs.flatten(1).t()
-    cosines = across.diagonal().clamp(-1, 1).tolist()
+    cosines = (ours * theirs).sum(dim=(1, 2)).clamp(-1, 1).tolist()
     n, E, D = ours.shape
     features, experts = ([torch.randperm(size, generator=generator) for _ in range(draws)] for size in (D, E))
     mean_norms = [norm.mean().item() for norm in norms]
@@ -127,10 +122,8 @@ def compare_pulls(pairs, coefficient, draws, generator):
         "n": n,
         "cosines": cosines,
         "cosine": interval.mean,
-        "sd": statistics.stdev(cosines) if n > 1 else None,
         "low": interval.low,
         "high": interval.high,
-        "negative": sum(value < 0 for value in cosines) / n,
         "norm_cross_entropy": mean_norms[0],
         "norm_balance": mean_norms[1],
         "coefficient": coefficient,
@@ -138,7 +131,6 @@ def compare_pulls(pairs, coefficient, draws, generator):
         "chance": {
             "features": distribution([(ours * theirs[:, :, order]).sum().item() / n for order in features]),
             "experts": distribution([(ours * theirs[:, order]).sum().item() / n for order in experts]),
-            "other_batches": distribution(across[~torch.eye(n, dtype=torch.bool)].tolist()),
         },
     }
 
@@ -208,9 +200,6 @@ def conflicts(model, batches, machine, classes_V, n_classes, limit=1024, draws=2
         expert, tokens  its index; the tokens with a target that it served (kept, with whatever gate)
         compared        how many of them are in the numbers below; tokens whose gradient is exactly 0 are not
         cosine          mean over pairs of tokens of the cosine of their gradients
-        negative        the share of pairs whose gradients point away from each other: conflict
-        signal          mean ⟨g_t, g_s⟩ over pairs / mean |g|²: the part of a gradient that survives averaging over very
-                        many tokens, an unbiased |E g|² / E |g|², whatever the number of tokens
         cosine_between_sequences, error   the same over pairs of different sequences, which alone are nearly
                         independent; its standard error by leaving out one sequence at a time (jackknife; None from
                         fewer than 3). `classes` uses these pairs too.
@@ -218,8 +207,8 @@ def conflicts(model, batches, machine, classes_V, n_classes, limit=1024, draws=2
                         layers alike: the part due to similar inputs, and similar errors, by themselves. The rest of
                         `cosine` comes from tokens with similar inputs that have similar errors.
 
-    After convergence on these tokens their gradients add up to about 0: `cosine` and `signal` are then near 0 and about
-    half of the pairs conflict, in any model. Compare models at equal loss.
+    After convergence on these tokens their gradients add up to about 0: `cosine` is then near 0, in any model. Compare
+    models at equal loss.
 
     The experts' cosine is compared with the dense MLP's. That needs no null of its own, for a random group of a dense
     MLP's tokens has its mean cosine, whatever the group's size. Tokens of different experts have no cosine: their
@@ -357,8 +346,8 @@ def cosines_of(layers):
 
 
 def similarity(name, served, layers, tokens, n_sequences, n_classes, draws, generator) -> Similarity:
-    cosines_NN, norm_N = cosines_of(layers), norms_of(layers)
-    n = len(norm_N)
+    cosines_NN = cosines_of(layers)
+    n = len(cosines_NN)
     is_between = tokens.sequence_N[:, None] != tokens.sequence_N
     between_NN = cosines_NN * is_between
     size_S = torch.bincount(tokens.sequence_N, minlength=n_sequences)
@@ -371,15 +360,11 @@ def similarity(name, served, layers, tokens, n_sequences, n_classes, draws, gene
     classes.append(torch.bincount(tokens.class_N, minlength=n_classes).to(cosines_NN.dtype).diag())
     group = None
     if n > 1:
-        pairs = n * (n - 1)
-        product = norm_N @ cosines_NN @ norm_N - norm_N.square().sum()
         group = {
             "expert": name if isinstance(name, int) else None,
             "tokens": served,
             "compared": n,
-            "cosine": (cosines_NN.sum() - cosines_NN.trace()).item() / pairs,
-            "negative": ((cosines_NN < 0).sum() - (cosines_NN.diagonal() < 0).sum()).item() / pairs,
-            "signal": (product / pairs / norm_N.square().mean()).item(),
+            "cosine": (cosines_NN.sum() - cosines_NN.trace()).item() / (n * (n - 1)),
             "cosine_between_sequences": of_S.sum().item() / pairs_S.sum().item() if pairs_S.any() else None,
             "error": jackknife(without_S, size_S),
             "chance": chance_cosine(layers, draws, generator),
@@ -427,13 +412,11 @@ def weighted_mean(found):
         pairs = [(weight, value) for weight, value in zip(served, values) if value is not None]
         return sum(w * value for w, value in pairs) / sum(w for w, _ in pairs) if pairs else None
 
-    names = ("cosine", "negative", "signal", "cosine_between_sequences")
-    numbers = {name: mean([one.group[name] for one in found]) for name in names}
     chances = [one.group["chance"] for one in found]
     sd = math.hypot(*(w * of["sd"] for w, of in zip(served, chances))) / sum(served)  # each has its own draws
     return {
         "tokens": sum(served),
-        **numbers,
+        **{name: mean([one.group[name] for one in found]) for name in ("cosine", "cosine_between_sequences")},
         "error": jackknife(mean([one.without_S for one in found]), sum(one.size_S for one in found)),
         "chance": {"mean": mean([of["mean"] for of in chances]), "sd": sd},
     }

@@ -9,7 +9,6 @@ experts; B batches.
 
 import contextlib
 import itertools
-import json
 
 import numpy as np
 import torch
@@ -19,13 +18,13 @@ from analysis import analyses, gradients, information, probe
 from analysis.annotation import CONTEXT, SYNTAX, TOPIC, class_of
 from data.characters import CLASSES
 from hashing import hash_table
-from routing import mix_seeds
 from run import records
 from run.checkpoint import CheckpointError
 from run.evaluate import drop_rate_by_class
 from run.trained import read_weights
 from speed import decoding
 from support import files
+from support.seeds import mix_seeds
 
 LOAD_BATCHES = 64  # in which each expert's tokens are counted
 DRAWS = 5  # of every control
@@ -265,12 +264,11 @@ def read_load_history(folder, config):
     """Each evaluation's load, {"steps", "loads"}, from metrics.jsonl; None where there is none."""
     found = {}
     try:
-        text = files.read_whole(folder / "metrics.jsonl", files.LARGEST_JSON).decode()
-    except (OSError, ValueError):
+        lines, _ = files.read_json_lines(folder / "metrics.jsonl")
+    except OSError:
         return None
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            values = json.loads(line)
+    for values in lines:
+        with contextlib.suppress(KeyError, TypeError):
             if values["kind"] == "eval" and len(values["load"]) == len(config.moe_layers):
                 found[values["step"]] = values["load"]
     return {"steps": list(found), "loads": list(found.values())} if found and config.n_expert else None

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 
 import balance
 from model import IGNORED
-from routing import LEVELS, Router, mix_seeds
+from routing import LEVELS, Router
 from selection import choices_per_expert, main_expert
+from support.seeds import mix_seeds
 
 
 class Seen(NamedTuple):

@@ -3,7 +3,7 @@
     data = Dataset.open(find_dataset("shakespeare_char"), device="cuda")    # verified before the first batch
     x, y = data.batch("train", seed=1337, step=0, batch_size=64, block_size=256)
 
-Shapes: B batch_size, T block_size. `data/build.py` writes the folders that are read here.
+Shapes: B batch_size, T block_size. `data/encode.py` writes the folders that are read here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The papers' tables and claims as data: rows, published numbers, when a claim holds, and how records fill the cells.
 
-Knows configs, records and analyses. Knows no torch, no verdicts and no pictures. To add a table, write a `Table` into
-a source's TABLES, for example papers/ours.py, and its claims into CLAIMS beside it; nothing else names it.
+Knows configs, records and analyses. Knows no verdicts and no pictures. To add a table, write a `Table` into a source's
+TABLES, for example papers/ours.py, and its claims into CLAIMS beside it; nothing else names it. Only the modules that
+plan and make runs for sweep.py need torch: planned_runs, running, estimates.
 """
 
 from papers import a, b, c, d, literature, ours, paths, repetition, tuned

@@ -1,7 +1,6 @@
 """How long planned runs take, in proportion to their training FLOPs.
 
-`rates_of` reads the records of finished runs; `estimates` tells the time left of each run for a list, where it is
-known; a `Forecast` tells whether a run fits into a budget, and always knows something.
+`rates_of` reads the records of finished runs; from these a `Forecast` tells how long a run takes that is to be made.
 """
 
 import functools
@@ -30,27 +29,12 @@ def rates_of(runs, kept, tables, scale) -> dict[str, list[tuple[float, bool]]]:
     return rates
 
 
-def estimates(states, rates) -> dict:
-    """{run: (seconds left, "as measured" or "by its FLOPs")} for cut and missing runs.
-
-    From the records of the same config, or else of all configs. Without records nothing is estimated.
-    """
-    by_hash = {hash: statistics.median(rate for rate, _ in of_one) for hash, of_one in rates.items()}
-    times = {}
-    for run, state in states.items():
-        if by_hash and state.kind in ("cut", "missing"):
-            own = by_hash.get(run.config.hash())
-            seconds = (own or statistics.median(by_hash.values())) * training_flops(run.config)
-            times[run] = seconds * part_left(run, state), "as measured" if own else "by its FLOPs"
-    return times
-
-
 class Forecast:
     """Seconds that a run needs while `jobs` of them share the device.
 
     made: {run: seconds} of runs that this sweep has made, which is what counts as soon as there are any. Before that,
-    records: those of runs that were alone are multiplied by the number of jobs. Without either, a fixed guess. Runs of
-    the same config come before others.
+    records: those of runs that were alone are multiplied by the number of jobs. Without either, a fixed guess
+    (`is_guess`). Runs of the same config come before others.
     """
 
     def __init__(self, rates, jobs, made):
@@ -65,11 +49,8 @@ class Forecast:
             here.setdefault(made.config.hash(), []).append(seconds / training_flops(made.config))
         rates = here or self.rates
         rate = statistics.median(rates.get(run.config.hash()) or itertools.chain(*rates.values()))
-        return rate * training_flops(run.config) * part_left(run, state) + START_SECONDS
-
-
-def part_left(run, state):
-    return 1 - state.step / run.config.max_iters
+        part_left = 1 - state.step / run.config.max_iters
+        return rate * training_flops(run.config) * part_left + START_SECONDS
 
 
 def run_seconds(record):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from analysis import analyses
 from papers.break_even import equivalent_steps
-from papers.tuning import name_at_rate
+from papers.tuning import ALL_MULTIPLES, LEARNING_RATE, name_at_rate
 
 
 def _field(*path):
@@ -139,8 +139,8 @@ MEASURES = {
     ),
     "chosen_rate": Measure("learning rate", "", 3, _field("config", "learning_rate")),
     **{
-        f"rate{multiple}": Measure(f"{multiple / 1000:g}", "", 4, lambda record: None, of_table=_at_rate(multiple))
-        for multiple in (1, 2, 4, 8, 16)
+        f"rate{of}": Measure(f"{of * LEARNING_RATE:g}", "", 4, lambda record: None, of_table=_at_rate(of))
+        for of in ALL_MULTIPLES
     },
     "total_parameters": Measure("parameters", "", 0, _field("parameters", "total")),
     "active_parameters": Measure("active per character", "", 0, _field("parameters", "active")),

@@ -8,7 +8,8 @@ claims were written before any run of these rows.
 from papers.measures import COSTS
 from papers.ours import SOURCE
 from papers.table import BELOW_0, Claim, Row, Table, View, each_against
-from papers.tuned import AT_CHOICE, CHOICE, RATES, tuned
+from papers.tuned import AT_CHOICE, CHOICE, tuned
+from papers.tuning import RATES
 
 FREEZE_AT = {"cpu": {"router_freeze_step": 400}}  # a fifth of the steps, as the config has at paper size
 ALIKE = (-0.01, 0.01)

@@ -54,14 +54,14 @@ class Runner:
     """Runs everything that can be run, and keeps `states` up to date.
 
     states: {PlannedRun: State}; signals: numbers of the stopping signals that came so far, a list that grows;
-    deadline: of time.monotonic(); fits(run, state, seconds): whether a run may start with so many seconds left;
-    pack: a papers.pack.Pack or None.
+    deadline: of time.monotonic(); pack: a papers.pack.Pack or None. The attribute `fits`, a function of run, state and
+    seconds, says whether a run may start with so many seconds left.
     """
 
-    def __init__(self, states, screen, signals, jobs=1, deadline=math.inf, fits=None, pack=None):
+    def __init__(self, states, screen, signals, jobs=1, deadline=math.inf, pack=None):
         self.states, self.screen, self.signals, self.pack = states, screen, signals, pack
         self.most, self.deadline = jobs, deadline
-        self.fits = fits or (lambda run, state, seconds: seconds >= SECONDS_TO_START)
+        self.fits = lambda run, state, seconds: seconds >= SECONDS_TO_START
         self.jobs: list[Job] = []
         self.last_start = -math.inf
         self.seconds = {}  # run -> how long it took, of runs that were made here from start to end

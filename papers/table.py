@@ -223,21 +223,21 @@ class Comparison(NamedTuple):
     choices: Mapping[str, Choice] = {}  # tuned row -> what its candidates say
 
     def values(self, row: str, measure: str) -> dict[int, float]:
-        """seed -> the measure's value. Records without one, and times that do not count, are left out: those of runs
-        that were not alone and, where there are captured runs, those of the others."""
-        entry, values = MEASURES[measure], {}
+        """seed -> the measure's value. Records without one, and those whose times do not count, are left out."""
+        entry = MEASURES[measure]
         if entry.of_table:
             return entry.of_table(self, row)
-        for record in self.cells[row]:
-            value = entry.read(record)
-            if value is not None and (not entry.timed or entry.is_exclusive(record) and self.is_timed_alike(record)):
-                values[record["config"]["seed"]] = value
-        return values
+        found = self.timed(row, measure) if entry.timed else self.cells[row]
+        return {of["config"]["seed"]: value for of in found if (value := entry.read(of)) is not None}
 
-    def is_timed_alike(self, record) -> bool:
-        """Whether its updates were CUDA graphs, where those of any record are: that changes times, and not losses."""
-        captured = [one["machine"].get("capture", False) for of_row in self.cells.values() for one in of_row]
-        return record["machine"].get("capture", False) == any(captured)
+    def timed(self, row: str, measure: str = "train_seconds") -> list[dict]:
+        """The row's records whose times count: of runs that had their hardware to themselves."""
+        return [record for record in self.timed_alike(row) if MEASURES[measure].is_exclusive(record)]
+
+    def timed_alike(self, row: str) -> list[dict]:
+        """The row's records, but only captured ones where the table has any: a CUDA graph changes times, not losses."""
+        captured = any(is_captured(record) for of_row in self.cells.values() for record in of_row)
+        return [record for record in self.cells[row] if is_captured(record) == captured]
 
     def texts(self, *rows: str) -> set[str]:
         """The SHA-256 of the texts on which the rows were trained."""
@@ -303,6 +303,11 @@ def with_choices(comparison: Comparison, choices: Mapping[str, Choice]) -> Compa
             of_choice = comparison.cells.get(choices[row.name].name, [])
             cells[row.name] = [record for record in of_choice if record["config"]["seed"] >= FIRST_FRESH]
     return comparison._replace(cells=cells, apart=apart, choices=choices)
+
+
+def is_captured(record: dict) -> bool:
+    """Whether its updates were CUDA graphs."""
+    return record["machine"].get("capture", False)
 
 
 def config_hash(record: dict) -> str:

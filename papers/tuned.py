@@ -7,17 +7,11 @@ models'. A claim about losses whose rows are all here is decided here too; `at_b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 from papers.measures import COSTS
 from papers.ours import EQUAL, ROUTER, SOURCE
 from papers.table import Claim, Row, Table, View
-from papers.tuning import name_at_rate
-
-LEARNING_RATE = 1e-3  # of the papers' protocol; its cosine ends at a tenth of the peak rate, and so do all of these
-Multiples = Mapping[str, tuple[int, ...]]  # scale -> multiples of the papers' rate
-MULTIPLES: Multiples = {"cpu": (1, 2, 4, 8), "paper": (1, 2, 4)}
-RESERVE: Multiples = {"cpu": (16, 32), "paper": (8, 16)}  # tried one by one while the highest rate is the best
+from papers.tuning import ALL_MULTIPLES, LEARNING_RATE, MULTIPLES, RESERVE, Multiples, name_at_rate
 
 
 def at_rate(row: Row, multiple: int, scales: tuple[str, ...]) -> Row:
@@ -41,9 +35,6 @@ def tuned(row: Row, baseline: str = "", multiples: Multiples = MULTIPLES) -> Row
     return dataclasses.replace(row, baseline=baseline, candidates=candidates, reserve=reserve)
 
 
-# For other tables: at CPU size the papers' rate leaves every model of this one 0.1 nats from its best.
-RATES = {"cpu": (2, 4, 8), "paper": (1, 2, 4)}
-ALL_MULTIPLES = (1, 2, 4, 8, 16)
 CHOICE = View(
     "Choice of the learning rate: best full validation loss in nats", tuple(f"rate{m}" for m in ALL_MULTIPLES)
 )

@@ -42,6 +42,7 @@ class Ruling(NamedTuple):
     status: str  # of verdicts.STATUSES
     sentence: str
     effect: str = ""
+    bounds: str = ""  # where the claim holds, as short
     source: str = ""
     details: list[str] = []
     notes: list[str] = []

@@ -6,10 +6,11 @@ the machine. A dagger (†) marks numbers that cannot be compared with the other
 
 from __future__ import annotations
 
+import re
 import textwrap
 from typing import NamedTuple
 
-from papers.table import SCALES, Comparison, Row
+from papers.table import SCALES, Comparison, Row, is_captured
 from report.style import Style, row_style
 from run import records
 from speed.bench_records import from_to
@@ -24,11 +25,12 @@ class Cell(NamedTuple):
     label: str  # with its dagger
     style: Style
     runs: list[dict]  # records or analyses, one a seed
+    timed: list[dict]  # those whose times count; all analyses, which have none
 
     @property
     def label_with_n(self) -> str:
-        """The label with the number of seeds, and of those whose times count (an analysis has none)."""
-        n, timed = len(self.runs), sum(run.get("exclusive", True) for run in self.runs)
+        """The label with the number of seeds, and of those whose times count."""
+        n, timed = len(self.runs), len(self.timed)
         note = f"(n = {n}{'' if timed == n else f', {timed} timed'})"
         return f"{self.label} {note.replace(' ', NO_BREAK)}"
 
@@ -39,7 +41,9 @@ def cells_of(comparison: Comparison) -> list[Cell]:
     for index, row in enumerate(comparison.table.rows_at(comparison.scale)):
         runs = list({run["config"]["seed"]: run for run in comparison.cells[row.name]}.values())
         if runs:
-            cells.append(Cell(row, row.label + (" †" if dagger_reasons(runs) else ""), row_style(index), runs))
+            timed = comparison.timed(row.name) if "exclusive" in runs[0] else runs
+            label = row.label + (" †" if dagger_reasons(runs) else "")
+            cells.append(Cell(row, label, row_style(index), runs, [run for run in runs if run in timed]))
     return cells
 
 
@@ -54,16 +58,14 @@ def dagger_reasons(runs) -> list[str]:
     return sorted(reasons)
 
 
-def exclusive(runs) -> list[dict]:
-    """The runs that had their hardware to themselves: only their times count."""
-    return [run for run in runs if run["exclusive"]]
-
-
 def note_of_times(cells) -> str:
-    alone, runs = (sum(len(of(cell.runs)) for cell in cells) for of in (exclusive, list))
-    if not alone:
-        return "No times are shown: no run is known to have had its hardware to itself."
-    return f"Training times come from the {alone} of {runs} runs that had their hardware to themselves."
+    runs, timed = [run for cell in cells for run in cell.runs], sum(len(cell.timed) for cell in cells)
+    is_mixed = len({is_captured(run) for run in runs}) > 1
+    if not timed:
+        kind = "captured run" if is_mixed else "run"
+        return f"No times are shown: no {kind} is known to have had its hardware to itself."
+    which = "had their hardware to themselves" + (" and whose steps were captured" if is_mixed else "")
+    return f"Training times come from the {timed} of {len(runs)} runs that {which}."
 
 
 def unit_of(cells, plural="") -> str:
@@ -122,6 +124,12 @@ def caption_of_run(analysis, *sentences, characters=None) -> str:
     return " ".join([*filter(None, sentences), *parts, f"{size}; {records.machine_of(analysis)}."])
 
 
+def first_sentence(text: str) -> str:
+    """The first sentence of a caption, with a capital letter."""
+    sentence = re.match(r".*?[.?](?= |$)|.*", text)[0]
+    return sentence[:1].upper() + sentence[1:]
+
+
 def run_title(analysis) -> str:
     return f"{analysis['title'] or analysis['run_id']}, seed {analysis['config']['seed']}"
 
@@ -150,8 +158,8 @@ def number(value, digits=3, sign="") -> str:
     return (text if float(text) else f"{0:.{digits}f}").replace("-", "−")
 
 
-def percent(share, digits=0) -> str:
-    return f"{number(100 * share, digits)}%"
+def percent(share) -> str:
+    return f"{number(100 * share, 0)}%"
 
 
 def interval_text(low, high, digits=3, sign="") -> str:

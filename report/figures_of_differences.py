@@ -234,7 +234,7 @@ def differences(comparison: Comparison) -> Drawing | None:
     caption = caption_of_table(
         comparison,
         cells,
-        f"each row's {measure.heading} minus that of its baseline, with the 95% interval of the differences paired by "
+        f"each row's {measure.heading} minus that of its baseline. Whisker: 95% interval of the differences paired by "
         "seed, where both have several.",
         "Open: published difference, at the paper's size and by the paper's own measure." if handles else "",
     )

@@ -16,11 +16,11 @@ from matplotlib.transforms import ScaledTranslation
 
 from analysis.analyses import net
 from analysis.annotation import TOPIC
+from data.characters import CLASSES, character_class
 from report import layout
 from report.captions import add_heading, block_name, caption_of_run, number, percent
 from report.layout import legend_mark
 from report.style import CONTROL, INK, SMALL, Drawing, styled
-from run import records
 from support.palette import SKY, VERMILION
 
 AT_LEAST, MOST_CHARACTERS = 50, 60  # occurrences of a drawn character; number of drawn characters
@@ -41,14 +41,9 @@ ADDED = {  # to the character
 
 
 def class_of_name(name: str) -> str:
-    """The character_class of a symbol, from the name that annotation.name_of gave it."""
-    if name in ("newline", "space"):
-        return name
-    if len(name) > 1 or not name.isascii():  # tab, byte 0xC3, U+0301
-        return "other"
-    if name.isalpha():
-        return "capital" if name.isupper() else "vowel" if name in "aeiou" else "consonant"
-    return "digit" if name.isdigit() else "punctuation"
+    """The class of a symbol, from the name that annotation.name_of gave it."""
+    symbol = {"newline": "\n", "space": " "}.get(name, name)
+    return character_class(symbol) if len(symbol) == 1 else "other"  # tab, byte 0xC3, U+0301
 
 
 class Order(NamedTuple):
@@ -71,7 +66,7 @@ def order_of(analysis) -> Order | None:
     class_of = {i: class_of_name(analysis["symbols"][i]) for i in common}
     favourite_V = counts_VE.argmax(axis=1)
     shares_V = counts_VE.max(axis=1) / np.maximum(totals_V, 1)
-    symbols = sorted(common, key=lambda i: (records.CLASSES.index(class_of[i]), favourite_V[i], -shares_V[i], i))
+    symbols = sorted(common, key=lambda i: (CLASSES.index(class_of[i]), favourite_V[i], -shares_V[i], i))
     of_row = [class_of[i] for i in symbols]
     return Order(symbols, [(name, of_row.index(name), of_row.count(name)) for name in dict.fromkeys(of_row)], by)
 

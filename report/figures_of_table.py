@@ -19,7 +19,7 @@ from matplotlib.transforms import ScaledTranslation
 from papers.measures import MEASURES
 from papers.table import Comparison
 from report import layout
-from report.captions import caption_of_table, cells_of, exclusive, note_of_times, number, unit_of
+from report.captions import caption_of_table, cells_of, note_of_times, number, unit_of
 from report.style import ERROR_BARS, INK, ONE_SEED, Drawing, row_style, styled
 
 EARLY = 0.1  # of a run's steps: losses before do not widen the axis
@@ -74,7 +74,7 @@ def loss_curves(comparison: Comparison) -> Drawing | None:
     if not cells:
         return None
     curves = [curve_of(cell.runs) for cell in cells]
-    timed = [curve_of(exclusive(cell.runs)) if exclusive(cell.runs) else None for cell in cells]
+    timed = [curve_of(cell.timed) if cell.timed else None for cell in cells]
     unit = unit_of(cells)
     names = ["updates", f"{unit_of(cells, plural='s')} read, millions", "training time, s"][: 3 if any(timed) else 2]
     figure, panels, corner = layout.panels_of(len(names))
@@ -109,7 +109,7 @@ def loss_curves(comparison: Comparison) -> Drawing | None:
 
 @styled
 def curves_of_runs(labelled: Mapping[str, Sequence[dict]]) -> Drawing:
-    """Loss curves of local runs, which may still train. {label: runs}, of which only evaluations are read.
+    """Loss curves of local runs, which may still train. {label: runs}, of which only unit and evaluations are read.
 
     Thin: one seed; thick: mean; dotted: training batches. The caption stands in the picture: nothing else shows it.
     """
@@ -123,9 +123,10 @@ def curves_of_runs(labelled: Mapping[str, Sequence[dict]]) -> Drawing:
         handles.append(draw_curve(axes, mean.steps, mean._replace(low=mean.high), style))  # without a band
         axes.plot(mean.steps, mean.train, color=style.colour, linewidth=1.1, linestyle=(0, (1, 1.6)))
         drawn.append((mean.steps, mean.train))
-    axes.set(xlabel="updates", ylabel="validation loss, nats per character", ylim=loss_limits(drawn))
+    unit = " or ".join(sorted({run["unit"] for runs in labelled.values() for run in runs}))
+    axes.set(xlabel="updates", ylabel=f"validation loss, nats per {unit}", ylim=loss_limits(drawn))
     axes.set_xlim(left=0)
-    layout.bits_axis(axes, "character")
+    layout.bits_axis(axes, unit)
     layout.legend_in(figure, None, handles, [f"{label} (n = {len(runs)})" for label, runs in labelled.items()])
     caption = "Cross-entropy on the full validation split. Thin: one seed; thick: mean; dotted: on training batches."
     axes.set_title(caption, fontsize=8.5, loc="left")
@@ -152,7 +153,7 @@ def loss_against_cost(comparison: Comparison) -> Drawing | None:
         "total_parameters": "all parameters, millions",
         "train_seconds": "training time, s",
     }
-    if not any(exclusive(cell.runs) for cell in cells):
+    if not any(cell.timed for cell in cells):
         del names["train_seconds"]
     figure, panels, corner = layout.panels_of(len(names))
     for panel, (measure, name) in zip(panels, names.items()):
@@ -214,7 +215,7 @@ def loss_by_length(comparison: Comparison) -> Drawing | None:
     if not cells:
         return None
     names = {"training_flops": "training FLOPs, 10¹²", "train_seconds": "training time, s"}
-    if not any(exclusive(cell.runs) for cell in cells):
+    if not any(cell.timed for cell in cells):
         del names["train_seconds"]
     figure, panels, corner = layout.panels_of(len(names), height=3.0)
     for panel, (measure, name) in zip(panels, names.items()):
@@ -261,7 +262,7 @@ def draw_run(axes, comparison, cell, measure) -> tuple[float, float] | None:
     return cost, loss
 
 
-def side_by_side(places, near, gap=8.0, widest=70.0) -> list[float]:
+def side_by_side(places, near) -> list[float]:
     """An offset in points for each place, so that places nearer than `near` do not hide each other."""
     groups = []
     for i in sorted(range(len(places)), key=lambda i: places[i]):
@@ -272,7 +273,7 @@ def side_by_side(places, near, gap=8.0, widest=70.0) -> list[float]:
     offsets = [0.0] * len(places)
     for group in groups:
         for place, i in enumerate(sorted(group)):  # in the table's order
-            offsets[i] = (place - (len(group) - 1) / 2) * min(gap, widest / len(group))
+            offsets[i] = (place - (len(group) - 1) / 2) * min(8, 70 / len(group))
     return offsets
 
 

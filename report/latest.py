@@ -1,23 +1,22 @@
 """Reads local runs, also while they train, as far as their loss curves need it.
 
 runs, left_out = read_runs(["out/a", "out/b"])
-figures.curves_of_runs(grouped(runs))
+figures_of_table.curves_of_runs(grouped(runs))
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from run import identity, records
 from run.records import RecordError
-from support.files import LARGEST_JSON, read_whole
+from support.files import ROOT, read_json, read_json_lines
 from support.options import EXPERIMENT, SCHEDULE
 from support.schema import COUNT, FITS, NUMBER
 
 
 def read_runs(folders: Iterable[str]) -> tuple[list[dict], list[str]]:
-    """(the runs with an evaluation, a line for everything else). A run has a title, its folder, an Identity and
-    evaluations. A folder that is given twice counts once, and so does a run with copies."""
+    """(the runs with an evaluation, a line for everything else). A run has a title, its folder, an Identity, the
+    unit of its text and evaluations. A folder that is given twice counts once, and so does a run with copies."""
     runs, left_out, seen = [], [], {}
     for folder in map(Path, folders):
         place = folder.resolve()
@@ -61,15 +60,25 @@ def read_run(folder, left_out):
         found = identity.read(config)
         if found.text_sha256 is None:  # a folder that is older than the field
             found = in_record(folder / "summary.json", found)
-        evaluations = [line for line in read_json_lines(metrics, left_out) if is_evaluation(line)]
+        lines, broken = read_json_lines(metrics)
     except OSError as error:
         raise RecordError(f"{error.filename}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise RecordError(f"{config}: not the config of a run ({error})") from None
+    left_out += [f"{metrics}:{number}: not a whole line of JSON" for number in broken]
+    evaluations = [line for line in lines if is_evaluation(line)]
     if not evaluations:
         raise RecordError(f"{folder}: has no evaluation yet")
-    title = found.config.title or folder.resolve().name
-    return {"title": title, "folder": str(folder), "identity": found, "evaluations": evaluations}
+    title, unit = found.config.title or folder.resolve().name, unit_of(found.config)
+    return {"title": title, "folder": str(folder), "identity": found, "unit": unit, "evaluations": evaluations}
+
+
+def unit_of(config):
+    """What a loss is per: character or byte as the data set's folder says, symbol where there is none."""
+    try:
+        return read_json(ROOT / "data" / config.dataset / "meta.json")["unit"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "symbol"
 
 
 def in_record(path, found):
@@ -79,18 +88,6 @@ def in_record(path, found):
     except RecordError:
         return found
     return found._replace(text_sha256=record["dataset"]["sha256"], straight=records.is_straight(record))
-
-
-def read_json_lines(path, left_out):
-    """The complete lines of a file that may be growing."""
-    lines = []
-    text = read_whole(path, LARGEST_JSON).decode(errors="replace")
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            lines.append(json.loads(line))
-        except (ValueError, RecursionError):
-            left_out.append(f"{path}:{number}: not a whole line of JSON")
-    return lines
 
 
 def is_evaluation(line):

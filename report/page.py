@@ -237,7 +237,9 @@ def _counts(rulings):
 def _overview_rows(rulings):
     return "".join(
         f'<tr class="{LOOKS[ruling.status][0]}"><th scope="row"><a href="#{anchor}">{escape(ruling.id)}</a></th>'
-        f'<td class="claim">{_inline(ruling.sentence)}</td>'
+        f'<td class="claim">{_inline(ruling.sentence)}'
+        + (f" <small>holds if {_inline(ruling.bounds)}</small>" if ruling.bounds else "")
+        + "</td>"
         f'<td class="verdict">{_verdict(ruling)}</td>'
         f'<td class="effect">{_inline(ruling.effect)}</td></tr>\n'
         for ruling, anchor in rulings

@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import papers
 from papers.table import SCALES, Comparison, Table, gather
 from papers.tuned import TUNED
-from report import cells, figures_of_run, figures_of_speed, speed_cells, style
+from report import cells, figures_of_run, figures_of_speed, speed_cells, style, wording
 from report.blocks import Grid, Picture
 from report.figures import FIGURES
 from report.style import Drawing
@@ -33,9 +34,9 @@ class Results(NamedTuple):
     left_out: list[str]  # a line for each file that does not count
 
     @property
-    def machines(self) -> list[str]:
-        """The machines on which tables were run."""
-        return sorted({section.comparison.machine for section in self.sections})
+    def machine_names(self) -> dict[str, str]:
+        """The machines on which tables were run -> their short names."""
+        return wording.machine_names({section.comparison.machine for section in self.sections})
 
 
 def results_of(found: list[dict], analysed: list[dict], benches: list[dict], left_out: list[str]) -> Results:
@@ -56,25 +57,61 @@ class TableSection(NamedTuple):
     grids: list[Grid]
     pictures: dict[str, Picture]  # by file name
     shown: list[dict]  # at most one analysis, whose own figures and text are shown
+    notes: list[str]  # on all grids; the last grid has them too
+    machine: str  # its short name
+    is_one_of_many: bool  # whether other machines have sections of this table at this scale
+
+    @property
+    def heading(self) -> str:
+        """The heading that all sections of the table share."""
+        return f"{self.comparison.table.title} ({self.comparison.table.name})"
+
+    @property
+    def place(self) -> str:
+        """Size and machine."""
+        return f"{speed_cells.size_title(self.comparison.scale)}, {self.machine}"
 
     @property
     def title(self) -> str:
-        table = self.comparison.table
-        return f"{table.title} ({table.name}, {speed_cells.size_title(self.comparison.scale)})"
+        """Heading and size in one line, with the machine where several have a section of this size."""
+        table, size = self.comparison.table, speed_cells.size_title(self.comparison.scale)
+        return f"{table.title} ({table.name}, {self.place if self.is_one_of_many else size})"
 
     @property
-    def description(self) -> str:
-        """The table's purpose, its source, and the regime in which it was measured."""
-        table, found = self.comparison.table, [r for of_row in self.comparison.cells.values() for r in of_row]
-        of_records = [record for record in found if table.of == "records"]
+    def purpose(self) -> str:
+        """What the table is for, and its source."""
+        return f"{self.comparison.table.text} Source: {self.comparison.table.source}."
+
+    @property
+    def regime(self) -> str:
+        """Epochs, unique characters and parameters."""
+        found = [record for of_row in self.comparison.cells.values() for record in of_row]
+        of_records = [record for record in found if self.comparison.table.of == "records"]
         ranges = {
             "epochs": [round(record["epochs"], 2) for record in of_records],
             "unique characters": [record["dataset"]["splits"]["train"] for record in found],
             "parameters": [record["parameters"]["total"] for record in of_records],
         }
         regime = ", ".join(f"{bench_records.from_to(values)} {name}" for name, values in ranges.items() if values)
-        regime = regime or "no run that counts"
-        return f"{table.text} Source: {table.source}. Regime: {regime}. Machine: {self.comparison.machine}."
+        return f"Regime: {regime or 'no run that counts'}."
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether fewer than two rows have numbers: then a line replaces grids and pictures."""
+        return len(cells.rows_with_records(self.comparison)) < 2 or not self.grids
+
+    def lines(self, told: Mapping[str, str]) -> list[str]:
+        """The text of a thin section. told: measure -> a table that shows it for the same runs."""
+        rows = cells.rows_with_records(self.comparison)
+        if len(rows) != 1:
+            return self.notes
+        of_times = cells.notes_on_times(self.comparison)
+        return [cells.line_of(self.comparison, *rows, told), *(note for note in self.notes if note not in of_times)]
+
+    def shares_runs_with(self, other: TableSection) -> bool:
+        """Whether another section has a row with the same runs as a row of this one."""
+        runs = [of_row for of_row in self.comparison.cells.values() if of_row]
+        return any(of_row in other.comparison.cells.values() for of_row in runs)
 
 
 def table_sections(found: dict[str, list[dict]]) -> list[TableSection]:
@@ -82,14 +119,18 @@ def table_sections(found: dict[str, list[dict]]) -> list[TableSection]:
 
     found: "records" and "analyses" -> what there is.
     """
-    sections = []
+    groups = []  # the machines that show a table at a scale
     for scale in SCALES:
         for table in papers.TABLES.values():
             comparisons = [of for of in gather(table, found[table.of], scale) if of.machine and compares_candidates(of)]
             shown = [of for of in comparisons if not any(tells_less(of, other) for other in comparisons)]
-            shown = shown if any(map(has_cells, shown)) else shown[:1]  # tuned rows that have only been chosen
-            verdicts = verdicts_of_machines(table, shown)
-            sections += [table_section(of, verdicts[of.machine], number) for number, of in enumerate(shown, 1)]
+            groups.append(shown if any(map(has_cells, shown)) else shown[:1])  # tuned rows that were only chosen
+    names = wording.machine_names({of.machine for shown in groups for of in shown})
+    sections = []
+    for shown in filter(None, groups):
+        verdicts = verdicts_of_machines(shown[0].table, shown)
+        for number, of in enumerate(shown, 1):
+            sections.append(table_section(of, verdicts[of.machine], number, names[of.machine], len(shown) > 1))
     return sections
 
 
@@ -126,7 +167,9 @@ def verdicts_of_machines(table: Table, comparisons: list[Comparison]) -> dict[st
     return verdicts
 
 
-def table_section(comparison: Comparison, verdicts: list[Verdict], number: int) -> TableSection:
+def table_section(
+    comparison: Comparison, verdicts: list[Verdict], number: int, machine: str, is_one_of_many: bool
+) -> TableSection:
     """number: counts the machines on which this table was run at this scale."""
     table, scale = comparison.table, comparison.scale
     shown = analyses_to_show(comparison)
@@ -135,8 +178,11 @@ def table_section(comparison: Comparison, verdicts: list[Verdict], number: int) 
         for name, drawing in drawings_of(comparison, shown).items()
         if drawing
     }
-    grids = [cells.grid_of(comparison, view) for view in table.views]
-    return TableSection(comparison, verdicts, grids, pictures, shown)
+    grids = [grid for view in table.views if (grid := cells.grid_of(comparison, view)).rows]
+    notes = cells.notes_of(comparison) + (cells.notes_on_missing(comparison) if number == 1 else [])
+    if grids:
+        grids[-1] = grids[-1]._replace(notes=[*grids[-1].notes, *notes])
+    return TableSection(comparison, verdicts, grids, pictures, shown, notes, machine, is_one_of_many)
 
 
 def drawings_of(comparison: Comparison, shown: list[dict]) -> dict[str, Drawing | None]:
@@ -194,22 +240,36 @@ class BenchSection(NamedTuple):
     pictures: dict[str, Picture]  # by file name
 
     @property
-    def title(self) -> str:
-        return f"Speed ({speed_cells.size_title(self.record['size'])}, {self.record['machine']['device']})"
+    def heading(self) -> str:
+        return "Speed"
 
     @property
-    def description(self) -> str:
-        """How it was measured and what weakens it."""
+    def place(self) -> str:
+        return f"{speed_cells.size_title(self.record['size'])}, {self.record['machine']['device']}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.heading} ({self.place})"
+
+    @property
+    def purpose(self) -> str:
+        """How a bench is read."""
+        return (
+            "Every model is timed in turn with the others, in one process. A cell is the median of the timings [10th, "
+            "90th percentile]; time ÷ dense's is the median of the ratios of paired timings, above 1 where a model is "
+            "slower. Floor ÷ time: the least time in which the necessary numbers can be computed and moved, at the "
+            "ceilings measured in the same bench, over the measured time."
+        )
+
+    @property
+    def regime(self) -> str:
+        """What was measured where, and what weakens it."""
         record, ceilings = self.record, self.record["ceilings"]
         doubts = "".join(f"**{sentence}** " for sentence in bench_records.doubts(record))
         limits = f"{rate(ceilings['flops_per_second'], 'FLOP/s')} and {rate(ceilings['bytes_per_second'], 'B/s')}"
         return (
-            f"{doubts}{speed_cells.bench_headline(record)}. Every model is timed in turn with the others, in one "
-            "process. A cell is the median of the timings [10th, 90th percentile]; time ÷ dense's is the median of the "
-            "ratios of paired timings, above 1 where a model is slower. Floor ÷ time: the least time in which the "
-            "necessary numbers can be computed and moved, at the ceilings measured in the same bench "
-            f"({limits}), over the measured time. Machine: {records.machine_of(record)}. The bench took "
-            f"{console.duration(record['seconds'])}."
+            f"{doubts}{speed_cells.bench_headline(record)}. Ceilings: {limits}. Machine: {records.machine_of(record)}. "
+            f"The bench took {console.duration(record['seconds'])}."
         )
 
 

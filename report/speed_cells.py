@@ -79,7 +79,8 @@ def papers_grid(bench):
     counts, lengths = map(bench_records.from_to, zip(*timings))
     notes = [f"n = {counts} texts of {lengths} characters; training time is that of the updates"]
     notes += [f"published: {PUBLISHED.source}, one machine, number of runs not given"]
-    notes += [f"{titles[name]}: published as {row.label}" for name, row in row_of.items() if row]
+    same = [f"{titles[name]} is {row.label}" for name, row in row_of.items() if row]
+    notes += [f"as published: {'; '.join(same)}"] if same else []
     title = "Speed. Inference by the papers' protocol: eagerly, without a cache, one text at a time"
     return Grid(title, ["model", *columns], rows, notes)
 

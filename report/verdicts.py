@@ -6,7 +6,7 @@
    needs no correction). One pair refutes it where its interval at 1 - 0.05 / pairs lies wholly outside (Bonferroni).
 3. A claim that two rows are alike is an equivalence test: its bounds are a margin, written beside it with its reason.
    What is neither held nor refuted is undecided; where the planned seeds could hardly decide, the power says so.
-4. A claim noticed in some seeds is decided on fresh ones.
+4. A claim noticed in some seeds is decided on fresh ones, and so is its cost where two of them were timed.
 5. An SD of fewer than SEEDS_FOR_A_VERDICT seeds never narrows an interval: where the SDs of a table's pairs are alike,
    the pooled one is taken if it is larger. The degrees of freedom stay those of the pair.
 6. Equal time: the interval of the break-even in steps (papers/break_even.py) against that of the ratio of times.
@@ -34,9 +34,11 @@ from support.intervals import (
 
 STATUSES = HELD, NOT_HELD, UNDECIDED, NOT_RUN = "held", "did not hold", "undecided", "not run"
 # Why a pair has no effect, or no interval.
-NOT_ALONE, NOT_MEASURED, ONE_LENGTH = "not timed alone", "not measured", "one schedule length"
+NOT_ALONE, NOT_CAPTURED = "not timed alone", "not timed in captured steps"
+NOT_MEASURED, ONE_LENGTH = "not measured", "one schedule length"
 NO_COMMON_SEEDS, NO_FRESH_SEEDS, ONE_SEED = "no common seeds", "no fresh seeds", "one seed"
 TWO_MACHINES, TWO_TEXTS, NO_RATIO = "two machines", "two texts", "no ratio"
+ALL_SEEDS = "of all seeds"  # a cost that fresh seeds do not tell
 NO_SPREAD = "the same in every seed"  # then the effect is its own interval
 WEAK = 0.5  # power with which a claim is called one that the planned seeds can hardly decide
 
@@ -50,8 +52,9 @@ class Finding(NamedTuple):
     refuting: Effect | None  # the same with the interval that refutes
     status: str
     problem: str  # "" where the effect has an interval from several seeds
-    alone: dict[str, list[int]]  # row -> its seeds that the other lacks
-    cost: Effect | None = None  # the ratio of costs with which a break-even is compared
+    alone: dict[str, list[int]]  # row -> those of the seeds that the other lacks
+    cost: Effect | None  # the ratio of costs with which a break-even is compared
+    cost_problem: str
 
 
 class Power(NamedTuple):
@@ -125,15 +128,26 @@ def finding_of(claim: Claim, comparison: Comparison, measure: str, row: str, aga
     confidences = CONFIDENCE, 1 - (1 - CONFIDENCE) / len(claim.pairs)
     effect, refuting = (effect_of(comparison, measure, *pair, kind, confidence, seeds) for confidence in confidences)
     problem = problem_of(comparison, measure, *pair, kind, seeds)
-    cost, bounds = None, (claim.holds, claim.holds)
+    cost, cost_problem, bounds = None, "", (claim.holds, claim.holds)
     if claim.cost:  # the interval must lie above that of the cost to confirm, and below it to refute
-        cost = effect_of(comparison, claim.cost, *pair, "ratio")
-        has_interval = cost is not None and cost.low is not None
-        bounds = [(bound, math.inf) for bound in ((cost.high, cost.low) if has_interval else (math.inf, 0.0))]
+        cost, cost_problem = cost_of(comparison, claim.cost, *pair, seeds)
+        edges = (math.inf, 0.0) if cost is None or cost.low is None else (cost.high, cost.low)
+        bounds = [(edge, math.inf) for edge in edges]
     status = NOT_RUN if problem == NOT_RUN else status_of(effect, refuting, *bounds)
-    ours, theirs = (comparison.values(name, measure).keys() if name else set() for name in pair)
+    values = (comparison.values(name, measure) if name else () for name in pair)
+    ours, theirs = ({seed for seed in of if seed in seeds} for of in values)
     alone = {row: sorted(ours - theirs), against: sorted(theirs - ours)} if against else {}
-    return Finding(*pair, effect, refuting, status, problem, {name: of for name, of in alone.items() if of}, cost)
+    alone = {name: of for name, of in alone.items() if of}
+    return Finding(*pair, effect, refuting, status, problem, alone, cost, cost_problem)
+
+
+def cost_of(comparison, cost, row, against, seeds) -> tuple[Effect | None, str]:
+    """The ratio of a cost in these seeds, or in all where these give no interval; and its problem, in a word."""
+    of_pair = comparison, cost, row, against, "ratio"
+    effect = effect_of(*of_pair, seeds=seeds)
+    if effect and effect.low is not None:
+        return effect, problem_of(*of_pair, seeds)
+    return effect_of(*of_pair), problem_of(*of_pair) or ALL_SEEDS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,11 +204,9 @@ def problem_of(comparison, measure, row, against, kind, seeds=None) -> str:
     for name in names:
         if not comparison.cells[name]:
             return TWO_MACHINES if name in comparison.elsewhere and len(names) > 1 else NOT_RUN
-    entry = MEASURES[measure]
     for name in names:
         if not comparison.values(name, measure):
-            has_any = any(entry.read(record) is not None for record in comparison.cells[name])
-            return NOT_ALONE if has_any else ONE_LENGTH if entry.of_table else NOT_MEASURED
+            return why_no_number(comparison, measure, name)
     if len(comparison.texts(*names)) > 1 and len(names) > 1:
         return TWO_TEXTS
     if kind == "ratio" and min(min(comparison.values(name, measure).values()) for name in names) <= 0:
@@ -206,6 +218,16 @@ def problem_of(comparison, measure, row, against, kind, seeds=None) -> str:
     if len(values) == 1:
         return ONE_SEED
     return NO_SPREAD if statistics.stdev(values.values()) == 0 else ""
+
+
+def why_no_number(comparison, measure, row) -> str:
+    """Why no record of a row that was run has a number of the measure, in a word."""
+    entry = MEASURES[measure]
+    if entry.of_table:
+        return ONE_LENGTH
+    if all(entry.read(record) is None for record in comparison.cells[row]):
+        return NOT_MEASURED
+    return NOT_ALONE if any(entry.read(of) is not None for of in comparison.timed_alike(row)) else NOT_CAPTURED
 
 
 def differences_by_size(comparison: Comparison, measure: str, config: str) -> dict[int, tuple[str, dict[int, float]]]:

@@ -1,10 +1,12 @@
 """Puts verdicts into sentences, and explains to a reader how the results are to be read."""
 
 import math
+import re
+from collections.abc import Iterable
 
 import papers
 from papers.measures import MEASURES
-from papers.table import SEEDS_FOR_A_VERDICT, Claim
+from papers.table import SCALES, SEEDS_FOR_A_VERDICT, Claim
 from report.cells import DAGGER, marked_label
 from report.verdicts import (
     HELD,
@@ -18,7 +20,6 @@ from report.verdicts import (
     Verdict,
     crossing_of,
     differences_by_size,
-    problem_of,
 )
 from support.intervals import CONFIDENCE, MOST_SEEDS, Effect
 
@@ -28,10 +29,10 @@ HOW_TO_READ = (
     "papers' protocol: the lowest mean loss on random batches among the evaluations of a run; auxiliary losses are "
     "added only where stated. A cell is mean ± sample SD (n seeds). An effect is paired by seed: the mean of the "
     "differences, or of the log ratios, over the seeds that both rows have, with its 95% interval (Student's t). A "
-    "claim **held** if every interval lies within its bounds, and **did not hold** if one lies wholly outside; of m "
-    "pairs of rows, one refutes a claim only with its interval at 1 − 0.05/m. Otherwise it is **undecided**. A claim "
-    "that two rows are alike has a margin. Intervals are not corrected for the number of claims. Times count only from "
-    "runs that had their GPU, or 95% of their cores' time, to themselves."
+    "claim **held** if every interval lies within its bounds (“holds if”), and **did not hold** if one lies wholly "
+    "outside; of m pairs of rows, one refutes a claim only with its interval at 1 − 0.05/m. Otherwise it is "
+    "**undecided**. A claim that two rows are alike has a margin. Intervals are not corrected for the number of "
+    "claims. Times count only from runs that had their GPU, or 95% of their cores' time, to themselves."
 )
 *_PAPERS, _OURS = papers.SOURCES.values()
 CLAIMS_BY_SOURCE = f"The letter of a claim names its source. {'. '.join(_PAPERS)}. E: {_OURS}."
@@ -80,6 +81,22 @@ def bounds_text(claim: Claim, holds: tuple[float, float]) -> str:
     return f"lies between {lowest:g} and {highest:g}"
 
 
+def short_bounds(claim: Claim) -> str:
+    """The bounds of a claim for a column: '< 0', 'in ±0.02 nats', '> 1.2 ×'; × stands for a ratio."""
+    if claim.cost:
+        return f"steps × above {MEASURES[claim.cost].heading} ×"
+    lowest, highest = claim.holds
+    unit = "×" if claim.is_ratio else MEASURES[claim.measures[0]].unit
+    unit = "" if not unit or set(claim.holds) <= {0, math.inf, -math.inf} else f" {unit}"  # 0 needs none
+    if highest == math.inf:
+        return f"> {lowest:g}{unit}"
+    if lowest == -math.inf or (claim.is_ratio and lowest == 0):
+        return f"< {highest:.4g}{unit}"
+    if lowest == -highest:
+        return f"in ±{highest:g}{unit}"
+    return f"{lowest:g} to {highest:g}{unit}"
+
+
 def effect_text(effect: Effect | None, measure: str, kind: str, problem="", confidence=CONFIDENCE) -> str:
     """An effect with its interval: '+0.0123 [+0.0045, +0.0201] nats, n = 3'.
 
@@ -103,8 +120,7 @@ def finding_text(verdict: Verdict, finding: Finding, measure: str) -> str:
     claim, text = verdict.claim, deciding_effect_text(finding, verdict.claim, measure)
     if not claim.cost or not finding.effect:
         return text
-    problem = problem_of(verdict.comparison, claim.cost, finding.row, finding.against, "ratio")
-    cost = effect_text(finding.cost, claim.cost, "ratio", problem)
+    cost = effect_text(finding.cost, claim.cost, "ratio", finding.cost_problem)
     return f"steps × {text}; {MEASURES[claim.cost].heading} × {cost}"
 
 
@@ -232,14 +248,35 @@ def status_text(verdict: Verdict) -> str:
     return verdict.status + (f" (provisional, n = {verdict.seeds})" if verdict.is_provisional else "")
 
 
-def headline(n_runs: int, machines: list[str]) -> str:
-    """How many runs there are, and on which machines they were made."""
+def headline(n_runs: int) -> str:
+    """How many runs there are."""
     if not n_runs:
         return "There are no records yet; each line below says how to make them."
-    return (
-        f"Records of {n_runs} runs, made on {' and on '.join(machines)}. A verdict from fewer than "
-        f"{SEEDS_FOR_A_VERDICT} seeds is provisional."
-    )
+    return f"Records of {n_runs} runs. A verdict from fewer than {SEEDS_FOR_A_VERDICT} seeds is provisional."
+
+
+def machine_names(machines: Iterable[str]) -> dict[str, str]:
+    """Kind of machine, as records.machine_of names it -> a short name.
+
+    That is the device, with what not all kinds with the same device have: "AMD EPYC", "NVIDIA H200, compiled".
+    """
+    devices, names = {}, {}  # device -> [(machine, its other parts)]
+    for machine in sorted(machines):
+        device, *parts = machine.split(", ")
+        devices.setdefault(device, []).append((machine, parts))
+    for device, kinds in devices.items():
+        shared = set.intersection(*(set(parts) for _, parts in kinds))
+        for machine, parts in kinds:
+            name = re.sub(r"\((R|TM)\)| Processor$", "", device)
+            names[machine] = ", ".join([name, *(part for part in parts if part not in shared)])
+    return names
+
+
+def legend_lines(names: dict[str, str]) -> list[str]:
+    """What the short names of sizes and machines stand for. names: from machine_names."""
+    sizes = [f"**{name}**: {text.partition(': ')[2]}" for name, text in SCALES.items()]
+    machines = [f"**{short}**: {machine.partition(', ')[2]}" for machine, short in names.items()]
+    return [*sizes, *machines] if names else []
 
 
 def verdict_counts(verdicts: list[Verdict]) -> str:

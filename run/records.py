@@ -448,18 +448,17 @@ def read_each(paths, parent, read, left_out) -> Iterator[tuple[Path, Path, dict]
             left_out.append(str(error))
 
 
-def read_all(folder, skip=()) -> tuple[list[tuple[Path, dict]], list[str]]:
+def read_all(folder) -> tuple[list[tuple[Path, dict]], list[str]]:
     """(path, record) of each record in folder/*/*.json, sorted by path; and a line for each that is left out.
 
     Left out are invalid records, files not named …-s<seed>.json after their record's seed, and records of one run on
     one machine that differ, for nothing says which of them counts. Of equal ones the first counts. Records of two
     texts, and a clean or straight one beside one that is not, may stand side by side, since tables show them apart.
-    skip: names that begin so are passed over (text or a tuple). So are folder/bench/ and folder/analysis/.
+    folder/bench/ and folder/analysis/ are passed over.
     """
     folder = Path(folder)
     cells, left_out = {}, []
     paths = (path for path in folder.glob("*/*.json") if path.parent.name not in (BENCH, ANALYSIS))
-    paths = (path for path in paths if not path.name.startswith(skip))
     for path, name, record in read_each(sorted(paths), folder.parent, read, left_out):
         ending = f"-s{record['config']['seed']}.json"
         if path.name.endswith(ending):

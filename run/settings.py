@@ -26,7 +26,6 @@ from support.options import (
     EXPERIMENT,
     MACHINE,
     SCHEDULE,
-    SCOPES,
     ConfigError,
     accept_value,
     nearest,
@@ -429,7 +428,7 @@ class Config:
     def run_id(self) -> str:
         return f"{self.hash()}-s{self.seed}"
 
-    def differences(self, other: Config, scopes: Iterable[str] = SCOPES) -> list[tuple[str, Any, Any]]:
+    def differences(self, other: Config, scopes: Iterable[str]) -> list[tuple[str, Any, Any]]:
         """(key, ours, theirs) for each key of these scopes with different values."""
         scopes, theirs = tuple(scopes), other.to_dict()
         options = options_of(type(self))

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from routing import mix_seeds
 from run.checkpoint import CheckpointError
 from run.totals import RunningTotals
 from run.update import random_state
 from support import files, machines
+from support.seeds import mix_seeds
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Where the time of a unit goes: kernels by class on CUDA, operations elsewhere.
 
-    lines = profile_lines(candidate, "train", Unit(candidate.train), folder)
+    lines = profile_lines(candidate, "train", unit, folder)
 
 torch's profiler lists each operation with the time of its kernels, each kernel by itself, and annotated stretches with
 all that ran in them. On CUDA only the kernels count here, elsewhere only what an operation spent outside of others.

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from model import GPT, Decoder
 from run import accounting, evaluate, update
 from run.totals import RunningTotals
-from speed import bench_records, decoding, fused_routing
+from speed import bench_records, decoding, fused_routing, traffic
 from support import triton_here
 
 TEMPERATURE, TOP_K = 0.8, 200  # of sampling, as in sample.py and the papers
@@ -449,14 +449,14 @@ def floor_of(candidate, task, batch_size, tokens, ceilings):
     """
     model, block_size, width = candidate.model, candidate.config.block_size, candidate.machine.dtype.itemsize
     if task == "train":
-        flops, moved = tokens * accounting.training_flops_per_token(model), accounting.training_bytes(model, width)
+        flops, moved = tokens * accounting.training_flops_per_token(model), traffic.training_bytes(model, width)
     elif task == "prefill":
         length = tokens // batch_size
         flops = tokens * accounting.forward_flops_per_token(model, context=length - 1)
-        moved = accounting.prefill_bytes(model, batch_size, length, width)
+        moved = traffic.prefill_bytes(model, batch_size, length, width)
     else:  # with a cache even for `papers`: that much is enough to sample a character
         contexts = [block_size // 2] if task == "decode" else [min(i, block_size - 1) for i in range(tokens)]
         flops = batch_size * sum(accounting.forward_flops_per_token(model, context) for context in contexts)
-        moved = sum(accounting.decoding_bytes(model, batch_size, context, width) for context in contexts)
+        moved = sum(traffic.decoding_bytes(model, batch_size, context, width) for context in contexts)
     seconds = max(flops / ceilings["flops_per_second"], moved / ceilings["bytes_per_second"])
     return {"flops": flops, "bytes": moved, "seconds": seconds}

@@ -113,8 +113,12 @@ class Stopped(Exception):
 class StopSignals:
     """Inside, stopping signals are only listed in `caught`, for the loop to look at between two steps.
 
-    A second Ctrl-C ends the program on the spot. Other signals may come several times, as some launchers send them.
+    second_ends: a second Ctrl-C ends the program on the spot. Other signals may come several times, as some launchers
+    send them.
     """
+
+    def __init__(self, second_ends=True):
+        self.second_ends = second_ends
 
     def __enter__(self):
         self.caught, self.raising = [], False
@@ -127,7 +131,7 @@ class StopSignals:
 
     def _catch(self, number, frame):
         self.caught.append(number)
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and self.second_ends:
             signal.signal(number, signal.SIG_DFL)
         if self.raising:
             self.raising = False

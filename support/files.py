@@ -111,6 +111,18 @@ def read_json(path: str | Path) -> Any:
         raise ValueError("its objects and lists are nested too deep") from None
 
 
+def read_json_lines(path: str | Path) -> tuple[list, list[int]]:
+    """The values in a file with one JSON value a line, and the numbers of lines that hold none: the file may be
+    growing. Raises OSError when it cannot be read."""
+    values, broken = [], []
+    for number, line in enumerate(read_whole(path, LARGEST_JSON).decode(errors="replace").splitlines(), 1):
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError):
+            broken.append(number)
+    return values, broken
+
+
 def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is in it, which is no number")
 

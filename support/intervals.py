@@ -42,13 +42,13 @@ def t_quantile(n: int, confidence: float) -> float:
     return float(stats.t.ppf((1 + confidence) / 2, n - 1))
 
 
-def pooled_sd(groups: list[list[float]], unlike: float = 0.05) -> float | None:
-    """The SD of several small groups together, or None where Bartlett's test finds their SDs unlike (p < `unlike`).
+def pooled_sd(groups: list[list[float]]) -> float | None:
+    """The SD of several small groups together, or None where Bartlett's test finds their SDs unlike (p < 0.05).
 
     Groups of one value or of equal values (counts) say nothing of a spread and are passed over.
     """
     groups = [group for group in groups if len(group) > 1 and statistics.stdev(group) > 0]
-    if len(groups) < 2 or stats.bartlett(*groups).pvalue < unlike:
+    if len(groups) < 2 or stats.bartlett(*groups).pvalue < 0.05:
         return None
     squares = sum(statistics.variance(group) * (len(group) - 1) for group in groups)
     return math.sqrt(squares / sum(len(group) - 1 for group in groups))
@@ -63,7 +63,7 @@ class Crossing(NamedTuple):
     n: int  # curves: one a seed
 
 
-def crossing_of_mean(places: list[float], curves: list[list[float]], confidence: float = CONFIDENCE) -> Crossing | None:
+def crossing_of_mean(places: list[float], curves: list[list[float]]) -> Crossing | None:
     """Where the mean of the seeds' curves is 0, or None where it does not cross 0 exactly once.
 
     places: at least two, rising; curves: of each seed, its values there, joined by straight lines. The interval reaches
@@ -85,7 +85,7 @@ def crossing_of_mean(places: list[float], curves: list[list[float]], confidence:
     place = place_at(i, means[i] / (means[i] - means[i + 1]))
     if n < 2:
         return Crossing(place, None, None, n)
-    ends, scale = [place], t_quantile(n, confidence) ** 2 / n
+    ends, scale = [place], t_quantile(n, CONFIDENCE) ** 2 / n
     for i in range(len(places) - 1):  # mean² = t² variance / n is quadratic in the share of the way to the next place
         start, way = values[:, i], values[:, i + 1] - values[:, i]
         (of_start, of_both), (_, of_way) = np.cov(start, way)

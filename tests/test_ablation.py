@@ -90,11 +90,11 @@ def test_the_standard_error_is_that_of_alike_neighbours():
 
 
 def test_who_suffers():
-    """'a' twice by 3, 'b' once by 5, 'c' gains, 'd' stays."""
-    ids_N, change = np.array([0, 1, 0, 2, 3]), seen_of([3, 5, 3, -9, 0])
-    before = seen_of([0] * 5)
-    assert suffering(before, change, ids_N, VOCABULARY, at_least=1) == [["b", 5.0, 1], ["a", 3.0, 2]]
-    assert suffering(before, change, ids_N, VOCABULARY, at_least=2) == [["a", 3.0, 2]]
+    """'a' 200 times by 3, 'b' 100 times by 5, 'c' gains, 'd' stays; what occurs 99 times is not told."""
+    ids_N, change_N = np.array([0, 0, 2, 3, 1] * 100), np.array([3.0, 3, -9, 0, 5] * 100)
+    for last, expected in ((500, [["b", 5.0, 100], ["a", 3.0, 200]]), (499, [["a", 3.0, 200]])):
+        before, after = seen_of(np.zeros(last)), seen_of(change_N[:last])
+        assert suffering(before, after, ids_N[:last], VOCABULARY) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -378,6 +378,8 @@ def shown_everywhere(record):
             for view in table.views:
                 grid = cells.grid_of(comparison, view)
                 assert cells.markdown(grid).encode() and cells.latex(grid).encode()
+            lines = [cells.line_of(comparison, row, {}) for row in cells.rows_with_records(comparison)]
+            "".join([*lines, *cells.notes_of(comparison), *cells.notes_on_missing(comparison)]).encode()
             assert cells.csv_of([comparison]).encode()
 
 

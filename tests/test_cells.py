@@ -1,17 +1,20 @@
 """Tables of results and of benches, as people read them and as CSV."""
 
 import csv
+import dataclasses
 import io
 import math
 
 import pytest
 from benches import GPU, bench
+from test_papers import captured
 from test_papers import record as skeleton
 
 from papers import TABLES
 from papers.table import View, gather
 from report import cells, figures_of_speed, speed_cells
 from report.blocks import Grid
+from report.verdicts import problem_of
 
 TABLE = TABLES["C"]
 LOSS = View("Loss", ("clean",))
@@ -43,12 +46,50 @@ def test_a_cell_is_mean_sample_sd_and_n():
     assert cells_by_row(gathered(*found))["learned"] == ["1.6333 ± 0.1528 (3)"]
 
 
-def test_cells_with_one_seed_or_none_say_so_and_name_the_command():
-    comparison = gathered(record(nats=1.5))
-    assert cells_by_row(comparison) == {"learned": ["1.5000 (n = 1)"], "frozen": ["not run"], "random": ["not run"]}
-    assert cells.grid_of(comparison, LOSS).notes == [
-        "not run: frozen; random: `python sweep.py C --scale=cpu --seeds=5`"
+def test_rows_that_were_not_run_are_named_once_with_the_command():
+    comparison = gathered(record(nats=1.5), record("shakespeare_moe4_frozen", nats=1.6))
+    assert cells_by_row(comparison) == {"learned": ["1.5000 (n = 1)"], "frozen": ["1.6000 (n = 1)"]}
+    assert cells.notes_on_missing(comparison) == ["Not run: random. `python sweep.py C --scale=cpu --seeds=5`"]
+
+
+def test_rows_that_another_machine_ran_are_not_called_missing():
+    elsewhere = record("shakespeare_moe4_frozen")
+    elsewhere["machine"] = elsewhere["machine"] | {"device": "Another CPU"}
+    here = gathered(record(seed=1), record(seed=2), record("shakespeare_moe4_random"), elsewhere)
+    assert list(cells_by_row(here)) == ["learned", "random"] and not cells.notes_on_missing(here)
+
+
+def test_rows_and_columns_without_a_number_are_left_out():
+    """A row that was run but not timed alone stays where it has another number."""
+    comparison = gathered(record(seed=1), record("shakespeare_moe4_frozen", exclusive=False))
+    assert list(cells_by_row(comparison, View("Time", ("train_seconds",)))) == ["learned"]
+    grid = cells.grid_of(comparison, View("Cost", ("cross_fitted", "train_seconds", "total_parameters")))
+    assert grid.columns == ["row", "training, s", "parameters"] and [row[0] for row in grid.rows] == [
+        "learned",
+        "frozen",
     ]
+    assert cells.grid_of(comparison, View("Loss", ("cross_fitted",))).rows == []
+    alone = gathered(record())  # a baseline is no ratio
+    assert cells.grid_of(alone, View("Ratio", ("clean",), relative=True)).rows == []
+
+
+def test_a_row_in_a_line_has_each_number_once_or_the_table_that_has_it():
+    views = View("Loss", ("clean", "paper")), View("Both", ("paper", "train_seconds"))
+    table = dataclasses.replace(TABLES["A"], views=views)
+    comparison, row = gathered(paper_a(), table=table, scale="paper"), table.row("shakespeare_moe4")
+    line = cells.line_of(comparison, row, {"train_seconds": "B", "clean": "B"})
+    assert line == (
+        "Only “4 experts, aux 0.01” was run here. **Loss:** best sampled validation, nats: 1.5000 (n = 1) (published "
+        "1.53, ours − published -0.0300). Its other numbers stand in table B."
+    )
+
+
+def test_a_number_of_seeds_that_all_cells_share_is_told_once_in_markdown():
+    grid = Grid("Loss", ["row", "a", "b"], [["x (3)", "1.5 ± 0.1 (3)", "7"], ["y", "1.6 ± 0.2 (3)", "–"]])
+    text = cells.markdown(grid)
+    assert text.startswith("**Loss** (n = 3)\n") and "| x (3) | 1.5 ± 0.1 | 7 |" in text
+    other = cells.markdown(grid._replace(rows=[*grid.rows, ["z", "1.7 (n = 1)", "–"]]))
+    assert other.startswith("**Loss**\n") and "| 1.5 ± 0.1 (3) |" in other and "| 1.7 (n = 1) |" in other
 
 
 def test_times_of_busy_machines_are_left_out_with_a_note():
@@ -58,21 +99,39 @@ def test_times_of_busy_machines_are_left_out_with_a_note():
     view = View("Cost", ("train_seconds", "total_parameters"))
     assert cells_by_row(comparison, view)["learned"] == ["100.0 (n = 1)", "1,234,567"]
     assert cells_by_row(comparison, view)["frozen"][0] == "not timed alone"
-    note = "training: 2 of 3 runs not known to be alone on their hardware are left out"
-    assert note in cells.grid_of(comparison, view).notes
-    assert not any("left out" in note for note in cells.grid_of(comparison, LOSS).notes)
+    note = "times left out, of runs not known to be alone on their hardware: 2 of 3 (training)"
+    assert note in cells.notes_of(comparison)
+    assert not any("left out" in note for note in cells.notes_of(gathered(record())))
+
+
+def test_times_of_runs_that_were_not_captured_are_left_out_with_a_note():
+    frozen = "shakespeare_moe4_frozen"
+    comparison = gathered(
+        captured(record(seed=1)),
+        record(seed=2),
+        record(frozen),
+        captured(record("shakespeare_moe4_random", exclusive=False)),
+    )
+    rows = cells_by_row(comparison, View("Cost", ("train_seconds", "total_parameters")))
+    assert [row[0] for row in rows.values()] == ["100.0 (n = 1)", "not timed in captured steps", "not timed alone"]
+    assert {
+        "times left out, of runs not known to be alone on their hardware: 1 of 4 (training)",
+        "times left out, of runs without captured steps: 2 of 4 (training)",
+    } <= {*cells.notes_of(comparison)}
+    problem = problem_of(comparison, "train_seconds", frozen, "shakespeare_moe4", "ratio")
+    assert problem == "not timed in captured steps"
 
 
 def test_a_dagger_marks_rows_that_cannot_be_compared():
     comparison = gathered(record(leaky=True), record("shakespeare_moe4_frozen"))
-    assert list(cells_by_row(comparison)) == ["learned †", "frozen", "random"]
-    assert cells.grid_of(comparison, LOSS).notes[0].startswith("† ")
+    assert list(cells_by_row(comparison)) == ["learned †", "frozen"]
+    assert cells.notes_of(comparison)[0].startswith("† ")
 
 
 def test_runs_with_uncommitted_changes_are_listed_and_not_averaged():
     comparison = gathered(record(seed=1, nats=1.5), record(seed=2, nats=9.0, dirty=True))
     assert cells_by_row(comparison)["learned"] == ["1.5000 (n = 1)"]
-    assert any("learned, seed 2, 9.0000 nats" in note for note in cells.grid_of(comparison, LOSS).notes)
+    assert any("learned, seed 2, 9.0000 nats" in note for note in cells.notes_of(comparison))
 
 
 def paper_a(**changes):
@@ -84,12 +143,13 @@ def test_the_published_number_stands_beside_ours_with_the_difference():
     grid = cells.grid_of(gathered(paper_a(), table=TABLES["A"], scale="paper"), View("Loss", ("paper",)))
     assert grid.columns == ["row", "best sampled validation, nats", "published", "ours − published"]
     rows = {row[0]: row[1:] for row in grid.rows}
-    assert rows["4 experts, aux 0.01"] == ["1.5000 (n = 1)", "1.53", "-0.0300"]
-    assert rows["dense"] == ["not run", "1.46", "–"] and rows["8 experts, aux 0.01"] == ["not run", "–", "–"]
+    assert rows == {"4 experts, aux 0.01": ["1.5000 (n = 1)", "1.53", "-0.0300"]}
 
 
 def test_another_size_is_not_subtracted_from_a_published_number():
-    grid = cells.grid_of(gathered(table=TABLES["A"]), View("Loss", ("paper",)))
+    of_dense = TABLES["A"].row("shakespeare_dense").config_at("cpu", 1)
+    found = record() | {"run_id": of_dense.run_id, "config": of_dense.to_dict()}
+    grid = cells.grid_of(gathered(found, table=TABLES["A"]), View("Loss", ("paper",)))
     assert grid.columns[1:] == ["best sampled validation, nats", "published (paper size)"]
 
 
@@ -108,7 +168,7 @@ def test_relative_cells_are_ratios_with_intervals_beside_the_published_ratio():
     assert rows["Baseline"] == ["1", "1"]
     ratio, published = rows["MoE Top-2"]
     assert ratio.startswith("1.490 [") and published == "1.600"
-    assert rows["MoE Capacity 0.5 (top-2)"] == ["not run", "1.609"]
+    assert len(rows) == 2
 
 
 @pytest.mark.parametrize("write", [cells.markdown, cells.latex])
@@ -116,7 +176,7 @@ def test_markdown_and_latex_keep_every_cell_in_its_column(write):
     grid = Grid("T. 5% & more", ["row", "a|b"], [["x_1 & 2", "1 ± 2"], ["†", "3"]], ["a note"])
     text = write(grid)
     assert text.count("a note") == 1 and "5% & more" in text
-    lines = [line for line in text.splitlines() if line.startswith("| ") or line.endswith("\\\\")]
+    lines = [line for line in text.splitlines() if line.startswith("|") or line.endswith("\\\\")]
     separators = [
         line.replace("\\|", "").count("|") - 1 if write is cells.markdown else line.replace(r"\&", "").count("&") + 1
         for line in lines
@@ -127,6 +187,11 @@ def test_markdown_and_latex_keep_every_cell_in_its_column(write):
 def test_latex_escapes_special_characters():
     text = cells.latex(Grid("T", ["row"], [["50% of $x_1 ± {2}"]], []))
     assert r"50\% of \$x\_1 $\pm$ \{2\} \\" in text
+
+
+def test_latex_sets_the_minus_of_a_number_and_keeps_hyphens():
+    text = cells.latex(Grid("T", ["row"], [["top-2, 1e-3: -0.03 [-0.1, 0.2]"]], []))
+    assert r"top-2, 1e-3: $-$0.03 [$-$0.1, 0.2] \\" in text
 
 
 def test_csv_has_a_line_per_row_and_measure_with_unknown_values_empty():

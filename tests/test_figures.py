@@ -103,7 +103,8 @@ PICTURES = {  # figure -> a table and its seeds
     "differences": ("A", 3),
     "loss_by_rate": ("tuned", 3),
 }
-RUNS = {"one": [{"evaluations": record(1)["evaluations"]}], "two": [record(1, 1.8), record(2, 1.7)]}
+ONE, *TWO = ({"evaluations": of["evaluations"], "unit": "character"} for of in map(record, (1, 1, 2), (1.9, 1.8, 1.7)))
+RUNS = {"one": [ONE], "two": TWO}
 
 
 @functools.cache
@@ -210,6 +211,15 @@ def test_times_of_runs_that_shared_the_machine_are_not_drawn():
     assert pytest.approx(1.2) in [line[0][0] for line in lines_of(relative)]
 
 
+def test_times_of_runs_that_were_not_captured_are_not_drawn_beside_those_that_were():
+    plain, captured = record(1, 1.8, seconds=100.0), record(2, 1.9, seconds=50.0, machine={"capture": True})
+    of = comparison("A", {DENSE: [plain, captured], MOE4: [record(1, 1.7, 4, seconds=120.0)]})
+    curves = figures_of_table.loss_curves(of)
+    assert [line[-1] for line in lines_of(panel_over(curves, "training time, s"))] == [(50.0, 1.9)]
+    assert "1 of 3 runs that had their hardware to themselves and whose steps were captured" in curves.caption
+    assert captions.cells_of(of)[0].label_with_n.endswith("1\N{NO-BREAK SPACE}timed)")
+
+
 def test_without_exclusive_runs_no_time_is_drawn():
     of = comparison("A", {DENSE: [record(1, exclusive=False)], MOE4: [record(1, 1.8, 4, exclusive=False)]})
     for drawing in (figures_of_table.loss_curves(of), figures_of_table.loss_against_cost(of)):
@@ -233,7 +243,7 @@ def test_cost_shows_every_seed_and_their_mean():
 
 
 def test_equal_parameters_stand_side_by_side_in_the_tables_order():
-    assert figures_of_table.side_by_side([5.0, 1.0, 5.1, 5.05], near=0.2, gap=8) == [-8.0, 0.0, 0.0, 8.0]
+    assert figures_of_table.side_by_side([5.0, 1.0, 5.1, 5.05], near=0.2) == [-8.0, 0.0, 0.0, 8.0]
 
 
 def test_relative_cost_is_a_ratio_with_its_spread_beside_the_published_one():
@@ -359,3 +369,9 @@ def test_local_runs_are_drawn_with_seeds_mean_and_training_loss():
     ends = [line[-1][1] for line in lines_of(drawing.figure.axes[0])]
     assert ends == pytest.approx([1.9, 1.9, 1.8, 1.8, 1.7, 1.75, 1.65])  # seeds, mean, train: of each label
     assert drawing.figure.legends[0].get_texts()[1].get_text() == "two (n = 2)"
+    assert drawing.figure.axes[0].get_ylabel() == "validation loss, nats per character"
+
+
+def test_losses_of_local_runs_on_bytes_are_per_byte():
+    axes = figures_of_table.curves_of_runs({"one": [ONE | {"unit": "byte"}]}).figure.axes[0]
+    assert axes.get_ylabel().endswith("per byte") and axes.child_axes[0].get_ylabel() == "bits per byte"

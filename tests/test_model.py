@@ -18,6 +18,7 @@ from model import GPT, IGNORED, KVCache, sample, uniforms
 from run import accounting, checkpoint, update
 from run.accounting import dense_equal_active, dense_equal_total
 from run.settings import Config
+from speed import traffic
 from support import configurator, machines
 from support.options import options_of
 
@@ -395,11 +396,9 @@ def test_bytes_of_a_step_equal_hand_computation():
     """Dense, 2 blocks of width 16: a token caches 2 · 2 · 16 numbers."""
     model = gpt()
     total = accounting.count_parameters(model)["total"]
-    assert accounting.training_bytes(model, 2) == total * (2 + 2 + 4 + 4 + 12 + 12)
-    assert accounting.decoding_bytes(model, 3, 10, 4) == 4 * (total - 15 * 16 + 3 * 10 * 64), (
-        "one position's vector of 16"
-    )
-    assert accounting.prefill_bytes(model, 3, 10, 2) == 2 * (total - 6 * 16 + 3 * 10 * 64)
+    assert traffic.training_bytes(model, 2) == total * (2 + 2 + 4 + 4 + 12 + 12)
+    assert traffic.decoding_bytes(model, 3, 10, 4) == 4 * (total - 15 * 16 + 3 * 10 * 64), "one position's vector of 16"
+    assert traffic.prefill_bytes(model, 3, 10, 2) == 2 * (total - 6 * 16 + 3 * 10 * 64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def whole(text="text"):
                 [
                     Grid(text, ["", text], [[text, text], [text, text]], [text]),
                     Picture(SVG, text, text),
-                    Ruling(text, "held", text, text, text, [text, text], [text], provisional=True),
+                    Ruling(text, "held", text, text, text, text, [text, text], [text], provisional=True),
                     Paragraph(f"`{text}`"),
                     Picture(SVG, text, text),
                     Folded(text, [Paragraph(text)]),
@@ -142,6 +142,11 @@ def test_a_provisional_verdict_says_so_wherever_it_is():
     sections = [Section("S", [ruling("A1", provisional=True), ruling("A2")])]
     header, _, body = page.page("", [], sections).partition("<main>")
     assert "<b>2</b>" in header and "1 provisional" in header and body.count("provisional") == 2
+
+
+def test_the_list_of_verdicts_says_where_a_claim_holds():
+    html = page.page("", [], [Section("S", [ruling(bounds="> 1.2 ×"), ruling("A2")])])
+    assert html.count("A claim. <small>holds if &gt; 1.2 ×</small></td>") == html.count("holds if") == 1
 
 
 def test_verdicts_are_counted_over_all_sections_and_listed_under_theirs():

@@ -145,12 +145,12 @@ def test_tables_figures_and_pages_are_drawn_from_the_records(drawn_results, caps
     }  # fmt: skip
     for name in ("summary.md", "report.html"):
         page = files[name].decode()
-        assert "4 experts are better." in page and "± " in page and "(2)" in page
-        assert "Speed (CPU size, AMD EPYC)" in page and "Speed. Decoding: a step gives each sequence" in page
+        assert "4 experts are better." in page and "± " in page
+        assert "CPU size, AMD EPYC" in page and "Decoding: a step gives each sequence" in page
         assert "180 GFLOP/s and 12.5 GB/s" in page and "commit 0123456" in page and "uncommitted" not in page
     page = files["summary.md"].decode()
-    assert "`python sweep.py T --scale=cpu --seeds=5`" in page and "Regime: " in page
-    assert "| 8 experts | not run |" in page
+    assert "- Not run: 8 experts. `python sweep.py T --scale=cpu --seeds=5`" in page and "| 8 experts |" not in page
+    assert "**Loss** (n = 2)" in page and "Regime: " in page
     assert "](figures/speed_cpu.svg)" in page and "| 4 experts, top-1 | 1.22 [1.18, 1.26] | 54.9 [53.3, 56.5] |" in page
     told = capsys.readouterr()
     assert "wrote " in told.out and told.err == ""
@@ -241,7 +241,7 @@ def test_a_table_of_ones_own_is_one_entry(made, table, tmp_path, monkeypatch, ca
     assert all(row.cell("cpu", 1337) in listed for row in table.rows) and "3 missing" in listed
     assert draw(folder) == 0
     page = (folder / "summary.md").read_text()
-    assert "## A table (T, CPU size)" in page and "| T1 | 4 experts are better. | cpu | " in page
+    assert "## A table (T)" in page and "| T1 | 4 experts are better. | < 0 | cpu | " in page
     assert {path.name for path in (folder / "figures").iterdir()} == {
         "T_cpu_loss_curves.svg", "T_cpu_loss_against_cost.svg", "T_cpu_differences.svg",
     }  # fmt: skip
@@ -260,7 +260,7 @@ def test_a_measure_of_ones_own_is_one_entry(results, table, monkeypatch):
     assert draw(results) == 0
     page = (results / "summary.md").read_text()
     assert "| row | median step, ms |" in page
-    assert "| T1 | 4 experts are better. | cpu | held (provisional, n = 2) | -1.00 [" in page
+    assert "| T1 | 4 experts are better. | < 0 | cpu | held (provisional, n = 2) | -1.00 [" in page
     lines = list(csv.DictReader((results / "tables" / "T_cpu.csv").open()))
     assert {line["row"]: float(line["mean"] or 0) for line in lines} == {"dense": 2.0015, "moe4": 1.0015, "moe8": 0}
 
@@ -313,17 +313,21 @@ def test_a_table_without_a_run_that_counts_says_so(results):
         changed(path, git={"commit": None, "dirty": None})
     draw(results)
     page = (results / "summary.md").read_text()
-    assert "Regime: no run that counts." in page and "| dense | not run |" in page and "4 experts, seed 1, " in page
+    assert "Regime: no run that counts." in page and "| dense |" not in page and "4 experts, seed 1, " in page
 
 
-def test_another_machine_gets_tables_of_its_own(results):
+def test_another_machine_gets_a_section_of_its_own_with_its_name_in_the_heading(results):
+    """And where it ran one row alone, a line in the place of grid and figures, which report.html folds."""
     for seed in (1, 2):
         record = json.loads(of_cell(results, seed=seed).read_text())
         changed(of_cell(results, seed=seed), machine=record["machine"] | {"device": "Another CPU"})
     draw(results)
-    page = (results / "summary.md").read_text()
-    assert page.count("## A table (T, CPU size)") == 2 and "Machine: Another CPU, " in page
-    assert page.count("| dense | not run |") == page.count("| 4 experts | not run |") > 0
+    page, html = (results / "summary.md").read_text(), (results / "report.html").read_text()
+    assert page.count("## A table (T)") == 1 and page.count("\n### CPU size, ") == 2
+    assert "\n### CPU size, Another CPU\n" in page and "A table (T, CPU size, Another CPU)</h2>" in html
+    assert page.count("- Only “dense” was run here. ") == page.count("- Only “4 experts” was run here. ") == 1
+    assert "figures/" not in page and "| dense |" not in page and "(2)" in page
+    assert html.count("<details><summary>Tables and figures of the one row</summary>") == 2
     assert any("_2.svg" in name for name in written(results))
 
 
@@ -359,7 +363,7 @@ def test_benches_alone_are_results(results, capsys):
     shutil.rmtree(results / "T")
     benched(results, "epyc-cpu", bench())
     assert draw(results) == 0 and capsys.readouterr().err == ""
-    assert "## Speed (CPU size" in (results / "summary.md").read_text()
+    assert "## Speed\n" in (results / "summary.md").read_text()
 
 
 def test_each_machine_and_size_gets_a_section_and_the_papers_size_is_first(results):
@@ -368,9 +372,8 @@ def test_each_machine_and_size_gets_a_section_and_the_papers_size_is_first(resul
     benched(results, "c", bench(machine=GPU))
     draw(results)
     page = (results / "summary.md").read_text()
-    titles = [line for line in page.splitlines() if line.startswith("## Speed")]
-    assert titles == [f"## Speed ({of})" for of in ("paper size, NVIDIA H200", "CPU size, AMD EPYC",
-                                                    "CPU size, NVIDIA H200")]  # fmt: skip
+    titles = [line for line in page.partition("## Speed\n")[2].splitlines() if line.startswith("#")]
+    assert titles == ["### Paper size, NVIDIA H200", "### CPU size, AMD EPYC", "### CPU size, NVIDIA H200"]
     pictures = {name for name in written(results) if name.startswith("figures/speed")}
     assert pictures == {f"figures/speed_{name}.svg" for name in ("paper", "cpu", "cpu_2")}
     rows = (results / "tables" / "speed_cpu.csv").read_text().splitlines()
@@ -451,7 +454,7 @@ def test_analyses_get_tables_figures_verdicts_and_a_page(drawn_results, monkeypa
     files = written(drawn_results)
     assert {"figures/R_cpu_load_by_row.svg", "figures/R_cpu_experts.svg", "tables/R_cpu.csv"} <= set(files)
     summary, page = files["summary.md"].decode(), files["report.html"].decode()
-    assert "| R1 | More is told. | cpu | held (provisional, n = 3) | +0.200 [" in summary
+    assert "| R1 | More is told. | > 0 | cpu | held (provisional, n = 3) | +0.200 [" in summary
     assert "A Mixture-of-Experts layer has several MLPs" in page
     assert 'class="passage"' in page and '<span class="e0">' in page
 
@@ -465,7 +468,7 @@ def test_tables_of_records_are_the_same_beside_analyses(results, monkeypatch):
     without = written(results)
     assert without["tables/T_cpu.csv"] == with_analyses["tables/T_cpu.csv"]
     assert "tables/R_cpu.csv" in with_analyses and "tables/R_cpu.csv" not in without
-    assert "| R1 | More is told. | cpu | not run |" in without["summary.md"].decode()
+    assert "- R1: More is told." in without["summary.md"].decode()
 
 
 def test_an_analysis_that_belongs_nowhere_or_is_damaged_is_named(results, monkeypatch, capsys):
@@ -582,6 +585,18 @@ def test_the_same_folder_twice_counts_once(made, tmp_path):
     (tmp_path / "link").symlink_to(run)
     runs, left_out = latest.read_runs([str(run), f"{run}/", str(tmp_path / "link")])
     assert len(runs) == 1 and len(left_out) == 2 and "the same folder as" in left_out[0]
+
+
+def test_a_local_run_has_the_unit_of_its_text(made, tmp_path):
+    run = local_run(tmp_path / "run", made)
+    config, data = json.loads((run / "config.json").read_text()), tmp_path / "data"
+    for meta, unit in ((None, "symbol"), ({"unit": "byte"}, "byte")):
+        if meta:
+            data.mkdir()
+            (data / "meta.json").write_text(json.dumps(meta))
+        (run / "config.json").write_text(json.dumps(config | {"dataset": str(data)}))
+        ((found,), _) = latest.read_runs([str(run)])
+        assert found["unit"] == unit
 
 
 def test_a_copy_of_a_run_counts_once_and_the_one_that_has_come_farther_counts(made, tmp_path):

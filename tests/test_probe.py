@@ -11,10 +11,11 @@ from test_moe import GRID, SYMBOLS, covering, name_of
 from analysis.probe import altered, random_routers, router_inputs, see
 from data.common import Dataset
 from model import GPT, IGNORED
-from routing import LEVELS, mix_seeds
+from routing import LEVELS
 from run import evaluate
 from selection import main_expert
 from support import machines
+from support.seeds import mix_seeds
 
 CPU = machines.choose("cpu", "float32", False)
 MOE = dict(n_expert=4, expert_top_k=2, capacity_factor=0.5)

@@ -809,7 +809,7 @@ def test_the_list_of_the_plan_tells_what_comes_next_and_what_each_run_decides(pl
     assert [line.split()[0] for line in lines if line.startswith(" ")] == priorities
     assert lines[1].startswith("  two-cpu-s1337    finished: ")
     assert [line.split()[0] for line in lines if line.endswith(", next")] == ["one-cpu-s1337"]
-    assert "  one-cpu-s1337    missing, 2 min 31 s by its FLOPs, next" in lines
+    assert "  one-cpu-s1337    missing, 2 min 41 s by its FLOPs, next" in lines
 
 
 @pytest.mark.parametrize("alone, jobs, started", [(False, 2, True), (True, 1, True), (True, 2, False)])
@@ -949,7 +949,8 @@ def test_the_list_shows_states_and_time_left(place, capfd):
     assert lines[0].startswith("one-cpu-s1337  finished: ") and lines[0].endswith("results/T/one-cpu-s1337.json")
     assert lines[1].endswith(" (uncommitted changes)")
     writing = 10 * 500 / 99  # seconds that the record's total does not have in it
-    times = [console.duration((100 + writing) * part) for part in (0.5, 1, 1.5)]
+    start = estimates.START_SECONDS
+    times = [console.duration((100 + writing) * part + starts * start) for part, starts in ((0.5, 1), (1, 1), (1.5, 2))]
     assert lines[2] == f"one-cpu-s1338  cut: step 10 of 20, {times[0]} as measured"
     assert lines[3] == f"two-cpu-s1338  missing, {times[1]} by its FLOPs"
     assert lines[4] == f"4 runs: 2 finished, 1 cut, 1 missing; left: {times[2]}, on {place.first_run().machine}"

@@ -11,7 +11,7 @@ from data.common import Dataset
 from model import Decoder, uniforms
 from run import accounting, checkpoint
 from run.settings import Config
-from speed import decoding, timing
+from speed import decoding, timing, traffic
 from support import machines
 
 CPU = machines.choose("cpu", "float32", False)
@@ -257,14 +257,14 @@ def test_percentiles_are_the_median_and_the_deciles():
 @pytest.fixture
 def accounted(monkeypatch):
     """A model whose accounting is easy."""
-    for name, count in {
-        "training_flops_per_token": lambda self: 30,
-        "forward_flops_per_token": lambda self, context: 10 + context,
-        "training_bytes": lambda self, width: 1000 * width,
-        "prefill_bytes": lambda self, batch, tokens, width: width * (batch + tokens),
-        "decoding_bytes": lambda self, batch, context, width: width * (batch + context),
-    }.items():
-        monkeypatch.setattr(accounting, name, count)
+    for module, name, count in (
+        (accounting, "training_flops_per_token", lambda self: 30),
+        (accounting, "forward_flops_per_token", lambda self, context: 10 + context),
+        (traffic, "training_bytes", lambda self, width: 1000 * width),
+        (traffic, "prefill_bytes", lambda self, batch, tokens, width: width * (batch + tokens)),
+        (traffic, "decoding_bytes", lambda self, batch, context, width: width * (batch + context)),
+    ):
+        monkeypatch.setattr(module, name, count)
 
 
 @pytest.mark.parametrize(

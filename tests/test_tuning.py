@@ -5,9 +5,10 @@ from test_papers import record
 
 import papers
 from papers import TABLES, tuning
-from papers.table import gather
+from papers.measures import MEASURES
+from papers.table import SCALES, gather
 from papers.tuned import TUNED, at_best_rate
-from report.cells import grid_of, markdown
+from report.cells import notes_on_choices
 from report.sections import compares_candidates, tells_less, verdicts_of_machines
 from report.verdicts import HELD, decide
 
@@ -80,6 +81,13 @@ def test_a_tuned_row_has_the_records_of_its_best_rate_on_fresh_seeds_only():
     assert not comparison.cells["shakespeare_moe8"]
 
 
+def test_every_rate_that_may_be_tried_has_a_column():
+    for table in (table for table in TABLES.values() if any(row.candidates for row in table.rows)):
+        columns = {MEASURES[measure].heading for measure in table.views[0].measures}
+        tried = [(of, scale) for scale in SCALES for of in table.experiments_at(scale)]
+        assert {f"{of.config_at(scale).learning_rate:g}" for of, scale in tried} <= columns, table.name
+
+
 def test_a_choice_may_come_from_another_machine_and_means_may_not():
     """Then the fresh seeds alone need one machine."""
     fresh = [record for record in DENSE if record["config"]["seed"] >= tuning.FIRST_FRESH]
@@ -116,7 +124,7 @@ def test_a_tuned_claim_is_decided_on_the_fresh_seeds():
 def test_the_table_tells_how_rates_were_chosen_and_which_lie_at_an_end():
     first = records_of("shakespeare_moe2", (1.7, 1.8, 1.9, 2.0))
     (comparison,) = gather(TUNED, DENSE + first, "cpu")
-    text = markdown(grid_of(comparison, TUNED.views[0]))
+    text = " ".join(notes_on_choices(comparison))
     assert "seeds 1337 to 1339" in text and "a better one may lie beyond: 2 experts" in text
 
 

@@ -265,6 +265,25 @@ def test_a_claim_noticed_in_some_seeds_is_decided_on_fresh_ones():
     assert "Earlier seeds, which do not decide:" in lines and "n = 3" in lines[-1]
 
 
+def test_a_claim_decided_on_fresh_seeds_takes_their_costs_and_names_only_their_seeds():
+    pays = claim(ABOVE_1, is_ratio=True, cost="train_seconds", fresh_from=1340)
+    base, new = dict.fromkeys(range(1337, 1345), 1.0), {1337 + i: (4.0, 1.5)[i > 2] + 0.01 * i for i in range(7)}
+    cells = comparison(base=base, new=new)
+    (finding,) = verdicts.decide(pays, cells).findings["clean"]
+    assert finding.cost.n == 4 and finding.cost.high < 1.6 and finding.cost_problem == ""
+    assert finding.alone == {"base": [1344]}
+    for record in cells.cells["new"][4:]:  # of the fresh seeds one is timed
+        record["exclusive"] = False
+    verdict = verdicts.decide(pays, cells)
+    (finding,) = verdict.findings["clean"]
+    assert finding.cost.n == 4 and finding.cost.mean > 3 and finding.cost_problem == verdicts.ALL_SEEDS
+    assert wording.deciding_text(verdict).endswith("n = 4 (of all seeds)")
+    for record in cells.cells["new"]:
+        record["exclusive"] = False
+    (finding,) = verdicts.decide(pays, cells).findings["clean"]
+    assert finding.cost is None and finding.cost_problem == verdicts.NOT_ALONE and finding.status == UNDECIDED
+
+
 def test_two_readings_of_a_claim_are_both_told():
     strict = claim((-math.inf, -0.163), other_reading=Reading((-math.inf, -0.028), "per word"))
     verdict = verdicts.decide(strict, comparison(base=[1.0, 1.01, 1.02], new=[0.9, 0.911, 0.919]))
