@@ -1,4 +1,4 @@
-"""Fixed tables from symbols to experts, for hash routers and priors.
+"""Fixed maps from symbols to experts, for hash routing and priors.
 
 HASH_TABLES is named by the key `router_table`. V symbols.
 """
@@ -12,7 +12,7 @@ def hash_table(counts_V, n_expert, seed):
     """(V,) int64: each symbol's expert, with loads as even as whole symbols allow.
 
     The most frequent symbols come first, each to the expert with the least load so far. Counts are blurred by up to a
-    fifth, so that each seed gives another table.
+    fifth, so that each seed gives another map.
     """
     counts_V, load = counts_V.cpu(), [0.0] * n_expert
     generator = torch.Generator().manual_seed(seed)

@@ -109,7 +109,7 @@ class Router(nn.Module):
     needs_history = False  # whether `ids` must reach back before x
     tokens_choose = True  # False: experts choose tokens, at most `capacity` of each sequence, and all have a place
     takes_bias = True  # whether a balancing bias can change its choices
-    takes_prior = False  # whether a fixed table can be added to its logits
+    takes_prior = False  # whether a fixed map can be added to its logits
     gives_log_probs = False  # whether softmax leaves its logits as they are
     initialised_by_layer: tuple[str, ...] = ()  # weights made with torch.empty, filled by the key expert_init
 
@@ -136,7 +136,7 @@ class Router(nn.Module):
             message = f"router={name} is not trained, so it cannot be frozen at a step"
             yield ("router", "router_freeze_step"), f"{message}; set router_freeze_step=0"
         if not cls.takes_prior and config.router_prior:
-            message = f"router={name} takes no table into its logits"
+            message = f"router={name} takes no fixed map into its logits"
             yield ("router", "router_prior"), f"{message}; set router_prior=0"
 
     @classmethod
@@ -180,7 +180,7 @@ BALANCING = ("aux_loss", "aux_loss_coef", "aux_loss_coef_end")  # the keys of th
 
 
 class LinearRouter(Router):
-    """Logits by one linear map, x Wᵀ with `weight` (E, D), and router_prior for the expert in a fixed `table` (V,)."""
+    """Logits x Wᵀ with `weight` (E, D), plus router_prior for the expert in a fixed map, `table` (V,)."""
 
     takes_prior = True
 
@@ -285,8 +285,8 @@ class FixedRouter(Router):
 
 
 class HashRouter(FixedRouter):
-    """A fixed table, symbol -> expert, by default balanced over the training text (Roller et al. 2021, balanced hash).
-    Each layer and seed has its own; see fixed_table."""
+    """Hash routing: a fixed map, symbol -> expert, by default balanced over the training text (Roller et al. 2021,
+    balanced hash). Each layer and seed has its own; see fixed_table."""
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
@@ -322,7 +322,7 @@ class GatedHashRouter(HashRouter, LearnedRouter):
         yield from super().problems(config)
         name = config.router
         if config.balances or config.z_loss_coef:
-            message = f"{name} chooses by a fixed table, which no loss can balance"
+            message = f"{name} chooses by a fixed map, which no loss can balance"
             yield ("router", *BALANCING, "z_loss_coef"), f"{message}; set aux_loss='none' and z_loss_coef=0"
         if config.gate != "sigmoid":
             yield ("router", "gate"), f"{name} gives the log-odds of a gate; set gate='sigmoid'"
@@ -483,4 +483,4 @@ def fixed_table(config, layer, counts_V):
 
 def table_problem(router):
     is_expert_V = (router.table >= 0) & (router.table < router.config.n_expert)
-    return None if is_expert_V.all() else "its table has experts that are not there"
+    return None if is_expert_V.all() else "its fixed map has experts that are not there"

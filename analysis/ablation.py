@@ -1,4 +1,4 @@
-"""The loss when experts are removed, merged, shuffled, replaced by a table, or used in other numbers. No training.
+"""The loss when experts are removed, merged, shuffled, replaced by a fixed map, or used in other numbers. No training.
 
     with removed(model, {0: [2]}):
         after = see(model, windows, machine)
@@ -118,11 +118,11 @@ def shuffled(model, layers, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Experts by a table
+# Experts by a fixed map
 
 
 class TableRouter(Wrapper):
-    """The inner router with its first choice swapped for the expert in a table (V,) of the token's symbol: the two
+    """The inner router with its first choice swapped for the expert in a fixed map (V,) of the token's symbol: the two
     experts change logit, gate and place among the choices. The sizes of the gates stay the router's.
 
     layer: the router's MoE, which turns logits into choices.
@@ -155,7 +155,7 @@ class TableRouter(Wrapper):
 
 
 def tabled(model, tables):
-    """A context that takes first choices from tables {layer: (V,) int64}: see TableRouter."""
+    """A context that takes first choices from fixed maps {layer: (V,) int64}: see TableRouter."""
     return rerouted(
         model, {number: lambda layer, t=table_V: TableRouter(layer, t) for number, table_V in tables.items()}
     )

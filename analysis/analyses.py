@@ -40,7 +40,7 @@ LAYER = {
     "about_given_character": OBJECT,  # annotation -> information.Measured: I(annotation; expert | character)
     # annotation -> {"mean", "sd", "draws"} of the share beyond chance, for random routers on the same inputs
     "frozen": {"about": OBJECT, "about_given_character": OBJECT},
-    "hash": OBJECT,  # the same for balanced tables of the character
+    "hash": OBJECT,  # the same for balanced hash routing
     "by_class": OBJECT,  # class -> {"characters", "entropy", "load"}
 }
 MEASURED = {  # information.Measured

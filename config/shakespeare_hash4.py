@@ -1,7 +1,7 @@
-"""Shakespeare, MoE 4, hash of the character
+"""Shakespeare, MoE 4, hash routing
 
-Each character always goes to the same expert, by a fixed table that balances the load (Roller et al. 2021). It shows
-what routing by the character alone is worth.
+Hash routing (Roller et al. 2021): each character has a fixed expert, by a map that balances the load. It shows what
+routing by the character alone is worth.
 """
 
 from config.shakespeare_moe4 import *

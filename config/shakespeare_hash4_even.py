@@ -1,6 +1,6 @@
-"""Shakespeare, MoE 4, hash of the character, even random table
+"""Shakespeare, MoE 4, hash routing, even random maps
 
-The control of shakespeare_hash4.py, whose tables balance the load: here each expert gets as many characters, drawn at
+The control of shakespeare_hash4.py, whose maps balance the load: here each expert gets as many characters, drawn at
 random, so the load is as uneven as their frequencies.
 """
 

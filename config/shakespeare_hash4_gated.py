@@ -1,6 +1,6 @@
-"""Shakespeare, MoE 4, hash of the character with a learned gate
+"""Shakespeare, MoE 4, hash routing with a learned gate
 
-The tables of shakespeare_hash4.py choose, and a learned router gives the gate, the chosen expert's probability, as in
+The maps of shakespeare_hash4.py choose, and a learned router gives the gate, the chosen expert's probability, as in
 shakespeare_moe4.py. It tells what the choice does apart from what the gate does.
 """
 

@@ -1,6 +1,6 @@
-"""Shakespeare, MoE 4, hash of the character, one table for all layers
+"""Shakespeare, MoE 4, hash routing, one map for all layers
 
-The control of shakespeare_hash4.py, whose layers each have a table of their own: here every layer sends a character to
+The control of shakespeare_hash4.py, whose layers each have a map of their own: here every layer sends a character to
 the same expert.
 """
 

@@ -1,6 +1,6 @@
 """Shakespeare, MoE 4 top-1, prior of each layer's own
 
-A learned router that begins near a fixed table: a table of each layer's own adds 1 to the logit of the character's
+A learned router that begins near hash routing: a map of each layer's own adds 1 to the logit of the character's
 expert. Nothing else balances the load.
 """
 

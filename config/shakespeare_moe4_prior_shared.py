@@ -1,6 +1,6 @@
 """Shakespeare, MoE 4 top-1, one prior for all layers
 
-The control of shakespeare_moe4_prior.py: the table of the first layer is added in every layer.
+The control of shakespeare_moe4_prior.py: the map of the first layer is used in every layer.
 """
 
 from config.shakespeare_moe4_prior import *

@@ -4,13 +4,14 @@ Knows configs, records and analyses. Knows no torch, no verdicts and no pictures
 a source's TABLES, for example papers/ours.py, and its claims into CLAIMS beside it; nothing else names it.
 """
 
-from papers import a, b, c, d, literature, ours, paths, tuned
+from papers import a, b, c, d, literature, ours, paths, repetition, tuned
 
 # The letter of a claim -> its source.
 SOURCES = {"A": a.SOURCE, "B": b.SOURCE, "C": c.SOURCE, "D": d.SOURCE, "E": ours.SOURCE}
 # The order of both is that of the report.
-TABLES = {table.name: table for source in (b, a, c, d, ours, tuned, paths, literature) for table in source.TABLES}
-CLAIMS = tuple(claim for source in (a, b, c, d, ours, tuned, paths, literature) for claim in source.CLAIMS)
+_OURS = (ours, tuned, repetition, paths, literature)
+TABLES = {table.name: table for source in (b, a, c, d, *_OURS) for table in source.TABLES}
+CLAIMS = tuple(claim for source in (a, b, c, d, *_OURS) for claim in source.CLAIMS)
 # The claims about losses whose rows are tuned, once more for tuned models; each with the id of the one that it repeats.
 TUNED_CLAIMS = tuple(
     claim for claim in map(tuned.at_best_rate, (*a.CLAIMS, *b.CLAIMS, *c.CLAIMS, *ours.CLAIMS)) if claim

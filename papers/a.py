@@ -1,6 +1,6 @@
 """Paper A: Switch-style experts on three texts, where dense models win.
 
-Xu, Hou, Liang 2026. Of its numbers we have the abstract's two losses.
+Xu, Hou, Wei 2026. Of its numbers we have the abstract's two losses.
 """
 
 import math
@@ -8,7 +8,7 @@ import math
 from papers.measures import COSTS, LOSSES
 from papers.table import ABOVE_0, ABOVE_1, BELOW_0, BELOW_1, Claim, Row, Table, View, each_against
 
-SOURCE = "A: Xu, Hou, Liang 2026"
+SOURCE = "A: Xu, Hou, Wei 2026"
 
 # Losses on shakespeare_char. The abstract calls them bits; by their size they are nats.
 PUBLISHED = {"dense": {"paper": 1.46}, "moe4": {"paper": 1.53}}
@@ -163,7 +163,8 @@ CLAIMS = (
         pairs=each_against(("shakespeare_moe4_expert_dropout", "shakespeare_moe4_inner_dropout"), "shakespeare_moe4"),
         measures=CLAIM_LOSSES,
         holds=(-0.005, math.inf),
-        why="an improvement below 0.005 nats, about two standard deviations over seeds of the template, counts as none",
+        why="an improvement below 0.005 nats, about two standard deviations over seeds of the AI Scientist's nanoGPT "
+        "template, counts as none",
     ),
     *(
         Claim(

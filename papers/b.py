@@ -103,7 +103,8 @@ TABLES = (
         text="B's baseline ends at a validation loss of 1.474, which is also its best, and a training loss of 1.387. A "
         "protocol is accepted if it comes within 0.01 of the first and 0.02 of the last, and ends no more than 0.0005 "
         "above its best: if the largest of these distances, each over its margin, is below 1. The training loss is in "
-        "train mode, as the template prints it, or in eval mode. One seed a protocol only screens.",
+        "train mode, as the AI Scientist's nanoGPT template prints it, or in eval mode. One seed a protocol only "
+        "screens.",
         rows=PROBES,
         views=(
             View("Loss", ("paper", "final_val", "above_best", "train_mode", "final_train")),

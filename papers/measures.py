@@ -202,8 +202,8 @@ MEASURES = {
     ),
     "token_cosine": Measure("cosine of two characters' gradients", "", 5, analyses.token_cosine),
     "shuffled": Measure("routing shuffled", "nats", 4, analyses.ablated("shuffled_all")),
-    "tabulated": Measure("routing by a table of characters", "nats", 4, analyses.ablated("tabulated_all")),
-    "hashed": Measure("routing by a hash table", "nats", 4, analyses.ablated("hashed_all")),
+    "tabulated": Measure("each character to its commonest expert", "nats", 4, analyses.ablated("tabulated_all")),
+    "hashed": Measure("hash routing", "nats", 4, analyses.ablated("hashed_all")),
     "removed": Measure("cheapest experts removed", "nats", 4, analyses.ablated("removed_all")),
     "merged": Measure("cheapest experts merged", "nats", 4, analyses.ablated("merged_all")),
 }

@@ -26,8 +26,8 @@ ONE, THREE, FIVE = (1337,), (1337, 1338, 1339), (1337, 1338, 1339, 1340, 1341)
 FRESH = (1340, 1341, 1342, 1343, 1344)  # for claims that were noticed in the first three seeds
 
 _A4 = "A4 and E1: whether 4 experts lose 0.07 nats to the dense model, or that gap is the balancing loss"
-_E7 = "E7: whether a fixed table of characters beats a learned router"
-_E10 = "E10: whether one table for all layers is as good as one each"
+_E7 = "E7: whether hash routing beats a learned router"
+_E10 = "E10: whether hash routing with one map for all layers is as good as with one each"
 _E11 = "E11: at how many unique characters experts begin to pay"
 _RUN_ABOVE = ("shakespeare_dense", "shakespeare_moe4", "shakespeare_hash4", "shakespeare_hash4_shared")
 _PROBES = tuple(row.name for row in PROBES[1:])
@@ -80,6 +80,6 @@ PRIORITIES = (
     Priority(
         tuple(row.name for row in PATHS.rows if row.name not in _RUN_ABOVE),
         ONE,
-        "E13 to E20: what a fixed table has that a learned router lacks, at the papers' learning rate",
+        "E13 to E20: what hash routing has that a learned router lacks, at the papers' learning rate",
     ),
 )

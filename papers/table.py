@@ -170,12 +170,12 @@ class Claim:
         "clean",
         "cross_fitted",
         "paper",
-    )  # the first decides; the others are told where they disagree
+    )  # the first decides; the others are printed where they disagree
     is_ratio: bool = False  # the effect is row / other, not row - other
     why: str = ""  # where the bounds come from
     other_reading: Reading | None = None
     cost: str = ""  # a measure: the ratio must lie above the ratio of this cost, not within `holds`
-    expected: float | None = None  # the effect that the source reports; the power of the planned seeds is told for it
+    expected: float | None = None  # the effect that the source reports; the planned seeds' power is that for it
     fresh_from: int = 0  # a claim noticed in earlier seeds is decided on seeds from here on; those are shown apart
     scales: tuple[str, ...] = ("paper", "cpu")
 
@@ -284,7 +284,7 @@ def gather(table: Table, found: Iterable[dict], scale: str) -> list[Comparison]:
 
 def choice_of(row: Row, comparisons: list[Comparison]) -> Choice:
     """The choice among a row's candidates by the records of all machines: a rate that suits a model on one suits it on
-    another, and what is chosen is told on other seeds."""
+    another, and the loss of the choice is reported on other seeds."""
     scale, losses = comparisons[0].scale, {}
     for candidate in row.experiments_at(scale):
         of_machines = [comparison.values(candidate.name, "clean") for comparison in comparisons]

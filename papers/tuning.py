@@ -1,9 +1,9 @@
-"""Chooses the best of a row's candidates, such as learning rates, and says which runs would tell.
+"""Chooses the best of a row's candidates, such as learning rates, and says which runs that needs.
 
 The first candidates are run with the first seed; further ones are in reserve and follow, one by one, while the last
 that was tried is the best. The two best also run with the other seeds of CHOOSING, and the better of these two is the
-row's choice. It is told on seeds from FIRST_FRESH on, which chose nothing: the lowest of several noisy losses is
-optimistic on the seeds that it was chosen by.
+row's choice. Its loss is reported on seeds from FIRST_FRESH on, which chose nothing: the lowest of several noisy losses
+is optimistic on the seeds that it was chosen by.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def difference_by_size(comparison: Comparison) -> Drawing | None:
             break
     else:
         return None
-    figure = layout.new_figure(3.4)
+    figure = layout.new_figure(3.9)
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.axhline(0, **ZERO)

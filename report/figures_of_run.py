@@ -27,8 +27,8 @@ MOST_NAMED = 16  # experts or blocks that a legend names
 
 INTERVENTIONS = {  # key of an ablation -> (its label, a short one)
     "shuffled_all": ("routing shuffled", "shuffled"),
-    "hashed_all": ("a hash of the character routes", "hashed"),
-    "tabulated_all": ("each character to its commonest expert", "by table"),
+    "hashed_all": ("hash routing", "hashed"),
+    "tabulated_all": ("each character to its commonest expert", "commonest"),
     "removed_all": ("each layer's cheapest expert removed", "one removed"),
     "merged_all": ("each layer's cheapest expert merged", "one merged"),
 }
@@ -206,8 +206,9 @@ def ablation_costs(analysis) -> Drawing | None:
         if removed
         else "",
         "Below: all layers at once. Shuffled: choices and gates are permuted among a batch's characters. Hash: a "
-        "balanced table from characters to experts that was never trained. Commonest: a table of the trained router's "
-        f"most frequent choices. k: this many experts for each character; the model was trained with {trained_with}."
+        "balanced map from characters to experts that was never trained. Commonest: each character's expert is the "
+        "trained router's most frequent choice for it. k: this many experts for each character; the model was trained "
+        f"with {trained_with}."
         if everywhere else "",
         "Whisker: standard error over windows.",
         characters=analysis["passes"],

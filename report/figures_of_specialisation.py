@@ -117,7 +117,7 @@ def expert_map(analysis) -> Drawing | None:
         analysis,
         "Which expert does each character go to? Opacity: the share of a character's occurrences whose first choice is "
         "the expert, in steps of 5%; a row adds up to 100%. Under each block's name: the share of H(expert), the "
-        "entropy of the choice, that the character explains beyond chance; for a fixed table of characters it is 100%. "
+        "entropy of the choice, that the character explains beyond chance; with hash routing it is 100%. "
         f"All blocks show the same order of rows: by class, then by the commonest expert in {block_name(order.by)}, "
         f"then by its share. Shown are {rows} characters that occur at least {AT_LEAST} times"
         + (", the most frequent." if rows == MOST_CHARACTERS else "."),
@@ -168,7 +168,7 @@ class Explained(NamedTuple):
     label: str
     learned: float
     random: float  # by a frozen random router
-    table: float | None  # by a balanced table of characters; None where the annotation is more than the character
+    hashed: float | None  # by balanced hash routing; None where the annotation is more than the character
 
 
 def explained_by(layer) -> list[Explained]:
@@ -178,8 +178,8 @@ def explained_by(layer) -> list[Explained]:
         for name, label in names.items():
             if name in layer[kind]:
                 random = layer["frozen"][kind][name]["mean"]
-                table = layer["hash"][name]["mean"] if kind == "about" and name in layer["hash"] else None
-                found.append(Explained(label, net(layer[kind][name], layer), random, table))
+                hashed = layer["hash"][name]["mean"] if kind == "about" and name in layer["hash"] else None
+                found.append(Explained(label, net(layer[kind][name], layer), random, hashed))
     return found
 
 
@@ -192,7 +192,7 @@ def information_bars(analysis) -> Drawing | None:
     labels = list(dict.fromkeys(one.label for _, entries in explained for one in entries))
     alone = sum(label in ALONE.values() for label in labels)
     handles = [Patch(color=SKY), legend_mark(**CONTROL), legend_mark(**TABLE), legend_mark(**DOTTED)]
-    names = ["learned router", "random router", "table of characters", "left open"]
+    names = ["learned router", "random router", "hash routing", "left open"]
     panel_heights = (0.55 + 0.24 * len(labels)) * layout.rows_of_panels(len(explained))
     figure = layout.new_figure(0.5 + panel_heights + layout.legend_height(names))
     panels = layout.block_panels(figure, len(explained), "% of H(expert)", sharex=True, sharey=True)
@@ -203,8 +203,8 @@ def information_bars(analysis) -> Drawing | None:
         for one in entries:
             y = labels.index(one.label)
             panel.barh(y, 100 * one.learned, height=0.62, color=SKY)
-            if one.table is not None:
-                panel.plot(100 * one.table, y, **TABLE, zorder=4, clip_on=False)
+            if one.hashed is not None:
+                panel.plot(100 * one.hashed, y, **TABLE, zorder=4, clip_on=False)
             panel.plot(100 * one.random, y, **CONTROL, zorder=4, clip_on=False)
             text = number(100 * one.learned, 0 if one.learned >= 0.0995 else 1)
             aside = {"xytext": (33, 0), "textcoords": "offset points", "xycoords": ("axes fraction", "data")}
@@ -224,7 +224,7 @@ def information_bars(analysis) -> Drawing | None:
         "router's first choice, as a share of the choice's entropy H(expert), corrected for bias, minus the same for "
         "relabelled text. Above the line: the character alone. Below (+): what an annotation adds to the character, at "
         "most the part that the character leaves open (dotted). Hollow circle: a frozen random router on the same "
-        "inputs; diamond: a balanced table of the characters (both also beyond chance, mean of "
+        "inputs; diamond: balanced hash routing (both also beyond chance, mean of "
         f"{draws[0] if draws else 0} draws).",
     )
     spoken = "; ".join(

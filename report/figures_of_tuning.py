@@ -85,7 +85,7 @@ def loss_by_rate(comparison: Comparison) -> Drawing | None:
         cells,
         f"best full validation loss at each learning rate, on seeds {first} to {last}. Line: mean over the seeds that "
         f"were run; small marks: one seed. Ring: the chosen rate, the better on these seeds of the two that were best "
-        f"on seed {first}. Losses of the chosen rates are told on other seeds.",
+        f"on seed {first}. Losses at the chosen rates are reported on other seeds.",
         f"Above the axis: {'; '.join(above)}." if above else "",
     )
     chosen = [f"{of.label} {of.chosen:g} with {number(of.means[of.chosen], 4)}" for of in found if of.chosen]

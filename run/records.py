@@ -310,8 +310,8 @@ def machine_of(record) -> str:
     """Hardware and software, in one line. Only runs with the same line are compared.
 
     "AMD EPYC, 1 core, 1 thread, torch 2.13.0+cpu, float32", or "NVIDIA H200, torch 2.11.0+cu128, bfloat16, compiled,
-    masked backend". An MoE model's backend is named unless it was chosen automatically. Also for records without a
-    config (of benches).
+    masked backend". An MoE model's backend is named unless it was chosen automatically, and kernels of our own that are
+    off by default where they were on. Also for records without a config (of benches).
     """
     machine, config = record["machine"], record.get("config", {})
     parts = [machine["device"]]
@@ -323,7 +323,10 @@ def machine_of(record) -> str:
     processes = machine.get("processes", 1)
     parts += [f"{processes} processes"] if processes > 1 else []
     backend = config.get("moe_backend", "auto") if config.get("n_expert") else "auto"
-    return ", ".join(parts if backend == "auto" else [*parts, f"{backend} backend"])
+    parts += [] if backend == "auto" else [f"{backend} backend"]
+    if machine["device_type"] == "cuda":  # they have no effect elsewhere
+        parts += [key.replace("_", " ") for key in ("fused_update", "routing_kernels") if config.get(key)]
+    return ", ".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

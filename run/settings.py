@@ -141,19 +141,19 @@ class Config:
         "learned", "frozen", "random", "hash", "hash_shared", "hash_gated", "ngram_hash", "two_level", "expert_choice"
     ] = moe_key(
         "learned",
-        "learned: trained; frozen: stays as initialised; random: redrawn each step; hash: a fixed table, character -> "
-        "expert, for each layer; hash_shared: one table for all layers; hash_gated: hash with a learned gate; "
+        "learned: trained; frozen: stays as initialised; random: redrawn each step; hash: a fixed map, character -> "
+        "expert, for each layer; hash_shared: one map for all layers; hash_gated: hash with a learned gate; "
         "ngram_hash: a hash of the last characters; two_level: a group, then experts in it; expert_choice: experts "
         "choose characters (not causal)",
     )
     router_table: Literal["balanced", "even"] = moe_key(
-        "balanced", "fixed tables, character -> expert: balanced by frequency, or as many characters for each expert"
+        "balanced", "fixed maps, character -> expert: balanced by frequency, or as many characters for each expert"
     )
     router_prior: float = moe_key(
-        0.0, "a fixed table of router_table adds this to the logit of the character's expert; 0 = no table", **FACTOR
+        0.0, "the fixed map of router_table adds this to the logit of the character's expert; 0 = no map", **FACTOR
     )
     router_prior_table: Literal["own", "shared"] = moe_key(
-        "own", "router_prior: each block has a table of its own, or all have that of the first"
+        "own", "router_prior: each block has a map of its own, or all have that of the first"
     )
     router_freeze_step: int = moe_key(
         0, "after so many steps the router stays as it is, and its balancing loss ends; 0 = never", at_least=0

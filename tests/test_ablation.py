@@ -220,7 +220,7 @@ def test_shuffling_keeps_load_and_gates_and_nothing_else():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tables
+# Fixed maps
 
 
 FEW = covering(GRID)
@@ -228,7 +228,7 @@ COOLED = tiny(**PLAIN, router_temperature=9.0, router_bias_rate=0.01)
 
 
 @pytest.mark.parametrize("config", [*GRID, COOLED], ids=name_of)
-def test_a_tables_expert_takes_the_place_and_the_gate_of_the_first_choice(config):
+def test_a_maps_expert_takes_the_place_and_the_gate_of_the_first_choice(config):
     """Before capacity, whatever ranks the experts. The same choices otherwise."""
     model, windows = model_of(config, std=0.5), windows_of(config)
     x, y = windows[0]
@@ -254,7 +254,7 @@ def choices(routing):
 
 
 @pytest.mark.parametrize("keys", [dict(router="hash"), dict(router="hash_gated", gate="sigmoid")], ids=str)
-def test_the_table_of_a_hash_router_is_its_own(keys):
+def test_the_map_of_a_hash_router_is_its_own(keys):
     config = tiny(**PLAIN, **keys)
     model, windows = model_of(config), windows_of(config)
     seen = see(model, windows, CPU)
@@ -267,7 +267,7 @@ def test_the_table_of_a_hash_router_is_its_own(keys):
     assert [one["nats"] for one in [*found["tabulated"], found["tabulated_all"]]] == [0, 0, 0]
 
 
-def test_a_table_knows_nothing_but_the_character():
+def test_a_map_knows_nothing_but_the_character():
     """A router that goes by context loses it, and keeps what the character tells: its favourite expert."""
     config = tiny(**PLAIN, router="ngram_hash", router_ngram=2)
     model, windows = model_of(config), windows_of(config, n_batches=8)
@@ -280,7 +280,7 @@ def test_a_table_knows_nothing_but_the_character():
     assert np.array_equal(after.experts[0], tables[0][ids_N]) and after.nats != seen.nats
 
 
-def test_a_hash_table_is_balanced_and_depends_on_seed_and_layer():
+def test_hash_routing_is_balanced_and_depends_on_seed_and_layer():
     model, counts_V = model_of(tiny(**PLAIN), 40), torch.arange(1, 41)
     tables, others = hash_tables(model, [0, 1], counts_V, 1), hash_tables(model, [0, 1], counts_V, 2)
     loads = torch.bincount(tables[0], weights=counts_V.double(), minlength=4)
@@ -290,7 +290,7 @@ def test_a_hash_table_is_balanced_and_depends_on_seed_and_layer():
     assert torch.equal(hash_tables(model, [1], counts_V, 1)[1], tables[1])
 
 
-def test_the_router_of_a_table_is_made_of_the_layers_own():
+def test_the_router_of_a_map_is_made_of_the_layers_own():
     """What ranks experts is the layer's, not the checkpoint's first: temperature and bias at this point of training."""
     config = tiny(**PLAIN, router_temperature=2.0, router_bias_rate=0.01)
     layer = model_of(config).moe_layers()[0]

@@ -73,7 +73,7 @@ def test_experts_that_lose_on_few_characters_and_win_on_many_cross_0():
 
 def test_seeds_that_one_size_lacks_do_not_count_and_one_seed_has_no_interval():
     some = by_size({"_30k": (0.04, 0.05, 0.06), "": (-0.06, -0.05, -0.04)})
-    some.cells["shakespeare_30k_moe4"].pop()
+    some.cells["shakespeare_30k_moe4_rate4"].pop()
     assert verdicts.crossing_of(verdicts.differences_by_size(some, "clean", "shakespeare_moe4")).n == 2
     one = verdict({"_30k": (0.05,), "": (-0.05,)}, seeds=(7,))
     assert one.status == UNDECIDED and "difference 0 at 174,000 unique characters, n = 1" in wording.deciding_text(one)

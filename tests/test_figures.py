@@ -278,8 +278,8 @@ def by_size(differences, seeds=(1, 2, 3)):
     cells, sizes = {}, {"_30k": 30_000, "_100k": 100_000, "_300k": 300_000, "": 1_003_854}
     for tag, of_seeds in differences.items():
         text = {"dataset": text_of(sizes[tag]), "epochs": 1_536_000 / sizes[tag]}
-        cells[f"shakespeare{tag}_dense"] = [record(s, 1.9 + 0.01 * s, **text) for s in seeds]
-        cells[f"shakespeare{tag}_moe4"] = [
+        cells[f"shakespeare{tag}_dense_rate4"] = [record(s, 1.9 + 0.01 * s, **text) for s in seeds]
+        cells[f"shakespeare{tag}_moe4_rate4"] = [
             record(s, 1.9 + 0.01 * s + nats, 4, **text) for s, nats in zip(seeds, of_seeds)
         ]
     return comparison("repetition", cells)
@@ -299,7 +299,7 @@ def test_the_difference_by_size_has_each_seed_the_mean_and_the_crossing():
         "1,003,854\n(1.53 epochs)",
     ]
     assert "difference 0 at 317,000 [" in drawing.caption and "n = 3." in drawing.caption
-    assert drawing.alt.endswith("characters. 4 experts: 100,000 +0.050; 1,003,854 −0.050.")
+    assert drawing.alt.endswith("characters. 4 experts, 0.004: 100,000 +0.050; 1,003,854 −0.050.")
 
 
 def test_without_two_sizes_or_a_crossing_none_is_told():

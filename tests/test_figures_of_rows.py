@@ -138,7 +138,7 @@ def test_ablation_costs_are_drawn_for_each_seed_and_their_mean():
             analysis["ablation"]["merged_all"] = None
 
     drawing = figures_of_rows.ablation_by_row(comparison(change=change))
-    assert [axes.get_title() for axes in drawing.figure.axes] == ["shuffled", "hashed", "by table", "one removed"]
+    assert [axes.get_title() for axes in drawing.figure.axes] == ["shuffled", "hashed", "commonest", "one removed"]
     drawn = [x for line in lines_of(panel(drawing, "shuffled")) for x, y in line if y == 0 and x > 0]
     assert drawn == pytest.approx([1.35, 1.45, 1.4]) and "shuffled +1.400, hashed +1.200" in drawing.alt
 

@@ -8,8 +8,12 @@ from papers import CLAIMS, TABLES, planned_runs
 from papers.measures import MEASURES
 from papers.priorities import PRIORITIES
 from papers.table import SCALES, gather
+from papers.tuned import CHOSEN_AT_CPU
+from papers.tuning import name_at_rate
 from report.figures import FIGURES
+from run import records
 from run.accounting import dense_equal_active, dense_equal_total
+from support.files import ROOT
 
 TABLE = TABLES["C"]
 
@@ -174,15 +178,27 @@ def test_times_of_captured_runs_do_not_mix_with_others():
     assert found.values("shakespeare_moe4_frozen", "train_seconds") == {}
 
 
-def test_repetition_compares_two_models_on_four_prefixes_of_one_text():
+def test_repetition_compares_models_on_four_prefixes_of_one_text():
     table, sizes = TABLES["repetition"], {"cpu": [30_000, 100_000, 300_000, 0], "paper": [5e5, 1e6, 2.5e6, 0]}
-    for scale, text in (("cpu", "shakespeare_char"), ("paper", "text8_head")):
-        moes = [row for row in table.rows_at(scale) if row.baseline]
-        assert [row.config_at(scale).train_characters for row in moes] == sizes[scale]
-        for row in moes:
-            configs = row.config_at(scale), table.row(row.baseline).config_at(scale)
-            assert [config.n_expert for config in configs] == [4, 0] and {c.dataset for c in configs} == {text}
-            assert len({(c.train_characters, c.max_iters, c.batch_size, c.learning_rate) for c in configs}) == 1
+    for scale, text, models in (("cpu", "shakespeare_char", 3), ("paper", "text8_head", 2)):
+        rows = table.rows_at(scale)
+        configs = {row.name: row.config_at(scale) for row in rows}
+        assert [row.baseline for row in rows[:models]] == ["", *[rows[0].name] * (models - 1)]
+        for row in rows:
+            ours, dense = configs[row.name], configs[row.baseline or row.name]
+            assert {ours.dataset, dense.dataset} == {text} and dense.n_expert == 0
+            assert len({(c.train_characters, c.max_iters, c.batch_size) for c in (ours, dense)}) == 1
+        for first in range(models):  # dense, 4 experts, hash routing
+            of_model = [configs[row.name] for row in rows[first::models]]
+            assert [config.train_characters for config in of_model] == sizes[scale]
+            assert len({(c.n_expert, c.router, c.learning_rate) for c in of_model}) == 1
+
+
+def test_the_rates_of_tables_without_a_choice_are_those_that_the_committed_records_choose():
+    found = [record for _, record in records.read_all(ROOT / "results")[0]]
+    choices = gather(TABLES["tuned"], found, "cpu")[0].choices
+    for name, multiple in CHOSEN_AT_CPU.items():
+        assert choices[name].name == name_at_rate(name, multiple)
 
 
 def test_heads_are_read_as_shakespeare_is_and_not_100_times():

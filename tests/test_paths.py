@@ -29,7 +29,7 @@ def read(name, found):
     return analyses.OF_PATHS[name](found)
 
 
-def own_tables(generator, layers=LAYERS, size=60):
+def own_maps(generator, layers=LAYERS, size=60):
     """An expert for each character in each layer, drawn at random."""
     return generator.integers(0, EXPERTS, (layers, size))
 
@@ -50,16 +50,16 @@ def test_layers_that_choose_alike_have_as_many_paths_as_experts():
     assert read("between_layers", found) == pytest.approx(entropy(expert_N), abs=1e-4)
 
 
-def test_tables_of_characters_leave_nothing_open_and_the_path_tells_which_part_a_character_is_in():
+def test_hash_routing_leaves_nothing_open_and_the_path_tells_which_part_a_character_is_in():
     character_N, generator = text()
-    tables = own_tables(generator, layers=2)
-    found = paths(list(tables[:, character_N]), character_N)
-    part_N = (tables[0] * EXPERTS + tables[1])[character_N]
+    maps = own_maps(generator, layers=2)
+    found = paths(list(maps[:, character_N]), character_N)
+    part_N = (maps[0] * EXPERTS + maps[1])[character_N]
     assert found["entropy_given_character"] == 0.0 and found["used"] == len(set(part_N.tolist())) <= EXPERTS**2
     assert found["about_character"]["nats"] == found["entropy"] == pytest.approx(plugin_entropy(part_N), abs=1e-4)
     shares = np.bincount(character_N, minlength=60) / VALIDATION
     by_hand = [
-        shares[(tables[0] == one) & (tables[1] == other)].sum() for one in range(EXPERTS) for other in range(EXPERTS)
+        shares[(maps[0] == one) & (maps[1] == other)].sum() for one in range(EXPERTS) for other in range(EXPERTS)
     ]
     assert read("effective", found) == pytest.approx(math.exp(-sum(p * math.log(p) for p in by_hand if p)), rel=1e-3)
 
@@ -85,14 +85,14 @@ def test_independent_choices_tell_nothing_and_leave_all_open():
 
 def test_noise_in_one_layer_adds_its_entropy_to_the_path_and_takes_nothing_from_the_others():
     character_N, generator = text()
-    tables = own_tables(generator, layers=3)[:, character_N]
+    maps = own_maps(generator, layers=3)[:, character_N]
     noise_N = generator.integers(0, EXPERTS, VALIDATION)
-    found = paths([*tables, noise_N], character_N)
+    found = paths([*maps, noise_N], character_N)
     assert found["entropy_given_character"] == pytest.approx(math.log(EXPERTS), abs=1e-3)
-    assert analyses.net_nats(found["about_character"]) == pytest.approx(entropy(joined(*tables)), abs=0.02)
+    assert analyses.net_nats(found["about_character"]) == pytest.approx(entropy(joined(*maps)), abs=0.02)
     for pair in found["between_layers"]:
         one, other = pair["blocks"]
-        expected = 0 if other == 4 else information(tables[one - 1], tables[other - 1])
+        expected = 0 if other == 4 else information(maps[one - 1], maps[other - 1])
         assert analyses.net_nats(pair) == pytest.approx(expected, abs=1e-4)
 
 
@@ -106,11 +106,11 @@ def test_the_path_of_one_layer_is_its_expert():
 
 def test_the_control_is_the_mean_over_draws_of_random_routers_of_all_layers():
     character_N, generator = text(length=5000)
-    tables = own_tables(generator)[:, character_N]
+    maps = own_maps(generator)[:, character_N]
     constant = np.zeros_like(character_N)
     seen = SimpleNamespace(first=[character_N % EXPERTS] * LAYERS)
-    found = parts.measure_paths(run_of(character_N, LAYERS), seen, [[table_N, constant] for table_N in tables])
-    own = paths(list(tables), character_N)
+    found = parts.measure_paths(run_of(character_N, LAYERS), seen, [[map_N, constant] for map_N in maps])
+    own = paths(list(maps), character_N)
     assert found["used"] == EXPERTS and found["frozen"]["used"]["mean"] == (own["used"] + 1) / 2
     assert found["frozen"]["character"]["mean"] == pytest.approx(read("character", own) / 2, rel=1e-2)
     assert found["frozen"]["between_layers"]["mean"] == pytest.approx(read("between_layers", own) / 2, rel=1e-2)

@@ -579,7 +579,11 @@ def test_a_machine_is_told_in_one_line(dense, cuda):
     dense = changed(dense, {"machine.cores": 2, "machine.threads": 4, "machine.compile": True})
     assert records.machine_of(dense) == "AMD EPYC, 2 cores, 4 threads, torch 2.13.0+cpu, float32, compiled"
     cuda = changed(cuda, {"machine.device": "NVIDIA H200", "machine.torch": "2.11.0+cu128"})
-    assert records.machine_of(cuda) == "NVIDIA H200, torch 2.11.0+cu128, bfloat16, compiled"
+    h200 = "NVIDIA H200, torch 2.11.0+cu128, bfloat16, compiled"
+    assert records.machine_of(cuda) == h200
+    for key, name in (("fused_update", "fused update"), ("routing_kernels", "routing kernels")):
+        assert records.machine_of(changed(cuda, {f"config.{key}": True})) == f"{h200}, {name}"
+        assert records.machine_of(changed(dense, {f"config.{key}": True})) == records.machine_of(dense)  # no effect
 
 
 def test_a_backend_chosen_by_hand_counts_as_another_machine(dense, moe):

@@ -59,21 +59,21 @@ def test_random_router_is_a_pure_function_of_seed_layer_and_step():
     assert not torch.equal(router_of("random").weight, router_of("random", seed=2).weight)
 
 
-def test_hash_router_gives_a_symbol_the_same_expert_everywhere():
+def test_hash_routing_gives_a_symbol_the_same_expert_everywhere():
     router = router_of("hash")
     ids = torch.tensor([[0, 3, 0, 5], [3, 3, 0, 1]])
     experts = router(torch.zeros(2, 4, 8), ids).argmax(-1)
     assert torch.equal(experts, router.table[ids]) and torch.equal(router.table, router_of("hash").table)
 
 
-def test_hash_table_balances_load_rather_than_number_of_symbols():
+def test_hash_routing_balances_load_rather_than_number_of_symbols():
     counts = [500, 100, 100, 100, 100, 50, 50]
     table = router_of("hash", counts=counts, n_expert=2).table
     loads = torch.zeros(2).index_add(0, table, torch.tensor(counts, dtype=torch.float32))
     assert loads.tolist() == [500, 500] and sorted(table.bincount().tolist()) == [1, 6]
 
 
-def test_hash_tables_differ_between_layers_and_seeds():
+def test_hash_routing_differs_between_layers_and_seeds():
     """With counts as different as those of a text; and each of them balances."""
     counts = [round(1e6 / (rank + 2)) for rank in range(60)]
     tables = [router_of("hash", layer=i, seed=s, counts=counts).table for i, s in ((0, 1), (1, 1), (0, 2))]
@@ -83,7 +83,7 @@ def test_hash_tables_differ_between_layers_and_seeds():
         assert (loads / loads.mean() - 1).abs().max() < 0.03
 
 
-def test_a_shared_hash_table_is_that_of_the_first_layer_in_every_layer():
+def test_a_shared_map_is_that_of_the_first_layer_in_every_layer():
     counts = [round(1e6 / (rank + 2)) for rank in range(60)]
     first, *others = (router_of("hash_shared", layer=layer, counts=counts).table for layer in range(3))
     assert torch.equal(first, router_of("hash", layer=0, counts=counts).table)
@@ -92,7 +92,7 @@ def test_a_shared_hash_table_is_that_of_the_first_layer_in_every_layer():
     assert not torch.equal(first, other_seed)
 
 
-def test_a_gated_table_chooses_and_a_learned_probability_is_the_gate():
+def test_gated_hash_routing_chooses_and_a_learned_probability_is_the_gate():
     """Cross-entropy, which comes through the gate, reaches the router's weight as that of a switch layer."""
     keys = dict(aux_loss="none", router="hash_gated", gate="sigmoid")
     layer, switch = layer_of(**keys), layer_of(aux_loss="none")
@@ -122,7 +122,7 @@ def test_a_gated_table_chooses_and_a_learned_probability_is_the_gate():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_gated_table_refuses_what_has_no_effect(keys, told):
+def test_gated_hash_routing_refuses_what_has_no_effect(keys, told):
     config = Config(
         **{"n_layer": 2, "n_expert": 4, "router": "hash_gated", "gate": "sigmoid", "aux_loss": "none", **keys}
     )
@@ -143,7 +143,7 @@ def test_a_freeze_step_is_refused_where_it_would_freeze_nothing_or_half(keys):
     assert any("router_freeze_step=0" in message for _, message in config.problems())
 
 
-def test_an_even_table_gives_each_expert_as_many_symbols():
+def test_an_even_map_gives_each_expert_as_many_symbols():
     """Within one, whatever their frequencies; and each layer and seed has another."""
     counts = [10**6, *[1] * 61]
     tables = [
@@ -158,8 +158,8 @@ def test_an_even_table_gives_each_expert_as_many_symbols():
 
 @pytest.mark.parametrize("table", HASH_TABLES)
 @pytest.mark.parametrize("name", [name for name, kind in routing.ROUTERS.items() if kind.takes_prior])
-def test_a_prior_adds_its_strength_to_the_logit_of_the_tables_expert(name, table):
-    """The table is that of a hash router: of this layer, or of the first; without a prior there is none."""
+def test_a_prior_adds_its_strength_to_the_logit_of_the_maps_expert(name, table):
+    """The map is that of a hash router: of this layer, or of the first; without a prior there is none."""
     keys = {"router_table": table, **(dict(capacity_factor=1.0) if name == "expert_choice" else {})}
     x, ids = torch.randn(2, 3, 8), torch.randint(SYMBOLS, (2, 5))  # two symbols before x
     plain = router_of(name, layer=1, **keys)
@@ -185,7 +185,7 @@ def test_priors_of_layers_differ_unless_shared():
     assert all(torch.equal(table, own[0]) for table in shared)
 
 
-def test_a_strong_prior_makes_the_tables_choice_and_a_prior_of_0_is_the_learned_router():
+def test_a_strong_prior_makes_the_maps_choice_and_a_prior_of_0_is_the_learned_router():
     layers = [layer_of(router_prior=strength, aux_loss="none") for strength in (0.0, 1e6)]
     layers[1].load_state_dict(layers[0].state_dict(), strict=False)
     x, ids = torch.randn(4, 16, 16), torch.randint(SYMBOLS, (4, 16))
