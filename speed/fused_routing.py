@@ -12,6 +12,7 @@ loss takes part where it needs no more than sums over tokens. Decoding with a ca
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import backends
 import balance
@@ -22,6 +23,7 @@ from speed.route_kernels import choose, lay_out, route_gradients, spread
 from support import triton_here
 
 LOSSES = (None, balance.switch_loss)  # balancing losses that sums give
+FEW = 8  # experts, at most, whose logits are written as sums
 
 
 class RoutedRows(NamedTuple):
@@ -93,10 +95,24 @@ class KernelRoute:
         if cache is not None:
             return MoE.route(layer, x_BTD, ids_BT, cache, real_BT)
         real_N = None if real_BT is None else real_BT.reshape(-1)
-        words = layer.router.weight, layer.temperature, real_N, self.k, self.renormalize, self.dtype
-        logits, probs, experts, gates, sums, rows, place, offsets = Dispatch.apply(x_BTD, *words)
+        logits = product(x_BTD, layer.router.weight).flatten(0, -2)
+        words = logits, layer.temperature, real_N, self.k, self.renormalize
+        probs, experts, gates, sums, rows, place, offsets = Dispatch.apply(x_BTD.to(self.dtype), *words)
         every = torch.ones_like(experts, dtype=torch.bool)
         return RoutedRows(logits, probs, experts, gates, every, every, len(experts), sums, rows, place, offsets)
+
+
+def product(x_BTD, weight_ED):
+    """The logits x Wᵀ (B, T, E) in float32.
+
+    Those of few experts are written as sums: the compiler puts them into the kernel that makes x, and their gradients
+    into the one that makes x again for its own, so that x is never written in float32.
+    """
+    x_BTD, weight_ED = x_BTD.float(), weight_ED.float()
+    if len(weight_ED) <= FEW and torch.compiler.is_compiling():
+        return torch.stack([(x_BTD * weight_D).sum(dim=-1) for weight_D in weight_ED], dim=-1)
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        return F.linear(x_BTD, weight_ED)
 
 
 def sorted_by_kernels(x_ND, routing, w_in, bias_in, w_out, activate, gate_after):
@@ -131,7 +147,8 @@ class KernelMeasures:
         ]
         every = torch.ones_like(routings[0].experts, dtype=torch.bool)
         plain = [
-            Routing(one.logits, one.probs, one.experts, one.gates.detach(), every, every, one.room) for one in routings
+            Routing(one.logits.detach(), one.probs, one.experts, one.gates.detach(), every, every, one.room)
+            for one in routings
         ]
         return stats, {name: term._replace(raw=term.raw.detach()) for name, term in aux.items()}, plain
 
@@ -141,36 +158,25 @@ class KernelMeasures:
 
 
 class Dispatch(torch.autograd.Function):
-    """`choose` and `lay_out`. Gradients flow to x and the router's weights, from gates, sums (but choices and entropy)
-    and rows. place is given as (B, T, K)."""
+    """`choose` and `lay_out`. Gradients flow to x from the rows, and to the logits from gates and sums (but choices and
+    entropy). place is given as (B, T, K)."""
 
     @staticmethod
-    def forward(ctx, x_BTD, weight_ED, temperature, real_N, k, renormalize, dtype):
-        logits, probs, experts, gates, counts, sums = choose(x_BTD, weight_ED, temperature, real_N, k, renormalize)
-        rows, place, offsets, sums = lay_out(x_BTD, experts, counts, sums, dtype)
+    def forward(ctx, x_BTD, logits, temperature, real_N, k, renormalize):
+        probs, experts, gates, counts, sums = choose(logits, temperature, real_N, k, renormalize)
+        rows, place, offsets, sums = lay_out(x_BTD, experts, counts, sums)
         place = place.view(*x_BTD.shape[:-1], k)
-        ctx.save_for_backward(x_BTD, weight_ED, temperature, real_N, logits, probs, experts, place)
+        ctx.save_for_backward(logits, probs, experts, temperature, real_N, place)
         ctx.renormalize = renormalize
-        ctx.mark_non_differentiable(logits, probs, experts, place, offsets)
-        return logits, probs, experts, gates, sums, rows, place, offsets
+        ctx.mark_non_differentiable(probs, experts, place, offsets)
+        return probs, experts, gates, sums, rows, place, offsets
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, _logits, _probs, _experts, of_gates, of_sums, of_rows, _place, _offsets):
-        x_BTD, weight_ED, temperature, real_N, logits, probs, experts, place = ctx.saved_tensors
-        words = x_BTD, logits, probs, experts, temperature, real_N, of_gates, of_sums, ctx.renormalize
-        of_logits, parts = route_gradients(*words)
-        of_logits = of_logits.view(*x_BTD.shape[:-1], -1)
-        of_x = sum_of_choices(rows_of(of_rows, place)).to(x_BTD.dtype) + times_few(of_logits, weight_ED)
-        return of_x.to(x_BTD.dtype), parts.sum(dim=0).to(weight_ED.dtype), None, None, None, None, None
-
-
-def times_few(a_BTE, b_ED):
-    """a b, for a small E as a sum that the compiler computes inside of the kernels that read it."""
-    if b_ED.size(0) > 8:
-        with torch.autocast(a_BTE.device.type, enabled=False):
-            return a_BTE @ b_ED.float()
-    return sum(a_BTE[..., e : e + 1] * b_ED[e] for e in range(b_ED.size(0)))
+    def backward(ctx, _probs, _experts, of_gates, of_sums, of_rows, _place, _offsets):
+        *words, place = ctx.saved_tensors
+        of_logits = route_gradients(*words, of_gates, of_sums, ctx.renormalize)
+        return sum_of_choices(rows_of(of_rows, place)), of_logits, None, None, None, None
 
 
 def rows_of(rows, place_BTK):

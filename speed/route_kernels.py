@@ -1,15 +1,15 @@
 """Routing in training: choosing experts, laying tokens out expert by expert, and both backward, in four Triton kernels.
 
-    logits, probs, experts, gates, counts, sums = choose(x, router_weight, temperature, real, k, renormalize)
-    rows, place, offsets, sums = lay_out(x, experts, counts, sums, dtype)
+    probs, experts, gates, counts, sums = choose(logits, temperature, real, k, renormalize)
+    rows, place, offsets, sums = lay_out(x, experts, counts, sums)
     y_rows_gradient, gates_gradient = spread(gradient, y_rows, gates, place)
-    logits_gradient, parts = route_gradients(x, logits, probs, experts, temperature, real, …)
+    logits_gradient = route_gradients(logits, probs, experts, temperature, real, …)
 
-torch needs some twenty kernels a layer for this: a product, a softmax, a choice, a sort, its inverse, a histogram. Here
-`choose` multiplies with the router's weights, and notes for each block of tokens how often each expert was chosen;
-`lay_out` turns these counts into a stable sort, for which each block needs only the counts of those before it, and
-copies the tokens to their rows. Backward, `spread` takes the gradient of the output to the rows and to the gates, and
-`route_gradients` takes that of the gates to the logits and to the router's weights.
+torch needs some twenty kernels a layer for this: a softmax, a choice, a sort, its inverse, a histogram. Here `choose`
+also notes for each block of tokens how often each expert was chosen; `lay_out` turns these counts into a stable sort,
+for which each block needs only the counts of those before it, and copies the tokens to their rows. Backward, `spread`
+takes the gradient of the output to the rows and to the gates, and `route_gradients` takes that of the gates to the
+logits. The router's product is left to the compiler, which computes it where it has x at hand: `fused_routing.py`.
 
 Numbers are those of `MoE.route` and the backend `sorted`, up to the order of sums. Each kernel is one custom operator,
 opaque to torch.compile and CUDA graphs, with a twin in PyTorch that runs elsewhere. The order of all sums is fixed.
@@ -31,7 +31,6 @@ if AVAILABLE:
     import triton.language as tl
 
 TOKENS, COLUMNS = 32, 128  # of a block, so that no program needs more registers than there are
-PARTS = 88  # partial sums of the gradient of a router's weights, for two programs on each SM of an H100 at D = 384
 
 
 def operator(name):
@@ -46,49 +45,38 @@ def operator(name):
 
 @operator("choose")
 def choose(
-    x_BTD: torch.Tensor,
-    weight_ED: torch.Tensor,
-    temperature: torch.Tensor,
-    real_N: torch.Tensor | None,
-    k: int,
-    renormalize: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> float32 logits (N, E), probs (N, E), int64 experts (N, K), float32 gates (N, K), int32 counts (P, E), float32
-    sums (P, W)
+    logits_NE: torch.Tensor, temperature: torch.Tensor, real_N: torch.Tensor | None, k: int, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> float32 probs (N, E), int64 experts (N, K), float32 gates (N, K), int32 counts (P, E), float32 sums (P, W)
 
     The gate is softmax. renormalize: rescale a token's gates to a sum of 1; temperature: 0-d; real_N: False for tokens
     that count in no sum; None = all count. Experts come best first, ties by index, or in expert order if K = E.
     """
-    if not kernels.uses_triton(x_BTD):
-        return choose_twin(x_BTD, weight_ED, temperature, real_N, k, renormalize)
-    (E, D), outputs = weight_ED.shape, choose_outputs(x_BTD, weight_ED, k)
-    N = len(outputs[0])
-    with torch.cuda.device_of(x_BTD):
+    if not kernels.uses_triton(logits_NE):
+        return choose_twin(logits_NE, temperature, real_N, k, renormalize)
+    (N, E), outputs = logits_NE.shape, choose_outputs(logits_NE, k)
+    with torch.cuda.device_of(logits_NE):
         choose_kernel[(ceil_div(N, TOKENS),)](
-            x_BTD.contiguous(), weight_ED.contiguous(), temperature, real_N, *outputs, N,
-            D=D, E=E, K=k, RENORMALIZE=renormalize,
-            BLOCK_N=TOKENS, BLOCK_E=power_of_2_from(E), BLOCK_D=min(COLUMNS, power_of_2_from(D)),
+            logits_NE.contiguous(), temperature, real_N, *outputs, N,
+            E=E, K=k, RENORMALIZE=renormalize, BLOCK_N=TOKENS, BLOCK_E=power_of_2_from(E),
         )  # fmt: skip
     return outputs
 
 
 @choose.register_fake
-def _(x_BTD, weight_ED, temperature, real_N, k, renormalize):
-    return choose_outputs(x_BTD, weight_ED, k)
+def _(logits_NE, temperature, real_N, k, renormalize):
+    return choose_outputs(logits_NE, k)
 
 
-def choose_outputs(x_BTD, weight_ED, k):
-    E, D = weight_ED.shape
-    N = x_BTD.numel() // D
+def choose_outputs(logits_NE, k):
+    N, E = logits_NE.shape
     P = ceil_div(N, TOKENS)
-    shapes = (N, E), (N, E), (N, k), (N, k), (P, E), (P, 3 * E + 3)
-    dtypes = torch.float32, torch.float32, torch.int64, torch.float32, torch.int32, torch.float32
-    return tuple(x_BTD.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
+    shapes = (N, E), (N, k), (N, k), (P, E), (P, 3 * E + 3)
+    dtypes = torch.float32, torch.int64, torch.float32, torch.int32, torch.float32
+    return tuple(logits_NE.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
 
 
-def choose_twin(x_BTD, weight_ED, temperature, real_N, k, renormalize):
-    with torch.autocast(x_BTD.device.type, enabled=False):
-        logits_NE = F.linear(x_BTD.float(), weight_ED.float()).flatten(0, -2)
+def choose_twin(logits_NE, temperature, real_N, k, renormalize):
     cooled_NE = logits_NE / temperature
     probs_NE, _ = softmax_gate(cooled_NE)
     experts_NK = top_k_experts(cooled_NE, k).contiguous()
@@ -100,7 +88,7 @@ def choose_twin(x_BTD, weight_ED, temperature, real_N, k, renormalize):
     terms = chosen_NE, gates_NE, probs_NE, entropy_N1, z_N1, torch.ones_like(z_N1)
     weight_N1 = 1.0 if real_N is None else real_N[:, None].float()
     counts_PE, sums_PW = sums_of_blocks(chosen_NE), sums_of_blocks(weight_N1 * torch.cat(terms, dim=1))
-    return logits_NE, probs_NE.contiguous(), experts_NK, gates_NK.contiguous(), counts_PE.to(torch.int32), sums_PW
+    return probs_NE.contiguous(), experts_NK, gates_NK.contiguous(), counts_PE.to(torch.int32), sums_PW
 
 
 def sums_of_blocks(values):
@@ -115,14 +103,14 @@ def sums_of_blocks(values):
 
 @operator("lay_out")
 def lay_out(
-    x_BTD: torch.Tensor, experts_NK: torch.Tensor, counts_PE: torch.Tensor, sums_PW: torch.Tensor, dtype: torch.dtype
+    x_BTD: torch.Tensor, experts_NK: torch.Tensor, counts_PE: torch.Tensor, sums_PW: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> rows (M, D) of x in this dtype, one for each choice, expert by expert and in each in the order of tokens;
+    """-> rows (M, D) of x, one for each choice, expert by expert and in each in the order of tokens;
     place (N, K) int64, the row of each choice; offsets (E,) int32, where each expert's rows end; the sums (W,)"""
     if not kernels.uses_triton(x_BTD):
-        return lay_out_twin(x_BTD, experts_NK, counts_PE, sums_PW, dtype)
+        return lay_out_twin(x_BTD, experts_NK, counts_PE, sums_PW)
     (N, K), (P, E), D, W = experts_NK.shape, counts_PE.shape, x_BTD.size(-1), sums_PW.size(1)
-    outputs = lay_out_outputs(x_BTD, experts_NK, counts_PE, sums_PW, dtype)
+    outputs = lay_out_outputs(x_BTD, experts_NK, counts_PE, sums_PW)
     block_E, block_W = power_of_2_from(E), power_of_2_from(W)
     with torch.cuda.device_of(x_BTD):
         lay_out_kernel[(P + 1,)](
@@ -134,20 +122,20 @@ def lay_out(
 
 
 @lay_out.register_fake
-def _(x_BTD, experts_NK, counts_PE, sums_PW, dtype):
-    return lay_out_outputs(x_BTD, experts_NK, counts_PE, sums_PW, dtype)
+def _(x_BTD, experts_NK, counts_PE, sums_PW):
+    return lay_out_outputs(x_BTD, experts_NK, counts_PE, sums_PW)
 
 
-def lay_out_outputs(x_BTD, experts_NK, counts_PE, sums_PW, dtype):
-    rows = x_BTD.new_empty((experts_NK.numel(), x_BTD.size(-1)), dtype=dtype)
+def lay_out_outputs(x_BTD, experts_NK, counts_PE, sums_PW):
+    rows = x_BTD.new_empty((experts_NK.numel(), x_BTD.size(-1)))
     offsets = counts_PE.new_empty((counts_PE.size(1),))
     return rows, torch.empty_like(experts_NK), offsets, sums_PW.new_empty((sums_PW.size(1),))
 
 
-def lay_out_twin(x_BTD, experts_NK, counts_PE, sums_PW, dtype):
+def lay_out_twin(x_BTD, experts_NK, counts_PE, sums_PW):
     order_M = torch.argsort(experts_NK.reshape(-1), stable=True)
     place_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=x_BTD.device))
-    rows = x_BTD.to(dtype).flatten(0, -2)[order_M // experts_NK.size(1)]
+    rows = x_BTD.flatten(0, -2)[order_M // experts_NK.size(1)]
     offsets = counts_PE.sum(dim=0).cumsum(0).to(torch.int32)
     return rows, place_M.view(experts_NK.shape), offsets, sums_PW.sum(dim=0)
 
@@ -193,7 +181,6 @@ def spread_twin(gradient_BTD, y_rows, gates_NK, place_BTK):
 
 @operator("route_gradients")
 def route_gradients(
-    x_BTD: torch.Tensor,
     logits_NE: torch.Tensor,
     probs_NE: torch.Tensor,
     experts_NK: torch.Tensor,
@@ -202,35 +189,28 @@ def route_gradients(
     gates_gradient: torch.Tensor,
     sums_gradient: torch.Tensor,
     renormalize: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of the logits (N, E), and of the router's weights as PARTS partial sums (PARTS, E, D), from those
-    of the gates (N, K) and the sums (W,). Of the sums, choices and entropy have none."""
+) -> torch.Tensor:
+    """The gradient of the logits (N, E), from those of the gates (N, K) and the sums (W,). Of the sums, choices and
+    entropy have none."""
     words = logits_NE, probs_NE, experts_NK, temperature, real_N, gates_gradient, sums_gradient
-    if not kernels.uses_triton(x_BTD):
-        return route_gradients_twin(x_BTD, *words, renormalize)
-    (N, E), D, outputs = logits_NE.shape, x_BTD.size(-1), route_gradients_outputs(x_BTD, logits_NE)
-    with torch.cuda.device_of(x_BTD):
-        route_gradients_kernel[(outputs[1].size(0), ceil_div(D, COLUMNS))](
-            x_BTD.contiguous(), *(word if word is None else word.contiguous() for word in words), *outputs, N,
-            D=D, E=E, K=experts_NK.size(1), RENORMALIZE=renormalize,
-            BLOCK_N=TOKENS, BLOCK_E=max(16, power_of_2_from(E)), BLOCK_D=COLUMNS,
+    if not kernels.uses_triton(logits_NE):
+        return route_gradients_twin(*words, renormalize)
+    (N, E), logits_gradient = logits_NE.shape, logits_NE.new_empty(logits_NE.shape)
+    with torch.cuda.device_of(logits_NE):
+        route_gradients_kernel[(ceil_div(N, TOKENS),)](
+            *(word if word is None else word.contiguous() for word in words), logits_gradient, N,
+            E=E, K=experts_NK.size(1), RENORMALIZE=renormalize, BLOCK_N=TOKENS, BLOCK_E=power_of_2_from(E),
         )  # fmt: skip
-    return outputs
+    return logits_gradient
 
 
 @route_gradients.register_fake
-def _(x_BTD, logits_NE, probs_NE, experts_NK, temperature, real_N, gates_gradient, sums_gradient, renormalize):
-    return route_gradients_outputs(x_BTD, logits_NE)
-
-
-def route_gradients_outputs(x_BTD, logits_NE):
-    (N, E), D = logits_NE.shape, x_BTD.size(-1)
-    parts = min(PARTS, ceil_div(N, TOKENS)) if kernels.uses_triton(x_BTD) else 1
-    return logits_NE.new_empty((N, E)), logits_NE.new_empty((parts, E, D))
+def _(logits_NE, probs_NE, experts_NK, temperature, real_N, gates_gradient, sums_gradient, renormalize):
+    return logits_NE.new_empty(logits_NE.shape)
 
 
 def route_gradients_twin(
-    x_BTD, logits_NE, probs_NE, experts_NK, temperature, real_N, gates_gradient, sums_gradient, renormalize
+    logits_NE, probs_NE, experts_NK, temperature, real_N, gates_gradient, sums_gradient, renormalize
 ):
     weight_N1 = 1.0 if real_N is None else real_N[:, None].float()
     E = logits_NE.size(1)
@@ -245,9 +225,7 @@ def route_gradients_twin(
     else:
         of_cooled = through_softmax(probs_NE, of_gates + of_probs)
     lse_N1 = torch.logsumexp(logits_NE, dim=1, keepdim=True)
-    of_logits = of_cooled / temperature + weight_N1 * of_z * 2 * lse_N1 * (logits_NE - lse_N1).exp()
-    with torch.autocast(x_BTD.device.type, enabled=False):
-        return of_logits, (of_logits.t() @ x_BTD.float().flatten(0, -2))[None]
+    return (of_cooled / temperature + weight_N1 * of_z * 2 * lse_N1 * (logits_NE - lse_N1).exp()).contiguous()
 
 
 def through_softmax(shares, gradient):
@@ -261,9 +239,8 @@ if AVAILABLE:
 
     @triton.jit(do_not_specialize=["N"])
     def choose_kernel(
-        x, weight, temperature, real, logits, probs, experts, gates, counts, sums, N,
-        D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr,
-        BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+        logits, temperature, real, probs, experts, gates, counts, sums, N,
+        E: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     ):  # fmt: skip
         """One program per block of tokens."""
         block = tl.program_id(0).to(tl.int64)
@@ -271,16 +248,7 @@ if AVAILABLE:
         e = tl.arange(0, BLOCK_E)
         is_score = (n < N)[:, None] & (e < E)[None, :]
         divisor = tl.load(temperature).to(tl.float32)
-        logit = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            is_x = (n < N)[:, None] & (d < D)[None, :]
-            x_nd = tl.load(x + n[:, None] * D + d[None, :], mask=is_x, other=0.0).to(tl.float32)
-            for i in range(E):
-                w_d = tl.load(weight + i * D + d, mask=d < D, other=0.0).to(tl.float32)
-                logit += tl.where((e == i)[None, :], tl.sum(x_nd * w_d[None, :], axis=1)[:, None], 0.0)
-        tl.store(logits + n[:, None] * E + e[None, :], logit, mask=is_score)
-
+        logit = tl.load(logits + n[:, None] * E + e[None, :], mask=is_score, other=0.0)
         cooled = tl.where((e < E)[None, :], logit / divisor, float("-inf"))
         share = tl.exp(cooled - tl.max(cooled, axis=1)[:, None])
         prob = share / tl.sum(share, axis=1)[:, None]
@@ -389,53 +357,42 @@ if AVAILABLE:
 
     @triton.jit(do_not_specialize=["N"])
     def route_gradients_kernel(
-        x, logits, probs, experts, temperature, real, gates_gradient, sums_gradient, logits_gradient, parts, N,
-        D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr,
-        BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+        logits, probs, experts, temperature, real, gates_gradient, sums_gradient, logits_gradient, N,
+        E: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     ):  # fmt: skip
-        """One program per partial sum and BLOCK_D columns: every so many blocks of tokens."""
+        """One program per block of tokens."""
+        n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         e = tl.arange(0, BLOCK_E)
-        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         divisor = tl.load(temperature).to(tl.float32)
         of_gate_sum = tl.load(sums_gradient + E + e, mask=e < E, other=0.0)
         of_prob_sum = tl.load(sums_gradient + 2 * E + e, mask=e < E, other=0.0)
         of_z = tl.load(sums_gradient + 3 * E + 1)
-        of_weight = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-        for start in range(tl.program_id(0) * BLOCK_N, N, tl.num_programs(0) * BLOCK_N):
-            n = tl.zeros((BLOCK_N,), tl.int64) + start + tl.arange(0, BLOCK_N)
-            is_score = (n < N)[:, None] & (e < E)[None, :]
-            logit = tl.load(logits + n[:, None] * E + e[None, :], mask=is_score, other=float("-inf"))
-            prob = tl.load(probs + n[:, None] * E + e[None, :], mask=is_score, other=0.0)
-            counted = (n < N).to(tl.float32)
-            if real is not None:
-                counted = tl.load(real + n, mask=n < N, other=0).to(tl.float32)
-            is_chosen = tl.zeros((BLOCK_N, BLOCK_E), tl.int32)
-            of_gate = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-            for j in tl.static_range(K):
-                is_own = e[None, :] == tl.load(experts + n * K + j, mask=n < N, other=-1)[:, None]
-                own = tl.load(gates_gradient + n * K + j, mask=n < N, other=0.0)
-                of_gate += tl.where(is_own, own[:, None] + counted[:, None] * of_gate_sum[None, :], 0.0)
-                is_chosen += is_own.to(tl.int32)
-            of_prob = counted[:, None] * of_prob_sum[None, :]
-            if RENORMALIZE:
-                share = tl.where(is_chosen > 0, prob, 0.0)
-                whole = tl.sum(share, axis=1)
-                share = share / tl.where(whole > 0, whole, 1.0)[:, None]
-                of_cooled = share * (of_gate - tl.sum(of_gate * share, axis=1)[:, None])
-            else:
-                of_prob += of_gate
-                of_cooled = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-            of_cooled += prob * (of_prob - tl.sum(of_prob * prob, axis=1)[:, None])
-            top = tl.where(n < N, tl.max(logit, axis=1), 0.0)
-            exps = tl.where(is_score, tl.exp(logit - top[:, None]), 0.0)
-            whole = tl.where(n < N, tl.sum(exps, axis=1), 1.0)
-            of_lse = counted * of_z * 2.0 * (top + tl.log(whole))
-            of_logit = of_cooled / divisor + of_lse[:, None] * (exps / whole[:, None])
-            if tl.program_id(1) == 0:
-                tl.store(logits_gradient + n[:, None] * E + e[None, :], of_logit, mask=is_score)
-            is_x = (n < N)[:, None] & (d < D)[None, :]
-            x_nd = tl.load(x + n[:, None] * D + d[None, :], mask=is_x, other=0.0).to(tl.float32)
-            of_weight += tl.dot(tl.trans(of_logit), x_nd, input_precision="ieee")
-        is_weight = (e < E)[:, None] & (d < D)[None, :]
-        own_part = parts + tl.program_id(0) * E * D
-        tl.store(own_part + e[:, None] * D + d[None, :], of_weight, mask=is_weight)
+        is_score = (n < N)[:, None] & (e < E)[None, :]
+        logit = tl.load(logits + n[:, None] * E + e[None, :], mask=is_score, other=float("-inf"))
+        prob = tl.load(probs + n[:, None] * E + e[None, :], mask=is_score, other=0.0)
+        counted = (n < N).to(tl.float32)
+        if real is not None:
+            counted = tl.load(real + n, mask=n < N, other=0).to(tl.float32)
+        is_chosen = tl.zeros((BLOCK_N, BLOCK_E), tl.int32)
+        of_gate = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        for j in tl.static_range(K):
+            is_own = e[None, :] == tl.load(experts + n * K + j, mask=n < N, other=-1)[:, None]
+            own = tl.load(gates_gradient + n * K + j, mask=n < N, other=0.0)
+            of_gate += tl.where(is_own, own[:, None] + counted[:, None] * of_gate_sum[None, :], 0.0)
+            is_chosen += is_own.to(tl.int32)
+        of_prob = counted[:, None] * of_prob_sum[None, :]
+        if RENORMALIZE:
+            share = tl.where(is_chosen > 0, prob, 0.0)
+            whole = tl.sum(share, axis=1)
+            share = share / tl.where(whole > 0, whole, 1.0)[:, None]
+            of_cooled = share * (of_gate - tl.sum(of_gate * share, axis=1)[:, None])
+        else:
+            of_prob += of_gate
+            of_cooled = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        of_cooled += prob * (of_prob - tl.sum(of_prob * prob, axis=1)[:, None])
+        top = tl.where(n < N, tl.max(logit, axis=1), 0.0)
+        exps = tl.where(is_score, tl.exp(logit - top[:, None]), 0.0)
+        whole = tl.where(n < N, tl.sum(exps, axis=1), 1.0)
+        of_lse = counted * of_z * 2.0 * (top + tl.log(whole))
+        of_logit = of_cooled / divisor + of_lse[:, None] * (exps / whole[:, None])
+        tl.store(logits_gradient + n[:, None] * E + e[None, :], of_logit, mask=is_score)
