@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from selection import softmax, softmax_gate, top_k_experts
-from speed import kernels
-from speed.kernels import AVAILABLE, ceil_div, power_of_2_from
+from speed.kernels import ceil_div, power_of_2_from
+from support.triton_here import AVAILABLE, uses_triton
 
 if AVAILABLE:
     import triton
@@ -52,7 +52,7 @@ def choose(
     The gate is softmax. renormalize: rescale a token's gates to a sum of 1; temperature: 0-d; real_N: False for tokens
     that count in no sum; None = all count. Experts come best first, ties by index, or in expert order if K = E.
     """
-    if not kernels.uses_triton(logits_NE):
+    if not uses_triton(logits_NE):
         return choose_twin(logits_NE, temperature, real_N, k, renormalize)
     (N, E), outputs = logits_NE.shape, choose_outputs(logits_NE, k)
     with torch.cuda.device_of(logits_NE):
@@ -107,7 +107,7 @@ def lay_out(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> rows (M, D) of x, one for each choice, expert by expert and in each in the order of tokens;
     place (N, K) int64, the row of each choice; offsets (E,) int32, where each expert's rows end; the sums (W,)"""
-    if not kernels.uses_triton(x_BTD):
+    if not uses_triton(x_BTD):
         return lay_out_twin(x_BTD, experts_NK, counts_PE, sums_PW)
     (N, K), (P, E), D, W = experts_NK.shape, counts_PE.shape, x_BTD.size(-1), sums_PW.size(1)
     outputs = lay_out_outputs(x_BTD, experts_NK, counts_PE, sums_PW)
@@ -149,7 +149,7 @@ def spread(
     gradient_BTD: torch.Tensor, y_rows: torch.Tensor, gates_NK: torch.Tensor, place_BTK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of y_rows (M, D) and of the gates (N, K), from that of Σ_k g_k · y_rows[place_k], (B, T, D)."""
-    if not kernels.uses_triton(gradient_BTD):
+    if not uses_triton(gradient_BTD):
         return spread_twin(gradient_BTD, y_rows, gates_NK, place_BTK)
     (N, K), D, outputs = gates_NK.shape, y_rows.size(1), spread_outputs(y_rows, gates_NK)
     with torch.cuda.device_of(gradient_BTD):
@@ -193,7 +193,7 @@ def route_gradients(
     """The gradient of the logits (N, E), from those of the gates (N, K) and the sums (W,). Of the sums, choices and
     entropy have none."""
     words = logits_NE, probs_NE, experts_NK, temperature, real_N, gates_gradient, sums_gradient
-    if not kernels.uses_triton(logits_NE):
+    if not uses_triton(logits_NE):
         return route_gradients_twin(*words, renormalize)
     (N, E), logits_gradient = logits_NE.shape, logits_NE.new_empty(logits_NE.shape)
     with torch.cuda.device_of(logits_NE):
