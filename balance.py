@@ -53,11 +53,7 @@ def switch_loss(routing, batch_mean=own_mean, weight_N=None):
     """E · Σ_i f_i P_i (Fedus et al. 2022, eq. 4): f_i is expert i's share of the choices before capacity, P_i its mean
     probability. 1 under uniform routing, at most E."""
     load_E = batch_mean(mean_over_tokens(choices_per_expert(routing), weight_N))
-    return switch_loss_of_means(load_E, batch_mean(mean_over_tokens(routing.probs, weight_N)))
-
-
-def switch_loss_of_means(load_E, probs_E):
-    """From the means over tokens of choices and probabilities."""
+    probs_E = batch_mean(mean_over_tokens(routing.probs, weight_N))
     share_E = load_E / load_E.sum(dim=-1, keepdim=True)
     return load_E.size(-1) * (share_E * probs_E).sum(dim=-1)
 
@@ -103,21 +99,21 @@ def aux_losses(routings, config, coefficient, batch_mean=own_mean, weight_N=None
     functions, groups = {"z": z_loss}, stacked_by_shape(routings)
     if balancing := AUX_LOSSES[config.aux_loss]:
         functions[config.aux_loss] = balancing
+    over_layers = torch.sum if config.aux_loss_reduction == "sum" else torch.mean
     losses = {
-        name: torch.cat([function(layers, batch_mean, weight_N) for _, layers in groups])
+        name: over_layers(torch.cat([function(layers, batch_mean, weight_N) for _, layers in groups]))
         for name, function in functions.items()
     }
-    return combined(losses, config, coefficient)
+    return with_coefficients(losses, config, coefficient, losses["z"].new_zeros(()))
 
 
-def combined(losses, config, coefficient):
-    """{name: AuxLoss} from the losses (L,) of the layers."""
+def with_coefficients(losses, config, coefficient, zero):
+    """{name: AuxLoss} from the losses over all layers, 0-d; zero: `weighted` of a loss that is only measured."""
     terms = {}
-    for name, per_layer in losses.items():
+    for name, raw in losses.items():
         weight = config.z_loss_coef if name == "z" else coefficient if config.balances else 0
-        raw = per_layer.sum() if config.aux_loss_reduction == "sum" else per_layer.mean()
         is_weighted = isinstance(weight, torch.Tensor) or weight > 0
-        terms[name] = AuxLoss(raw, weight * raw if is_weighted else torch.zeros_like(raw))
+        terms[name] = AuxLoss(raw, weight * raw if is_weighted else zero)
     return terms
 
 

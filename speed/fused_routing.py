@@ -54,7 +54,7 @@ def put_kernels(model, machine):
     """Let a GPT without obstacles route by kernels, in place; where Triton does not run, by their PyTorch twins."""
     for layer in model.moe_layers():
         layer.route, layer.own_backend = KernelRoute(layer, machine), sorted_by_kernels
-    model.own_measures = KernelMeasures(model)
+    model.own_measures = KernelMeasures(model, machine)
 
 
 def obstacle(layers, machine):
@@ -124,28 +124,39 @@ def sorted_by_kernels(x_ND, routing, w_in, bias_in, w_out, activate, gate_after)
 
 
 class KernelMeasures:
-    """A model's routing statistics and auxiliary losses, from the sums that its layers made."""
+    """A model's routing statistics and auxiliary losses, from the sums that its layers made.
 
-    def __init__(self, model):
+    The compiler makes two kernels of this forward and one backward. Constants are made once, since each that is made
+    anew is a kernel.
+    """
+
+    def __init__(self, model, machine):
         self.model = model
+        self.zero = torch.zeros((), device=machine.device)
+        self.true = torch.ones((), dtype=torch.bool, device=machine.device)
 
     def __call__(self, routings, batch_mean):
         """-> (stats, aux, routings) as in `model.Output`"""
         config, E = self.model.config, routings[0].probs.size(1)
         sums_LW = torch.stack([routing.sums for routing in routings])
         load_LE, importance_LE, _, entropy_L1, _, tokens_L1 = sums_LW.detach().split((E, E, E, 1, 1, 1), dim=1)
-        means_LW = sums_LW / tokens_L1.clamp_min(1)
-        losses = {"z": means_LW[:, -2]}
+        # Each loss is one sum over (L, E), and what gradients need has that shape, so that they share a kernel.
+        counted_LE = tokens_L1.expand_as(load_LE).clamp_min(1)
+        terms = {"z": sums_LW[:, -2:-1] / E / counted_LE}
         if balance.AUX_LOSSES[config.aux_loss]:
-            means_LW = batch_mean(means_LW)
-            losses[config.aux_loss] = balance.switch_loss_of_means(means_LW[:, :E].detach(), means_LW[:, 2 * E : 3 * E])
-        aux = balance.combined(losses, config, self.model.aux_loss_coef)
-        none, empty = sums_LW.new_zeros(()), sums_LW.new_empty(2, 0)
+            sums_L3E = sums_LW[:, : 3 * E].unflatten(1, (3, E))
+            mean_load_LE, _, mean_probs_LE = batch_mean(sums_L3E / counted_LE[:, None]).unbind(1)
+            share_LE = mean_load_LE.detach() / mean_load_LE.detach().sum(dim=1, keepdim=True)
+            terms[config.aux_loss] = E * share_LE * mean_probs_LE
+        divisor = 1 if config.aux_loss_reduction == "sum" else len(routings)
+        losses = {name: terms_LE.sum() / divisor for name, terms_LE in terms.items()}
+        aux = balance.with_coefficients(losses, config, self.model.aux_loss_coef, self.zero)
+        empty = sums_LW.new_empty(2, 0)
         stats = [
-            balance.RoutingStats(load, importance, none, none, tokens, entropy, empty, empty)
+            balance.RoutingStats(load, importance, self.zero, self.zero, tokens, entropy, empty, empty)
             for load, importance, tokens, entropy in zip(load_LE, importance_LE, tokens_L1[:, 0], entropy_L1[:, 0])
         ]
-        every = torch.ones_like(routings[0].experts, dtype=torch.bool)
+        every = self.true.expand_as(routings[0].experts)
         plain = [
             Routing(one.logits.detach(), one.probs, one.experts, one.gates.detach(), every, every, one.room)
             for one in routings

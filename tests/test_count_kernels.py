@@ -27,8 +27,8 @@ COUNTED = [  # config and options, layers; kernels and bytes of an update, then 
     soaked("shakespeare_moe4", 6, [349, 11_627_825_672, 184, 3_662_415_308]),
     soaked("shakespeare_dense --fused_update=True", 6, [154, 9_338_120_624, 78, 3_038_211_124]),
     soaked("shakespeare_moe4 --fused_update=True", 6, [301, 11_245_619_720, 184, 3_662_415_308]),
-    soaked("shakespeare_moe4 --routing_kernels=True", 6, [273, 10_545_427_568, 97, 3_318_031_092]),
-    soaked("shakespeare_moe4 --fused_update=True --routing_kernels=True", 6, [225, 10_163_221_616, 97, 3_318_031_092]),
+    soaked("shakespeare_moe4 --routing_kernels=True", 6, [266, 10_545_410_792, 92, 3_318_014_748]),
+    soaked("shakespeare_moe4 --fused_update=True --routing_kernels=True", 6, [218, 10_163_204_840, 92, 3_318_014_748]),
 ]
 
 

@@ -117,6 +117,19 @@ def test_balancing_losses_reach_the_routers_alone():
         assert error(other.router.weight.grad, layer.router.weight.grad) < 2e-6
 
 
+def test_balancing_loss_of_several_processes_equals_the_general_way():
+    """Its value is from means over all processes, its gradient from this process's tokens."""
+    others_E = torch.tensor([0.4, 0.0, 0.9, 0.7])
+
+    def batch_mean(mean):
+        assert mean.is_contiguous()  # as a sum over processes needs it
+        return mean + (others_E - mean).detach() / 2
+
+    model, twin = two_ways(sorted_config(aux_loss_reduction="mean", expert_top_k=2))
+    model.batch_mean = twin.batch_mean = batch_mean
+    assert_same_training(model, twin, twin)
+
+
 def product_with_own(rows, weights, offsets):
     """A grouped product that compiles in float32 on a CPU, which torch's does not."""
     expert_R = torch.searchsorted(offsets, torch.arange(len(rows), dtype=offsets.dtype), right=True)
