@@ -321,6 +321,9 @@ def run_all(states, options, pack, rates, is_plan, deadline, argv):
                 alone = console.duration(GUESS_SECONDS)
                 screen.say(f"no record tells how long a run takes here: guessing {alone} for one at paper size, alone")
         runner.run()
+    elsewhere = [run for run, state in states.items() if state.kind == "running elsewhere"]  # when it was looked at
+    if elsewhere:
+        states.update(planned_runs.states_of(elsewhere, planned_runs.read_results(elsewhere[0].home.parent)))
     kinds = {state.kind for state in states.values()}
     print(totals(states))
     if kinds & {"cut", "missing", "to be copied"}:

@@ -618,6 +618,18 @@ def test_a_run_that_outlives_its_sweep_stays_locked(place, capfd):
     assert len(place.calls()) == 2 and len(place.kept()) == 2
 
 
+def test_a_run_that_another_process_has_finished_meanwhile_is_counted_so_when_a_sweep_is_stopped(place, capfd):
+    place.order(**{"two-cpu-s1337": {"pause": 0.05}})
+    with open(write(place.out / "one-cpu-s1337.lock", ""), "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = place.begin("T", "--seeds=1")
+        wait_for((place.out / "two-cpu-s1337" / "ckpt.pt").exists)
+        write(place.results / "T" / "one-cpu-s1337.json", record_of(place, a_row("one"), 1337))
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert "2 runs: 1 finished, 1 cut" in capfd.readouterr().out
+
+
 def test_a_run_started_by_hand_is_not_disturbed(place, capfd):
     """train.py locks its metrics.jsonl."""
     metrics = write(place.out / "one-cpu-s1337" / "metrics.jsonl", "")
