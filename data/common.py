@@ -256,6 +256,11 @@ class Dataset:
             x[:count], y[:count] = stretch[:-1], stretch[1:]
             yield x.view(batch_size, block_size), y.view(batch_size, block_size)
 
+    def tokens(self, split: str) -> np.ndarray:
+        """All ids of a split in order, (N,), on the CPU."""
+        tokens = self._tokens[split]
+        return tokens.cpu().numpy() if self.resident else tokens
+
     def symbol_counts(self, split: str) -> torch.Tensor:
         """How often each symbol occurs in the split: (vocabulary size,) int64, on the CPU."""
         counts = torch.zeros(self.vocabulary.size, dtype=torch.int64)
