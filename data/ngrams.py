@@ -61,7 +61,7 @@ def windowed_losses(train_N, split_M, vocab_size, longest, block_size):
 
 def ngrams(ids_N, length, vocab_size):
     """A number for each run of `length` symbols, (N - length + 1,) int64: its digits in base vocab_size are the ids."""
-    count = len(ids_N) - length + 1
+    count = max(0, len(ids_N) - length + 1)
     codes_N = np.zeros(count, dtype=np.int64)
     for i in range(length):
         codes_N = codes_N * vocab_size + ids_N[i : i + count]

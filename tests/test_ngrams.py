@@ -47,11 +47,12 @@ def test_probabilities_of_all_symbols_sum_to_1():
         assert sum(math.exp(-loss) for loss in nats) == pytest.approx(1)
 
 
-def test_a_cycle_is_learned_and_contexts_longer_than_the_text_are_left_out():
+def test_a_cycle_is_learned_and_contexts_longer_than_a_text_change_nothing():
     cycle = np.arange(1000) % 4
     empty, *_, longest = windowed_losses(cycle, cycle, 4, 2, 1000)
     assert empty == pytest.approx(math.log(4), abs=1e-3) and longest < 0.02
     assert len(windowed_losses(cycle[:3], cycle, 4, 9, 64)) == 3
+    assert len(set(windowed_losses(cycle, cycle[:3], 4, 9, 64)[2:])) == 1
 
 
 def test_the_command_prints_a_row_for_each_context(words, monkeypatch, capsys):
