@@ -67,6 +67,10 @@ def _above_best(record):
     return record["paper"]["final_val"] - record["paper"]["best_val"]
 
 
+def _overfit(record):
+    return record["clean"]["final"]["nats"] - record["clean"]["best"]["nats"]
+
+
 def _from_b(read_train):
     """A reader of the largest distance from the baseline that paper B prints, each over its margin: papers/b.py."""
 
@@ -119,6 +123,7 @@ MEASURES = {
     ),
     "train_mode_with_aux4": Measure("final train, train mode + 4 × auxiliary losses", "nats", 4, _with_aux4),
     "above_best": Measure("final − best sampled validation", "nats", 4, _above_best),
+    "overfit": Measure("final − best full validation", "nats", 4, _overfit),
     "from_b": Measure("largest distance from B, train mode", "margins", 2, _from_b(_field("train_mode", "loss"))),
     "from_b_in_eval_mode": Measure(
         "largest distance from B, eval mode", "margins", 2, _from_b(_field("paper", "final_train"))

@@ -184,23 +184,25 @@ def test_times_of_captured_runs_do_not_mix_with_others():
 
 def test_repetition_compares_models_on_four_prefixes_of_one_text():
     table, sizes = TABLES["repetition"], {"cpu": [30_000, 100_000, 300_000, 0], "paper": [5e5, 1e6, 2.5e6, 0]}
-    for scale, text, models in (("cpu", "shakespeare_char", 3), ("paper", "text8_head", 2)):
+    for scale, text, models in (("cpu", "shakespeare_char", 4), ("paper", "text8_head", 2)):
         rows = table.rows_at(scale)
         configs = {row.name: row.config_at(scale) for row in rows}
         assert [row.baseline for row in rows[:models]] == ["", *[rows[0].name] * (models - 1)]
         for row in rows:
             ours, dense = configs[row.name], configs[row.baseline or row.name]
-            assert {ours.dataset, dense.dataset} == {text} and dense.n_expert == 0
+            assert {ours.dataset, dense.dataset} == {text} and (dense.n_expert, dense.mlp_hidden) == (0, 0)
             assert len({(c.train_characters, c.max_iters, c.batch_size) for c in (ours, dense)}) == 1
-        for first in range(models):  # dense, 4 experts, hash routing
+        for first in range(models):  # dense, 4 experts, hash routing, wide dense
             of_model = [configs[row.name] for row in rows[first::models]]
             assert [config.train_characters for config in of_model] == sizes[scale]
-            assert len({(c.n_expert, c.router, c.learning_rate) for c in of_model}) == 1
+            assert len({(c.n_expert, c.router, c.mlp_hidden, c.learning_rate) for c in of_model}) == 1
 
 
 def test_the_rates_of_tables_without_a_choice_are_those_that_the_committed_records_choose():
     found = [record for _, record in records.read_all(ROOT / "results")[0]]
-    choices = gather(TABLES["tuned"], found, "cpu")[0].choices
+    choices = {
+        name: of for table in ("tuned", "paths") for name, of in gather(TABLES[table], found, "cpu")[0].choices.items()
+    }
     for name, multiple in CHOSEN_AT_CPU.items():
         assert choices[name].name == name_at_rate(name, multiple)
 
