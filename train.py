@@ -313,6 +313,7 @@ class Run:
     @contextlib.contextmanager
     def clock_of_saving(self):
         """Time inside counts as saving, and not as training."""
+        self.machine.synchronize()  # else it would hold the time of updates that the device has yet to make
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started

@@ -75,11 +75,12 @@ def _crossing(id, text, model, few, many, scale, why=""):
 
 
 BEFORE = ". Written down before any run on a prefix; on the whole text, seeds 1337 to 1339 had chosen the rates"
+SHAKESPEARE = "Shakespeare, at the rates chosen on the whole text"
 
 CLAIMS = (
     _crossing("E11", "the head of text8 (not the data set)", "moe4", "text8_head_500k", "text8_head", "paper"),
-    _crossing("E12", "Shakespeare", "moe4", "shakespeare_30k", "shakespeare", "cpu", BEFORE),
-    _crossing("E25", "Shakespeare", "hash4", "shakespeare_30k", "shakespeare", "cpu", BEFORE),
+    _crossing("E12", SHAKESPEARE, "moe4", "shakespeare_30k", "shakespeare", "cpu", BEFORE),
+    _crossing("E25", SHAKESPEARE, "hash4", "shakespeare_30k", "shakespeare", "cpu", BEFORE),
     Claim(
         id="E31",
         sentence="Where 30,000 characters of Shakespeare are read 51 times, at the rates chosen on the whole text, 4 "

@@ -79,8 +79,9 @@ class Verdict(NamedTuple):
 
     @property
     def seeds(self) -> int:
-        """The smallest number of seeds among the pairs that decide; 0 where one has none."""
-        return fewest_seeds(self.findings[self.claim.measures[0]])
+        """The smallest number of seeds among the pairs that decide: where one refutes, of those that do, else of all; 0
+        where one has none."""
+        return fewest_seeds(deciding(self.findings[self.claim.measures[0]]))
 
     @property
     def is_provisional(self) -> bool:
@@ -90,7 +91,7 @@ class Verdict(NamedTuple):
     def dissent(self) -> dict[str, str]:
         """measure -> status, for the measures that contradict the one that decides, and that as many seeds have."""
         others = {m: s for m, s in self.statuses.items() if s not in (self.status, NOT_RUN)}
-        return {m: s for m, s in others.items() if fewest_seeds(self.findings[m]) >= self.seeds}
+        return {m: s for m, s in others.items() if fewest_seeds(deciding(self.findings[m])) >= self.seeds}
 
     @property
     def lacks_rows(self) -> bool:
@@ -194,8 +195,10 @@ def shared_sd(comparison, measure, row, against, kind) -> float:
     pairs = {(other.name, other.baseline) for other in rows if other.baseline} | {(row, against)}
     if kind == "value":
         pairs = {(other.name, "") for other in rows}
-    of_pairs = [values_by_seed(comparison, measure, *pair, kind) for pair in sorted(pairs)]
-    return pooled_sd([list(values.values()) for values in of_pairs]) or 0.0
+    of_pairs = [tuple(values_by_seed(comparison, measure, *pair, kind).values()) for pair in sorted(pairs)]
+    # A pair turned round, or a row that has a number with another one, says nothing more of the spread.
+    groups = {max(values, tuple(-value for value in values)) for values in of_pairs}
+    return pooled_sd([list(group) for group in sorted(groups)]) or 0.0
 
 
 def problem_of(comparison, measure, row, against, kind, seeds=None) -> str:
@@ -254,6 +257,11 @@ def crossing_of(by_size: dict[int, tuple[str, dict[int, float]]]) -> Crossing | 
     curves = [[values[seed] for _, values in by_size.values()] for seed in sorted(seeds)]
     crossing = crossing_of_mean([math.log(size) for size in by_size], curves)
     return crossing and Crossing(*(place if place is None else math.exp(place) for place in crossing[:3]), crossing.n)
+
+
+def deciding(findings: list[Finding]) -> list[Finding]:
+    """The findings that decide together: where some refute, these."""
+    return [finding for finding in findings if finding.status == NOT_HELD] or findings
 
 
 def fewest_seeds(findings: list[Finding]) -> int:

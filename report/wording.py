@@ -282,4 +282,7 @@ def legend_lines(names: dict[str, str]) -> list[str]:
 def verdict_counts(verdicts: list[Verdict]) -> str:
     """How many claims got each verdict."""
     count = {status: sum(verdict.status == status for verdict in verdicts) for status in STATUSES}
-    return f"Of {len(verdicts)} verdicts: " + ", ".join(f"{number} {status}" for status, number in count.items()) + "."
+    counts = ", ".join(f"{number} {status}" for status, number in count.items())
+    return (
+        f"Of {len(verdicts)} verdicts: {counts}. A claim has one for each size and kind of machine, and one more tuned."
+    )

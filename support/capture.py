@@ -12,6 +12,7 @@ faster, but it keeps the contract, so a CPU can test it.
 """
 
 import contextlib
+import gc
 
 import torch
 from torch.utils import _pytree as pytree
@@ -36,14 +37,15 @@ class Captured:
             for value in inputs
         ]
         with aside(stream):
-            for _ in range(WARM_UPS):
+            for later in reversed(range(WARM_UPS)):
                 reset()
-                function(*self.inputs)
+                with contextlib.nullcontext() if later else never_waiting(device):
+                    function(*self.inputs)
         reset()
         if device.type == "cuda":
             self.graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
-                with torch.cuda.graph(self.graph, stream=stream):
+                with no_collection(), torch.cuda.graph(self.graph, stream=stream):
                     self.outputs = function(*self.inputs)
             finally:
                 torch.cuda.set_stream(current)  # which torch forgets where a capture fails
@@ -58,6 +60,35 @@ class Captured:
         else:
             pytree.tree_map_(copy_in_place, self.outputs, self.function(*self.inputs))
         return self.outputs
+
+
+@contextlib.contextmanager
+def never_waiting(device):
+    """A RuntimeError where the block waits for the GPU. What waits cannot be recorded, and after a failed recording
+    torch before 2.13 can neither draw random numbers nor record again."""
+    if device.type != "cuda":
+        yield
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextlib.contextmanager
+def no_collection():
+    """Python collects its garbage before the block and not in it: freeing one CUDA graph ends the recording of
+    another."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def own(value):
@@ -86,6 +117,8 @@ def aside(stream):
         yield
         return
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)

@@ -4,7 +4,9 @@ Without CUDA a captured function runs again on the same fixed inputs, so these t
 """
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from run import update
 from run.processes import Processes
 from run.totals import RunningTotals
 from support import machines
-from support.capture import Captured
+from support.capture import Captured, no_collection
 from support.options import ConfigError
 
 CPU = machines.choose("cpu", "float32", False, capture=True)
@@ -261,6 +263,24 @@ def test_captured_updates_on_cuda_train_as_plain_ones(kind, is_compiled):
         updater.guard.raise_if_skipped()
     plain, captured = losses
     assert captured == pytest.approx(plain, rel=2e-2) and captured[-1] < captured[0]
+
+
+def test_python_collects_no_garbage_while_a_graph_is_recorded():
+    class Cycle:
+        def __init__(self):
+            self.me = self
+
+    before, after = weakref.ref(Cycle()), None
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        with no_collection():
+            after = weakref.ref(Cycle())
+            garbage = [[] for _ in range(1000)]
+            assert before() is None and after() is not None and garbage
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*threshold)
 
 
 @pytest.mark.cuda

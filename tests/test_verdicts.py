@@ -378,6 +378,22 @@ def test_a_verdict_that_lacks_rows_has_no_seeds_and_is_not_provisional():
     assert verdict.status == NOT_RUN and verdict.seeds == 0 and not verdict.is_provisional
 
 
+def test_a_refuted_claim_has_the_seeds_of_the_pairs_that_refute_it():
+    base, new, other = [1.0, 1.01, 1.02, 1.0, 1.03], [0.5, 0.51, 0.53, 0.5, 0.52], [1.0, 1.02, 1.01, 1.02, 1.0]
+    pairs = {"pairs": (("new", "base"), ("other", "base"))}
+    for refuting, besides, seeds in ((new[:3], [], 3), (new, [], 5), (new, other[:1], 5), (new[:3], other, 3)):
+        verdict = verdicts.decide(claim(ABOVE_0, **pairs), comparison(base=base, new=refuting, other=besides))
+        assert verdict.status == NOT_HELD and verdict.seeds == seeds
+        assert verdict.is_provisional == (seeds < 5)
+
+
+def test_a_pair_turned_round_and_equal_effects_count_once_in_the_pooled_sd():
+    base, new, other = [1.0, 1.1, 1.2], [1.1, 1.25, 1.27], [2.0, 2.0, 2.3]
+    once = verdicts.shared_sd(comparison(base=base, new=new, other=other), "clean", "new", "base", "difference")
+    turned = verdicts.shared_sd(comparison(base=base, new=new, other=other), "clean", "base", "new", "difference")
+    assert once == turned > 0
+
+
 def test_effects_and_rules_are_told_in_words():
     assert wording.effect_text(Effect(0.01234, 0.001, 0.02, 3, 0.1), "clean", "difference") == (
         "+0.0123 [+0.0010, +0.0200] nats, n = 3"
