@@ -11,7 +11,6 @@ from papers.measures import COSTS
 from papers.ours import SOURCE
 from papers.table import ABOVE_0, BELOW_0, Claim, Row, Table, View, each_against
 from papers.tuned import AT_CHOICE, CHOICE, CHOSEN_AT_CPU, at_rate, tuned
-from papers.tuning import RATES
 
 FREEZE_AT = {"cpu": {"router_freeze_step": 400}}  # a fifth of the steps, as the config has at paper size
 ALIKE = (-0.01, 0.01)
@@ -47,7 +46,6 @@ PATHS = Table(
         tuned(
             Row(name, label, options_at=FREEZE_AT if name == "shakespeare_moe4_freeze" else {}),
             baseline="" if name == "shakespeare_moe4" else "shakespeare_moe4",
-            multiples=RATES,
         )
         for name, label in ROWS.items()
     ),
