@@ -206,6 +206,8 @@ def draw_by_size(axes, by_size, effects, style) -> Line2D:
 @styled
 def differences(comparison: Comparison) -> Drawing | None:
     """Each row's best loss on the full validation split minus its baseline's, with the published difference."""
+    if comparison.table.of != "records":
+        return None
     effects = {
         row.name: difference_to_baseline(comparison, row, "clean") for row in comparison.table.rows_at(comparison.scale)
     }
