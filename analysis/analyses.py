@@ -155,17 +155,20 @@ def read_all(folder) -> tuple[list[dict], list[str]]:
             left_out.append(f"{name}: of the same run as {found[key][0]}, which counts; delete one")
         else:
             found[key] = name, analysis
-    asked = Counter(asked_of(analysis) for _, analysis in found.values())
-    usual = max(asked, key=lambda one: (asked[one], one), default=None)
+    count = Counter(item for _, analysis in found.values() for item in asked_of(analysis).items())
+    usual = dict(sorted(count, key=lambda item: (count[item], item)))  # the last value of a setting stays
+    kept = []
     for name, analysis in found.values():
-        if asked_of(analysis) != usual:
-            left_out.append(f"{name}: asked for with {dict(asked_of(analysis))}, most with {dict(usual)}; {WAY_OUT}")
-    return [analysis for _, analysis in found.values() if asked_of(analysis) == usual], left_out
+        if asked_of(analysis).items() <= usual.items():
+            kept.append(analysis)
+        else:
+            left_out.append(f"{name}: asked for with {analysis['asked']}, most with {usual}; {WAY_OUT}")
+    return kept, left_out
 
 
-def asked_of(analysis):
-    """The settings that numbers depend on."""
-    return tuple(sorted(analysis["asked"].items()))
+def asked_of(analysis) -> dict:
+    """The settings that its numbers depend on: no batches mean that there are no gradients."""
+    return {name: value for name, value in analysis["asked"].items() if (name, value) != ("gradient_batches", 0)}
 
 
 def collapse_text(found) -> str:

@@ -6,7 +6,6 @@ from papers.measures import COSTS
 from papers.ours import SOURCE
 from papers.table import BELOW_0, Claim, Row, Table, View
 from papers.tuned import AT_CHOICE, CHOICE, tuned
-from papers.tuning import RATES
 
 # At CPU size a quarter of the dense MLP is narrower; at paper size the configs state it.
 QUARTER_WIDTH = {"cpu": {"expert_hidden": 128}}
@@ -19,7 +18,7 @@ LITERATURE = Table(
     "σ-MoE has their shape with sigmoid gates, its own initialisation, whole experts dropped and its entropy loss. The "
     "regularisers should pay where a text is read many times: 82 times at paper size, 1.5 times at CPU size.",
     rows=tuple(
-        tuned(row, row.baseline, RATES)
+        tuned(row, row.baseline)
         for row in (
             Row("shakespeare_dense", "dense"),
             Row(

@@ -11,7 +11,7 @@ import dataclasses
 from papers.measures import COSTS
 from papers.ours import EQUAL, ROUTER, SOURCE
 from papers.table import Claim, Row, Table, View
-from papers.tuning import ALL_MULTIPLES, LEARNING_RATE, MULTIPLES, RESERVE, Multiples, name_at_rate
+from papers.tuning import ALL_MULTIPLES, LEARNING_RATE, MULTIPLES, RESERVE, name_at_rate
 
 
 def at_rate(row: Row, multiple: int, scales: tuple[str, ...]) -> Row:
@@ -24,9 +24,9 @@ def at_rate(row: Row, multiple: int, scales: tuple[str, ...]) -> Row:
     return dataclasses.replace(row, **changes)
 
 
-def tuned(row: Row, baseline: str = "", multiples: Multiples = MULTIPLES) -> Row:
+def tuned(row: Row, baseline: str = "") -> Row:
     """The row with learning rates as candidates."""
-    rates = {scale: multiples[scale] + RESERVE[scale] for scale in row.scales}
+    rates = {scale: MULTIPLES[scale] + RESERVE[scale] for scale in row.scales}
     candidates = tuple(
         at_rate(row, multiple, tuple(scale for scale in row.scales if multiple in rates[scale]))
         for multiple in sorted(set().union(*rates.values()))

@@ -19,9 +19,8 @@ FINALISTS = 2
 LEARNING_RATE = 1e-3  # of the papers' protocol; its cosine ends at a tenth of the peak rate, and so do all of these
 Multiples = Mapping[str, tuple[int, ...]]  # scale -> multiples of the papers' rate
 MULTIPLES: Multiples = {"cpu": (1, 2, 4, 8), "paper": (1, 2, 4)}
-RATES: Multiples = {"cpu": (2, 4, 8), "paper": (1, 2, 4)}  # of `literature`: at CPU size 1 is far from every best
 RESERVE: Multiples = {"cpu": (16, 32), "paper": (8, 16)}  # tried one by one while the highest rate is the best
-ALL_MULTIPLES = sorted({multiple for of in (MULTIPLES, RATES, RESERVE) for at in of.values() for multiple in at})
+ALL_MULTIPLES = sorted({multiple for of in (MULTIPLES, RESERVE) for at in of.values() for multiple in at})
 
 Losses = Mapping[str, Mapping[int, float]]  # name of a candidate -> {seed: best full validation, nats}, in their order
 

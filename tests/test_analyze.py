@@ -351,11 +351,13 @@ def test_reading_a_folder_leaves_out_bad_analyses_with_a_reason(learned, tmp_pat
 def test_analyses_with_other_settings_than_most_are_left_out(learned, tmp_path):
     folder = tmp_path / "results" / "analysis"
     folder.mkdir(parents=True)
-    for n_layer, asked in ((1, 640), (2, 640), (3, 32_000)):
+    # No batches leave the gradients out, and make no other number incomparable.
+    for n_layer, asked, batches in ((1, 640, 8), (2, 640, 8), (3, 32_000, 8), (4, 640, 0), (5, 640, 0), (6, 640, 0)):
         one = analysed_by_hand(n_layer=n_layer)
-        (folder / f"r{n_layer}-s1.json").write_text(analyses.text_of(changed(one, ["asked", "pass_characters"], asked)))
+        one["asked"] |= {"pass_characters": asked, "gradient_batches": batches}
+        (folder / f"r{n_layer}-s1.json").write_text(analyses.text_of(one))
     found, left_out = analyses.read_all(tmp_path / "results")
-    assert [one["config"]["n_layer"] for one in found] == [1, 2]
+    assert [one["config"]["n_layer"] for one in found] == [1, 2, 4, 5, 6]
     assert len(left_out) == 1 and "r3-s1.json: asked for with {" in left_out[0]
 
 

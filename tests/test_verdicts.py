@@ -387,7 +387,7 @@ def test_a_refuted_claim_has_the_seeds_of_the_pairs_that_refute_it():
         assert verdict.is_provisional == (seeds < 5)
 
 
-def test_a_pair_turned_round_and_equal_effects_count_once_in_the_pooled_sd():
+def test_a_pair_turned_round_counts_once_in_the_pooled_sd():
     base, new, other = [1.0, 1.1, 1.2], [1.1, 1.25, 1.27], [2.0, 2.0, 2.3]
     once = verdicts.shared_sd(comparison(base=base, new=new, other=other), "clean", "new", "base", "difference")
     turned = verdicts.shared_sd(comparison(base=base, new=new, other=other), "clean", "base", "new", "difference")
