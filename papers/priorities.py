@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from papers.b import PROBES
 from papers.paths import PATHS
-from papers.tuned import REGULARISED
+from papers.regularised import REGULARISED
 
 
 class Priority(NamedTuple):
@@ -46,7 +46,9 @@ PRIORITIES = (
     ),
     Priority(
         tuple(
-            row.name for row in REGULARISED.rows if row.baseline and row.name not in {probe.name for probe in PROBES}
+            row.name
+            for row in REGULARISED.rows_at("paper")
+            if row.baseline and row.name not in {probe.name for probe in PROBES}
         ),
         ONE,
         "whether more dropout or weight decay takes the experts' loss at this size away",

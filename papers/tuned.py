@@ -69,44 +69,7 @@ TUNED = Table(
     figures=("loss_by_rate",),
 )
 
-
-NAMED_ELSEWHERE = {"shakespeare_dense_dropout4": "shakespeare_dense_probe_dropout"}  # one of B's probes is the same run
-
-
-def _regularised(row: Row):
-    """The row, and the same with more dropout, more weight decay, and both."""
-    yield dataclasses.replace(row, baseline="", scales=("paper",))
-    for tag, label, options in (
-        ("dropout4", "dropout 0.4", {"dropout": 0.4}),
-        ("decay10", "weight decay 1", {"weight_decay": 1.0}),
-        ("dropout4_decay10", "dropout 0.4 and weight decay 1", {"dropout": 0.4, "weight_decay": 1.0}),
-    ):
-        name = f"{row.name}_{tag}"
-        changes = {
-            "name": NAMED_ELSEWHERE.get(name, name),
-            "label": f"{row.label}, {label}",
-            "config": row.config or row.name,
-        }
-        yield dataclasses.replace(row, **changes, options=options, baseline=row.name, scales=("paper",))
-
-
-REGULARISED = Table(
-    name="regularised",
-    title="More regularisation where the text is read 82 times",
-    source=SOURCE,
-    text="At paper size every model overfits Shakespeare, 4 experts far more than the dense model. Dropout is 0.2 and "
-    "weight decay 0.1 where no row says otherwise; the learning rate is the papers'.",
-    rows=tuple(
-        variant
-        for row in MODELS
-        if row.name in ("shakespeare_dense", "shakespeare_dense_wide", "shakespeare_moe4")
-        for variant in _regularised(row)
-    ),
-    views=(View("Loss", ("clean", "cross_fitted", "clean_bpc", "paper", "final_train")),),
-    figures=("loss_curves",),
-)
-
-TABLES = (TUNED, REGULARISED)
+TABLES = (TUNED,)
 CLAIMS = ()
 
 # The multiple of the papers' rate that the records of `tuned` and `paths` choose at CPU size, for tables whose rows are
