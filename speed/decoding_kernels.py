@@ -392,7 +392,7 @@ if AVAILABLE:
         v = tl.arange(0, BLOCK_V)
         logit = tl.load(logits + n * V + v, mask=v < V, other=float("-inf"))
         if GREEDY:
-            token = tl.argmax(logit, axis=0)
+            token = tl.argmax(tl.where(logit == logit, logit, float("inf")), axis=0)  # NaN is the largest, as in torch
         else:
             best = tl.max(logit, axis=0)
             logit = (logit - best) / temperature

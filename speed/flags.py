@@ -3,7 +3,8 @@
     switch_on(["pdl", "cudnn"])    # for the rest of this process; before anything is compiled
     switched_on()                  # ["pdl", "cudnn"]
 
-The environment variable of a flag, set to 1, switches it on in any script.
+The environment variable of a flag, set to 1, switches it on in any script; `cudnn` also needs
+TORCHINDUCTOR_AUTOGRAD_CACHE=0 there, since that cache keeps traces whatever the choice of attention.
 """
 
 import os
@@ -29,7 +30,7 @@ def switch_on(names):
     for name in names:
         variable, key = FLAGS[name]
         if key is None:
-            torch._functorch.config.enable_autograd_cache = False  # it keeps traces whatever the choice of attention
+            torch._functorch.config.enable_autograd_cache = False
         elif not hasattr(torch._inductor.config, key):
             raise ConfigError([f"flags={name!r}: torch {torch.__version__} has no such switch ({key} of Inductor)"])
         else:

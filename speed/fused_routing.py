@@ -3,10 +3,11 @@
     reason = use_kernels(model, machine)      # None, or why the model stays as it is
 
 Off unless the key `routing_kernels` asks for it. It replaces three things, which can be replaced for this purpose:
-`route` and `own_backend` of each layer, and the model's `own_measures`. Numbers are the same up to the order of sums,
-and the choices of experts up to ties that rounding breaks. A layer takes part where its routing is a linear router's
-top-k of the token's own vector, with softmax and without noise, and its experts are MLPs on sorted rows; a balancing
-loss takes part where it needs no more than sums over tokens. Decoding with a cache goes the general way.
+`route` and `own_backend` of each layer, and the model's `own_measures`. Numbers are the same up to the order of sums
+and, in bfloat16, roundings, and the choices of experts up to ties that these break. A layer takes part where its
+routing is a linear router's top-k of the token's own vector, with softmax and without noise, and its experts are at
+most 64 MLPs on sorted rows; a balancing loss takes part where it needs no more than sums over tokens. Decoding with a
+cache goes the general way.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import balance
 from moe import MoE
 from selection import GATES, Routing, softmax_gate
 from speed.decoding import is_plain
-from speed.route_kernels import choose, lay_out, route_gradients, spread
+from speed.route_kernels import MOST_EXPERTS, choose, lay_out, route_gradients, spread
 from support import triton_here
 
 LOSSES = (None, balance.switch_loss)  # balancing losses that sums give
@@ -69,6 +70,8 @@ def obstacle_of_layer(layer, machine):
     config, experts = layer.config, layer.experts
     if not is_plain(layer):
         return "routing is more than a linear router's top-k of the token's own vector"
+    if config.n_expert > MOST_EXPERTS:
+        return f"there are more than {MOST_EXPERTS} experts"
     if GATES[config.gate] is not softmax_gate:
         return "the gate is not softmax"
     if config.router_jitter or config.expert_dropout_is_used or config.expert_output_masking:

@@ -28,7 +28,7 @@ if AVAILABLE:
 
 PROGRAMS = 128  # least number per launch: about the SMs of an H100
 TILE = 4096  # weights per program, about 32 per thread
-PARTIAL_SUMS = 7  # of `down`, at most: torch.compile fuses a sum over so many into the next operation
+PARTIAL_SUMS = 7  # of `down`, at most, where K allows: torch.compile fuses a sum over so many into what follows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def down_blocks(K, H, D):
     """(BLOCK_H, BLOCK_D): the tile of weights of a program of `down`. Independent of N, so that a token's sums are the
     same in every batch."""
     block_H = 16
-    while block_H < 512 and K * ceil_div(H, block_H) > PARTIAL_SUMS:
+    while block_H < min(512, H) and K * ceil_div(H, block_H) > PARTIAL_SUMS:
         block_H *= 2
     block_D = 64
     while block_D > 16 and (block_H * block_D > TILE or K * ceil_div(H, block_H) * ceil_div(D, block_D) < PROGRAMS):

@@ -11,8 +11,9 @@ for which each block needs only the counts of those before it, and copies the to
 takes the gradient of the output to the rows and to the gates, and `route_gradients` takes that of the gates to the
 logits. The router's product is left to the compiler, which computes it where it has x at hand: `fused_routing.py`.
 
-Numbers are those of `MoE.route` and the backend `sorted`, up to the order of sums. Each kernel is one custom operator,
-opaque to torch.compile and CUDA graphs, with a twin in PyTorch that runs elsewhere. The order of all sums is fixed.
+Numbers are those of `MoE.route` and the backend `sorted`, up to the order of sums and, in bfloat16, roundings. Each
+kernel is one custom operator, opaque to torch.compile and CUDA graphs, with a twin in PyTorch that runs elsewhere. The
+order of all sums is fixed.
 
 Letters as in `moe.py`; M = N·K choices; choice c is choice c % K of token c // K; P blocks of tokens. A layer's sums
 over its tokens are W = 3·E + 3 numbers: choices, gates and probabilities of each expert, entropy, squared logsumexp of
@@ -30,7 +31,8 @@ if AVAILABLE:
     import triton
     import triton.language as tl
 
-TOKENS, COLUMNS = 32, 128  # of a block, so that no program needs more registers than there are
+TOKENS, COLUMNS = 32, 128  # of a block, so that up to MOST_EXPERTS no program needs more registers than there are
+MOST_EXPERTS = 64
 
 
 def operator(name):
@@ -55,6 +57,7 @@ def choose(
     if not uses_triton(logits_NE):
         return choose_twin(logits_NE, temperature, real_N, k, renormalize)
     (N, E), outputs = logits_NE.shape, choose_outputs(logits_NE, k)
+    real_N = None if real_N is None else real_N.contiguous()
     with torch.cuda.device_of(logits_NE):
         choose_kernel[(ceil_div(N, TOKENS),)](
             logits_NE.contiguous(), temperature, real_N, *outputs, N,
@@ -323,15 +326,15 @@ if AVAILABLE:
                 expert = tl.load(experts + n * K + j, mask=n < N, other=-1)
                 chosen += (e[None, :] == expert[:, None]).to(tl.int32)
             row_ne = (end - total + before)[None, :] + tl.cumsum(chosen, axis=0) - chosen
-            for start in range(0, D, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                is_x = (n < N)[:, None] & (d < D)[None, :]
-                x_nd = tl.load(x + n[:, None] * D + d[None, :], mask=is_x, other=0.0)
-                for j in tl.static_range(K):
-                    expert = tl.load(experts + n * K + j, mask=n < N, other=-1)
-                    row = tl.sum(tl.where(e[None, :] == expert[:, None], row_ne, 0), axis=1).to(tl.int64)
-                    tl.store(place + n * K + j, row, mask=n < N)
-                    tl.store(rows + row[:, None] * D + d[None, :], x_nd.to(rows.dtype.element_ty), mask=is_x)
+            for j in tl.static_range(K):
+                expert = tl.load(experts + n * K + j, mask=n < N, other=-1)
+                row = tl.sum(tl.where(e[None, :] == expert[:, None], row_ne, 0), axis=1).to(tl.int64)
+                tl.store(place + n * K + j, row, mask=n < N)
+                for start in range(0, D, BLOCK_D):
+                    d = start + tl.arange(0, BLOCK_D)
+                    is_x = (n < N)[:, None] & (d < D)[None, :]
+                    x_nd = tl.load(x + n[:, None] * D + d[None, :], mask=is_x, other=0.0)
+                    tl.store(rows + row[:, None] * D + d[None, :], x_nd, mask=is_x)
 
     @triton.jit(do_not_specialize=["N"])
     def spread_kernel(

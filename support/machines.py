@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import hashlib
 import inspect
 import os
 import platform
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch._functorch.config  # torch itself imports it late
+import torch.compiler.config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support.files import ROOT, one_line
@@ -204,13 +206,21 @@ def compiled(function):
     The limit on recompilations counts for each model apart, since several models share their code. Numbers in which
     they differ, such as a capacity, stay constants of the graph (dynamic=False). The backward pass runs outside of
     autocast, as in eager mode, else the router's gradients would be in bfloat16; torch sets that for a whole process.
+    What torch compiled before is used only where our kernels are the same: it has their shapes, and its key has not.
     """
+    torch.compiler.config.cache_key_tag = digest_of_kernels()
     torch._functorch.config.backward_pass_autocast = "off"
     options = dict(fullgraph=True, dynamic=False)
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13 has it, 2.11 has not
         return torch.compile(function, isolate_recompiles=True, **options)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(function, **options)
+
+
+def digest_of_kernels() -> str:
+    """SHA-256 of the modules that define operators of our own."""
+    paths = sorted((ROOT / "speed").glob("*kernels.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def keep_freed_memory() -> bool:

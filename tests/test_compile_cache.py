@@ -139,6 +139,19 @@ def test_a_failure_inside_writes_nothing(compiler, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_change_of_our_kernels_compiles_anew(tmp_path, monkeypatch):
+    """torch's key has not the shapes that our operators return, so a graph of other block sizes would be used."""
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    monkeypatch.setattr(machines, "ROOT", tmp_path)
+    tags = []
+    for size in (16, 32):
+        (tmp_path / "speed").mkdir(exist_ok=True)
+        (tmp_path / "speed" / "some_kernels.py").write_text(f"TOKENS = {size}")
+        machines.compiled(torch.relu)
+        tags.append(torch.compiler.config.cache_key_tag)
+    assert len({"", *tags}) == 3
+
+
 PROGRAM = """
 import sys, torch
 from torch._dynamo.utils import counters

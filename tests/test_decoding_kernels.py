@@ -287,6 +287,30 @@ def wrong_on(device, cases, dtype):
             yield f"{what} {dtype}: {problem}"
 
 
+def of_one(word, b):
+    """Sequence b of a word of attention or of a Stream."""
+    if isinstance(word, Stream):
+        return Stream(word.x[b : b + 1], word.added[:, b : b + 1].contiguous())
+    return word[b : b + 1].clone()
+
+
+def changed_in_a_batch(device, dtype):
+    """A line for each operation in which a token gets other bits in a batch than alone."""
+    project = torch.randn(15, 15).to(dtype)
+    for operation, of_tokens, dim, words in (
+        # how many words have tokens; where tokens are in what it returns
+        (decoding_kernels.attend_and_project, 3, 1, (*attention_case(4, 3, 5, 16, 9, dtype), project)),
+        (decoding_kernels.norm_linear, 1, 0, linear_case(4, 3, 24, 40, True, True, dtype)),
+        (decoding_kernels.norm_route_up, 1, 0, routed_case(4, 3, 24, 40, 4, 2, True, "softmax", True, False, dtype)),
+    ):
+        words = pytree.tree_map_only(torch.Tensor, lambda word: word.to(device), words)
+        alone = [operation(*(of_one(word, b) for word in words[:of_tokens]), *words[of_tokens:]) for b in range(4)]
+        together = operation(*words)
+        for parts in zip(tensors_in(together), *map(tensors_in, alone), strict=True):
+            if not torch.equal(parts[0], torch.cat(parts[1:], dim)):
+                yield f"{operation.__name__}: a token gets other bits in a batch"
+
+
 @pytest.mark.cuda
 @needs_triton
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -295,15 +319,23 @@ def test_kernels_on_cuda_equal_the_twins(cases, dtype):
     assert list(wrong_on("cuda", cases, dtype)) == []
 
 
+@pytest.mark.cuda
+@needs_triton
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_token_has_the_same_bits_in_every_batch_on_cuda(dtype):
+    assert list(changed_in_a_batch("cuda", dtype)) == []
+
+
+@pytest.mark.cuda
+@needs_triton
+def test_greedy_decoding_of_nan_on_cuda_stays_in_the_vocabulary():
+    words = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, head_case(3, 1, 16, 65, 0, None))
+    decoding_kernels.norm_head_draw(*words[:2], words[2] * torch.nan, *words[3:])
+    assert words[5].tolist() == [0, 0, 0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the interpreter runs
-
-
-def of_one(word, b):
-    """Sequence b of a word of attention or of a Stream."""
-    if isinstance(word, Stream):
-        return Stream(word.x[b : b + 1], word.added[:, b : b + 1].contiguous())
-    return word[b : b + 1].clone()
 
 
 def problems_in_the_interpreter(is_soak):
@@ -318,22 +350,7 @@ def problems_in_the_interpreter(is_soak):
     decoding_kernels.IN_REGISTERS = 32  # so that the cache is read in several parts
     yield from wrong_on("cpu", (ATTENTION, [], [], []), torch.float32)
 
-    qkv, keys, values, position = attention_case(4, 3, 5, 16, 9)
-    weight = torch.randn(15, 15)
-    project = decoding_kernels.attend_and_project
-    together = project(qkv, keys.clone(), values.clone(), position, weight)
-    alone = [project(*(of_one(z, b) for z in (qkv, keys, values)), position, weight) for b in range(4)]
-    if not torch.equal(together, torch.cat(alone, dim=1)):
-        yield "attention: a sequence gets other bits in a batch"
-    for operation, words in (
-        (decoding_kernels.norm_linear, linear_case(4, 3, 24, 40, True, True)),
-        (decoding_kernels.norm_route_up, routed_case(4, 3, 24, 40, 4, 2, True, "softmax", True, False)),
-    ):
-        together = operation(*words)
-        alone = [operation(of_one(words[0], b), *words[1:]) for b in range(4)]
-        for parts in zip(tensors_in(together), *map(tensors_in, alone), strict=True):
-            if not torch.equal(parts[0], torch.cat(parts[1:])):
-                yield f"{operation.__name__}: a token gets other bits in a batch"
+    yield from changed_in_a_batch("cpu", torch.float32)
 
     cpu = machines.Machine(torch.device("cpu"), torch.float32, compile=False, reason="")
     for keys in (dict(), dict(n_expert=3, expert_top_k=2, gate_renormalize=True, bias=True)):

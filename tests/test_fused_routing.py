@@ -158,6 +158,7 @@ def test_decoding_with_a_cache_goes_the_general_way():
         ({"router": "hash", "aux_loss": "none"}, "more than a linear"),
         ({"router_level": "prefix"}, "more than a linear"),
         ({"router_bias_rate": 0.1}, "more than a linear"),
+        ({"n_expert": 65}, "more than 64 experts"),
         ({"gate": "sigmoid"}, "not softmax"),
         ({"router_jitter": 0.1}, "noisy"),
         ({"expert_dropout": 0.1}, "noisy"),
@@ -245,11 +246,12 @@ def test_kernels_in_the_interpreter_equal_the_twins(n):
 
 @needs_triton
 @pytest.mark.skipif(triton_here.INTERPRETED, reason="TRITON_INTERPRET is set")
-def test_each_operator_is_one_kernel_that_compiles_for_an_h100(monkeypatch, tmp_path):
-    """At the papers' size. test_count_kernels.py counts an operator as one kernel."""
+@pytest.mark.parametrize("experts, k", [(4, 1), (route_kernels.MOST_EXPERTS, 2)])
+def test_each_operator_is_one_kernel_that_compiles_for_an_h100(experts, k, monkeypatch, tmp_path):
+    """At the papers' size, and with the most experts. test_count_kernels.py counts an operator as one kernel."""
     pytest.importorskip("triton.backends.nvidia")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    calls = list(operator_calls((16384, 4, 1, 384), (False, True, torch.bfloat16)))
+    calls = list(operator_calls((16384, experts, k, 384), (False, True, torch.bfloat16)))
     monkeypatch.setattr(route_kernels, "uses_triton", lambda x: True)
     compilers = [Compiler(getattr(route_kernels, name)) for name in KERNELS]
     for name, compiler in zip(KERNELS, compilers):
