@@ -5,15 +5,21 @@ from collections.abc import Iterator
 
 from papers.ours import SOURCE
 from papers.repetition import REPETITION
-from papers.table import BELOW_0, Claim, Row, Table, View
+from papers.table import ABOVE_0, BELOW_0, Claim, Row, Table, View
 from papers.tuned import TUNED
+from papers.tuning import FIRST_FRESH
 
 MORE_AT_PAPER = {
     "dropout4": ("dropout 0.4", {"dropout": 0.4}),
     "decay10": ("weight decay 1", {"weight_decay": 1.0}),
     "dropout4_decay10": ("dropout 0.4 and weight decay 1", {"dropout": 0.4, "weight_decay": 1.0}),
 }
-MORE_AT_CPU = {"dropout2": ("dropout 0.2", {"dropout": 0.2}), "decay10": MORE_AT_PAPER["decay10"]}
+MORE_AT_CPU = {
+    "dropout2": ("dropout 0.2", {"dropout": 0.2}),
+    "decay3": ("weight decay 0.3", {"weight_decay": 0.3}),
+    "decay10": MORE_AT_PAPER["decay10"],
+    "decay30": ("weight decay 3", {"weight_decay": 3.0}),
+}
 OF_EXPERTS = {
     "inner_dropout": ("dropout 0.4 inside experts", {"expert_inner_dropout": 0.4}),
     "output_masking": ("outputs of experts masked, 0.2", {"expert_output_masking": 0.2}),
@@ -56,36 +62,47 @@ REGULARISED = Table(
 TABLES = (REGULARISED,)
 
 
-def _claim(number, sentence, pair, why):
+def _claim(number, sentence, pair, why, holds=BELOW_0, fresh_from=0):
     return Claim(
         id=f"E{number}",
         sentence=f"Where 30,000 characters of Shakespeare are read 51 times, {sentence}",
         table=REGULARISED.name,
         pairs=(pair,),
         measures=("clean", "cross_fitted"),
-        holds=BELOW_0,
-        why=f"{why}. Written down before any run with it on a prefix",
+        holds=holds,
+        why=why,
+        fresh_from=fresh_from,
         scales=("cpu",),
     )
 
+
+BEFORE = "written down before any run with it on a prefix"
 
 CLAIMS = (
     _claim(
         32,
         "dropout inside experts improves 4 experts.",
         (f"{LEARNED}_inner_dropout", LEARNED),
-        "Fedus et al. 2022 say so of fine-tuning on little text. Predicted to hold",
+        f"Fedus et al. 2022 say so of fine-tuning on little text. Predicted to hold; {BEFORE}",
     ),
     _claim(
         33,
         "expert-output masking improves 4 experts.",
         (f"{LEARNED}_output_masking", LEARNED),
-        "Elbayad et al. 2023 say so of languages with little text. Predicted not to be decided",
+        f"Elbayad et al. 2023 say so of languages with little text. Predicted not to be decided; {BEFORE}",
     ),
     _claim(
         34,
         "ten times the weight decay improves the dense model.",
         (f"{DENSE}_decay10", DENSE),
-        "Kim et al. 2025 find 30 times the usual weight decay best where text is scarce. Predicted to hold",
+        f"Kim et al. 2025 find 30 times the usual weight decay best where text is scarce. Predicted to hold; {BEFORE}",
+    ),
+    _claim(
+        37,
+        "with ten times the weight decay in both, the dense model beats 4 experts.",
+        (f"{LEARNED}_decay10", f"{DENSE}_decay10"),
+        "noticed in seeds 1337 to 1339: +0.031. Predicted to hold",
+        holds=ABOVE_0,
+        fresh_from=FIRST_FRESH,
     ),
 )
