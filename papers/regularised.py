@@ -29,10 +29,10 @@ DENSE, LEARNED = "shakespeare_30k_dense_rate4", "shakespeare_30k_moe4_rate4"
 NAMED_ELSEWHERE = {"shakespeare_dense_dropout4": "shakespeare_dense_probe_dropout"}  # one of B's probes is the same run
 
 
-def _with(row: Row, more: dict[str, tuple[str, dict[str, float]]], scale: str) -> Iterator[Row]:
-    """The row, and the same with each of these options, compared with it."""
-    config = row.config or row.name
-    row = dataclasses.replace(row, config=config, baseline="", scales=(scale,), candidates=(), reserve={})
+def _with(row: Row, more: dict[str, tuple[str, dict[str, float]]], scale: str, label: str = "") -> Iterator[Row]:
+    """The row, and the same with each of these options, compared with it. label: another one for the row"""
+    changes = {"label": label or row.label, "config": row.config or row.name, "candidates": (), "reserve": {}}
+    row = dataclasses.replace(row, **changes, baseline="", scales=(scale,))
     yield row
     for tag, (label, options) in more.items():
         name = f"{row.name}_{tag}"
@@ -52,8 +52,8 @@ REGULARISED = Table(
         *_with(TUNED.row("shakespeare_dense"), MORE_AT_PAPER, "paper"),
         *_with(TUNED.row("shakespeare_dense_wide"), MORE_AT_PAPER, "paper"),
         *_with(TUNED.row("shakespeare_moe4"), MORE_AT_PAPER, "paper"),
-        *_with(REPETITION.row(DENSE), MORE_AT_CPU, "cpu"),
-        *_with(REPETITION.row(LEARNED), MORE_AT_CPU | OF_EXPERTS, "cpu"),
+        *_with(REPETITION.row(DENSE), MORE_AT_CPU, "cpu", label="dense"),
+        *_with(REPETITION.row(LEARNED), MORE_AT_CPU | OF_EXPERTS, "cpu", label="4 experts"),
     ),
     views=(View("Loss", ("clean", "cross_fitted", "overfit", "clean_bpc", "paper", "final_train")),),
     figures=("loss_curves",),
