@@ -158,11 +158,6 @@ class MoE(nn.Module):
             if name.startswith("bias"):
                 nn.init.zeros_(parameter)
 
-    @property
-    def n_active(self):
-        """Experts per token, rounded up."""
-        return math.ceil(self.router.experts_per_token())
-
     def flops_per_token(self):
         """Forward FLOPs (a multiply-add is 2) of one token in a full sequence: router, chosen experts within capacity,
         shared experts. Padding by a backend is not counted; top-p counts all k."""
@@ -346,7 +341,7 @@ def init_gpt2(layer, std, residual_std):
 
 
 def init_switch(layer, std, residual_std):
-    """Truncated normal with variance 0.1 / fan-in (Fedus et al. 2022, section 2.4: a tenth of the usual scale)."""
+    """Normal with variance 0.1 / fan-in, cut at two SDs (Fedus et al. 2022, section 2.4: a tenth of the usual)."""
     for name, weight in weights_of(layer):
         fan_in = weight.size(-2) if name in ("w_out", "w_mix") else weight.size(-1)
         scale = math.sqrt(0.1 / fan_in)

@@ -352,10 +352,10 @@ class NgramHashRouter(FixedRouter):
 
     def __init__(self, config, layer, symbol_counts):
         super().__init__(config, layer, symbol_counts)
-        self.salt = mix_seeds(config.seed, layer, 1) % 2**31
+        self.register_buffer("salt", torch.tensor(mix_seeds(config.seed, layer, 1) % 2**31))
 
     def experts_of(self, ids_BS):
-        key_BS = torch.full_like(ids_BS, self.salt)
+        key_BS = self.salt.expand_as(ids_BS)
         for age in range(self.config.router_ngram):
             older = F.pad(ids_BS, (age, 0), value=-1)[:, : ids_BS.size(1)]  # -1: before the sequence
             key_BS = ((key_BS ^ (older + 2)) * 2654435761) % 2**31  # Knuth's multiplicative hashing
@@ -448,6 +448,7 @@ class ExpertChoiceRouter(LearnedRouter):
         taken = torch.argsort(by_expert, dim=-1, descending=True, stable=True)[..., : capacity(self.config)]
         chosen = torch.zeros_like(by_expert, dtype=torch.bool).scatter(2, taken, True)
         every = torch.arange(E, device=probs_NE.device).expand(N, E)
+        chosen &= by_expert != -math.inf
         return every, chosen.transpose(1, 2).reshape(N, E)
 
     def experts_per_token(self):

@@ -89,7 +89,7 @@ def train(config, argv, machine, processes):
     processes.barrier()
     dataset = open_dataset(config, machine.device, vocabulary_of(start, saved))
     changed = check_resumable(saved, config, dataset, folder.has_diverged) if saved else []
-    if saved and not changed and (folder / "summary.json").exists():
+    if saved and saved["progress"]["step"] == config.max_iters and (folder / "summary.json").exists():
         print(f"{folder} is complete: there is nothing to resume. A larger max_iters extends it, but its record then")
         print("usually enters no mean. For a longer run that counts, choose another --out_dir.")
         record = records.read(folder / "summary.json", way_out="delete it, and the same command makes it again")
@@ -127,7 +127,7 @@ def train(config, argv, machine, processes):
         f"{dataset.name}: {dataset.sizes['train']:,} {dataset.unit}s to train on, {dataset.vocabulary.size} symbols; "
         f"{counts['total']:,} parameters, {counts['active']:,} active per {dataset.unit}"
     )
-    rows = config.batch_size * config.gradient_accumulation_steps  # sequences of one update
+    rows = config.sequences_per_update
     first_batch = dataset.batch("train", config.seed, 0, rows, config.block_size)
     with compile_cache.reused(config.compile_cache if machine.compile else "", machine, config.hash(), print):
         attempts = updater.make_ready(*first_batch, None if config.eval_only else totals)
@@ -244,13 +244,12 @@ class Run:
         """Write and show the running totals, and begin new ones. update: the last one; None when resuming
         between two log lines."""
         config, state, totals = self.config, self.state, self.totals
-        rows = config.batch_size * config.gradient_accumulation_steps
         line = {
             "kind": "train",
             "step": state.step,
             "learning_rate": update.learning_rate if update else None,
             "gradient_norm": update.gradient_norm.item() if update else None,
-            **totals.line(rows * config.block_size, self.processes),
+            **totals.line(config.sequences_per_update * config.block_size, self.processes),
         }
         state.seconds["train"] += line["step_ms"] * totals.steps / 1000
         state.step_ms.append(line["step_ms"])
@@ -284,6 +283,8 @@ class Run:
         line |= {"train_mode": state.take_train_mode(), "train_seconds": state.seconds["train"]}
         nats = line["clean"]["nats"]
         if not math.isfinite(nats):
+            if self.metrics and not self.is_alone and not self.saver.wait():
+                self.folder.undo_save()
             raise NotFinite(f"the validation loss at step {state.step:,}")
         is_best = all(nats < past["clean"]["nats"] for past in state.evaluations)
         for past in state.evaluations:

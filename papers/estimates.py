@@ -62,5 +62,5 @@ def run_seconds(record):
 @functools.cache
 def training_flops(config):
     """Of a whole run, but for those of the output layer, which depend on the text."""
-    tokens = config.max_iters * config.batch_size * config.gradient_accumulation_steps * config.block_size
+    tokens = config.max_iters * config.sequences_per_update * config.block_size
     return accounting.training_flops_per_token(accounting.model_without_memory(config)) * tokens

@@ -42,17 +42,16 @@ def count_parameters(model):
 
 
 def active_parameters(model, n_tokens):
-    """Parameters that n_tokens use together, rounded. Several tokens use the expected number of distinct experts, as if
-    each chose at random."""
-    n_active = collections.Counter()  # by experts, which layers may share
+    """Parameters that n_tokens use together, rounded. Several tokens, and layers that share their experts, use the
+    expected number of distinct experts, as if each chose at random."""
+    unused = collections.defaultdict(lambda: 1.0)  # by experts: the probability that a token does not use one of them
     for layer in model.moe_layers():
-        n_active[layer.experts] += layer.n_active
+        unused[layer.experts] *= 1 - layer.router.experts_per_token() / layer.config.n_expert
     inactive = 0
-    for experts, active in n_active.items():
-        n_expert = len(experts.w_in)
+    for experts, probability in unused.items():
         weights = [getattr(experts, name) for name in experts.per_expert]
         per_expert = sum(weight[0].numel() for weight in weights if weight is not None)
-        inactive += max(0.0, 1 - active / n_expert) ** n_tokens * n_expert * per_expert
+        inactive += probability**n_tokens * len(experts.w_in) * per_expert
     return round(sum(parameter.numel() for parameter in model.parameters()) - inactive)
 
 

@@ -140,7 +140,7 @@ def resume_command(script, argv, processes):
 def not_finite_text(error, config, script, argv, processes):
     """What a person can do about a run that diverged, with the command that resumes it at half the learning rate.
     error: an update.NotFinite."""
-    kept, stopped = Path(config.out_dir) / "ckpt.pt", f"{error} is not finite: stopped before that update."
+    kept, stopped = Path(config.out_dir) / "ckpt.pt", f"{error} is not finite: stopped there."
     advice = "longer warmup_iters, a lower grad_clip or a z_loss_coef of 1e-3 may help too"
     if not kept.exists():
         return f"{stopped} There is no checkpoint yet. A lower learning_rate may help; {advice}."
@@ -162,7 +162,7 @@ def cpu_size_hint(script, argv):
     """How to make the run of these arguments at CPU size; empty where they have config/cpu.py."""
     if any(is_cpu_overlay(word) for word in argv):
         return ""
-    words = [word for word in argv if not word.startswith("--out_dir")]
+    words = [word for word in argv if not word.startswith(("--out_dir", "--init_from", "--overwrite"))]
     command = shlex.join(["python", os.path.relpath(script), *words, os.path.relpath(CPU_OVERLAY)])
     return f"The size made for a CPU: {command}"
 

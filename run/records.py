@@ -202,7 +202,7 @@ def derived(config, evaluations) -> dict:
     """The fields of a record that its config and its evaluations determine."""
     best = min(evaluations, key=lambda line: line["clean"]["nats"])  # the first, if several
     final = evaluations[-1]
-    tokens = config.max_iters * config.batch_size * config.block_size * config.gradient_accumulation_steps
+    tokens = config.max_iters * config.sequences_per_update * config.block_size
     crossed = cross_fit.cross_fitted(evaluations)
     return {
         "run_id": config.run_id,

@@ -204,6 +204,14 @@ class RunFolder:
         if is_best:
             self.save_best(state)
 
+    def undo_save(self):
+        """Where the last state is not to be resumed from: ckpt.pt becomes the one before it, or goes if it was the
+        first."""
+        if (self / "ckpt.previous.pt").exists():
+            os.replace(self / "ckpt.previous.pt", self / "ckpt.pt")
+        else:
+            (self / "ckpt.pt").unlink(missing_ok=True)
+
     def save_best(self, state):
         self.save_weights("best.pt", state, state["best"])
 

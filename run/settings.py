@@ -130,8 +130,8 @@ class Config:
     )
     expert_init: Literal["gpt2", "switch", "sigma_moe"] = moe_key(
         "gpt2",
-        "scale of the experts' initial weights; gpt2: as a dense MLP; switch: variance 0.1 / fan-in; sigma_moe: as one "
-        "dense MLP of all experts' width",
+        "scale of the experts' initial weights; gpt2: as a dense MLP; switch: variance 0.1 / fan-in, cut at 2 SDs; "
+        "sigma_moe: as one dense MLP of all experts' width",
     )
     expert_inner_dropout: float = moe_key(0.0, "dropout rate of the experts' hidden units", at_least=0, below=1)
     expert_output_masking: float = moe_key(0.0, "dropout rate of the experts' whole outputs", at_least=0, below=1)
@@ -325,6 +325,10 @@ class Config:
             limits = f"numbers from 0, up to {MOST_EXPERTS}"
             return f"n_expert_by_block is {found}; expected n_layer = {self.n_layer} {limits}, as {example}"
         return [int(word) for word in words]
+
+    @property
+    def sequences_per_update(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps
 
     @property
     def moe_layers(self) -> list[int]:

@@ -18,7 +18,9 @@ from support.files import shown
 from support.options import EXPERIMENT, ConfigError, nearest, options_of
 
 GROUPS = ("Model", "Mixture of experts")  # of the keys that make the model
-NO_SHAPE = ("n_head", "expert_kind")  # keys that change what weights mean, but not always their shapes
+# Keys that change what weights mean, but not always their shapes. Weights do not say how many blocks share them.
+NO_SHAPE = ("n_head", "expert_kind", "share_experts", "blocks_per_router", "router_ngram")
+OF_MAPS = ("router", "router_table", "router_prior_table")  # the same, where the model has fixed maps
 # Buffers with what the config says now. All else in a model's state was learned, drawn, or belongs to its router.
 SCHEDULED = re.compile(r"aux_loss_coef|blocks\.\d+\.mlp\.(temperature|expert_dropout)")
 
@@ -44,7 +46,8 @@ class Start(SavedWeights):
         misfits = [name for name in {**own, **weights} if shape_of(own, name) != shape_of(weights, name)]
         differing = [row for row in config.differences(self.config, (EXPERIMENT,)) if row[0] in keys_of_model()]
         if not (misfits or config.eval_only):
-            differing = [row for row in differing if row[0] in NO_SHAPE]
+            telling = NO_SHAPE + OF_MAPS if any(name.endswith("router.table") for name in own) else NO_SHAPE
+            differing = [row for row in differing if row[0] in telling]
         if misfits or differing:
             told = [f"{key}={theirs!r} there, {ours!r} here" for key, ours, theirs in differing]
             told = told or [f"{misfits[0]} is {shape_of(weights, misfits[0])} there, {shape_of(own, misfits[0])} here"]

@@ -109,8 +109,9 @@ class Updater:
                 part.backward()
             objective = objective + part.detach()
             totals.add(out, 1 / (len(batches) * processes.world_size))
-            stats = balance.add_stats(stats, out.stats)
-        loads = [layer.load for layer in stats] if config.router_bias_rate else []
+            if config.router_bias_rate:
+                stats = balance.add_stats(stats, out.stats)
+        loads = [layer.load for layer in stats or ()]
         # The sum over processes is finite only where each process's objective is.
         objective, *loads = processes.all_reduce_sum([objective, *loads])
         gradient_norm = (self.fused or self.apply_gradients)(step, rate, objective)

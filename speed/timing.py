@@ -99,8 +99,7 @@ class Candidate:
 
     def batch(self, step):
         config = self.config
-        rows = config.batch_size * config.gradient_accumulation_steps
-        return self.dataset.batch("train", config.seed, step, rows, config.block_size)
+        return self.dataset.batch("train", config.seed, step, config.sequences_per_update, config.block_size)
 
     def train(self):
         """One update on a real batch."""

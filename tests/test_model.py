@@ -151,7 +151,14 @@ def test_experts_shared_by_layers_are_counted_once():
     )
     assert shared["experts"] * 2 == own["experts"] and shared["router"] == own["router"]
     assert own["total"] - own["active"] == 2 * 3 * own["experts"] // 8
-    assert shared["total"] - shared["active"] == 2 * shared["experts"] // 4
+    assert shared["total"] - shared["active"] == round(shared["experts"] * (3 / 4) ** 2), "each layer chooses its own"
+
+
+def test_active_parameters_are_those_of_the_expected_number_of_experts():
+    """Expert choice: 3 experts take 6 of 16 characters each, so that a character has 18/16 experts."""
+    keys = dict(n_expert=3, router="expert_choice", aux_loss="none", expert_top_k=1, capacity_factor=1.0, block_size=16)
+    counts = accounting.count_parameters(GPT(tiny(**keys), 9))
+    assert counts["total"] - counts["active"] == round(counts["experts"] * (1 - 6 / 16))
 
 
 @pytest.mark.parametrize("per_router, owners", [(1, [0, 1, 3, 4]), (2, [0, 0, 3, 3]), (3, [0, 0, 0, 4]), (0, [0] * 4)])

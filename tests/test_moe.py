@@ -96,7 +96,7 @@ def layer_of(config, std=0.5, **changes):
     """An MoE layer with weights large enough that routing is decided and a wrong path shows."""
     layer = new_layer(dataclasses.replace(config, **changes) if changes else config)
     for name, tensor in layer.state_dict().items():
-        if name not in ("temperature", "expert_dropout", "router.table"):
+        if name not in ("temperature", "expert_dropout", "router.table", "router.salt"):
             torch.nn.init.normal_(tensor, std=0.05 if name == "balance_bias" else std)
     return layer
 

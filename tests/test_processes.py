@@ -262,6 +262,15 @@ def test_a_loss_that_is_not_finite_stops_all(tmp_path, together):
     assert "not finite" in ends[0][1] and ends[1][1] == ""
 
 
+def test_a_validation_loss_that_is_not_finite_leaves_the_checkpoint_before_it(tmp_path, together):
+    """Which several processes save before they evaluate."""
+    ends = together(tmp_path / "run", learning_rate="1e25", grad_clip=0, warmup_iters=0, eval_interval=1)
+    assert [code for code, _ in ends] == [3, 3] and "the validation loss at step 1 is not finite" in ends[0][1]
+    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["progress"]["step"] == 0
+    (code, said), _ = together(tmp_path / "run", learning_rate="1e-3", grad_clip=0, init_from="resume")
+    assert code == 0 and "learning_rate is now 0.001" in said
+
+
 @pytest.mark.soak
 def test_torchrun_starts_a_run(words, tmp_path):
     """The launcher itself, once."""

@@ -217,6 +217,14 @@ def test_two_level_probability_is_group_times_expert_in_group():
     assert torch.equal(routed.experts // 2, group.argmax(-1, keepdim=True).expand(5, 2)), "both from the best group"
 
 
+def test_expert_choice_leaves_room_free_where_expert_dropout_leaves_few_tokens():
+    """C = 12 of 16 tokens an expert, of which dropout leaves about 8."""
+    torch.manual_seed(0)
+    layer = layer_of(router="expert_choice", capacity_factor=3.0, aux_loss="none", n_expert=4, expert_dropout=0.5)
+    routing = layer.train().route(torch.randn(8, 16, 16), torch.zeros(8, 16, dtype=torch.long))
+    assert 0.4 < routing.chosen.float().mean() < 0.6 and not routing.gates[~routing.chosen].any()
+
+
 def test_expert_choice_gives_every_expert_its_best_tokens():
     layer = layer_of(router="expert_choice", capacity_factor=1.0, aux_loss="none", n_expert=4)
     routed = route(layer, 3, 16)

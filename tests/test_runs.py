@@ -157,6 +157,9 @@ def test_auto_starts_resumes_and_ends_a_run_by_one_command(words, tmp_path, unin
     assert codes == [143, 0, 0] and "there is nothing to resume" in capsys.readouterr().out
     assert_same_run(uninterrupted, tmp_path / "run")
     assert record_of(tmp_path / "run")["config"]["init_from"] == "resume"
+    before = contents(tmp_path / "run")
+    assert train_tiny(words, tmp_path / "run", init_from="auto", **HARD, eval_iters=3, log_interval=2) == 0
+    assert contents(tmp_path / "run") == before, "nothing is left to make by other settings"
 
 
 def test_auto_begins_again_without_a_checkpoint(words, tmp_path, dense_run):

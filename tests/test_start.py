@@ -186,6 +186,36 @@ def test_settings_that_leave_the_model_as_it_is_may_change_in_a_new_run_but_not_
         train_tiny(words, tmp_path / "run", init_from=moe_run, eval_only=True, **model)
 
 
+HASH = dict(n_expert=4, router="hash", aux_loss="none")
+NGRAM = HASH | dict(router="ngram_hash", router_ngram=2)
+
+
+@pytest.mark.parametrize(
+    "there, here",
+    [
+        (dict(n_expert=4), dict(n_expert=4, share_experts=True)),
+        (dict(n_expert=4), dict(n_expert=4, blocks_per_router=0)),
+        (HASH, HASH | dict(router="hash_shared")),
+        (HASH, HASH | dict(router_table="even")),
+        (dict(n_expert=4, router_prior=1.0), dict(n_expert=4, router_prior=1.0, router_prior_table="shared")),
+        (NGRAM, NGRAM | dict(router_ngram=3)),
+    ],
+)
+def test_weights_that_would_mean_something_else_are_refused_though_they_fit(words, tmp_path, there, here):
+    assert train_tiny(words, tmp_path / "there", max_iters=1, **there) == 0
+    (key,) = (key for key in here if here[key] != there.get(key))
+    with pytest.raises(CheckpointError, match=f"is of another model: {key}=.* there, '?{here[key]}"):
+        train_tiny(words, tmp_path / "run", init_from=tmp_path / "there", **here)
+
+
+@pytest.mark.parametrize("router", ["hash", "ngram_hash"])
+def test_weights_bring_their_map_whatever_the_seed(words, tmp_path, capsys, router):
+    model = dict(n_expert=4, router=router, aux_loss="none")
+    assert train_tiny(words, tmp_path / "there", seed=2, **model) == 0
+    told, nats = evaluated(capsys, f"--init_from={tmp_path / 'there'}", "--seed=3")
+    assert nats == round(record_of(tmp_path / "there")["clean"]["best"]["nats"], 4)
+
+
 def test_a_text_that_the_model_cannot_read_is_refused(words, byte_words, dense_run, tmp_path):
     text = prepare_text(tmp_path / "data", english(900, seed=1) + "é§")
     with pytest.raises(DataError, match="words has 2 characters that are not among the model's .*: '§', 'é'"):

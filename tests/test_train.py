@@ -314,6 +314,13 @@ def test_a_config_file_after_cpu_py_that_changes_its_sizes_is_warned_of(monkeypa
         assert progress.overridden_cpu_size(ROOT / "train.py", words) == ""
 
 
+def test_the_command_for_a_cpu_makes_a_run_of_its_own():
+    """Whatever the weights and the folder of the run that is too slow: they are of another size."""
+    words = ["config/shakespeare_moe4.py", "--seed=2", "--out_dir=out/mine", "--init_from=resume", "--overwrite=True"]
+    told = progress.cpu_size_hint(ROOT / "train.py", words)
+    assert told.endswith("train.py config/shakespeare_moe4.py --seed=2 config/cpu.py")
+
+
 def test_a_run_without_wandb_installed_says_so_and_goes_on(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert train_tiny(words, tmp_path / "run", wandb_log=True, max_iters=1) == 0
