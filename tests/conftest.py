@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from alike import HARD
+from hypothesis import HealthCheck, settings
 
 from data.build import TRAIN_VAL_TEST, TextSpec, prepare_dataset
 from run import update
 from run.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
+EVERY_TIME = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 TINY = dict(
     n_layer=2,
     n_head=2,
@@ -194,6 +196,21 @@ def as_script(monkeypatch, *arguments, script="train.py"):
     return caught.value.code
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Whatever machine it is
+
 # Tiny models gain nothing from a second thread, and on busy cores the threads only wait for each other: a hundredfold
-# slower.
+# slower. The variable is for processes that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# Servers here are on the loopback, and repositories where the test says, also within a hook of git.
+for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+    os.environ.pop(name, None)
+    os.environ.pop(name.upper(), None)
+for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR"):
+    os.environ.pop(name, None)
+
+settings.register_profile("short", derandomize=True, **EVERY_TIME)
+settings.register_profile("soak", **EVERY_TIME)
+settings.load_profile("short")

@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.common import DataError
@@ -19,20 +19,16 @@ from sample import SampleConfig
 from support.options import LARGEST_FLOAT, LARGEST_INT, SMALLEST_FLOAT, ConfigError, choices_of, options_of
 
 LONGEST = 2000  # characters of a problem
-PATIENCE = 20  # seconds; what takes longer hangs
+PATIENCE = 200  # seconds; what takes longer hangs, on any machine: nothing here needs more than one
 OPTIONS = {**options_of(Config), **options_of(SampleConfig)}
-
-
-EVERY_TIME = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-settings.register_profile("short", derandomize=True, **EVERY_TIME)
-settings.register_profile("soak", **EVERY_TIME)
 
 
 @pytest.fixture(autouse=True)
 def examples(request):
+    """The profiles are in conftest.py."""
     settings.load_profile("soak" if request.node.get_closest_marker("soak") else "short")
     yield
-    settings.load_profile("default")
+    settings.load_profile("short")
 
 
 def for_all(n, **strategies):

@@ -113,6 +113,7 @@ def test_what_nobody_reads_any_more_is_lost_and_nothing_else():
 
 
 def test_signals_wait_and_are_listed():
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests too may run under nohup
     before = {number: signal.getsignal(number) for number in console.stopping_signals()}
     assert {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP} == set(before)
     with console.StopSignals() as signals:
@@ -120,6 +121,7 @@ def test_signals_wait_and_are_listed():
             os.kill(os.getpid(), number)
         assert signals.caught == list(before)
     assert {number: signal.getsignal(number) for number in before} == before
+    signal.signal(signal.SIGHUP, hang_up)
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -171,12 +171,8 @@ def changes(request: Request) -> None:
 
 
 @pytest.fixture(autouse=True)
-def alone_and_patient(monkeypatch):
-    """No proxy, no pauses, and so long a time-out that a busy machine does not look like a silent server."""
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("NO_PROXY", "*")
+def patient(monkeypatch):
+    """No pauses, and so long a time-out that a busy machine does not look like a silent server."""
     monkeypatch.setattr(download, "BACKOFF", 0)
     monkeypatch.setattr(download, "TIMEOUTS", (60.0, 60.0))
 
@@ -306,7 +302,7 @@ def test_a_lasting_fault_is_one_message(server, tmp_path, act, requests, problem
 @HASHES
 def test_a_server_that_is_always_silent_is_one_message(server, tmp_path, impatient, sha256):
     server.always = hangs_midway
-    with pytest.raises(DataError, match=r"no data for .* s after 32,768 of 100,000 bytes \(5 tries\)") as caught:
+    with pytest.raises(DataError, match=r"no data for .* s after [\d,]+ of 100,000 bytes \(5 tries\)") as caught:
         fetch(server, tmp_path / "part", sha256)
     assert "\n" not in str(caught.value) and len(server.ranges) >= 5
 

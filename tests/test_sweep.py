@@ -70,6 +70,8 @@ PRETENDER = """
                 file.write(json.dumps({{"kind": "eval", "step": step, "clean": {{"nats": 2.5}}}}) + "\\n")
             file.write(json.dumps({{"kind": "train", "step": step, "loss": 2.5}}) + "\\n")
         (folder / "ckpt.pt").write_text(str(step))
+        while step == orders.get("hold") and not stopped and not (here / "go").exists():
+            time.sleep(0.01)
         if stopped and "deaf" not in orders:
             sys.exit(143)
         time.sleep(orders.get("pause", 0))
@@ -183,11 +185,18 @@ def write(path, value):
     return path
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)
+
+
+def over_when(monkeypatch, is_over):
+    """The sweep's clock jumps over every deadline as soon as is_over()."""
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 1e6 * bool(is_over()))
+    monkeypatch.setattr(running, "time", clock)
+    monkeypatch.setattr(sweep, "time", clock)
 
 
 ROWS = {name: index for index, name in enumerate(("one", "two"))}
@@ -602,7 +611,7 @@ def test_two_sweeps_make_each_run_once(place):
 
 
 def test_a_run_that_outlives_its_sweep_stays_locked(place, capfd):
-    place.order(**{"one-cpu-s1337": {"pause": 0.1}})
+    place.order(**{"one-cpu-s1337": {"hold": 3}})
     killed = place.begin("T", "--seeds=1")
     wait_for(place.calls)
     killed.kill()
@@ -612,6 +621,7 @@ def test_a_run_that_outlives_its_sweep_stays_locked(place, capfd):
     assert "one-cpu-s1337: running elsewhere: step" in capfd.readouterr().out
     assert place.main("T", "--seeds=1", "--list") == 0
     assert "one-cpu-s1337  running elsewhere" in capfd.readouterr().out
+    (place.folder / "go").touch()
     wait_for((place.out / "one-cpu-s1337" / "summary.json").exists)
     wait_for(lambda: not planned_runs.is_locked(place.out / "one-cpu-s1337.lock"))
     assert place.main("T", "--seeds=1") == 0
@@ -861,9 +871,10 @@ def test_the_plan_learns_from_its_own_runs_and_takes_a_shorter_run_where_a_longe
 
 def test_what_the_budget_leaves_of_the_plan_is_cut_and_packed(place, priorities, monkeypatch, capfd):
     monkeypatch.setattr(estimates, "START_SECONDS", 0)
-    place.order(**{name: {"pause": 0.15} for name in priorities})
+    place.order(**{name: {"hold": 3} for name in priorities})
+    over_when(monkeypatch, lambda: all((place.out / name / "ckpt.pt").exists() for name in priorities[:2]))
     pack = place.folder / "made.tar"
-    assert place.main("plan", "--budget_minutes=0.02", "--jobs=2", f"--pack={pack}") == 0
+    assert place.main("plan", "--budget_minutes=600", "--jobs=2", f"--pack={pack}") == 0
     shown = capfd.readouterr().out
     assert "no record tells how long a run takes here: guessing 1 min 0 s for one at paper size, alone" in shown
     assert "6 runs: 2 cut, 4 missing" in shown and "The time is over. To go on: " in shown
@@ -876,8 +887,9 @@ def test_what_the_budget_leaves_of_the_plan_is_cut_and_packed(place, priorities,
 
 def test_a_run_stopped_by_the_budget_is_resumed_by_the_next_sweep(place, capfd, monkeypatch):
     monkeypatch.setattr(running, "SECONDS_TO_START", 0)
-    place.order(**{"one-cpu-s1337": {"pause": 0.15}})
-    assert place.main("T", "--seeds=1", "--budget_minutes=0.02") == 0
+    place.order(**{"one-cpu-s1337": {"hold": 3}})
+    over_when(monkeypatch, (place.out / "one-cpu-s1337" / "ckpt.pt").exists)
+    assert place.main("T", "--seeds=1", "--budget_minutes=600") == 0
     shown = capfd.readouterr().out
     assert "cut: step" in shown and "2 runs: 1 cut, 1 missing" in shown and "The time is over. To go on: " in shown
     place.order()
@@ -906,15 +918,16 @@ def test_a_signal_stops_the_run_after_it_has_saved(place, number, capfd):
     assert f"Stopped by {number.name}. To go on: " in capfd.readouterr().out
 
 
-def test_a_second_signal_kills_a_run_that_does_not_stop(place):
+def test_a_second_signal_kills_a_run_that_does_not_stop(place, capfd):
     place.order(**{"one-cpu-s1337": {"pause": 5, "deaf": True}})
     process = place.begin("T", "--seeds=1")
     wait_for((place.out / "one-cpu-s1337" / "ckpt.pt").exists)
     os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.3)
+    said = []
+    wait_for(lambda: said.append(capfd.readouterr().out) or "stopping one-cpu-s1337" in "".join(said))
     assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)
-    process.join(10)
+    process.join(60)
     assert process.exitcode == 130
     with pytest.raises(ProcessLookupError):
         os.kill(place.calls()[0][1], 0)
@@ -929,7 +942,7 @@ def test_a_real_run_is_stopped_resumed_and_recorded(place, words, monkeypatch, c
     passed_on = ["--device=cpu", "--inference_samples=0", "--log_interval=5"]
     process = place.begin("T", "--seeds=1", *passed_on)
     metrics = place.out / "real-cpu-s1337" / "metrics.jsonl"
-    wait_for(lambda: planned_runs.last_logged(metrics)[0] >= 5, seconds=120)
+    wait_for(lambda: planned_runs.last_logged(metrics)[0] >= 5)
     os.kill(process.pid, signal.SIGINT)
     process.join()
     assert process.exitcode == 130 and not (place.out / "real-cpu-s1337" / "summary.json").exists()
