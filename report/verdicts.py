@@ -1,7 +1,7 @@
 """Decides claims. The rules, which docs/results-and-verdicts.md explains:
 
-1. Rows of one seed share batches and initial weights, so an effect is the mean of per-seed differences (or of log
-   ratios) over the seeds that both rows have, with Student's t interval. Seeds that one row lacks count in no effect.
+1. Rows of one seed share batches, so an effect is the mean of per-seed differences (or of log ratios) over the seeds
+   that both rows have, with Student's t interval. Seeds that one row lacks count in no effect.
 2. A claim about several pairs held where every 95% interval lies within its bounds (an intersection-union test, which
    needs no correction). One pair refutes it where its interval at 1 - 0.05 / pairs lies wholly outside (Bonferroni).
 3. A claim that two rows are alike is an equivalence test: its bounds are a margin, written beside it with its reason.
@@ -265,7 +265,8 @@ def deciding(findings: list[Finding]) -> list[Finding]:
 
 
 def fewest_seeds(findings: list[Finding]) -> int:
-    return min(finding.effect.n if finding.effect else 0 for finding in findings)
+    """Of their effects, and of the costs with which these are compared."""
+    return min(min(f.effect.n, f.cost.n if f.cost else f.effect.n) if f.effect else 0 for f in findings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

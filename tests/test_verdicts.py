@@ -272,6 +272,10 @@ def test_a_claim_decided_on_fresh_seeds_takes_their_costs_and_names_only_their_s
     (finding,) = verdicts.decide(pays, cells).findings["clean"]
     assert finding.cost.n == 4 and finding.cost.high < 1.6 and finding.cost_problem == ""
     assert finding.alone == {"base": [1344]}
+    for record in cells.cells["new"][5:]:  # of the four fresh seeds two are timed
+        record["exclusive"] = False
+    verdict = verdicts.decide(pays, cells)
+    assert verdict.findings["clean"][0].cost.n == 2 and verdict.seeds == 2 and verdict.is_provisional
     for record in cells.cells["new"][4:]:  # of the fresh seeds one is timed
         record["exclusive"] = False
     verdict = verdicts.decide(pays, cells)
