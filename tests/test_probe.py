@@ -35,7 +35,7 @@ def model_of(config, vocab_size=SYMBOLS, std=0.3):
     for name, tensor in model.state_dict().items():
         if "norm" in name or name.endswith("balance_bias"):
             torch.nn.init.normal_(tensor, mean=float("norm" in name and name.endswith("weight")), std=0.05)
-        elif not name.endswith(("temperature", "expert_dropout", "router.table", "aux_loss_coef")):
+        elif not name.endswith(("temperature", "expert_dropout", "router.table", "router.salt", "aux_loss_coef")):
             torch.nn.init.normal_(tensor, std=std)
     return model.eval()
 
